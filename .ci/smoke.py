@@ -1,0 +1,38 @@
+"""A small posterior with the installed wheel and nothing but its requirements."""
+
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import gpytorch
+import torch
+
+import sgdgp
+
+
+class ExactGP(gpytorch.models.ExactGP):
+    """A constant mean and a scaled RBF kernel."""
+
+    def __init__(self, x, y, likelihood):
+        super().__init__(x, y, likelihood)
+        self.mean_module = gpytorch.means.ConstantMean()
+        self.covar_module = gpytorch.kernels.ScaleKernel(gpytorch.kernels.RBFKernel())
+
+    def forward(self, x):
+        """The prior at x."""
+        return gpytorch.distributions.MultivariateNormal(
+            self.mean_module(x), self.covar_module(x)
+        )
+
+
+package = Path(sgdgp.__file__).parent
+assert package.is_relative_to(sys.prefix), f"not the wheel: {package}"
+assert (package / "py.typed").is_file(), "py.typed is not in the wheel"
+assert sgdgp.__version__ == metadata.version("sgdgp")
+
+x = torch.linspace(0, 1, 50)[:, None]
+model = ExactGP(x, torch.sin(6 * x[:, 0]), gpytorch.likelihoods.GaussianLikelihood())
+posterior = sgdgp.condition(model, num_samples=4, seed=0)
+assert posterior.samples(x[:5]).shape == (4, 5)
+assert posterior.variance(x).ge(0).all()
+print(f"sgdgp {sgdgp.__version__} from {package}: {posterior.solution.reason}")

@@ -1,0 +1,57 @@
+"""sgdgp: Gaussian processes by stochastic optimisation of one linear solve."""
+
+import contextlib
+import io
+
+# GPyTorch imports KeOps, which reports on standard output that it found no GPU.
+with contextlib.redirect_stdout(io.StringIO()):
+    import gpytorch as _gpytorch  # noqa: F401
+
+from sgdgp import metrics
+from sgdgp.features import (
+    FeatureMap,
+    NoRandomFeatures,
+    has_features,
+    random_features,
+    register_features,
+)
+from sgdgp.gpytorch_adapter import UnsupportedModelError
+from sgdgp.operators import KernelOperator, choose_operator, register_tile_kernel
+from sgdgp.posterior import PathwisePosterior, SampleFunctions, condition
+from sgdgp.solvers import (
+    CG,
+    SDD,
+    Cholesky,
+    Nystrom,
+    PivotedCholesky,
+    Progress,
+    Solution,
+    Solver,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CG",
+    "SDD",
+    "Cholesky",
+    "FeatureMap",
+    "KernelOperator",
+    "NoRandomFeatures",
+    "Nystrom",
+    "PathwisePosterior",
+    "PivotedCholesky",
+    "Progress",
+    "SampleFunctions",
+    "Solution",
+    "Solver",
+    "UnsupportedModelError",
+    "__version__",
+    "choose_operator",
+    "condition",
+    "has_features",
+    "metrics",
+    "random_features",
+    "register_features",
+    "register_tile_kernel",
+]

@@ -1,0 +1,40 @@
+"""Feature maps of kernels, and prior functions drawn with them."""
+
+from sgdgp.features.algebra import add, multiply, restrict, scale
+from sgdgp.features.base import FeatureMap
+from sgdgp.features.dispatch import (
+    FeatureRequest,
+    NoRandomFeatures,
+    has_features,
+    random_features,
+    register_features,
+)
+from sgdgp.features.exact_draws import ExactDraws
+from sgdgp.features.finite import (
+    ConstantFeatures,
+    LinearFeatures,
+    PolynomialFeatures,
+)
+from sgdgp.features.fourier import FourierFeatures
+from sgdgp.features.prior_draws import DrawGroup, PriorDraws, draw_prior
+
+__all__ = [
+    "ConstantFeatures",
+    "DrawGroup",
+    "ExactDraws",
+    "FeatureMap",
+    "FeatureRequest",
+    "FourierFeatures",
+    "LinearFeatures",
+    "NoRandomFeatures",
+    "PolynomialFeatures",
+    "PriorDraws",
+    "add",
+    "draw_prior",
+    "has_features",
+    "multiply",
+    "random_features",
+    "register_features",
+    "restrict",
+    "scale",
+]

@@ -1,0 +1,213 @@
+"""Exact finite feature maps: linear, constant and polynomial kernels."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from itertools import combinations_with_replacement
+
+import torch
+from gpytorch.kernels import ConstantKernel, LinearKernel, PolynomialKernel
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from sgdgp.features.base import FeatureMap
+from sgdgp.features.chunks import (
+    CPU_TILE,
+    DEVICE_TILE,
+    check_product,
+    check_width,
+    recomputed,
+    slices,
+)
+from sgdgp.features.dispatch import (
+    FeatureRequest,
+    NoRandomFeatures,
+    register_features,
+)
+
+MAX_MONOMIALS = 20_000
+"""Most features that a polynomial kernel may need."""
+
+
+class LinearFeatures(FeatureMap):
+    """phi(x) = sqrt(v) x, entry by entry: k(x, x') = sum_i v_i x_i x'_i.
+
+    Args:
+        variance: (d,), the prior variance of each weight.
+    """
+
+    exact = True
+
+    def __init__(self, variance: Float[Tensor, " d"]) -> None:
+        self.variance = variance
+        self.num_features = variance.shape[0]
+
+    def features(self, x: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
+        """The scaled inputs."""
+        check_width(x, self.num_features)
+        return x * self.variance.sqrt()
+
+    def forward(
+        self, x: Float[Tensor, "n d"], w: Float[Tensor, "d s"]
+    ) -> Float[Tensor, "n s"]:
+        """phi(x) w, without a copy of x."""
+        check_width(x, self.num_features)
+        check_product("w", w, self.num_features)
+        return x @ (self.variance.sqrt()[:, None] * w)
+
+    def adjoint(
+        self, x: Float[Tensor, "n d"], v: Float[Tensor, "n s"]
+    ) -> Float[Tensor, "d s"]:
+        """phi(x)^T v, without a copy of x."""
+        check_width(x, self.num_features)
+        check_product("v", v, x.shape[0])
+        return self.variance.sqrt()[:, None] * (x.T @ v)
+
+
+class ConstantFeatures(FeatureMap):
+    """phi(x) = sqrt(c): k(x, x') = c.
+
+    Args:
+        variance: The constant c.
+    """
+
+    exact = True
+    num_features = 1
+
+    def __init__(self, variance: float) -> None:
+        self.variance = float(variance)
+
+    def features(self, x: Float[Tensor, "n d"]) -> Float[Tensor, "n 1"]:
+        """A column of constants, tied to x in the graph (its gradient is zero)."""
+        column = x.new_full((x.shape[0], 1), math.sqrt(self.variance))
+        return column + 0 * x[:, :1] if x.requires_grad else column
+
+    def forward(
+        self, x: Float[Tensor, "n d"], w: Float[Tensor, "1 s"]
+    ) -> Float[Tensor, "n s"]:
+        """The same row for every input."""
+        check_product("w", w, 1)
+        return self.features(x) @ w
+
+    def adjoint(
+        self, x: Float[Tensor, "n d"], v: Float[Tensor, "n s"]
+    ) -> Float[Tensor, "1 s"]:
+        """Scaled column sums of v."""
+        check_product("v", v, x.shape[0])
+        return self.features(x).T @ v
+
+
+class PolynomialFeatures(FeatureMap):
+    """Monomials of the expansion of (x^T x' + c)^p.
+
+    With z = (sqrt(c), x), the kernel is (z^T z')^p = sum over multi-indices a,
+    |a| = p, of the multinomial coefficient p! / a! times z^a z'^a.
+
+    Args:
+        indices: (M, p), the factors of each monomial: 0 is sqrt(c), i + 1 is x_i.
+        coefficients: (M,), square roots of the multinomial coefficients.
+        offset: The constant c.
+        dim: Number of columns of the inputs.
+    """
+
+    exact = True
+
+    def __init__(
+        self,
+        indices: Int[Tensor, "M p"],
+        coefficients: Float[Tensor, " M"],
+        offset: float,
+        dim: int,
+    ) -> None:
+        self.indices = indices
+        self.coefficients = coefficients
+        self.offset = float(offset)
+        self.dim = dim
+        self.num_features = indices.shape[0]
+
+    def features(self, x: Float[Tensor, "n d"]) -> Float[Tensor, "n M"]:
+        """The monomials."""
+        check_width(x, self.dim)
+        constant = x.new_full((x.shape[0], 1), math.sqrt(self.offset))
+        z = torch.cat([constant, x], 1)
+        out = self.coefficients.expand(x.shape[0], -1)
+        for factor in self.indices.unbind(1):
+            out = out * z.index_select(1, factor)
+        # A power of zero does not touch x, yet its gradient is defined (zero).
+        return out + 0 * x[:, :1] if x.requires_grad else out
+
+    def forward(
+        self, x: Float[Tensor, "n d"], w: Float[Tensor, "M s"]
+    ) -> Float[Tensor, "n s"]:
+        """phi(x) w by chunks of rows."""
+        check_product("w", w, self.num_features)
+        parts = [
+            recomputed(lambda a, b: self.features(a) @ b, x[rows], w)
+            for rows in self._rows(x)
+        ]
+        return torch.cat(parts) if parts else x.new_zeros(0, w.shape[1])
+
+    def adjoint(
+        self, x: Float[Tensor, "n d"], v: Float[Tensor, "n s"]
+    ) -> Float[Tensor, "M s"]:
+        """phi(x)^T v by chunks of rows."""
+        check_product("v", v, x.shape[0])
+        out = x.new_zeros(self.num_features, v.shape[1])
+        for rows in self._rows(x):
+            out = out + recomputed(
+                lambda a, b: self.features(a).T @ b, x[rows], v[rows]
+            )
+        return out
+
+    def _rows(self, x: Tensor) -> Iterator[slice]:
+        size = CPU_TILE if x.device.type == "cpu" else DEVICE_TILE
+        return slices(x.shape[0], max(1, size // self.num_features))
+
+
+@register_features(LinearKernel)
+def linear_features(kernel: LinearKernel, request: FeatureRequest) -> FeatureMap:
+    """The scaled inputs themselves."""
+    variance = request.parameter(kernel.variance).reshape(-1).expand(request.dim)
+    return LinearFeatures(variance.to(request.like).contiguous())
+
+
+@register_features(ConstantKernel)
+def constant_features(kernel: ConstantKernel, request: FeatureRequest) -> FeatureMap:
+    """One constant feature."""
+    return ConstantFeatures(float(request.parameter(kernel.constant)))
+
+
+@register_features(PolynomialKernel)
+def polynomial_features(
+    kernel: PolynomialKernel, request: FeatureRequest
+) -> FeatureMap:
+    """All monomials of degree at most the power.
+
+    Raises:
+        NoRandomFeatures: If the power is not a whole number, or the expansion
+            has more than ``MAX_MONOMIALS`` terms.
+    """
+    power = kernel.power
+    if power != int(power) or power < 0:
+        raise NoRandomFeatures(kernel, f"with power {power} is not a polynomial")
+    power, dim = int(power), request.dim
+    count = math.comb(dim + power, power)
+    if count > MAX_MONOMIALS:
+        raise NoRandomFeatures(
+            kernel,
+            f"of power {power} in {dim} dimensions expands to {count} monomials, "
+            f"more than the limit of {MAX_MONOMIALS}",
+        )
+    monomials = list(combinations_with_replacement(range(dim + 1), power))
+    indices = torch.tensor(monomials, dtype=torch.long).reshape(count, power)
+    coefficients = [
+        math.factorial(power) / math.prod(math.factorial(m.count(i)) for i in set(m))
+        for m in monomials
+    ]
+    return PolynomialFeatures(
+        indices.to(request.device),
+        torch.tensor(coefficients, dtype=torch.float64).sqrt().to(request.like),
+        float(request.parameter(kernel.offset)),
+        dim,
+    )

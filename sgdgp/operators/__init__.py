@@ -1,0 +1,41 @@
+"""Kernel operators: row blocks of a kernel matrix times a matrix.
+
+``choose_operator`` picks one of four by memory and size: in memory (dense), fused
+tiles (tiled), KeOps (keops), and row blocks through GPyTorch for every other kernel
+(row_blocks).
+"""
+
+from __future__ import annotations
+
+# The tile forms of GPyTorch's kernels register themselves on import.
+from sgdgp.operators import dot_product_tiles as _dot_product_tiles  # noqa: F401
+from sgdgp.operators import stationary_tiles as _stationary_tiles  # noqa: F401
+from sgdgp.operators.base import KernelOperator, RowBlock, RowIndex
+from sgdgp.operators.check import check_kernel
+from sgdgp.operators.choose import choose_operator, operator_by_name
+from sgdgp.operators.dense import DenseOperator, streaming_operator
+from sgdgp.operators.keops import KeopsOperator
+from sgdgp.operators.row_blocks import RowBlocksOperator
+from sgdgp.operators.tile_kernels import (
+    TileKernel,
+    register_tile_kernel,
+    tile_kernel,
+)
+from sgdgp.operators.tiled import TiledOperator
+
+__all__ = [
+    "DenseOperator",
+    "KeopsOperator",
+    "KernelOperator",
+    "RowBlock",
+    "RowBlocksOperator",
+    "RowIndex",
+    "TileKernel",
+    "TiledOperator",
+    "check_kernel",
+    "choose_operator",
+    "operator_by_name",
+    "register_tile_kernel",
+    "streaming_operator",
+    "tile_kernel",
+]

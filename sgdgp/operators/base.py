@@ -1,0 +1,188 @@
+"""The contract of a kernel operator: row blocks of a kernel matrix times a matrix.
+
+Everything downstream (solvers, posterior, training) sees a kernel matrix only
+through this interface, so none of it knows whether the matrix is in memory,
+streamed in tiles, or summed by KeOps.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeAlias
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from sgdgp.operators.arguments import check_inputs
+
+if TYPE_CHECKING:
+    from gpytorch.kernels import Kernel
+    from linear_operator import LinearOperator
+
+RowIndex: TypeAlias = Tensor | slice
+"""Rows of an operator: an integer tensor (b,), or a slice with step 1."""
+
+
+class KernelOperator(ABC):
+    """K(X1, X2) for a GPyTorch kernel, without saying how it is stored.
+
+    Args:
+        kernel: A GPyTorch kernel without batch shape.
+        x: Column inputs X2 (n, d).
+        x_rows: Row inputs X1 (m, d). Default: the same tensor as ``x``, which
+            makes the operator square and symmetric.
+    """
+
+    name: str
+    """Short name shown in results: "dense", "tiled", "keops", "row_blocks"."""
+
+    outputs_per_input: int = 1
+    """Rows per point, T: row r belongs to point r // T (multitask, derivatives)."""
+
+    def __init__(
+        self,
+        kernel: Kernel,
+        x: Float[Tensor, "n d"],
+        x_rows: Float[Tensor, "m d"] | None = None,
+    ) -> None:
+        check_inputs(x, x_rows)
+        self.kernel = kernel
+        self.x = x.detach()
+        if x_rows is None or x_rows is x:
+            self.x_rows = self.x
+        else:
+            self.x_rows = x_rows.detach()
+
+    @property
+    def is_square(self) -> bool:
+        """Whether rows and columns are the same points."""
+        return self.x_rows is self.x
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(rows, columns) of the kernel matrix."""
+        outputs = self.outputs_per_input
+        return outputs * self.x_rows.shape[0], outputs * self.x.shape[0]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Data type of the entries and of every product."""
+        return self.x.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Device that holds the inputs and computes the entries."""
+        return self.x.device
+
+    @abstractmethod
+    def _rows_matmul(
+        self, index: RowIndex, v: Float[Tensor, "n k"]
+    ) -> Float[Tensor, "b k"]:
+        """K[index, :] v, never more than the memory budget at a time."""
+
+    @abstractmethod
+    def block(self, i: RowIndex, j: RowIndex) -> Float[Tensor, "a b"]:
+        """The dense block K[i, j]."""
+
+    @abstractmethod
+    def diagonal(self) -> Float[Tensor, " n"]:
+        """The diagonal of a square operator, exact (never by differences)."""
+
+    @abstractmethod
+    def _rebuilt(
+        self, x: Tensor, x_rows: Tensor | None, kernel: Kernel | None = None
+    ) -> KernelOperator:
+        """The same kind of operator over other inputs (``x_rows=None``: square).
+
+        ``kernel`` replaces the kernel; by default it stays.
+        """
+
+    def rows(self, index: RowIndex) -> RowBlock:
+        """The rows ``index`` (b,) as an operator with ``matmul``."""
+        return RowBlock(self, index)
+
+    def matmul(self, v: Float[Tensor, "n k"]) -> Float[Tensor, "m k"]:
+        """K v: one pass over the kernel matrix for all columns of v (n, k)."""
+        out = v.new_empty(self.shape[0], v.shape[1])
+        for rows in row_slices(self.shape[0], self.rows_per_step):
+            out[rows] = self._rows_matmul(rows, v)
+        return out
+
+    rows_per_step: int = 1024
+    """Rows that ``matmul`` asks for at a time (Ctrl-C is heard between them)."""
+
+    def __matmul__(self, v: Tensor) -> Tensor:
+        return self.matmul(v)
+
+    def cross(self, x_new: Float[Tensor, "m d"]) -> KernelOperator:
+        """K(X_new, X) as an operator (m, n), for prediction."""
+        return self._rebuilt(self.x, x_new)
+
+    def permuted(self, order: Tensor) -> KernelOperator:
+        """The square operator over the points ``x[order]``.
+
+        Raises:
+            ValueError: Every point has several rows (multi-output kernels).
+        """
+        if self.outputs_per_input != 1:
+            raise ValueError(
+                "operator: this solver reorders rows, which a kernel with "
+                f"{self.outputs_per_input} outputs per input does not allow; use CG or "
+                "Cholesky"
+            )
+        return self._rebuilt(self.x[order], None)
+
+    def streaming(self) -> KernelOperator:
+        """An operator over the same points that holds no matrix (itself, mostly)."""
+        return self
+
+    def to(self, dtype: torch.dtype) -> KernelOperator:
+        """The same operator with inputs, parameters and entries in ``dtype``."""
+        from copy import deepcopy
+
+        return self._rebuilt(
+            self.x.to(dtype),
+            None if self.is_square else self.x_rows.to(dtype),
+            deepcopy(self.kernel).to(dtype),
+        )
+
+    def to_linear_operator(self) -> LinearOperator:
+        """Export to the GPyTorch world (Lanczos, pivoted Cholesky, ...)."""
+        from sgdgp.operators.export import KernelLinearOperator
+
+        return KernelLinearOperator(self)
+
+    def __repr__(self) -> str:
+        rows, columns = self.shape
+        return (
+            f"{type(self).__name__}({type(self.kernel).__name__}, "
+            f"{rows} x {columns}, {self.dtype}, {self.device})"
+        )
+
+
+@dataclass(frozen=True)
+class RowBlock:
+    """Some rows of a kernel operator: ``operator.rows(i).matmul(v)`` = K[i, :] v."""
+
+    operator: KernelOperator
+    index: RowIndex
+
+    def matmul(self, v: Float[Tensor, "n k"]) -> Float[Tensor, "b k"]:
+        """K[index, :] v for v (n, k)."""
+        return self.operator._rows_matmul(self.index, v)
+
+    def __matmul__(self, v: Tensor) -> Tensor:
+        return self.matmul(v)
+
+    def to_dense(self) -> Float[Tensor, "b n"]:
+        """The rows themselves."""
+        return self.operator.block(self.index, slice(0, self.operator.shape[1]))
+
+
+def row_slices(n: int, size: int) -> Iterator[slice]:
+    """Consecutive slices of at most ``size`` rows that cover range(n)."""
+    for start in range(0, n, size):
+        yield slice(start, min(start + size, n))

@@ -1,0 +1,98 @@
+"""Which operator: decided by memory, size, device and kernel, and nothing else."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal, TypeAlias, get_args
+
+from jaxtyping import Float
+from torch import Tensor
+
+from sgdgp.operators.base import KernelOperator
+from sgdgp.operators.check import check_kernel
+from sgdgp.operators.dense import DenseOperator, streaming_operator
+from sgdgp.operators.keops import KeopsOperator, keops_is_available
+from sgdgp.operators.memory import resolve_budget
+from sgdgp.operators.row_blocks import RowBlocksOperator
+from sgdgp.operators.tile_kernels import tile_kernel
+from sgdgp.operators.tiled import TiledOperator
+
+if TYPE_CHECKING:
+    from gpytorch.kernels import Kernel
+
+OperatorName: TypeAlias = Literal["dense", "tiled", "keops", "row_blocks"]
+
+KEOPS_FROM = 20_000
+"""On a GPU, KeOps is chosen from so many points; below, tiles are as fast."""
+
+_OPERATORS: dict[str, type[KernelOperator]] = {
+    "dense": DenseOperator,
+    "tiled": TiledOperator,
+    "keops": KeopsOperator,
+    "row_blocks": RowBlocksOperator,
+}
+
+
+def choose_operator(
+    kernel: Kernel,
+    x: Float[Tensor, "n d"],
+    *,
+    memory_budget: int | None = None,
+) -> KernelOperator:
+    """The operator for K(X, X) that suits its size and the memory there is.
+
+    In memory when K fits the budget. Else, on a GPU, from 20,000 points and for
+    kernels with own formulas, KeOps; else fused tiles; and for kernels that have
+    neither, row blocks through GPyTorch. On a CPU KeOps is never chosen: tiles need
+    no compilation and are faster.
+
+    Args:
+        kernel: A GPyTorch kernel without batch shape.
+        x: Inputs (n, d).
+        memory_budget: Bytes that the operator may take. Default: half of what is
+            free on the device of ``x``.
+
+    Returns:
+        A square operator; its ``name`` says which.
+
+    Raises:
+        TypeError: ``kernel`` is not a GPyTorch kernel.
+        ValueError: The kernel is not a function of two points, or an argument does
+            not fit.
+    """
+    check_kernel(kernel)
+    budget = resolve_budget(memory_budget, x.device)
+    streaming = streaming_operator(kernel, x, memory_budget=budget)
+    rows, columns = streaming.shape
+    if rows * columns * x.element_size() <= budget:
+        return DenseOperator(kernel, x, memory_budget=budget)
+    on_gpu = x.device.type == "cuda"
+    if (
+        on_gpu
+        and rows >= KEOPS_FROM
+        and tile_kernel(kernel) is not None
+        and keops_is_available()
+    ):
+        return KeopsOperator(kernel, x, memory_budget=budget)
+    return streaming
+
+
+def operator_by_name(
+    name: OperatorName | str,
+    kernel: Kernel,
+    x: Float[Tensor, "n d"],
+    *,
+    memory_budget: int | None = None,
+) -> KernelOperator:
+    """The square operator of that name, or the chooser's for "auto".
+
+    Raises:
+        ValueError: No operator has that name, or it cannot take this kernel.
+    """
+    if name == "auto":
+        return choose_operator(kernel, x, memory_budget=memory_budget)
+    if name not in _OPERATORS:
+        known = ", ".join(repr(known) for known in ("auto", *get_args(OperatorName)))
+        raise ValueError(f"operator must be one of {known}, found {name!r}")
+    check_kernel(kernel)
+    operator: type = _OPERATORS[name]
+    return operator(kernel, x, memory_budget=memory_budget)

@@ -1,0 +1,110 @@
+"""K in memory: computed once, at the first product, by a streaming operator."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from sgdgp.operators.arguments import check_vectors, resolve_index, take
+from sgdgp.operators.base import KernelOperator, RowIndex, row_slices
+from sgdgp.operators.row_blocks import RowBlocksOperator
+from sgdgp.operators.tile_kernels import tile_kernel
+from sgdgp.operators.tiled import TiledOperator
+
+if TYPE_CHECKING:
+    from gpytorch.kernels import Kernel
+
+
+class DenseOperator(KernelOperator):
+    """K(X, X) as one tensor (n, n), filled at the first product.
+
+    Until then it costs nothing, so ``permuted`` before the first product is free.
+    Slices of rows are views: no copy of K is made to multiply with them.
+
+    Args:
+        kernel: A GPyTorch kernel without batch shape.
+        x: Column inputs X2 (n, d).
+        x_rows: Row inputs X1 (m, d). Default: ``x``.
+        memory_budget: Bytes for the operator that fills it and for what
+            ``cross`` returns; K itself is as large as it is. Default: half of what
+            is free.
+    """
+
+    name = "dense"
+
+    def __init__(
+        self,
+        kernel: Kernel,
+        x: Float[Tensor, "n d"],
+        x_rows: Float[Tensor, "m d"] | None = None,
+        *,
+        memory_budget: int | None = None,
+    ) -> None:
+        super().__init__(kernel, x, x_rows)
+        self.source = streaming_operator(
+            kernel, self.x, None if self.is_square else self.x_rows, memory_budget
+        )
+        self.outputs_per_input = self.source.outputs_per_input
+        self._entries: Tensor | None = None
+
+    @property
+    def entries(self) -> Float[Tensor, "m n"]:
+        """K itself, computed on first use."""
+        if self._entries is None:
+            entries = self.x.new_empty(self.shape)
+            everything = slice(0, self.shape[1])
+            for rows in row_slices(self.shape[0], self.source.rows_per_step):
+                entries[rows] = self.source.block(rows, everything)
+            self._entries = entries
+        return self._entries
+
+    @torch.no_grad()
+    def _rows_matmul(
+        self, index: RowIndex, v: Float[Tensor, "n k"]
+    ) -> Float[Tensor, "b k"]:
+        check_vectors(v, self.shape[1], self.dtype)
+        return take(self.entries, resolve_index(index, self.shape[0])) @ v
+
+    def matmul(self, v: Float[Tensor, "n k"]) -> Float[Tensor, "m k"]:
+        """K v in one matrix product."""
+        return self._rows_matmul(slice(0, self.shape[0]), v)
+
+    @torch.no_grad()
+    def block(self, i: RowIndex, j: RowIndex) -> Float[Tensor, "a b"]:
+        """The dense block K[i, j]; a view of K when both are slices."""
+        rows = take(self.entries, resolve_index(i, self.shape[0], "i"))
+        columns = resolve_index(j, self.shape[1], "j")
+        return rows[:, columns]
+
+    def diagonal(self) -> Float[Tensor, " n"]:
+        """The diagonal of a square operator, without computing the rest of K."""
+        return self.source.diagonal()
+
+    def cross(self, x_new: Float[Tensor, "m d"]) -> KernelOperator:
+        """K(X_new, X) as a streaming operator (m, n): used once, so not stored."""
+        return self.source.cross(x_new)
+
+    def _rebuilt(
+        self, x: Tensor, x_rows: Tensor | None, kernel: Kernel | None = None
+    ) -> DenseOperator:
+        return DenseOperator(
+            self.kernel if kernel is None else kernel,
+            x,
+            x_rows,
+            memory_budget=self.source.memory_budget,
+        )
+
+
+def streaming_operator(
+    kernel: Kernel,
+    x: Float[Tensor, "n d"],
+    x_rows: Float[Tensor, "m d"] | None = None,
+    memory_budget: int | None = None,
+) -> TiledOperator | RowBlocksOperator:
+    """Tiles where the kernel has a tile form, else row blocks."""
+    if tile_kernel(kernel) is None:
+        return RowBlocksOperator(kernel, x, x_rows, memory_budget=memory_budget)
+    return TiledOperator(kernel, x, x_rows, memory_budget=memory_budget)

@@ -1,0 +1,160 @@
+"""K as a KeOps lazy tensor: compiled reductions that never leave the registers.
+
+KeOps is imported at the first use and kept silent. Every formula is compiled once
+per machine (10-25 s); hyperparameters are arguments of it, and right-hand sides come
+in pieces of 1, 8 or 64 columns, so at most three compilations serve all products.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Iterator
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from sgdgp.operators.arguments import check_vectors, resolve_index, take
+from sgdgp.operators.base import KernelOperator, RowIndex
+from sgdgp.operators.keops_formulas import keops_formula, keops_inputs
+from sgdgp.operators.tiled import TiledOperator
+
+if TYPE_CHECKING:
+    from gpytorch.kernels import Kernel
+
+_PIECES = (1, 8, 64)
+
+
+class KeopsOperator(KernelOperator):
+    """K(X1, X2) reduced by KeOps; memory O(n (d + k)).
+
+    The better choice on a GPU with many points. On a CPU it works, but the tiled
+    operator is faster and needs no compilation. Blocks and the diagonal come from
+    the tiles.
+
+    Args:
+        kernel: A GPyTorch kernel that has a tile form and a formula.
+        x: Column inputs X2 (n, d).
+        x_rows: Row inputs X1 (m, d). Default: ``x``.
+        memory_budget: Bytes for the tiles of ``block``. Default: half of what is
+            free.
+
+    Raises:
+        ImportError: pykeops cannot be imported.
+        ValueError: The kernel has no formula.
+    """
+
+    name = "keops"
+    rows_per_step = 1 << 30
+
+    def __init__(
+        self,
+        kernel: Kernel,
+        x: Float[Tensor, "n d"],
+        x_rows: Float[Tensor, "m d"] | None = None,
+        *,
+        memory_budget: int | None = None,
+    ) -> None:
+        super().__init__(kernel, x, x_rows)
+        self._tiles = TiledOperator(
+            kernel,
+            self.x,
+            None if self.is_square else self.x_rows,
+            memory_budget=memory_budget,
+        )
+        origin = self._tiles.origin
+        self._columns = keops_inputs(self._tiles.tile, self.x, origin)
+        self._rows = (
+            self._columns
+            if self.is_square
+            else keops_inputs(self._tiles.tile, self.x_rows, origin)
+        )
+        import_keops()
+
+    @torch.no_grad()
+    def _rows_matmul(
+        self, index: RowIndex, v: Float[Tensor, "n k"]
+    ) -> Float[Tensor, "b k"]:
+        check_vectors(v, self.shape[1], self.dtype)
+        index = resolve_index(index, self.shape[0])
+        keops = import_keops()
+        rows = tuple(take(form, index).contiguous() for form in self._rows)
+        tile = self._tiles.tile
+        formula = keops_formula(
+            tile,
+            tuple(keops.Vi(form) for form in rows),
+            tuple(keops.Vj(form) for form in self._columns),
+        )
+        parts = [
+            _reduced(formula, keops, padded)[:, :width] for padded, width in _pieces(v)
+        ]
+        return torch.cat(parts, 1).mul_(tile.factor)
+
+    def block(self, i: RowIndex, j: RowIndex) -> Float[Tensor, "a b"]:
+        """The dense block K[i, j]."""
+        return self._tiles.block(i, j)
+
+    def diagonal(self) -> Float[Tensor, " n"]:
+        """The diagonal of a square operator, from the closed form."""
+        return self._tiles.diagonal()
+
+    def _rebuilt(
+        self, x: Tensor, x_rows: Tensor | None, kernel: Kernel | None = None
+    ) -> KeopsOperator:
+        return KeopsOperator(
+            self.kernel if kernel is None else kernel,
+            x,
+            x_rows,
+            memory_budget=self._tiles.memory_budget,
+        )
+
+
+def import_keops() -> ModuleType:
+    """``pykeops.torch``, imported without a word on standard output.
+
+    Raises:
+        ImportError: pykeops is not installed or does not work here.
+    """
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            import pykeops
+            import pykeops.torch
+
+            pykeops.set_verbose(False)
+    except Exception as error:  # a broken compiler fails in many ways
+        raise ImportError(
+            "the keops operator needs a working pykeops: pip install pykeops, "
+            f"and a C++ compiler ({error})"
+        ) from error
+    return pykeops.torch
+
+
+def keops_is_available() -> bool:
+    """Whether pykeops can be imported."""
+    try:
+        import_keops()
+    except ImportError:
+        return False
+    return True
+
+
+def _reduced(formula: Any, keops: ModuleType, v: Tensor) -> Tensor:
+    with contextlib.redirect_stdout(io.StringIO()):
+        return (formula * keops.Vj(v)).sum(dim=1)
+
+
+def _pieces(v: Tensor) -> Iterator[tuple[Tensor, int]]:
+    """Columns of v (n, k) in pieces of the compiled widths, the last one padded."""
+    start = 0
+    while start < v.shape[1]:
+        left = v.shape[1] - start
+        size = next((size for size in _PIECES if size >= left), _PIECES[-1])
+        width = min(size, left)
+        part = v[:, start : start + width]
+        if width < size:
+            part = torch.nn.functional.pad(part, (0, size - width))
+        yield part.contiguous(), width
+        start += width

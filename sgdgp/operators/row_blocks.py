@@ -1,0 +1,213 @@
+"""K in row blocks that GPyTorch evaluates: the fallback for every other kernel."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from typing import TYPE_CHECKING
+
+import gpytorch
+import torch
+from gpytorch.kernels import GridInterpolationKernel
+from jaxtyping import Float
+from torch import Tensor
+
+from sgdgp.operators.arguments import (
+    check_vectors,
+    index_length,
+    piece,
+    resolve_index,
+    take,
+)
+from sgdgp.operators.base import KernelOperator, RowIndex, row_slices
+from sgdgp.operators.check import check_kernel
+from sgdgp.operators.memory import resolve_budget
+
+if TYPE_CHECKING:
+    from gpytorch.kernels import Kernel
+
+_BASE_COPIES = 6
+_MOST_ROWS = 4096
+
+
+class RowBlocksOperator(KernelOperator):
+    """K(X1, X2) through ``kernel(x1, x2).to_dense()``, a few rows at a time.
+
+    Works for every GPyTorch kernel that is a function of two points, those with
+    several outputs per point included: with T of them the operator has T n rows, and
+    row r belongs to point r // T. The kernel is evaluated as it is at the time of a
+    product; do not change its hyperparameters while a solve is running.
+
+    Args:
+        kernel: A GPyTorch kernel without batch shape.
+        x: Column inputs X2 (n, d).
+        x_rows: Row inputs X1 (m, d). Default: ``x``.
+        memory_budget: Bytes that a row block and what GPyTorch needs to evaluate it
+            may take. Default: half of what is free. At least the rows of one point
+            are evaluated at a time.
+    """
+
+    name = "row_blocks"
+
+    def __init__(
+        self,
+        kernel: Kernel,
+        x: Float[Tensor, "n d"],
+        x_rows: Float[Tensor, "m d"] | None = None,
+        *,
+        memory_budget: int | None = None,
+    ) -> None:
+        super().__init__(kernel, x, x_rows)
+        check_kernel(kernel)
+        self.memory_budget = resolve_budget(memory_budget, self.device)
+        self.outputs_per_input = _outputs_per_input(kernel, self.x)
+        self.kernel = _with_fixed_grids(kernel, self.x, self.x_rows)
+        self._points_per_block = self._affordable_points()
+        self.rows_per_step = self._points_per_block * self.outputs_per_input
+
+    def _affordable_points(self) -> int:
+        """Row points per block, such that GPyTorch's temporaries fit as well.
+
+        Beside the block itself there are distances, exponentials and, for kernels
+        like spectral mixtures, one copy per entry of their largest parameter.
+        """
+        largest = max((p.numel() for p in self.kernel.parameters()), default=1)
+        copies = _BASE_COPIES + 2 * largest
+        per_entry = copies * self.x.element_size()
+        row = self.shape[1] * self.outputs_per_input * per_entry
+        return max(1, min(_MOST_ROWS, self.memory_budget // max(1, row)))
+
+    @torch.no_grad()
+    def _rows_matmul(
+        self, index: RowIndex, v: Float[Tensor, "n k"]
+    ) -> Float[Tensor, "b k"]:
+        check_vectors(v, self.shape[1], self.dtype)
+        index = resolve_index(index, self.shape[0])
+        length = index_length(index)
+        out = v.new_empty(length, v.shape[1])
+        everything = slice(0, self.shape[1])
+        for rows in row_slices(length, self.rows_per_step):
+            torch.mm(self._dense(piece(index, rows), everything), v, out=out[rows])
+        return out
+
+    @torch.no_grad()
+    def block(self, i: RowIndex, j: RowIndex) -> Float[Tensor, "a b"]:
+        """The dense block K[i, j]."""
+        i = resolve_index(i, self.shape[0], "i")
+        j = resolve_index(j, self.shape[1], "j")
+        length = index_length(i)
+        if length <= self.rows_per_step:
+            return self._dense(i, j)
+        out = self.x.new_empty(length, index_length(j))
+        for rows in row_slices(length, self.rows_per_step):
+            out[rows] = self._dense(piece(i, rows), j)
+        return out
+
+    def _dense(self, i: Tensor | slice, j: Tensor | slice) -> Tensor:
+        """K[i, j] in one call of the kernel."""
+        if index_length(i) == 0 or index_length(j) == 0:
+            return self.x.new_zeros(index_length(i), index_length(j))
+        row_points, rows = _points_behind(i, self.outputs_per_input)
+        column_points, columns = _points_behind(j, self.outputs_per_input)
+        x1, x2 = take(self.x_rows, row_points), take(self.x, column_points)
+        dense = _evaluated(self.kernel, x1, x2).to(self.dtype)
+        if rows is not None:
+            dense = take(dense, rows)
+        if columns is not None:
+            dense = dense[:, columns]
+        return dense
+
+    @torch.no_grad()
+    def diagonal(self) -> Float[Tensor, " n"]:
+        """The diagonal of a square operator, from the kernel's own ``diag=True``."""
+        if not self.is_square:
+            raise ValueError("diagonal needs a square operator, this one is a cross")
+        # Kernels that do not know diag=True are evaluated densely by GPyTorch, so
+        # the number of points is bounded as for a square block.
+        size = max(1, min(256, self._points_per_block))
+        return torch.cat(
+            [
+                self._diagonal_of(self.x[points])
+                for points in row_slices(self.x.shape[0], size)
+            ]
+        )
+
+    def _diagonal_of(self, x: Tensor) -> Tensor:
+        with gpytorch.settings.lazily_evaluate_kernels(False):
+            found = gpytorch.kernels.kernel.to_dense(self.kernel(x, diag=True))
+        expected = self.outputs_per_input * x.shape[0]
+        if found.shape != (expected,):
+            found = _evaluated(self.kernel, x, x).diagonal()
+        return found.to(self.dtype)
+
+    def _rebuilt(
+        self, x: Tensor, x_rows: Tensor | None, kernel: Kernel | None = None
+    ) -> RowBlocksOperator:
+        return RowBlocksOperator(
+            self.kernel if kernel is None else kernel,
+            x,
+            x_rows,
+            memory_budget=self.memory_budget,
+        )
+
+
+def _evaluated(kernel: Kernel, x1: Tensor, x2: Tensor) -> Tensor:
+    """kernel(x1, x2) as a tensor; nothing lazy, nothing sent through Lanczos."""
+    with gpytorch.settings.lazily_evaluate_kernels(False):
+        return kernel(x1, x2).to_dense()
+
+
+def _outputs_per_input(kernel: Kernel, x: Tensor) -> int:
+    outputs = kernel.num_outputs_per_input(x, x)
+    if not isinstance(outputs, int):
+        raise ValueError(
+            f"{type(kernel).__name__} must have one number of outputs per input, "
+            f"found {outputs}"
+        )
+    return outputs
+
+
+def _points_behind(
+    index: Tensor | slice, outputs: int
+) -> tuple[Tensor | slice, Tensor | slice | None]:
+    """The points that hold the rows ``index``, and the rows among theirs.
+
+    The second is None when the rows of those points are just what was asked for.
+    """
+    if outputs == 1:
+        return index, None
+    if isinstance(index, slice):
+        first = index.start // outputs
+        points = slice(first, max(first, -(-index.stop // outputs)))
+        offset = first * outputs
+        return points, slice(index.start - offset, index.stop - offset)
+    points, position = torch.unique(index // outputs, return_inverse=True)
+    return points, position * outputs + index % outputs
+
+
+@torch.no_grad()
+def _with_fixed_grids(kernel: Kernel, x: Tensor, x_rows: Tensor) -> Kernel:
+    """The kernel, its interpolation grids placed once for all the data.
+
+    GPyTorch places a dynamic grid anew for the points of every call; seen block by
+    block the kernel would change from one block to the next. A kernel that has such
+    grids is copied, the caller's stays as it is.
+    """
+    if not any(isinstance(m, GridInterpolationKernel) for m in kernel.modules()):
+        return kernel
+    both = (x, x_rows)
+    lowest = torch.stack([points.amin(0) for points in both]).amin(0)
+    highest = torch.stack([points.amax(0) for points in both]).amax(0)
+    kernel = deepcopy(kernel)
+    grids = [m for m in kernel.modules() if isinstance(m, GridInterpolationKernel)]
+    before = [grid.grid_bounds for grid in grids]
+    corners = torch.stack([lowest, highest])
+    _evaluated(kernel, corners, corners)
+    if [grid.grid_bounds for grid in grids] != before:
+        # A grid was placed. A margin, lest rounding of its bounds leave the outermost
+        # points outside.
+        margin = 1e-5 * (highest - lowest)
+        corners = torch.stack([lowest - margin, highest + margin])
+        _evaluated(kernel, corners, corners)
+    for grid in grids:
+        grid.has_initialized_grid.fill_(True)
+    return kernel

@@ -1,0 +1,206 @@
+"""K in tiles that stay in cache: distance, profile and product fused per tile."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from sgdgp.operators.arguments import (
+    check_vectors,
+    index_length,
+    piece,
+    resolve_index,
+    take,
+)
+from sgdgp.operators.base import KernelOperator, RowIndex, row_slices
+from sgdgp.operators.check import check_kernel
+from sgdgp.operators.exact_diagonal import (
+    DiagonalWriter,
+    IndexDiagonal,
+    NoDiagonal,
+    SliceDiagonal,
+    write_where_equal,
+)
+from sgdgp.operators.memory import resolve_budget
+from sgdgp.operators.tile_kernels import Forms, tile_kernel
+
+if TYPE_CHECKING:
+    from gpytorch.kernels import Kernel
+
+_TILE_ROWS = 512
+_TILE_ENTRIES_CPU = 512 * 2048
+_TILE_ENTRIES_GPU = 1024 * 8192
+
+
+@dataclass(frozen=True)
+class _ColumnTiles:
+    """All columns cut into tiles of one width, with their prepared inputs."""
+
+    width: int
+    tiles: tuple[tuple[slice, Forms], ...]
+    edges: Tensor
+
+
+class TiledOperator(KernelOperator):
+    """K(X1, X2) streamed in tiles; memory O(n d) and one small workspace.
+
+    A tile is one matrix product (the distances), a few in-place passes (the
+    profile) and one matrix product with the right factor. Hyperparameters are those
+    at construction.
+
+    Args:
+        kernel: A GPyTorch kernel that has a tile form (see ``tile_kernel``).
+        x: Column inputs X2 (n, d).
+        x_rows: Row inputs X1 (m, d). Default: ``x``.
+        memory_budget: Bytes that the workspace may take. Default: half of what is
+            free; far less is used in any case.
+
+    Raises:
+        ValueError: The kernel has no tile form.
+
+    Example:
+        >>> operator = TiledOperator(gpytorch.kernels.RBFKernel(), torch.randn(100, 3))
+        >>> operator.rows(slice(0, 10)).matmul(torch.randn(100, 2)).shape
+        torch.Size([10, 2])
+    """
+
+    name = "tiled"
+
+    def __init__(
+        self,
+        kernel: Kernel,
+        x: Float[Tensor, "n d"],
+        x_rows: Float[Tensor, "m d"] | None = None,
+        *,
+        memory_budget: int | None = None,
+    ) -> None:
+        super().__init__(kernel, x, x_rows)
+        check_kernel(kernel)
+        tile = tile_kernel(kernel)
+        if tile is None:
+            raise ValueError(
+                f"{type(kernel).__name__} has no tile form; use the row_blocks "
+                "operator, or register_tile_kernel"
+            )
+        self.memory_budget = resolve_budget(memory_budget, self.device)
+        self.tile = tile
+        with torch.no_grad():
+            self.origin = _mean(self.x)
+            self._left = tile.left(self.x_rows, self.origin)
+            self._right = tile.right(self.x, self.origin)
+            self._diagonal = tile.tile_diagonal(self.x) if self.is_square else None
+        self._entries = self._tile_entries()
+        self._strip_rows = max(1, min(_TILE_ROWS, self._entries))
+        self._column_tiles: dict[int, _ColumnTiles] = {}
+        self._spare_workspaces: list[Tensor] = []
+
+    def _tile_entries(self) -> int:
+        """Entries of a tile: what fits the cache, less if the budget says so."""
+        on_gpu = self.device.type != "cpu"
+        preferred = _TILE_ENTRIES_GPU if on_gpu else _TILE_ENTRIES_CPU
+        buffers = 1 + self.tile.scratch
+        affordable = self.memory_budget // (buffers * self.x.element_size())
+        return max(1, min(preferred, affordable))
+
+    def _tiles_for(self, rows: int) -> _ColumnTiles:
+        """Column tiles for strips of ``rows`` rows, cut once per power of two."""
+        height = max(1, min(self._strip_rows, 1 << max(0, rows - 1).bit_length()))
+        if height not in self._column_tiles:
+            width = max(1, min(self._entries // height, self.shape[1]))
+            cuts = list(row_slices(self.shape[1], width))
+            self._column_tiles[height] = _ColumnTiles(
+                width,
+                tuple((cut, tuple(form[cut] for form in self._right)) for cut in cuts),
+                torch.tensor([cut.start for cut in cuts], device=self.device),
+            )
+        return self._column_tiles[height]
+
+    @torch.no_grad()
+    def _rows_matmul(
+        self, index: RowIndex, v: Float[Tensor, "n k"]
+    ) -> Float[Tensor, "b k"]:
+        check_vectors(v, self.shape[1], self.dtype)
+        index = resolve_index(index, self.shape[0])
+        length = index_length(index)
+        out = v.new_zeros(length, v.shape[1])
+        for rows in row_slices(length, self._strip_rows):
+            self._add_strip(piece(index, rows), v, out[rows])
+        return out.mul_(self.tile.factor)
+
+    def _add_strip(self, index: RowIndex, v: Tensor, out: Tensor) -> None:
+        """Add tile[index, :] v to ``out``, for at most ``_strip_rows`` rows."""
+        length = out.shape[0]
+        columns = self._tiles_for(length)
+        left = tuple(take(form, index) for form in self._left)
+        diagonal = self._diagonal_writer(index, columns.edges)
+        flat = self._workspace()
+        width = columns.width
+        entry, *scratch = _buffers(flat, length, width)
+        for cut, right in columns.tiles:
+            if cut.stop - cut.start != width:
+                entry, *scratch = _buffers(flat, length, cut.stop - cut.start)
+            self.tile.tile(left, right, entry, scratch)
+            diagonal.write(entry, cut)
+            out.addmm_(entry, v[cut])
+        self._spare_workspaces.append(flat)
+
+    def _diagonal_writer(self, index: RowIndex, edges: Tensor) -> DiagonalWriter:
+        if self._diagonal is None:
+            return NoDiagonal()
+        if isinstance(index, slice):
+            return SliceDiagonal(self._diagonal, index)
+        return IndexDiagonal(self._diagonal, index, edges)
+
+    def _workspace(self) -> Tensor:
+        """A workspace (buffers, entries); kept between calls, one per caller."""
+        if self._spare_workspaces:
+            return self._spare_workspaces.pop()
+        return self.x.new_empty(1 + self.tile.scratch, self._entries)
+
+    @torch.no_grad()
+    def block(self, i: RowIndex, j: RowIndex) -> Float[Tensor, "a b"]:
+        """The dense block K[i, j]; beside it only one strip of it is in memory."""
+        i = resolve_index(i, self.shape[0], "i")
+        j = resolve_index(j, self.shape[1], "j")
+        right = tuple(take(form, j) for form in self._right)
+        width = index_length(j)
+        out = self.x.new_empty(index_length(i), width)
+        for rows in row_slices(out.shape[0], max(1, self._entries // max(1, width))):
+            strip = piece(i, rows)
+            left = tuple(take(form, strip) for form in self._left)
+            scratch = self.x.new_empty(self.tile.scratch, rows.stop - rows.start, width)
+            self.tile.tile(left, right, out[rows], tuple(scratch))
+            if self._diagonal is not None:
+                write_where_equal(out[rows], strip, j, self._diagonal)
+        return out.mul_(self.tile.factor)
+
+    @torch.no_grad()
+    def diagonal(self) -> Float[Tensor, " n"]:
+        """The diagonal of a square operator, from the closed form."""
+        if self._diagonal is None:
+            raise ValueError("diagonal needs a square operator, this one is a cross")
+        return self.tile.factor * self._diagonal
+
+    def _rebuilt(
+        self, x: Tensor, x_rows: Tensor | None, kernel: Kernel | None = None
+    ) -> TiledOperator:
+        return TiledOperator(
+            self.kernel if kernel is None else kernel,
+            x,
+            x_rows,
+            memory_budget=self.memory_budget,
+        )
+
+
+def _buffers(flat: Tensor, rows: int, columns: int) -> tuple[Tensor, ...]:
+    """Contiguous buffers (rows, columns) inside a workspace (buffers, entries)."""
+    return tuple(flat[:, : rows * columns].unflatten(1, (rows, columns)).unbind())
+
+
+def _mean(x: Tensor) -> Tensor:
+    """The mean point (d,), summed in float64."""
+    return x.mean(0, dtype=torch.float64).to(x.dtype)

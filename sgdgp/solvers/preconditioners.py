@@ -1,0 +1,154 @@
+"""Low-rank-plus-diagonal preconditioners for conjugate gradients.
+
+A preconditioner is a recipe that finds L (n, r) with K ~ L L^T; the rest is
+shared. With D = Sigma, the thin SVD  D^-1/2 L = Q S W^T and c_i = (1 + s_r^2) /
+(1 + s_i^2), s_r the smallest singular value,
+
+    P^-1 = D^-1/2 (I - Q diag(1 - c) Q^T) D^-1/2.
+
+What the factor does not see is taken to be as large as the last thing it saw
+(Frangella et al., 2023). With c_i = 1 / (1 + s_i^2), the textbook inverse, the
+condition number would be the same, but 1 - c_i rounds to one in float32 as soon as
+the noise is seven digits below the largest eigenvalue.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from sgdgp.solvers.system import System
+
+
+class Preconditioner(ABC):
+    """Recipe for a low-rank factor of K."""
+
+    @abstractmethod
+    def factor(
+        self, system: System, generator: torch.Generator
+    ) -> tuple[Float[Tensor, "n r"], float]:
+        """L with K ~ L L^T in float64, and the passes over K it took."""
+
+
+@dataclass(frozen=True)
+class PivotedCholesky(Preconditioner):
+    """Randomly pivoted partial Cholesky in blocks (Chen et al., arXiv:2207.06503).
+
+    Pivots are drawn with probability proportional to the diagonal of what is left,
+    which needs no arbitrary choice where the kernel's diagonal is constant. Costs
+    n r kernel entries: nothing beside one pass.
+
+    Attributes:
+        rank: Columns r. Default: n / 20, at least 100 and at most 1,000.
+        block_size: Pivots drawn at a time.
+    """
+
+    rank: int | None = None
+    block_size: int = 64
+
+    def factor(
+        self, system: System, generator: torch.Generator
+    ) -> tuple[Tensor, float]:
+        """See ``Preconditioner.factor``."""
+        n = system.n
+        rank = min(n, self.rank or default_rank(n))
+        everything = slice(0, n)
+        # Column-major: the columns found so far are one contiguous block.
+        columns = system.rhs.new_zeros(rank, n, dtype=torch.float64)
+        left = system.operator.diagonal().double().clone()
+        total = float(left.sum())
+        done = 0
+        while done < rank and float(left.sum()) > 1e-12 * total:
+            size = min(self.block_size, rank - done, int((left > 0).sum()))
+            pivots = torch.multinomial(
+                left.to(generator.device), size, generator=generator
+            ).to(left.device)
+            block = system.operator.block(pivots, everything).double()
+            block -= columns[:done, pivots].mT @ columns[:done]
+            corner = block[:, pivots]
+            values, vectors = torch.linalg.eigh(0.5 * (corner + corner.mT))
+            kept = values > 1e-10 * values[-1].clamp_min(0)
+            found = (vectors[:, kept] / values[kept].sqrt()).mT @ block
+            columns[done : done + len(found)] = found
+            left -= found.square().sum(0)
+            left[pivots] = 0.0
+            left.clamp_(min=0.0)
+            done += len(found)
+            if len(found) == 0:
+                break
+        return columns[:done].mT, done / n
+
+
+@dataclass(frozen=True)
+class Nystrom(Preconditioner):
+    """Randomised Nystrom approximation (Frangella, Tropp & Udell, 2023).
+
+    K ~ (K O)(O^T K O)^-1 (K O)^T with a Gaussian sketch O (n, r). One pass over K
+    with r columns; the best low-rank factor per rank, dear where r is large.
+
+    Attributes:
+        rank: Columns r of the sketch. Default: 100.
+    """
+
+    rank: int = 100
+
+    def factor(
+        self, system: System, generator: torch.Generator
+    ) -> tuple[Tensor, float]:
+        """See ``Preconditioner.factor``."""
+        n = system.n
+        sketch = torch.randn(
+            n,
+            min(n, self.rank),
+            generator=generator,
+            device=generator.device,
+            dtype=system.rhs.dtype,
+        ).to(system.rhs.device)
+        sketch = torch.linalg.qr(sketch).Q
+        image = system.operator.matmul(sketch).double()
+        core = sketch.double().mT @ image
+        core = 0.5 * (core + core.mT)
+        # Rounding of the product, not of float64, limits what is known of K.
+        shift = torch.finfo(system.rhs.dtype).eps * float(core.diagonal().sum())
+        values, vectors = torch.linalg.eigh(core)
+        kept = values > shift
+        return image @ (vectors[:, kept] / values[kept].sqrt()), 1.0
+
+
+@dataclass(frozen=True)
+class Inverse:
+    """The inverse of L L^T + Sigma, ready to apply."""
+
+    scale: Float[Tensor, "n 1"]
+    basis: Float[Tensor, "n r"]
+    shrinkage: Float[Tensor, "r 1"]
+
+    def __call__(self, r: Float[Tensor, "n k"]) -> Float[Tensor, "n k"]:
+        """P^-1 r."""
+        scaled = r * self.scale
+        scaled -= self.basis @ (self.shrinkage * (self.basis.mT @ scaled))
+        return scaled.mul_(self.scale)
+
+
+def inverse_of(factor: Float[Tensor, "n r"], system: System) -> Inverse:
+    """The preconditioner's inverse in the system's dtype."""
+    scale = system.noise.double().rsqrt()
+    scaled = factor * scale
+    # Eigenvectors of the small Gram matrix, then one QR against lost orthogonality.
+    gram = scaled.mT @ scaled
+    values, vectors = torch.linalg.eigh(0.5 * (gram + gram.mT))
+    kept = values > 1e-14 * values[-1:].clamp_min(0)
+    values, vectors = values[kept], vectors[:, kept]
+    basis = torch.linalg.qr((scaled @ vectors) / values.sqrt()).Q
+    dtype = system.rhs.dtype
+    shrinkage = (1.0 - (1.0 + values[:1]) / (1.0 + values)).unsqueeze(1)
+    return Inverse(scale.to(dtype), basis.to(dtype), shrinkage.to(dtype))
+
+
+def default_rank(n: int) -> int:
+    """Rank whose setup and use stay small beside a pass over K."""
+    return min(n, max(100, min(1000, n // 20)))

@@ -1,0 +1,111 @@
+"""The linear system (K + Sigma) V = B in the form every solver works on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from sgdgp.checks import check_finite, check_same
+from sgdgp.operators.base import KernelOperator, row_slices
+
+
+@dataclass(frozen=True)
+class System:
+    """(K + Sigma) V = B with every column of B scaled to unit norm.
+
+    Attributes:
+        operator: K (n, n).
+        noise: The diagonal of Sigma (n, 1).
+        rhs: B with unit columns (n, k); a zero column stays zero.
+        scale: Norms of the given columns (k,); one for a zero column.
+    """
+
+    operator: KernelOperator
+    noise: Float[Tensor, "n 1"]
+    rhs: Float[Tensor, "n k"]
+    scale: Float[Tensor, " k"]
+
+    @property
+    def n(self) -> int:
+        """Number of equations."""
+        return self.rhs.shape[0]
+
+    def product(self, v: Tensor) -> Tensor:
+        """(K + Sigma) v, one pass."""
+        return self.operator.matmul(v).addcmul_(self.noise, v)
+
+    def residual(self, v: Tensor) -> Tensor:
+        """B - (K + Sigma) v (n, k), one pass."""
+        return self.product(v).neg_().add_(self.rhs)
+
+    def permuted(self, order: Tensor) -> System:
+        """The system with its equations and unknowns in another order."""
+        return System(
+            self.operator.permuted(order),
+            self.noise[order],
+            self.rhs[order],
+            self.scale,
+        )
+
+
+def as_system(operator: KernelOperator, noise: Tensor | float, rhs: Tensor) -> System:
+    """Check the arguments of a solve and normalise its columns.
+
+    Raises:
+        ValueError: A shape, dtype, device or value does not fit.
+    """
+    n, columns = operator.shape
+    if n != columns:
+        raise ValueError(f"operator: expected a square operator, found {n} x {columns}")
+    if rhs.ndim != 2 or rhs.shape[0] != n or rhs.shape[1] == 0:
+        raise ValueError(f"rhs: expected shape ({n}, k), found {tuple(rhs.shape)}")
+    check_same("rhs", rhs, "operator", operator.x)
+    check_finite("rhs", rhs)
+    noise = torch.as_tensor(noise, dtype=rhs.dtype, device=rhs.device)
+    if noise.ndim > 1 or (noise.ndim == 1 and noise.shape[0] not in (1, n)):
+        raise ValueError(
+            f"noise: expected a number or shape ({n},), found {tuple(noise.shape)}"
+        )
+    if not bool((torch.isfinite(noise) & (noise > 0)).all()):
+        raise ValueError(
+            "noise: expected positive finite variances, found a smallest of "
+            f"{float(noise.min())}"
+        )
+    norms = rhs.norm(dim=0)
+    scale = torch.where(norms > 0, norms, torch.ones_like(norms))
+    return System(operator, noise.reshape(-1, 1).expand(n, 1), rhs / scale, scale)
+
+
+def initial_weights(system: System, initial: Tensor | None) -> Tensor:
+    """Starting point (n, k) in the system's scale; zero by default.
+
+    Raises:
+        ValueError: The shape, dtype or values do not fit.
+    """
+    if initial is None:
+        return torch.zeros_like(system.rhs)
+    if initial.shape != system.rhs.shape:
+        raise ValueError(
+            f"initial: expected shape {tuple(system.rhs.shape)}, found "
+            f"{tuple(initial.shape)}"
+        )
+    check_same("initial", initial, "rhs", system.rhs)
+    check_finite("initial", initial)
+    return initial / system.scale
+
+
+def accurate_residual(system: System, v: Tensor) -> Tensor:
+    """Relative residual of every column (k,), accumulated in float64."""
+    squares = torch.zeros(v.shape[1], dtype=torch.float64, device=v.device)
+    for rows in row_slices(system.n, system.operator.rows_per_step):
+        product = system.operator.rows(rows).matmul(v).double()
+        difference = (
+            system.rhs[rows].double()
+            - product
+            - system.noise[rows].double() * v[rows].double()
+        )
+        squares += difference.square().sum(0)
+    return squares.sqrt()

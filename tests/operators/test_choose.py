@@ -1,0 +1,88 @@
+"""Which operator is chosen, and which kernels are refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from gpytorch.kernels import (
+    InducingPointKernel,
+    RBFKernel,
+    RBFKernelGradGrad,
+    ScaleKernel,
+)
+from gpytorch.likelihoods import GaussianLikelihood
+
+from sgdgp.operators import check_kernel, choose_operator, operator_by_name
+from tests.operators.kernel_cases import CASES, L1Kernel
+
+
+@pytest.mark.parametrize(
+    ("kernel", "budget", "name"),
+    [
+        (RBFKernel(), 100 * 100 * 4, "dense"),
+        (RBFKernel(), 100 * 100 * 4 - 1, "tiled"),
+        (L1Kernel(), 100 * 100 * 4, "dense"),
+        (L1Kernel(), 100 * 100 * 4 - 1, "row_blocks"),
+        (RBFKernel(), None, "dense"),
+    ],
+)
+def test_the_choice_follows_the_memory_budget(kernel, budget, name):
+    operator = choose_operator(kernel, torch.zeros(100, 2), memory_budget=budget)
+    assert operator.name == name
+
+
+def test_a_kernel_with_two_outputs_needs_four_times_the_memory():
+    x = torch.zeros(50, 5, dtype=torch.float64)
+    kernel = CASES["multitask"].kernel()
+    needed = (2 * 50) ** 2 * 8
+    assert choose_operator(kernel, x, memory_budget=needed).name == "dense"
+    assert choose_operator(kernel, x, memory_budget=needed - 1).name == "row_blocks"
+
+
+@pytest.mark.parametrize("name", ["dense", "tiled", "row_blocks"])
+def test_an_operator_can_be_asked_for_by_name(name):
+    operator = operator_by_name(name, RBFKernel(), torch.zeros(5, 2))
+    assert operator.name == name
+    assert operator_by_name("auto", RBFKernel(), torch.zeros(5, 2)).name == "dense"
+
+
+def test_an_unknown_name_is_answered_with_the_known_ones():
+    with pytest.raises(ValueError, match=r"'auto', 'dense', .*found 'lazy'"):
+        operator_by_name("lazy", RBFKernel(), torch.zeros(5, 2))
+
+
+def test_a_budget_that_is_not_positive_is_refused():
+    with pytest.raises(ValueError, match="memory_budget must be a positive"):
+        choose_operator(RBFKernel(), torch.zeros(5, 2), memory_budget=0)
+
+
+def _inducing():
+    return InducingPointKernel(RBFKernel(), torch.zeros(2, 1), GaussianLikelihood())
+
+
+@pytest.mark.parametrize(
+    "kernel",
+    [_inducing(), ScaleKernel(_inducing()), RBFKernelGradGrad()],
+    ids=["inducing", "scaled inducing", "second derivatives"],
+)
+def test_kernels_that_are_no_functions_of_two_points_are_refused_by_name(kernel):
+    with pytest.raises(ValueError, match=r"(InducingPoint|RBF)Kernel.*not supported"):
+        choose_operator(kernel, torch.zeros(5, 1))
+
+
+def test_kernels_with_a_batch_shape_are_refused():
+    kernel = ScaleKernel(RBFKernel(batch_shape=torch.Size([2])))
+    with pytest.raises(ValueError, match=r"batch_shape \(2,\)"):
+        check_kernel(kernel)
+
+
+def test_parameters_that_are_not_finite_are_named():
+    kernel = ScaleKernel(RBFKernel())
+    kernel.base_kernel.raw_lengthscale.data.fill_(float("nan"))
+    with pytest.raises(ValueError, match=r"base_kernel\.raw_lengthscale is not finite"):
+        check_kernel(kernel)
+
+
+def test_what_is_no_kernel_is_refused():
+    with pytest.raises(TypeError, match=r"gpytorch\.kernels\.Kernel, found Linear"):
+        check_kernel(torch.nn.Linear(1, 1))

@@ -1,0 +1,122 @@
+"""Rows, blocks, diagonals and products agree with to_dense() for every kernel."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+
+import hypothesis
+import hypothesis.strategies as st
+import pytest
+import torch
+
+from sgdgp.operators import (
+    DenseOperator,
+    RowBlocksOperator,
+    TiledOperator,
+    choose_operator,
+    tile_kernel,
+)
+from tests.operators.kernel_cases import CASES, tolerance
+
+DTYPES = {"float64": torch.float64, "float32": torch.float32}
+
+
+def agree(found: torch.Tensor, truth: torch.Tensor, dtype: torch.dtype) -> None:
+    assert found.dtype == dtype
+    assert found.shape == truth.shape
+    assert not found.requires_grad
+    torch.testing.assert_close(
+        found.double(), truth, rtol=0, atol=tolerance(truth, dtype)
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
+@pytest.mark.parametrize("name", CASES)
+@hypothesis.given(
+    n=st.integers(1, 23),
+    m=st.integers(1, 9),
+    k=st.integers(1, 4),
+    seed=st.integers(0, 1000),
+    rows=st.lists(st.integers(0, 10**6), min_size=1, max_size=12),
+    columns=st.lists(st.integers(0, 10**6), min_size=1, max_size=12),
+    cuts=st.tuples(st.integers(0, 30), st.integers(0, 30)),
+    budget=st.sampled_from([2**10, 2**14, 2**30]),
+)
+@hypothesis.settings(max_examples=5, phases=[hypothesis.Phase.generate])
+def test_the_operator_is_the_kernel_matrix(
+    name, dtype, n, m, k, seed, rows, columns, cuts, budget
+):
+    case = CASES[name]
+    kernel = case.kernel(seed).to(dtype)
+    x, x_new = case.x(n, seed).to(dtype), case.x(m, seed + 1).to(dtype)
+    streaming = TiledOperator if case.tiled else RowBlocksOperator
+    operators = [
+        streaming(kernel, x, memory_budget=budget),
+        choose_operator(kernel, x, memory_budget=2**30),
+    ]
+    assert isinstance(operators[1], DenseOperator)
+    exact = deepcopy(kernel).double()
+    if name == "grid_interpolation":  # which of all grids is up to the operator
+        operators = operators[:1]
+        exact = deepcopy(operators[0].kernel).double()
+    truth = exact(x.double()).to_dense().detach()
+    size = truth.shape[0]
+    i = torch.tensor(rows) % size
+    j = torch.tensor(columns, dtype=torch.int32) % size
+    cut = slice(min(cuts) % size, max(cuts) % size + 1)
+    generator = torch.Generator().manual_seed(seed)
+    v = torch.randn(size, k, generator=generator, dtype=torch.float64).to(dtype)
+    w = v.double()
+
+    for operator in operators:
+        assert operator.shape == (size, size)
+        agree(operator.matmul(v), truth @ w, dtype)
+        agree(operator.rows(i).matmul(v), truth[i] @ w, dtype)
+        agree(operator.rows(cut) @ v, truth[cut] @ w, dtype)
+        agree(operator.rows(i).to_dense(), truth[i], dtype)
+        agree(operator.block(i, j), truth[i][:, j.long()], dtype)
+        agree(operator.block(cut, j), truth[cut][:, j.long()], dtype)
+        agree(operator.block(i, cut), truth[i][:, cut], dtype)
+        agree(operator.block(cut, cut), truth[cut, cut], dtype)
+        agree(operator.diagonal(), truth.diagonal(), dtype)
+
+    crosses = [operator.cross(x_new) for operator in operators]
+    if name == "grid_interpolation":
+        exact = deepcopy(crosses[0].kernel).double()
+    cross_truth = exact(x_new.double(), x.double()).to_dense().detach()
+    for cross in crosses:
+        assert cross.shape == cross_truth.shape
+        agree(cross.matmul(v), cross_truth @ w, dtype)
+        agree(cross.block(slice(None), j), cross_truth[:, j.long()], dtype)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_tile_forms_exist_for_exactly_the_kernels_that_are_known(name):
+    assert (tile_kernel(CASES[name].kernel()) is not None) == CASES[name].tiled
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_products_are_linear_and_the_matrix_is_symmetric(name):
+    case = CASES[name]
+    operator = choose_operator(case.kernel(3), case.x(17, 3), memory_budget=2**12)
+    size = operator.shape[0]
+    generator = torch.Generator().manual_seed(0)
+    a, b = torch.randn(2, size, 2, generator=generator, dtype=torch.float64)
+    combined = operator @ (2 * a - 3 * b)
+    torch.testing.assert_close(combined, 2 * (operator @ a) - 3 * (operator @ b))
+    torch.testing.assert_close((operator @ a).T @ b, a.T @ (operator @ b))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_permuted_operator_is_the_operator_of_the_permuted_points(name):
+    case = CASES[name]
+    kernel, x = case.kernel(5), case.x(9, 5)
+    order = torch.randperm(9, generator=torch.Generator().manual_seed(0))
+    operator = choose_operator(kernel, x, memory_budget=2**30)
+    permuted = operator.permuted(order)
+    everything = slice(0, operator.shape[0])
+    if name == "grid_interpolation":
+        kernel = permuted.source.kernel
+    torch.testing.assert_close(
+        permuted.block(everything, everything), kernel(x[order]).to_dense().detach()
+    )
