@@ -1,0 +1,1 @@
+"""Reproductions and measurements; run from the repository root."""

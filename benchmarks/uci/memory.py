@@ -1,0 +1,37 @@
+"""Peak memory of this process.
+
+``ru_maxrss`` will not do: on Linux a child inherits the high-water mark its parent
+had when it started it. ``VmHWM`` belongs to the address space, which is new in a
+new process, so it is the peak of that process alone.
+"""
+
+from __future__ import annotations
+
+import resource
+import sys
+from pathlib import Path
+
+_STATUS = Path("/proc/self/status")
+_MEMINFO = Path("/proc/meminfo")
+
+
+def peak_rss_mb() -> float:
+    """Largest resident set of this process so far, in units of 1e6 bytes."""
+    if _STATUS.exists():
+        return _kilobytes(_STATUS, "VmHWM") * 1024 / 1e6
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
+
+
+def available_bytes() -> float:
+    """Memory that can be had without swapping; infinite where it is not known."""
+    if _MEMINFO.exists():
+        return _kilobytes(_MEMINFO, "MemAvailable") * 1024
+    return float("inf")
+
+
+def _kilobytes(path: Path, key: str) -> int:
+    for line in path.read_text().splitlines():
+        if line.startswith(f"{key}:"):
+            return int(line.split()[1])
+    raise OSError(f"{path} has no {key}")
