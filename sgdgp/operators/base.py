@@ -122,17 +122,7 @@ class KernelOperator(ABC):
         return self._rebuilt(self.x, x_new)
 
     def permuted(self, order: Tensor) -> KernelOperator:
-        """The square operator over the points ``x[order]``.
-
-        Raises:
-            ValueError: Every point has several rows (multi-output kernels).
-        """
-        if self.outputs_per_input != 1:
-            raise ValueError(
-                "operator: this solver reorders rows, which a kernel with "
-                f"{self.outputs_per_input} outputs per input does not allow; use CG or "
-                "Cholesky"
-            )
+        """The square operator over the points ``x[order]``."""
         return self._rebuilt(self.x[order], None)
 
     def streaming(self) -> KernelOperator:

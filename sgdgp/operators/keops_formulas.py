@@ -101,7 +101,7 @@ def _stationary(profile: Callable[[Any, Any], Any]) -> _Formula:
 
 def _matern32(tile: Matern32Tile, d2: Lazy) -> Lazy:
     u = d2.sqrt()
-    return (u + tile.at_zero) * (u * -_LN2).exp()
+    return (u * _LN2 + tile.at_zero) * (u * -_LN2).exp()
 
 
 def _matern52(tile: Matern52Tile, d2: Lazy) -> Lazy:

@@ -32,6 +32,12 @@ _LOG2_E = 1.0 / math.log(2.0)
 _TINY = 1e-30  # rsqrt is finite there and d2 * rsqrt(d2) = 1e-15 is zero distance
 
 
+def _minus_root(d2: Tensor, power: Tensor) -> Tensor:
+    """Replace d2 by -sqrt(d2): rsqrt and one fused pass beat sqrt and a negation."""
+    torch.rsqrt(d2.clamp_min_(_TINY), out=power)
+    return torch.addcmul(d2.new_zeros(()), d2, power, value=-1.0, out=d2)
+
+
 def select(x: Tensor, dims: Tensor | None) -> Tensor:
     """The columns ``dims`` of x (n, d), or all of them."""
     return x if dims is None else x.index_select(-1, dims.to(x.device))
@@ -103,26 +109,21 @@ class Matern12Tile(StationaryTile):
         return _LOG2_E
 
     def profile(self, d2: Tensor, scratch: Sequence[Tensor]) -> None:
-        d2.clamp_min_(_TINY)
-        d2.mul_(torch.rsqrt(d2, out=scratch[0])).neg_().exp2_()
+        _minus_root(d2, scratch[0]).exp2_()
 
 
 class Matern32Tile(StationaryTile):
-    """(1 + s) exp(-s), s = sqrt(3) r: ln 2 times (u + log2 e) / 2^u, u = s log2 e."""
+    """(1 + s) exp(-s), s = sqrt(3) r: 2^-u + ln 2 u 2^-u with u = s log2(e)."""
 
     @property
     def input_scale(self) -> float:
         return math.sqrt(3.0) * _LOG2_E
 
-    @property
-    def at_zero(self) -> float:
-        return _LOG2_E
-
     def profile(self, d2: Tensor, scratch: Sequence[Tensor]) -> None:
         power = scratch[0]
-        u = d2.clamp_min_(_TINY).mul_(torch.rsqrt(d2, out=power))
-        torch.exp2(u, out=power)
-        u.add_(_LOG2_E).div_(power)
+        minus_u = _minus_root(d2, power)
+        torch.exp2(minus_u, out=power)
+        torch.addcmul(power, power, minus_u, value=-math.log(2.0), out=minus_u)
 
 
 class Matern52Tile(StationaryTile):
@@ -223,7 +224,7 @@ def _(kernel: MaternKernel, dims: Tensor | None) -> TileKernel:
     if kernel.nu == 0.5:
         return Matern12Tile(1.0, dims, inverse)
     if kernel.nu == 1.5:
-        return Matern32Tile(math.log(2.0), dims, inverse)
+        return Matern32Tile(1.0, dims, inverse)
     return Matern52Tile(math.log(2.0) ** 2 / 3.0, dims, inverse)
 
 

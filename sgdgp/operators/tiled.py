@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from gpytorch.kernels import Kernel
 
 _TILE_ROWS = 512
-_TILE_ENTRIES_CPU = 512 * 2048
+_TILE_ENTRIES_CPU = 512 * 1024
 _TILE_ENTRIES_GPU = 1024 * 8192
 
 
@@ -126,7 +126,8 @@ class TiledOperator(KernelOperator):
         check_vectors(v, self.shape[1], self.dtype)
         index = resolve_index(index, self.shape[0])
         length = index_length(index)
-        out = v.new_zeros(length, v.shape[1])
+        # A product written transposed wastes nothing on a ragged last group of columns.
+        out = v.new_zeros(v.shape[1], length).mT
         for rows in row_slices(length, self._strip_rows):
             self._add_strip(piece(index, rows), v, out[rows])
         return out.mul_(self.tile.factor)
@@ -145,7 +146,7 @@ class TiledOperator(KernelOperator):
                 entry, *scratch = _buffers(flat, length, cut.stop - cut.start)
             self.tile.tile(left, right, entry, scratch)
             diagonal.write(entry, cut)
-            out.addmm_(entry, v[cut])
+            out.mT.addmm_(v[cut].mT, entry.mT)
         self._spare_workspaces.append(flat)
 
     def _diagonal_writer(self, index: RowIndex, edges: Tensor) -> DiagonalWriter:

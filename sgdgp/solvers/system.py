@@ -42,7 +42,17 @@ class System:
         return self.product(v).neg_().add_(self.rhs)
 
     def permuted(self, order: Tensor) -> System:
-        """The system with its equations and unknowns in another order."""
+        """The system with its equations and unknowns in another order.
+
+        Raises:
+            ValueError: Every point has several rows (multi-output kernels).
+        """
+        if self.operator.outputs_per_input != 1:
+            raise ValueError(
+                "operator: this solver reorders rows, which a kernel with "
+                f"{self.operator.outputs_per_input} outputs per input does not allow; "
+                "use CG or Cholesky"
+            )
         return System(
             self.operator.permuted(order),
             self.noise[order],
