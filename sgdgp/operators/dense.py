@@ -83,6 +83,10 @@ class DenseOperator(KernelOperator):
         """The diagonal of a square operator, without computing the rest of K."""
         return self.source.diagonal()
 
+    def streaming(self) -> KernelOperator:
+        """The operator that fills K."""
+        return self.source
+
     def cross(self, x_new: Float[Tensor, "m d"]) -> KernelOperator:
         """K(X_new, X) as a streaming operator (m, n): used once, so not stored."""
         return self.source.cross(x_new)

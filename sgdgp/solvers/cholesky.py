@@ -13,15 +13,17 @@ the true matrix, and the jitter is reported.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from sgdgp.checks import check_count, check_positive
 from sgdgp.operators.base import KernelOperator, row_slices
 from sgdgp.solvers.base import Callback, Reason, Recorder, Solution, Solver
-from sgdgp.solvers.system import System, as_system
+from sgdgp.solvers.system import System, as_system, initial_weights
 
 _BLOCK = 512
 _JITTERS = (0.0, 1e-12, 1e-10, 1e-8, 1e-6)
@@ -42,6 +44,11 @@ class Cholesky(Solver):
 
     name = "cholesky"
 
+    def __post_init__(self) -> None:
+        if self.tolerance is not None:
+            check_positive("tolerance", self.tolerance)
+        check_count("max_refinements", self.max_refinements, 0)
+
     def solve(
         self,
         operator: KernelOperator,
@@ -54,6 +61,7 @@ class Cholesky(Solver):
     ) -> Solution:
         """Solve (K + Sigma) V = B; see ``Solver.solve``. ``initial`` is not needed."""
         given = as_system(operator, noise, rhs)
+        initial_weights(given, initial)
         record = Recorder(callback)
         system = System(
             operator.streaming().to(torch.float64),
@@ -61,7 +69,26 @@ class Cholesky(Solver):
             given.rhs.double(),
             given.scale.double(),
         )
-        factor, jitter, passes = factorise(system)
+        untouched = torch.ones_like(given.scale)
+
+        def advance() -> None:
+            # Until the factor is there the solution is zero and its residual one.
+            if record(1.0, untouched, exact=True, weights=lambda: 0.0 * rhs):
+                raise _Stopped
+
+        try:
+            factor, jitter, passes = factorise(system, advance)
+        except _Stopped:
+            return Solution(
+                solver=self.name,
+                operator=operator.name,
+                weights=0.0 * rhs,
+                residuals=untouched,
+                passes=1.0,
+                seconds=record.seconds,
+                reason="interrupted",
+                history=tuple(record.history),
+            )
         weights = solve_factored(factor, system.rhs)
         tolerance = self.tolerance or (1e-8 if rhs.dtype == torch.float64 else 1e-3)
 
@@ -92,6 +119,10 @@ class Cholesky(Solver):
                 break
             weights, residual, norms = refined, refined_residual, refined_norms
             interrupted = record(passes, norms, exact=True, weights=current)
+        # Rounding the weights of a nearly singular system can undo the solve.
+        lost = ~(norms <= 1.0)
+        weights = torch.where(lost, 0.0, weights)
+        norms = torch.where(lost, system.rhs.norm(dim=0), norms)
         reason: Reason = "stagnated"
         if float(norms.max()) <= tolerance:
             reason = "converged"
@@ -123,8 +154,18 @@ class Cholesky(Solver):
         )
 
 
-def factorise(system: System) -> tuple[Tensor, float, float]:
+class _Stopped(Exception):
+    """The callback asked to stop while the factor was being computed."""
+
+
+def factorise(
+    system: System, advance: Callable[[], None] | None = None
+) -> tuple[Tensor, float, float]:
     """Lower Cholesky factor of K + Sigma, with the jitter and passes it took.
+
+    Args:
+        system: The system, in float64.
+        advance: Called now and then while the work goes on.
 
     Returns:
         The factor (n, n), whose strict upper triangle is not to be read; the
@@ -141,7 +182,7 @@ def factorise(system: System) -> tuple[Tensor, float, float]:
         _fill(matrix, system)
         matrix.diagonal().add_(system.noise[:, 0] + jitter)
         passes += 1.0
-        if factorise_(matrix):
+        if factorise_(matrix, advance=advance):
             return matrix, jitter, passes
     raise RuntimeError(
         "K + Sigma is not positive definite even with a jitter of "
@@ -149,14 +190,25 @@ def factorise(system: System) -> tuple[Tensor, float, float]:
     )
 
 
-def factorise_(matrix: Float[Tensor, "n n"], block: int = _BLOCK) -> bool:
+def factorise_(
+    matrix: Float[Tensor, "n n"],
+    block: int = _BLOCK,
+    advance: Callable[[], None] | None = None,
+) -> bool:
     """Overwrite the lower triangle with the Cholesky factor, in place.
+
+    Args:
+        matrix: Symmetric matrix; only the lower triangle is read.
+        block: Columns at a time.
+        advance: Called after every eighth block.
 
     Returns:
         Whether the matrix was positive definite; if not, its content is lost.
     """
     n = matrix.shape[0]
-    for start in range(0, n, block):
+    for count, start in enumerate(range(0, n, block)):
+        if advance is not None and count % 8 == 7:
+            advance()
         stop = min(start + block, n)
         panel = matrix[start:, start:stop]
         if start:

@@ -6,10 +6,16 @@ from sgdgp.operators.base import KernelOperator
 from sgdgp.solvers.base import Solver
 from sgdgp.solvers.cholesky import Cholesky
 from sgdgp.solvers.conjugate_gradients import CG
+from sgdgp.solvers.preconditioners import PivotedCholesky, default_rank
 from sgdgp.solvers.sdd import SDD
 
 CHOLESKY_ROWS = 20_000
 """Largest n for which the direct solve is the default: n^3 / 3 stays in seconds."""
+
+SMALLEST_RANK = 100
+"""A preconditioner of a lower rank is not worth choosing CG for."""
+
+_BYTES_PER_RANK = 40  # per row: two float64 copies while it is built, and slack
 
 
 def choose_solver(
@@ -18,8 +24,8 @@ def choose_solver(
     """Turn "auto" or a name into a solver.
 
     The rule of "auto": Cholesky up to 20,000 rows when its float64 factor fits the
-    memory budget; CG with a pivoted-Cholesky preconditioner as long as that
-    preconditioner fits; SDD beyond.
+    memory budget; CG with a pivoted-Cholesky preconditioner of rank n / 20, at most
+    1,000, or as much of it as fits the budget but no less than 100; SDD beyond.
 
     Args:
         solver: A solver, "auto", "cholesky", "cg" or "sdd".
@@ -42,7 +48,7 @@ def choose_solver(
     n = operator.shape[0]
     if n <= CHOLESKY_ROWS and 8 * n * n <= memory_budget:
         return Cholesky()
-    # The preconditioner is built in float64 and kept in the data's dtype.
-    if 24 * n * 1000 <= memory_budget:
-        return CG()
+    rank = min(default_rank(n), memory_budget // (_BYTES_PER_RANK * n))
+    if rank >= SMALLEST_RANK:
+        return CG(preconditioner=PivotedCholesky(rank=rank))
     return SDD()

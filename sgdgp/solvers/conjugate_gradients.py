@@ -35,6 +35,7 @@ from sgdgp.solvers.system import System, as_system, initial_weights
 
 _REPLACE_EVERY = 50
 _STALLED_CHECKS = 4
+_STALLED_GAIN = 1e-5
 
 
 @dataclass(frozen=True)
@@ -87,18 +88,20 @@ class CG(Solver):
             passes += 1.0
         norms = residual.norm(dim=0)
 
-        def weights() -> Tensor:
-            return best * system.scale
-
-        claims = _REPLACE_EVERY
-        stalled = 0
         reason: Reason | None = None
         if float(norms.max()) <= self.tolerance:
             reason = "converged"
         run = _Recurrence(system, best, residual, torch.arange(len(norms)), apply)
+
+        def weights() -> Tensor:
+            now = best.clone()
+            now[:, run.columns] = run.weights
+            return now * system.scale
+
+        stalled = 0
         while reason is None:
-            before = float(norms.max())
-            for _ in range(claims):
+            before = run.energy_gained()
+            for _ in range(_REPLACE_EVERY):
                 running = norms.clone()
                 running[run.columns] = run.step()
                 passes += 1.0
@@ -111,20 +114,24 @@ class CG(Solver):
             better = exact < norms[run.columns]
             best[:, run.columns[better]] = run.weights[:, better]
             norms[run.columns[better]] = exact[better]
-            stalled = stalled + 1 if float(norms.max()) > 0.95 * before else 0
             if record(passes, norms, exact=True, weights=weights):
                 reason = "interrupted"
-            elif float(norms.max()) <= self.tolerance:
+            # The residual may rise for hundreds of iterations while the error in the
+            # norm of H still falls: only the energy tells whether CG stands still.
+            gained = run.energy_gained() - before
+            moves = bool((gained > _STALLED_GAIN * run.energy_gained().abs()).any())
+            stalled = 0 if moves or bool(better.any()) else stalled + 1
+            if float(norms.max()) <= self.tolerance:
                 reason = "converged"
             elif passes >= self.max_passes or self._out_of_time(record):
                 reason = reason or "budget"
             elif stalled >= _STALLED_CHECKS:
-                reason = "stagnated"
+                reason = reason or "stagnated"
             run = run.without(exact <= self.tolerance)
         return Solution(
             solver=self.name,
             operator=operator.name,
-            weights=weights(),
+            weights=best * system.scale,
             residuals=norms,
             passes=passes,
             seconds=record.seconds,
@@ -212,6 +219,10 @@ class _Recurrence:
         norms = self._residual.norm(dim=0)
         self._energy = (self._residual * self._preconditioned()).sum(0)
         return torch.where(torch.isfinite(norms), norms, torch.inf)
+
+    def energy_gained(self) -> Tensor:
+        """v^T (b + r) = -2 (1/2 v^T H v - v^T b): what CG increases, per column."""
+        return (self.weights * (self._system.rhs + self._residual)).sum(0)
 
     def without(self, done: Tensor) -> _Recurrence:
         """The recurrences of the columns that are not done."""

@@ -135,15 +135,20 @@ class Inverse:
 
 
 def inverse_of(factor: Float[Tensor, "n r"], system: System) -> Inverse:
-    """The preconditioner's inverse in the system's dtype."""
+    """The preconditioner's inverse in the system's dtype; overwrites ``factor``.
+
+    Memory beside the factor: 8 n r bytes, and n r in the system's dtype.
+    """
     scale = system.noise.double().rsqrt()
-    scaled = factor * scale
-    # Eigenvectors of the small Gram matrix, then one QR against lost orthogonality.
-    gram = scaled.mT @ scaled
+    factor *= scale
+    gram = factor.mT @ factor
     values, vectors = torch.linalg.eigh(0.5 * (gram + gram.mT))
-    kept = values > 1e-14 * values[-1:].clamp_min(0)
+    kept = values > 1e-12 * values[-1:].clamp_min(0)
     values, vectors = values[kept], vectors[:, kept]
-    basis = torch.linalg.qr((scaled @ vectors) / values.sqrt()).Q
+    basis = factor @ (vectors / values.sqrt())
+    # The Gram matrix squares the condition number: one more Cholesky-QR step.
+    corner = torch.linalg.cholesky(basis.mT @ basis)
+    basis = torch.linalg.solve_triangular(corner.mT, basis, upper=True, left=False)
     dtype = system.rhs.dtype
     shrinkage = (1.0 - (1.0 + values[:1]) / (1.0 + values)).unsqueeze(1)
     return Inverse(scale.to(dtype), basis.to(dtype), shrinkage.to(dtype))

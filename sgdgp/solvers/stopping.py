@@ -30,7 +30,7 @@ class Monitor:
     """
 
     def __init__(
-        self, tolerance: float, start: Tensor, patience: float = 100.0
+        self, tolerance: float, start: Tensor, patience: float = 300.0
     ) -> None:
         self._tolerance = tolerance
         self._patience = patience

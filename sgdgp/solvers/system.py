@@ -84,9 +84,20 @@ def as_system(operator: KernelOperator, noise: Tensor | float, rhs: Tensor) -> S
             "noise: expected positive finite variances, found a smallest of "
             f"{float(noise.min())}"
         )
-    norms = rhs.norm(dim=0)
-    scale = torch.where(norms > 0, norms, torch.ones_like(norms))
-    return System(operator, noise.reshape(-1, 1).expand(n, 1), rhs / scale, scale)
+    # Two steps: the squares of very large or small columns leave the float range.
+    largest = rhs.abs().amax(dim=0)
+    largest = torch.where(largest > 0, largest, torch.ones_like(largest))
+    norms = (rhs / largest).norm(dim=0)
+    norms = torch.where(norms > 0, norms, torch.ones_like(norms))
+    scale = norms * largest
+    if not bool(torch.isfinite(scale).all()):
+        raise ValueError(f"rhs: a column's norm is beyond the range of {rhs.dtype}")
+    return System(
+        operator,
+        noise.reshape(-1, 1).expand(n, 1),
+        (rhs / largest).div_(norms),
+        scale,
+    )
 
 
 def initial_weights(system: System, initial: Tensor | None) -> Tensor:
