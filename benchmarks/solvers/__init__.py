@@ -1,0 +1,1 @@
+"""Timings of the solvers and operators on synthetic data."""
