@@ -125,6 +125,10 @@ class KernelOperator(ABC):
         """The square operator over the points ``x[order]``."""
         return self._rebuilt(self.x[order], None)
 
+    def unfilled(self) -> KernelOperator:
+        """The same operator without entries it may have stored (itself, mostly)."""
+        return self
+
     def streaming(self) -> KernelOperator:
         """An operator over the same points that holds no matrix (itself, mostly)."""
         return self

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import TYPE_CHECKING
 
 import torch
@@ -82,6 +83,12 @@ class DenseOperator(KernelOperator):
     def diagonal(self) -> Float[Tensor, " n"]:
         """The diagonal of a square operator, without computing the rest of K."""
         return self.source.diagonal()
+
+    def unfilled(self) -> DenseOperator:
+        """The same operator, to be filled anew at its first product."""
+        other = copy.copy(self)
+        other._entries = None
+        return other
 
     def streaming(self) -> KernelOperator:
         """The operator that fills K."""

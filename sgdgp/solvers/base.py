@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from sgdgp.checks import check_positive
 from sgdgp.operators.base import KernelOperator
 
 Reason: TypeAlias = Literal[
@@ -117,6 +118,20 @@ class Solver(ABC):
         Raises:
             ValueError: An argument does not fit; named, with what was found.
         """
+
+
+def check_limits(
+    tolerance: float, max_passes: float, max_seconds: float | None
+) -> None:
+    """Refuse a tolerance or budget that no solve could honour.
+
+    Raises:
+        ValueError: One of them is not positive and finite.
+    """
+    check_positive("tolerance", tolerance)
+    check_positive("max_passes", max_passes)
+    if max_seconds is not None:
+        check_positive("max_seconds", max_seconds)
 
 
 class Recorder:

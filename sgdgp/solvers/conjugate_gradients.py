@@ -22,9 +22,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sgdgp.checks import check_positive
 from sgdgp.operators.base import KernelOperator
-from sgdgp.solvers.base import Callback, Reason, Recorder, Solution, Solver
+from sgdgp.solvers.base import (
+    Callback,
+    Reason,
+    Recorder,
+    Solution,
+    Solver,
+    check_limits,
+)
 from sgdgp.solvers.preconditioners import (
     Inverse,
     PivotedCholesky,
@@ -57,10 +63,7 @@ class CG(Solver):
     name = "cg"
 
     def __post_init__(self) -> None:
-        check_positive("tolerance", self.tolerance)
-        check_positive("max_passes", self.max_passes)
-        if self.max_seconds is not None:
-            check_positive("max_seconds", self.max_seconds)
+        check_limits(self.tolerance, self.max_passes, self.max_seconds)
 
     def solve(
         self,

@@ -34,9 +34,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sgdgp.checks import check_positive
+from sgdgp.checks import check_count, check_positive
 from sgdgp.operators.base import KernelOperator, row_slices
-from sgdgp.solvers.base import Callback, Reason, Recorder, Solution, Solver
+from sgdgp.solvers.base import (
+    Callback,
+    Reason,
+    Recorder,
+    Solution,
+    Solver,
+    check_limits,
+)
 from sgdgp.solvers.step_size import Spectrum, StepRule, estimate_spectrum, step_rule
 from sgdgp.solvers.stopping import Monitor
 from sgdgp.solvers.system import (
@@ -74,12 +81,9 @@ class SDD(Solver):
     name = "sdd"
 
     def __post_init__(self) -> None:
-        check_positive("tolerance", self.tolerance)
-        check_positive("max_passes", self.max_passes)
-        if self.max_seconds is not None:
-            check_positive("max_seconds", self.max_seconds)
-        if self.block_size is not None and self.block_size < 1:
-            raise ValueError(f"block_size: expected at least 1, got {self.block_size}")
+        check_limits(self.tolerance, self.max_passes, self.max_seconds)
+        if self.block_size is not None:
+            check_count("block_size", self.block_size, 1)
         if self.momentum is not None and not 0 <= self.momentum < 1:
             raise ValueError(f"momentum: expected [0, 1), found {self.momentum}")
         if self.step_size is not None:
@@ -160,7 +164,8 @@ class SDD(Solver):
                 reason = monitor.verdict(norms, passes)
             if record(passes, norms, exact=exact, weights=weights):
                 reason = reason or "interrupted"
-            if passes >= self.max_passes or (
+            # The true residual at the end is part of the budget.
+            if passes + 1.0 >= self.max_passes or (
                 self.max_seconds is not None and record.seconds >= self.max_seconds
             ):
                 reason = reason or "budget"
