@@ -22,18 +22,16 @@ def check_finite(name: str, value: Tensor) -> None:
 
 
 def check_matrix(name: str, value: Tensor, columns: int | None = None) -> None:
-    """Refuse anything but a non-empty floating-point matrix.
+    """Refuse anything but a non-empty matrix in float32 or float64.
 
     Raises:
-        TypeError: Not a tensor, or not floating point.
+        TypeError: Not a tensor, or of another dtype.
         ValueError: Not two-dimensional, empty, or the wrong number of columns.
     """
     if not torch.is_tensor(value):
         raise TypeError(f"{name}: expected a torch.Tensor, found {type(value)}")
-    if not value.dtype.is_floating_point:
-        raise TypeError(
-            f"{name}: expected a floating-point tensor, found {value.dtype}"
-        )
+    if value.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"{name}: expected float32 or float64, found {value.dtype}")
     if value.ndim != 2:
         raise ValueError(f"{name}: expected shape (n, d), found {tuple(value.shape)}")
     if value.numel() == 0:
@@ -81,3 +79,31 @@ def check_positive(name: str, value: float) -> None:
     """
     if not 0 < value < float("inf"):
         raise ValueError(f"{name}: expected a positive finite number, found {value}")
+
+
+def check_finite_parameters(name: str, module: torch.nn.Module) -> None:
+    """Refuse NaN or infinite parameters, by name.
+
+    A value that sits on the bound of its constraint is fine, although GPyTorch keeps
+    it as minus infinity: ``likelihood.noise = 1e-4`` is one.
+
+    Args:
+        name: What the module is to the caller, such as "model".
+        module: Module whose parameters may have GPyTorch constraints.
+
+    Raises:
+        ValueError: Names the first offending parameter.
+    """
+    for path, parameter in module.named_parameters():
+        if torch.isfinite(parameter).all():
+            continue
+        owner, _, local = path.rpartition(".")
+        constraint = getattr(
+            module.get_submodule(owner), f"{local}_constraint", torch.nn.Identity()
+        )
+        value = getattr(constraint, "transform", constraint)(parameter)
+        if not (torch.isfinite(value) & (value > 0)).all():
+            raise ValueError(
+                f"{name}: parameter {path!r} must be finite, found "
+                f"{parameter.detach().flatten()[:4].tolist()}"
+            )

@@ -23,7 +23,6 @@ from gpytorch.likelihoods import FixedNoiseGaussianLikelihood, Likelihood
 from gpytorch.models import ExactGP
 from jaxtyping import Float
 from linear_operator.operators import (
-    AddedDiagLinearOperator,
     ConstantDiagLinearOperator,
     ConstantMulLinearOperator,
     DiagLinearOperator,
@@ -31,6 +30,8 @@ from linear_operator.operators import (
     SumLinearOperator,
 )
 from torch import Tensor
+
+from sgdgp.checks import check_finite_parameters
 
 
 class UnsupportedModelError(ValueError):
@@ -97,15 +98,21 @@ def prior_of(model: ExactGP, probe: Float[Tensor, "n d"]) -> Prior:
     Raises:
         UnsupportedModelError: ``forward`` returns a covariance that is not built
             from kernels between pairs of points, or has a batch shape.
-        ValueError: A parameter is NaN or infinite.
+        ValueError: A parameter is NaN or infinite, or ``forward`` fails.
     """
     frozen = _frozen_copy(model)
-    check_parameters(frozen)
+    check_finite_parameters("model", frozen)
     transform = getattr(frozen, "input_transform", None)
     inputs = probe[:2] if transform is None else transform(probe[:2])
-    prior = _call_forward(frozen, inputs)
+    try:
+        prior = _call_forward(frozen, inputs)
+    except RuntimeError as error:
+        raise ValueError(
+            f"x: the model cannot be evaluated at inputs with {probe.shape[1]} "
+            f"columns: {error}"
+        ) from error
     covariance = prior.lazy_covariance_matrix
-    if prior.loc.ndim != 1:
+    if prior.loc.shape != (len(inputs),):
         raise UnsupportedModelError(
             f"model: expected a prior without batch shape, found mean of shape "
             f"{tuple(prior.loc.shape)} for {len(inputs)} inputs (batch and "
@@ -116,7 +123,9 @@ def prior_of(model: ExactGP, probe: Float[Tensor, "n d"]) -> Prior:
     kernel = _scaled(leaves[0].operator.kernel, leaves[0].scale) if plain else None
     if kernel is None:
         kernel = _kernel_over_columns(leaves)
-    return Prior(frozen, kernel, _nugget(covariance), _target_scale(frozen), plain)
+    found = Prior(frozen, kernel, _nugget(covariance), _target_scale(frozen), plain)
+    _check_pointwise(found, probe[:2])
+    return found
 
 
 def noise_of(likelihood: Likelihood, x: Float[Tensor, "n d"]) -> Float[Tensor, " n"]:
@@ -180,8 +189,8 @@ def has_fixed_noise(likelihood: Likelihood) -> bool:
 def raw_training_data(model: ExactGP) -> tuple[Tensor | None, Tensor | None]:
     """The model's training inputs (n, d) before transforms, and targets in its units.
 
-    BoTorch models hold transformed inputs in eval mode; reading them from a copy in
-    train mode gives the user's own.
+    BoTorch models hold transformed inputs in eval mode, and the user's own beside
+    them.
     """
     inputs = getattr(model, "train_inputs", None)
     if inputs is None or model.train_targets is None:
@@ -193,20 +202,6 @@ def raw_training_data(model: ExactGP) -> tuple[Tensor | None, Tensor | None]:
             f"model: expected one training input tensor, found {len(inputs)}"
         )
     return inputs[0], model.train_targets
-
-
-def check_parameters(module: torch.nn.Module) -> None:
-    """Refuse NaN or infinite parameters, by name.
-
-    Raises:
-        ValueError: Names the first offending parameter.
-    """
-    for name, parameter in module.named_parameters():
-        if not torch.isfinite(parameter).all():
-            raise ValueError(
-                f"model: parameter {name!r} must be finite, found "
-                f"{parameter.detach().flatten()[:4].tolist()}"
-            )
 
 
 def differentiable_block(
@@ -225,6 +220,21 @@ def _frozen_copy(model: ExactGP) -> ExactGP:
     frozen.prediction_strategy = None
     frozen.eval()
     return frozen.requires_grad_(False)
+
+
+def _check_pointwise(prior: Prior, probe: Tensor) -> None:
+    """Refuse a forward that scales or centres its inputs by the batch it is given."""
+    with torch.no_grad():
+        together = prior.evaluate(probe)
+        alone = [prior.evaluate(row) for row in probe.split(1)]
+    for whole, *parts in zip(together, *alone, strict=True):
+        tolerance = 1e-3 * whole.abs().max().clamp_min(1e-6)
+        if not bool((whole - torch.cat(parts)).abs().le(tolerance).all()):
+            raise UnsupportedModelError(
+                "model: forward gives a point another mean or other kernel inputs when "
+                "other points are beside it, so the prior is not a function of two "
+                "points; scale or centre inputs by constants, not by the batch"
+            )
 
 
 def _call_forward(model: ExactGP, x: Tensor) -> MultivariateNormal:
@@ -248,6 +258,11 @@ class _Leaf:
 def _leaves(covariance: LinearOperator, scale: Any = None) -> Iterator[_Leaf]:
     """Flatten a tree of sums and constant multiples into kernel evaluations."""
     if isinstance(covariance, LazyEvaluatedKernelTensor):
+        if covariance.x1 is not covariance.x2:
+            raise UnsupportedModelError(
+                f"model: forward calls a {type(covariance.kernel).__name__} on two "
+                "different sets of points; expected kernel(x)"
+            )
         yield _Leaf(covariance, scale)
     elif isinstance(covariance, SumLinearOperator):
         for term in covariance.linear_ops:
@@ -268,20 +283,22 @@ def _leaves(covariance: LinearOperator, scale: Any = None) -> Iterator[_Leaf]:
 
 
 def _nugget(covariance: LinearOperator) -> float:
-    if isinstance(covariance, AddedDiagLinearOperator | SumLinearOperator):
-        return sum(
-            float(term.diag_values.flatten()[0])
-            for term in covariance.linear_ops
-            if isinstance(term, ConstantDiagLinearOperator)
-        )
+    if isinstance(covariance, ConstantDiagLinearOperator):
+        return float(covariance.diag_values.flatten()[0])
+    if isinstance(covariance, SumLinearOperator):
+        return sum(_nugget(term) for term in covariance.linear_ops)
+    if isinstance(covariance, ConstantMulLinearOperator):
+        return float(covariance._constant) * _nugget(covariance.base_linear_op)
     return 0.0
 
 
 def _reads(leaf: LazyEvaluatedKernelTensor, inputs: Tensor) -> bool:
-    """Whether the kernel is called on the model's inputs themselves."""
-    active = leaf.kernel.active_dims
-    seen = inputs if active is None else inputs.index_select(-1, active)
-    return leaf.x1.shape == seen.shape and bool(torch.equal(leaf.x1, seen))
+    """Whether the kernel is called on the model's inputs themselves.
+
+    Equal values would not be enough: relu(x) equals x on some inputs and not on
+    others. Kernels with active dims see a selection, never the inputs themselves.
+    """
+    return leaf.kernel.active_dims is None and leaf.x1 is inputs
 
 
 def _kernel_over_columns(leaves: list[_Leaf]) -> Kernel:
@@ -289,15 +306,23 @@ def _kernel_over_columns(leaves: list[_Leaf]) -> Kernel:
     terms, start = [], 0
     for leaf in leaves:
         width = leaf.operator.x1.shape[-1]
-        # A shallow copy shares the parameters; only its columns are its own.
-        kernel = copy.copy(leaf.operator.kernel)
-        kernel._buffers = dict(kernel._buffers)
+        kernel = _sharing_parameters(leaf.operator.kernel)
         kernel.active_dims = torch.arange(
             start, start + width, device=leaf.operator.x1.device
         )
         terms.append(_scaled(kernel, leaf.scale))
         start += width
     return terms[0] if len(terms) == 1 else AdditiveKernel(*terms)
+
+
+def _sharing_parameters(kernel: Kernel) -> Kernel:
+    """A kernel with the same parameters and sub-kernels, but columns of its own."""
+    # copy.copy will not do: GPyTorch's kernels hand on their __dict__ itself, so a
+    # change of the copy is a change of the original.
+    shared: Kernel = object.__new__(type(kernel))
+    shared.__dict__ = dict(kernel.__dict__)
+    shared.__dict__["_buffers"] = dict(kernel._buffers)
+    return shared
 
 
 def _scaled(kernel: Kernel, scale: Tensor | None) -> Kernel:
@@ -308,9 +333,9 @@ def _scaled(kernel: Kernel, scale: Tensor | None) -> Kernel:
             f"model: a kernel is multiplied by {scale.tolist()} in forward; expected "
             "one positive number"
         )
+    # It takes over the kernel's active dims and calls its forward past them.
     outer = ScaleKernel(kernel).to(dtype=scale.dtype, device=scale.device)
     outer.outputscale = scale.detach()
-    outer.active_dims = None
     return outer.requires_grad_(False)
 
 
@@ -318,7 +343,8 @@ def _target_scale(model: ExactGP) -> TargetScale:
     transform = getattr(model, "outcome_transform", None)
     if transform is None:
         return TargetScale()
-    points = torch.tensor([[0.0], [1.0], [2.0]], dtype=model.train_targets.dtype)
+    # In float64, so that a large shift does not hide the scale.
+    points = torch.tensor([[0.0], [1.0], [2.0]], dtype=torch.float64)
     untransformed = transform.untransform(points.to(model.train_targets.device))[0]
     zero, one, two = untransformed.flatten().tolist()
     if abs((two - one) - (one - zero)) > 1e-6 * max(abs(two - zero), 1e-300):

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 # Workers share the cores instead of fighting over them. This has to stand before the
 # first import of torch and KeOps: OpenMP reads it once.
 _workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-_threads = max(1, (os.cpu_count() or 1) // _workers)
-os.environ.setdefault("OMP_NUM_THREADS", str(_threads))
+_share = max(1, (os.cpu_count() or 1) // _workers)
+_threads = int(os.environ.setdefault("OMP_NUM_THREADS", str(_share)))
 os.environ.setdefault("MPLBACKEND", "Agg")
 
 import hypothesis

@@ -11,7 +11,7 @@ import torch
 from gpytorch.kernels import Kernel
 from torch import Tensor
 
-from sgdgp.checks import check_count
+from sgdgp.checks import check_count, check_finite_parameters
 from sgdgp.features.base import FeatureMap
 
 
@@ -244,12 +244,7 @@ def check_parameters(kernel: Kernel) -> None:
             f"{type(kernel).__name__} has batch shape {tuple(kernel.batch_shape)}; "
             "expected one kernel (an empty batch shape)"
         )
-    for name, parameter in kernel.named_parameters():
-        if not torch.isfinite(parameter).all():
-            raise ValueError(
-                f"parameter {name} of {type(kernel).__name__} is not finite: "
-                f"{parameter.detach().flatten()[:5].tolist()}"
-            )
+    check_finite_parameters(type(kernel).__name__, kernel)
 
 
 def features_of(kernel: Kernel, request: FeatureRequest) -> FeatureMap:

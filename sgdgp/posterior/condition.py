@@ -29,8 +29,8 @@ DEFAULT_FEATURES = 16_384
 
 def condition(
     model: ExactGP,
-    x: Float[Tensor, "n d"] | None = None,
-    y: Float[Tensor, " n"] | None = None,
+    x: Float[Tensor, "n d"] | Float[Tensor, " n"] | None = None,
+    y: Float[Tensor, " n"] | Float[Tensor, "n 1"] | None = None,
     *,
     solver: Solver | str = "auto",
     num_samples: int = 64,
@@ -69,7 +69,7 @@ def condition(
         UnsupportedModelError: The prior is not a function of two points.
         NoRandomFeatures: The kernel has no random features and n is too large for
             exact prior draws.
-        TypeError: x, y or the likelihood is of the wrong kind.
+        TypeError: Data, settings or the likelihood are of the wrong kind.
         ValueError: Data, parameters or settings do not fit; says which and why.
 
     Example:
@@ -78,6 +78,13 @@ def condition(
     """
     check_count("num_samples", num_samples, 0)
     check_count("num_features", num_features, 1)
+    if memory_budget is not None:
+        check_count("memory_budget", memory_budget, 1)
+    if not isinstance(solver, Solver | str):
+        raise TypeError(
+            f"solver: expected a Solver such as SDD(), or a name, found {solver!r}"
+        )
+    generator = _generator(seed)
     given = y is not None
     x, y = _data(model, x, y)
     prior = prior_of(model, x)
@@ -102,7 +109,6 @@ def condition(
         progress=progress,
         callback=callback,
     )
-    generator = _generator(seed)
     start = time.perf_counter()
     draws = problem.draw_prior(num_samples, generator)
     rhs = torch.cat(
@@ -119,7 +125,7 @@ def condition(
     )
 
     def redraw(k: int, seed: int | torch.Generator) -> SampleFunctions:
-        return problem.redraw(k, _generator(seed), solution.weights[:, :1])
+        return problem.redraw(k, _draw_generator(seed), solution.weights[:, :1])
 
     return PathwisePosterior(solution, num_samples, timings, paths, redraw)
 
@@ -178,8 +184,13 @@ class _Problem:
             torch.no_grad(),
             progress_bar(self.progress, self.solver.name, self.callback) as callback,
         ):
+            # Whatever the solve stores of K goes with it; the posterior keeps none.
             return self.solver.solve(
-                self.operator, self.noise, rhs, generator=generator, callback=callback
+                self.operator.unfilled(),
+                self.noise,
+                rhs,
+                generator=generator,
+                callback=callback,
             )
 
     def redraw(
@@ -223,11 +234,11 @@ def _data(model: ExactGP, x: Tensor | None, y: Tensor | None) -> tuple[Tensor, T
     if y.shape != (x.shape[0],):
         raise ValueError(f"y: expected shape ({x.shape[0]},), found {tuple(y.shape)}")
     check_same("y", y, "x", x)
-    check_finite("x", x)
-    check_finite("y", y)
     parameter = next(model.parameters(), None)
     if parameter is not None:
         check_same("x", x, "the model's parameters", parameter)
+    check_finite("x", x)
+    check_finite("y", y)
     return x.detach(), y.detach()
 
 
@@ -238,4 +249,15 @@ def _generator(seed: int | torch.Generator) -> torch.Generator:
         raise TypeError(
             f"seed: expected an int or a torch.Generator, found {type(seed).__name__}"
         )
+    if not -(2**63) <= seed < 2**64:
+        raise ValueError(f"seed: expected an integer of 64 bits, found {seed}")
     return torch.Generator().manual_seed(seed)
+
+
+def _draw_generator(seed: int | torch.Generator) -> torch.Generator:
+    """A stream of its own: draw(seed=s) is independent of condition(seed=s)."""
+    generator = _generator(seed)
+    if isinstance(seed, torch.Generator):
+        return generator
+    _, other = torch.randint(2**62, (2,), generator=generator).tolist()
+    return generator.manual_seed(other)

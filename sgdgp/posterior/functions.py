@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 import torch
 from jaxtyping import Float
@@ -20,6 +21,9 @@ from sgdgp.gpytorch_adapter import Prior
 from sgdgp.operators.base import KernelOperator, row_slices
 from sgdgp.posterior.cross import cross_product
 from sgdgp.solvers.base import Solution
+
+Points: TypeAlias = Float[Tensor, "*b n d"] | Float[Tensor, " n"]
+"""Inputs (..., n, d), or (n,) where d is one."""
 
 _ROWS = 4096
 """Points evaluated at a time."""
@@ -49,7 +53,8 @@ class ConditionedPaths:
         """Posterior mean (n,) and zero-mean sample values (n, s), model's units."""
         wanted = slice(0, None if num_deviations is None else 1 + num_deviations)
         means, deviations = [], []
-        for rows in row_slices(x.shape[0], _ROWS):
+        # An empty x is one empty slice.
+        for rows in list(row_slices(x.shape[0], _ROWS)) or [slice(0, 0)]:
             prior_mean, inputs = self.prior.evaluate(x[rows])
             update = cross_product(self.operator, inputs, self.weights[:, wanted])
             means.append(prior_mean + update[:, 0])
@@ -91,7 +96,7 @@ class SampleFunctions:
     paths: ConditionedPaths = field(repr=False)
     solution: Solution
 
-    def __call__(self, x: Float[Tensor, "*b n d"]) -> Float[Tensor, "s *b n"]:
+    def __call__(self, x: Points) -> Float[Tensor, "s *b n"]:
         """Function values at x, in the units of the targets.
 
         Args:
@@ -107,4 +112,4 @@ class SampleFunctions:
         mean, deviations = self.paths.mean_and_deviations(flat)
         units = self.paths.prior.target_scale
         values = units.shift + units.scale * (mean.unsqueeze(1) + deviations)
-        return values.mT.reshape(-1, *shape)
+        return values.mT.reshape(values.shape[1], *shape)

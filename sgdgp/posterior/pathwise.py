@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from sgdgp.checks import check_count
 from sgdgp.gpytorch_adapter import has_fixed_noise, noise_of
 from sgdgp.operators.base import row_slices
-from sgdgp.posterior.functions import ConditionedPaths, SampleFunctions
+from sgdgp.posterior.functions import ConditionedPaths, Points, SampleFunctions
 from sgdgp.solvers.base import Solution
 
 
@@ -59,11 +59,11 @@ class PathwisePosterior:
         self._need_samples("functions")
         return SampleFunctions(self._paths, self.solution)
 
-    def __call__(self, x: Float[Tensor, "*b n d"]) -> Float[Tensor, "s *b n"]:
+    def __call__(self, x: Points) -> Float[Tensor, "s *b n"]:
         """Values of the sample functions; same as ``samples``."""
         return self.samples(x)
 
-    def mean(self, x: Float[Tensor, "*b n d"]) -> Float[Tensor, "*b n"]:
+    def mean(self, x: Points) -> Float[Tensor, "*b n"]:
         """Posterior mean (n',), differentiable in x.
 
         Args:
@@ -77,7 +77,7 @@ class PathwisePosterior:
         units = self._paths.prior.target_scale
         return (units.shift + units.scale * mean).reshape(shape)
 
-    def variance(self, x: Float[Tensor, "*b n d"]) -> Float[Tensor, "*b n"]:
+    def variance(self, x: Points) -> Float[Tensor, "*b n"]:
         """Posterior variance of the function (n',), without observation noise.
 
         Args:
@@ -92,7 +92,7 @@ class PathwisePosterior:
         scale = self._paths.prior.target_scale.scale
         return (scale**2 * deviations.square().mean(1)).reshape(shape)
 
-    def samples(self, x: Float[Tensor, "*b n d"]) -> Float[Tensor, "s *b n"]:
+    def samples(self, x: Points) -> Float[Tensor, "s *b n"]:
         """Joint samples (num_samples, n'): the same functions on every call.
 
         Args:
@@ -118,7 +118,7 @@ class PathwisePosterior:
 
     def predict(
         self,
-        x: Float[Tensor, "n d"],
+        x: Points,
         *,
         observation_noise: bool | Tensor = False,
         batch_size: int | None = None,
@@ -172,10 +172,18 @@ class PathwisePosterior:
     def _noise_at(self, x: Tensor, wanted: bool | Tensor) -> Tensor | None:
         scale = self._paths.prior.target_scale.scale
         if isinstance(wanted, Tensor):
-            if wanted.shape != (len(x),) or not bool((wanted > 0).all()):
+            if wanted.shape != (len(x),):
                 raise ValueError(
-                    f"observation_noise: expected {len(x)} positive variances, found "
-                    f"shape {tuple(wanted.shape)}"
+                    f"observation_noise: expected {len(x)} variances, one per point, "
+                    f"found shape {tuple(wanted.shape)}"
+                )
+            bad = ~(torch.isfinite(wanted) & (wanted > 0))
+            if bad.any():
+                first = int(bad.nonzero()[0])
+                raise ValueError(
+                    "observation_noise: expected positive finite variances, found "
+                    f"{int(bad.sum())} that are not, the first at index {first}: "
+                    f"{float(wanted[first])}"
                 )
             return wanted.to(x)
         if not wanted:

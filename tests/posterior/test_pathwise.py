@@ -1,0 +1,362 @@
+"""Mean, samples and gradients agree with the closed form for every kernel."""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import pytest
+import torch
+from gpytorch.distributions import MultivariateNormal
+from gpytorch.kernels import (
+    CosineKernel,
+    MaternKernel,
+    PiecewisePolynomialKernel,
+    RBFKernel,
+    ScaleKernel,
+)
+from gpytorch.likelihoods import FixedNoiseGaussianLikelihood
+
+import sgdgp
+from sgdgp.posterior import Marginals
+from tests.models import FEATURE_KERNELS, closed_form, gp, own_posterior, toy_data
+
+SAMPLES = 4096
+GROUP = 64  # prior draws that share random features
+NOISE = 0.1
+
+
+def new_points(n: int = 8, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    return toy_data(n, seed=1, dtype=dtype)[0]
+
+
+def truth(model, x):
+    return closed_form(
+        model.kernel,
+        model.train_inputs[0],
+        model.train_targets,
+        x,
+        noise=float(model.likelihood.noise.detach()),
+        mean=float(model.mean_module.constant.detach()),
+    )
+
+
+@functools.cache
+def many_samples(name):
+    """A model with n = 100 and its posterior of 4,096 samples."""
+    model = gp(FEATURE_KERNELS[name](), n=100, noise=NOISE)
+    return model, sgdgp.condition(
+        model, solver="cholesky", num_samples=SAMPLES, num_features=1024, seed=5
+    )
+
+
+def worst_and_mean_square(statistics):
+    return float(statistics.abs().max()), float(statistics.square().mean())
+
+
+@pytest.mark.parametrize("n", [300, 1000])
+@pytest.mark.parametrize("name", FEATURE_KERNELS)
+def test_mean_is_the_closed_form(name, n):
+    model, x = gp(FEATURE_KERNELS[name](), n=n, noise=NOISE), new_points()
+    posterior = sgdgp.condition(model, solver="cholesky", num_samples=0)
+    expected, _ = truth(model, x)
+    torch.testing.assert_close(posterior.mean(x), expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", FEATURE_KERNELS)
+def test_samples_have_the_closed_forms_mean_and_covariance(name):
+    """Student's t of every entry, over 64 independent groups of 64 samples.
+
+    Samples of a group share their random features, so the groups, not the samples,
+    are the independent observations. 44 entries with 63 degrees of freedom exceed
+    4.5 with probability 0.001.
+    """
+    model, posterior = many_samples(name)
+    x = new_points()
+    mean, covariance = truth(model, x)
+    centred = (posterior.samples(x) - mean).reshape(-1, GROUP, len(x))
+    root = math.sqrt(len(centred))
+
+    means = centred.mean(1)
+    t_mean = root * means.mean(0) / means.std(0)
+
+    upper = torch.triu_indices(len(x), len(x)).unbind()
+    seconds = (centred.mT @ centred / GROUP)[:, upper[0], upper[1]]
+    error = seconds.std(0) / root
+    t_covariance = (seconds.mean(0) - covariance[upper]) / error
+
+    worst, mean_square = worst_and_mean_square(torch.cat([t_mean, t_covariance]))
+    assert worst < 4.5
+    assert mean_square < 3.0
+    # The test can see: its standard error of a variance is at most 5 %.
+    diagonal = upper[0] == upper[1]
+    assert bool((error[diagonal] < 0.05 * covariance.diagonal()).all())
+
+
+@pytest.mark.parametrize("name", FEATURE_KERNELS)
+def test_variance_is_that_of_the_samples_around_the_solved_mean(name):
+    _, posterior = many_samples(name)
+    x = new_points()
+    deviations = posterior.samples(x) - posterior.mean(x)
+    torch.testing.assert_close(posterior.variance(x), deviations.square().mean(0))
+
+
+@pytest.mark.parametrize("name", FEATURE_KERNELS)
+def test_gradients_of_mean_and_samples_agree_with_finite_differences(name):
+    model = gp(FEATURE_KERNELS[name](), noise=NOISE)
+    posterior = sgdgp.condition(model, num_samples=3, num_features=512)
+    functions = posterior.draw(2, seed=9)
+    training_point = model.train_inputs[0][:1]
+    x = torch.cat([new_points(4), training_point])
+
+    def values(at):
+        return torch.cat(
+            [posterior.mean(at)[None], posterior.samples(at), functions(at)]
+        )
+
+    at = x.clone().requires_grad_()
+    rows = values(at)
+    gradients = torch.stack(
+        [torch.autograd.grad(row.sum(), at, retain_graph=True)[0] for row in rows]
+    )
+    # Small: features of a Matern-1/2 kernel have frequencies in the thousands.
+    step = 1e-6
+    for column in range(x.shape[1]):
+        shift = torch.zeros(x.shape[1], dtype=x.dtype)
+        shift[column] = step
+        expected = (values(x + shift) - values(x - shift)) / (2 * step)
+        torch.testing.assert_close(
+            gradients[..., column], expected, rtol=1e-5, atol=1e-5
+        )
+
+
+def test_values_with_a_graph_are_those_without():
+    model = gp(FEATURE_KERNELS["sum"](), n=60)
+    posterior = sgdgp.condition(model, num_samples=3, num_features=512)
+    x = new_points()
+    graph = posterior.samples(x.clone().requires_grad_())
+    torch.testing.assert_close(graph.detach(), posterior.samples(x))
+    assert not posterior.samples(x).requires_grad
+
+
+@pytest.fixture(scope="module")
+def posterior():
+    return sgdgp.condition(gp(n=60), num_samples=70, num_features=256)
+
+
+def test_draws_with_one_seed_are_the_same_functions(posterior):
+    x = new_points()
+    assert torch.equal(posterior.draw(3, seed=4)(x), posterior.draw(3, seed=4)(x))
+
+
+def test_draws_with_different_seeds_differ(posterior):
+    x = new_points()
+    assert not torch.allclose(
+        posterior.draw(3, seed=4)(x), posterior.draw(3, seed=5)(x)
+    )
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_draws_are_new_even_with_the_seed_of_the_posterior(seed):
+    posterior = sgdgp.condition(gp(), num_samples=3, num_features=256, seed=seed)
+    x = new_points()
+    assert not torch.allclose(posterior.draw(3, seed=seed)(x), posterior.samples(x))
+
+
+def test_draws_follow_a_generator(posterior):
+    x = new_points()
+    stream = torch.Generator().manual_seed(3)
+    first, second = posterior.draw(2, seed=stream)(x), posterior.draw(2, seed=stream)(x)
+    assert not torch.allclose(first, second)
+
+
+def test_draws_have_the_posteriors_distribution():
+    model, posterior = many_samples("matern_32")
+    x = new_points(4)
+    mean, covariance = truth(model, x)
+    centred = (posterior.draw(1024, seed=2)(x) - mean).reshape(-1, GROUP, len(x))
+    seconds = centred.square().mean(1)
+    t = (seconds.mean(0) - covariance.diagonal()) / (seconds.std(0) / 4.0)
+    # 16 groups, so Student's t with 15 degrees of freedom: 4.9 is 0.0002.
+    assert float(t.abs().max()) < 4.9
+
+
+def test_draws_share_the_posteriors_mean(posterior):
+    drawn = posterior.draw(2).paths.weights[:, 0]
+    assert torch.equal(drawn, posterior.solution.weights[:, 0])
+
+
+def test_draws_report_their_own_solve(posterior):
+    functions = posterior.draw(5)
+    assert functions.solution.weights.shape == (60, 5)
+    assert functions.solution.reason == "converged"
+    assert functions(new_points()).shape == (5, 8)
+
+
+def test_samples_are_the_same_functions_on_every_call(posterior):
+    x = new_points(50)
+    assert torch.equal(posterior.samples(x), posterior.samples(x))
+    assert torch.equal(posterior(x), posterior.samples(x))
+    assert torch.equal(posterior.functions(x), posterior.samples(x))
+
+
+@pytest.mark.parametrize("size", [1, 7, 50])
+def test_samples_do_not_depend_on_how_x_is_batched(posterior, size):
+    x = new_points(50)
+    parts = torch.cat([posterior.samples(rows) for rows in x.split(size)], 1)
+    torch.testing.assert_close(parts, posterior.samples(x))
+
+
+def test_more_points_than_are_evaluated_at_a_time(posterior, monkeypatch):
+    x = new_points(50)
+    expected = posterior.mean(x), posterior.samples(x)
+    monkeypatch.setattr("sgdgp.posterior.functions._ROWS", 7)
+    torch.testing.assert_close((posterior.mean(x), posterior.samples(x)), expected)
+
+
+def test_batch_dimensions_of_x_come_out_again(posterior):
+    x = new_points(24).reshape(2, 3, 4, 2)
+    flat = x.reshape(24, 2)
+    assert posterior.samples(x).shape == (70, 2, 3, 4)
+    assert posterior.mean(x).shape == (2, 3, 4)
+    torch.testing.assert_close(
+        posterior.samples(x).reshape(70, 24), posterior.samples(flat)
+    )
+    torch.testing.assert_close(posterior.mean(x).flatten(), posterior.mean(flat))
+    torch.testing.assert_close(
+        posterior.variance(x).flatten(), posterior.variance(flat)
+    )
+
+
+def test_no_points_give_empty_results(posterior):
+    x = new_points()[:0]
+    assert posterior.mean(x).shape == (0,)
+    assert posterior.variance(x).shape == (0,)
+    assert posterior.samples(x).shape == (70, 0)
+    assert posterior.predict(x, batch_size=4).variance.shape == (0,)
+
+
+def test_joint_prediction_is_a_multivariate_normal_of_the_samples(posterior):
+    x = new_points()
+    predicted = posterior.predict(x)
+    deviations = posterior.samples(x) - posterior.mean(x)
+    assert isinstance(predicted, MultivariateNormal)
+    torch.testing.assert_close(predicted.mean, posterior.mean(x))
+    torch.testing.assert_close(
+        predicted.covariance_matrix, deviations.T @ deviations / 70
+    )
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 8, 100])
+@pytest.mark.parametrize("noise", [False, True])
+def test_marginals_are_those_of_the_joint_prediction(posterior, batch_size, noise):
+    x = new_points()
+    joint = posterior.predict(x, observation_noise=noise)
+    marginals = posterior.predict(x, observation_noise=noise, batch_size=batch_size)
+    assert isinstance(marginals, Marginals)
+    torch.testing.assert_close(marginals.mean, joint.mean)
+    torch.testing.assert_close(marginals.variance, joint.variance)
+
+
+def test_observation_noise_is_the_likelihoods(posterior):
+    x = new_points()
+    added = posterior.predict(x, observation_noise=True).covariance_matrix
+    expected = posterior.predict(x).covariance_matrix + 0.1 * torch.eye(8)
+    torch.testing.assert_close(added, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_fixed_noise_has_to_be_given_at_new_points():
+    likelihood = FixedNoiseGaussianLikelihood(torch.linspace(0.05, 0.6, 30))
+    posterior = sgdgp.condition(gp(likelihood=likelihood), num_samples=4)
+    x, noise = new_points(), torch.linspace(0.1, 0.8, 8)
+    with pytest.raises(ValueError, match="8 noise variances"):
+        posterior.predict(x, observation_noise=True)
+    with pytest.raises(ValueError, match=r"8 variances.*shape \(5,\)"):
+        posterior.predict(x, observation_noise=noise[:5])
+    for value in (0.0, -0.1, math.nan, math.inf):
+        spoilt = noise.clone()
+        spoilt[[3, 6]] = value
+        with pytest.raises(ValueError, match=r"found 2 .* first at index 3: "):
+            posterior.predict(x, observation_noise=spoilt)
+    added = posterior.predict(x, observation_noise=noise, batch_size=3).variance
+    torch.testing.assert_close(added - posterior.variance(x), noise.double())
+
+
+def test_without_samples_there_is_a_mean_and_draws_and_no_variance():
+    model, x = gp(), new_points()
+    posterior = sgdgp.condition(model, num_samples=0)
+    expected, _ = own_posterior(model, x)
+    assert posterior.solution.weights.shape == (30, 1)
+    torch.testing.assert_close(posterior.mean(x), expected, rtol=0, atol=1e-6)
+    assert posterior.draw(3)(x).shape == (3, 8)
+    for verb in (posterior.variance, posterior.samples, posterior.predict):
+        with pytest.raises(ValueError, match="no samples"):
+            verb(x)
+
+
+def test_one_sample_is_enough_for_a_function_and_a_variance():
+    posterior, x = sgdgp.condition(gp(), num_samples=1), new_points()
+    squares = (posterior.samples(x)[0] - posterior.mean(x)).square()
+    assert posterior.samples(x).shape == (1, 8)
+    torch.testing.assert_close(posterior.variance(x), squares)
+
+
+def test_float32_agrees_with_float64():
+    x = new_points()
+    exact = sgdgp.condition(gp(n=100), num_samples=0).mean(x)
+    posterior = sgdgp.condition(gp(n=100, dtype=torch.float32), num_samples=3)
+    values = posterior.samples(x.float())
+    assert values.dtype == torch.float32
+    torch.testing.assert_close(
+        posterior.mean(x.float()).double(), exact, rtol=0, atol=1e-4
+    )
+
+
+WITHOUT_FEATURES = {
+    "piecewise_polynomial": lambda: PiecewisePolynomialKernel(q=2),
+    "cosine": lambda: CosineKernel() + RBFKernel(),
+    "part_of_a_sum": lambda: (
+        ScaleKernel(PiecewisePolynomialKernel(q=1)) + MaternKernel(nu=1.5)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WITHOUT_FEATURES)
+def test_kernels_without_features_are_drawn_exactly(name):
+    # In one dimension every one of these kernels is positive definite.
+    model = gp(WITHOUT_FEATURES[name](), d=1)
+    assert not sgdgp.has_features(model.kernel)
+    x = toy_data(8, 1, seed=1)[0]
+    mean, covariance = truth(model, x)
+    posterior = sgdgp.condition(model, num_samples=SAMPLES)
+    values = posterior.samples(x)
+    assert torch.equal(posterior.samples(x), values)
+    torch.testing.assert_close(posterior.samples(x[2:4]), values[:, 2:4])
+    # Independent samples: the usual standard errors hold.
+    deviation = covariance.diagonal().sqrt()
+    t_mean = (values.mean(0) - mean) / (deviation / math.sqrt(SAMPLES))
+    centred = values - mean
+    scale = covariance.square() + torch.outer(deviation, deviation).square()
+    t_covariance = (centred.T @ centred / SAMPLES - covariance) / (
+        scale / SAMPLES
+    ).sqrt()
+    assert float(t_mean.abs().max()) < 4.5
+    assert float(t_covariance.abs().max()) < 4.5
+
+
+def test_the_mean_of_a_kernel_without_features_is_differentiable():
+    model = gp(PiecewisePolynomialKernel(q=2), d=1)
+    posterior = sgdgp.condition(model, num_samples=2)
+    x = toy_data(8, 1, seed=1)[0].requires_grad_()
+    assert bool(
+        torch.isfinite(torch.autograd.grad(posterior.mean(x).sum(), x)[0]).all()
+    )
+    with pytest.raises(ValueError, match="register random features"):
+        posterior.samples(x)
+
+
+def test_too_many_points_for_exact_draws_say_how_to_register_features():
+    x, y = toy_data(10_001, 1)
+    model = gp(PiecewisePolynomialKernel(q=2), d=1)
+    with pytest.raises(sgdgp.NoRandomFeatures, match="register_features"):
+        sgdgp.condition(model, x, y, num_samples=2, operator="row_blocks")
