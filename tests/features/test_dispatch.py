@@ -168,5 +168,7 @@ def test_arguments_that_do_not_fit_are_refused(kernel, arguments, message):
 def test_parameters_that_are_not_finite_are_refused():
     kernel = ScaleKernel(MaternKernel())
     kernel.base_kernel.raw_lengthscale.data.fill_(float("nan"))
-    with pytest.raises(ValueError, match=r"base_kernel\.raw_lengthscale.* must be finite"):
+    with pytest.raises(
+        ValueError, match=r"base_kernel\.raw_lengthscale.* must be finite"
+    ):
         draw(kernel)
