@@ -8,8 +8,10 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 TORCH  := $(shell sed -n 's/^\(torch==.*\)/\1/p' constraints.txt)
 
-# Two test processes; tests/conftest.py divides the cores between them.
+# Two test processes with one thread each. Set here and not in Python: threads are
+# counted when the first library loads, and too many of them spin more than they work.
 WORKERS ?= 2
+THREADS ?= 1
 
 .DEFAULT_GOAL := help
 .PHONY: help demo demo-short test test-slow lint format notebook wheel clean
@@ -24,10 +26,10 @@ demo-short: $(VENV)/installed-demo  ## the same on fewer points
 	$(BIN)/python -m benchmarks.demo --short
 
 test: $(VENV)/installed-test  ## the test suite, README snippets included
-	$(BIN)/python -m pytest -n $(WORKERS) $(PYTEST_ARGS)
+	OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m pytest -n $(WORKERS) $(PYTEST_ARGS)
 
 test-slow: $(VENV)/installed-test  ## the tests marked slow
-	$(BIN)/python -m pytest -n $(WORKERS) -m slow $(PYTEST_ARGS)
+	OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m pytest -n $(WORKERS) -m slow $(PYTEST_ARGS)
 
 lint: $(VENV)/installed-dev  ## ruff (check and format) and mypy
 	$(BIN)/ruff check .
