@@ -512,12 +512,15 @@ def test_an_interrupt_leaves_the_model_as_it_was(name, solver):
 
 
 LONG_SOLVE = """
+import signal
 import time
 import torch
 import sgdgp
 from tests.models import gp
 from tests.test_gpytorch_adapter import snapshot
 
+# Whoever starts the tests in the background may have told them to ignore it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(1)
 model = gp(n=4000, noise=1e-3, dtype=torch.float32)
 before = snapshot(model)
