@@ -176,13 +176,7 @@ class _Recurrence:
     ) -> None:
         self.columns = columns.to(weights.device)
         self.weights = weights.clone()
-        self._system = System(
-            system.operator,
-            system.noise,
-            system.rhs[:, self.columns],
-            system.scale[self.columns],
-        )
-        self._all = system
+        self._system = system.columns(self.columns)
         self._apply = apply
         self._residual = residual.clone()
         preconditioned = self._preconditioned()
@@ -235,12 +229,7 @@ class _Recurrence:
         other = copy.copy(self)
         other.columns = self.columns[rest]
         other.weights = self.weights[:, rest]
-        other._system = System(
-            self._all.operator,
-            self._all.noise,
-            self._all.rhs[:, other.columns],
-            self._all.scale[other.columns],
-        )
+        other._system = self._system.columns(rest)
         other._residual = self._residual[:, rest]
         other._direction = self._direction[:, rest]
         other._energy = self._energy[rest]

@@ -41,6 +41,12 @@ class System:
         """B - (K + Sigma) v (n, k), one pass."""
         return self.product(v).neg_().add_(self.rhs)
 
+    def columns(self, chosen: Tensor) -> System:
+        """The system of some right-hand sides only (indices or a mask)."""
+        return System(
+            self.operator, self.noise, self.rhs[:, chosen], self.scale[chosen]
+        )
+
     def permuted(self, order: Tensor) -> System:
         """The system with its equations and unknowns in another order.
 
