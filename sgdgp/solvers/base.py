@@ -99,6 +99,7 @@ class Solver(ABC):
         rhs: Float[Tensor, "n k"],
         *,
         initial: Float[Tensor, "n k"] | None = None,
+        noise_draws: Float[Tensor, "n k"] | None = None,
         generator: torch.Generator | None = None,
         callback: Callback | None = None,
     ) -> Solution:
@@ -109,6 +110,8 @@ class Solver(ABC):
             noise: Variances, the diagonal of Sigma: a scalar or one per row (n,).
             rhs: Right-hand sides B (n, k).
             initial: Starting point (n, k). Default: zero.
+            noise_draws: The part of ``rhs`` that is drawn from N(0, Sigma) (n, k).
+                Only solvers whose gradient noise depends on it (primal SGD) use it.
             generator: Source of all randomness. Default: a generator seeded with 0.
             callback: Called as the solve advances; True stops it.
 

@@ -72,6 +72,7 @@ class CG(Solver):
         rhs: Float[Tensor, "n k"],
         *,
         initial: Tensor | None = None,
+        noise_draws: Tensor | None = None,
         generator: torch.Generator | None = None,
         callback: Callback | None = None,
     ) -> Solution:

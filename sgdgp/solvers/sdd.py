@@ -96,6 +96,7 @@ class SDD(Solver):
         rhs: Float[Tensor, "n k"],
         *,
         initial: Tensor | None = None,
+        noise_draws: Tensor | None = None,
         generator: torch.Generator | None = None,
         callback: Callback | None = None,
     ) -> Solution:
