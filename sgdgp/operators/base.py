@@ -13,10 +13,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from sgdgp.operators.arguments import check_inputs
+from sgdgp.operators.arguments import (
+    check_inputs,
+    check_vectors,
+    index_length,
+    resolve_index,
+)
+from sgdgp.operators.small_blocks import small_blocks
 
 if TYPE_CHECKING:
     from gpytorch.kernels import Kernel
@@ -24,6 +30,9 @@ if TYPE_CHECKING:
 
 RowIndex: TypeAlias = Tensor | slice
 """Rows of an operator: an integer tensor (b,), or a slice with step 1."""
+
+# Operators that fuse their products ask for all rows at once; a block is stored.
+_BLOCK_ROWS = 8192
 
 
 class KernelOperator(ABC):
@@ -91,6 +100,14 @@ class KernelOperator(ABC):
     def diagonal(self) -> Float[Tensor, " n"]:
         """The diagonal of a square operator, exact (never by differences)."""
 
+    def small_blocks(self, index: Int[Tensor, "m k"]) -> Float[Tensor, "m k k"]:
+        """The square blocks K[index[i], index[i]] of a square operator, for all i.
+
+        Evaluated by the kernel in batches; kernels that cannot take batches, or have
+        several outputs per point, are evaluated block by block.
+        """
+        return small_blocks(self, index)
+
     @abstractmethod
     def _rebuilt(
         self, x: Tensor, x_rows: Tensor | None, kernel: Kernel | None = None
@@ -103,6 +120,19 @@ class KernelOperator(ABC):
     def rows(self, index: RowIndex) -> RowBlock:
         """The rows ``index`` (b,) as an operator with ``matmul``."""
         return RowBlock(self, index)
+
+    def columns(self, index: RowIndex) -> ColumnBlock:
+        """The columns ``index`` (b,) as an operator with ``matmul``."""
+        return ColumnBlock(self, index)
+
+    def _columns_matmul(
+        self, index: RowIndex, v: Float[Tensor, "b k"]
+    ) -> Float[Tensor, "m k"]:
+        """K[:, index] v, for some rows of the block at a time."""
+        out = v.new_empty(self.shape[0], v.shape[1])
+        for rows in row_slices(self.shape[0], min(self.rows_per_step, _BLOCK_ROWS)):
+            out[rows] = self.block(rows, index) @ v
+        return out
 
     def matmul(self, v: Float[Tensor, "n k"]) -> Float[Tensor, "m k"]:
         """K v: one pass over the kernel matrix for all columns of v (n, k)."""
@@ -174,6 +204,27 @@ class RowBlock:
     def to_dense(self) -> Float[Tensor, "b n"]:
         """The rows themselves."""
         return self.operator.block(self.index, slice(0, self.operator.shape[1]))
+
+
+@dataclass(frozen=True)
+class ColumnBlock:
+    """Some columns of an operator: ``operator.columns(i).matmul(v)`` = K[:, i] v."""
+
+    operator: KernelOperator
+    index: RowIndex
+
+    def matmul(self, v: Float[Tensor, "b k"]) -> Float[Tensor, "m k"]:
+        """K[:, index] v for v (b, k)."""
+        index = resolve_index(self.index, self.operator.shape[1])
+        check_vectors(v, index_length(index), self.operator.dtype)
+        return self.operator._columns_matmul(index, v)
+
+    def __matmul__(self, v: Tensor) -> Tensor:
+        return self.matmul(v)
+
+    def to_dense(self) -> Float[Tensor, "m b"]:
+        """The columns themselves."""
+        return self.operator.block(slice(0, self.operator.shape[0]), self.index)
 
 
 def row_slices(n: int, size: int) -> Iterator[slice]:
