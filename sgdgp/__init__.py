@@ -19,8 +19,11 @@ from sgdgp.gpytorch_adapter import UnsupportedModelError
 from sgdgp.operators import KernelOperator, choose_operator, register_tile_kernel
 from sgdgp.posterior import PathwisePosterior, SampleFunctions, condition
 from sgdgp.solvers import (
+    ADASAP,
     CG,
     SDD,
+    SGD,
+    AlternatingProjections,
     Cholesky,
     Nystrom,
     PivotedCholesky,
@@ -32,8 +35,11 @@ from sgdgp.solvers import (
 __version__ = "0.1.0"
 
 __all__ = [
+    "ADASAP",
     "CG",
     "SDD",
+    "SGD",
+    "AlternatingProjections",
     "Cholesky",
     "FeatureMap",
     "KernelOperator",

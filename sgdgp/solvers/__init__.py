@@ -1,5 +1,8 @@
 """Solvers of (K + Sigma) V = B: settings in, an honest solution out."""
 
+from sgdgp.solvers.adasap import ADASAP
+from sgdgp.solvers.alternating_projections import AlternatingProjections
+from sgdgp.solvers.auto import Auto, Stage, plan
 from sgdgp.solvers.base import (
     Callback,
     HistoryEntry,
@@ -7,23 +10,40 @@ from sgdgp.solvers.base import (
     Solution,
     Solver,
 )
+from sgdgp.solvers.block_preconditioners import ExactBlocks, NystromBlocks
 from sgdgp.solvers.cholesky import Cholesky
 from sgdgp.solvers.choose import choose_solver
 from sgdgp.solvers.conjugate_gradients import CG
+from sgdgp.solvers.inducing_sgd import InducingSGD
 from sgdgp.solvers.preconditioners import Nystrom, PivotedCholesky, Preconditioner
 from sgdgp.solvers.sdd import SDD
+from sgdgp.solvers.selection import Greedy, RandomOrder
+from sgdgp.solvers.sgd import SGD
+from sgdgp.solvers.two_level import TwoLevel
 
 __all__ = [
+    "ADASAP",
     "CG",
     "SDD",
+    "SGD",
+    "AlternatingProjections",
+    "Auto",
     "Callback",
     "Cholesky",
+    "ExactBlocks",
+    "Greedy",
     "HistoryEntry",
+    "InducingSGD",
     "Nystrom",
+    "NystromBlocks",
     "PivotedCholesky",
     "Preconditioner",
     "Progress",
+    "RandomOrder",
     "Solution",
     "Solver",
+    "Stage",
+    "TwoLevel",
     "choose_solver",
+    "plan",
 ]

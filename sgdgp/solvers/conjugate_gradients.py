@@ -1,21 +1,29 @@
-"""Preconditioned conjugate gradients for many columns at once.
+"""Preconditioned block conjugate gradients.
 
-Every column runs its own recurrence (Hestenes & Stiefel, 1952) with its own
-scalars; all of them share each product with K.
+All columns share one Krylov space (O'Leary, 1980): with H-orthonormal directions D,
+Z = P^-1 R, and one product Q = H D per iteration,
+
+    V <- V + D (D^T R),   R <- R - Q (D^T R),   D <- orthonormalise(Z - D (Q^T Z)).
+
+With one column this is the textbook recurrence (Hestenes & Stiefel, 1952); with k of
+them every product with K serves all k columns, and a few extreme eigenvalues cost
+one iteration instead of one each.
 
 Deviations from the textbook:
 
-1. The recursive residual drifts from the true one in finite precision: it is
+1. Directions that depend on the others to rounding are dropped, so that a singular
+   block is no breakdown.
+2. The recursive residual drifts from the true one in finite precision: it is
    replaced by the true residual at regular intervals, and before convergence is
-   claimed; the search direction is kept.
-2. Columns that are done leave the product.
-3. The best iterate of every column is what is returned, so that a column that
+   claimed; the directions are kept.
+3. Columns that claim to be done leave the product at once, and come back should the
+   true residual disagree. The directions they leave stay conjugate.
+4. The best iterate of every column is what is returned, so that a column that
    loses its conjugacy in float32 cannot end worse than it was.
 """
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass, field
 
 import torch
@@ -31,13 +39,16 @@ from sgdgp.solvers.base import (
     Solver,
     check_limits,
 )
-from sgdgp.solvers.preconditioners import (
-    Inverse,
-    PivotedCholesky,
-    Preconditioner,
-    inverse_of,
+from sgdgp.solvers.preconditioners import Inverse, Preconditioner
+from sgdgp.solvers.system import (
+    System,
+    as_system,
+    float32_warnings,
+    float64_residual,
+    initial_weights,
+    rounding_shows,
 )
-from sgdgp.solvers.system import System, as_system, initial_weights
+from sgdgp.solvers.two_level import TwoLevel
 
 _REPLACE_EVERY = 50
 _STALLED_CHECKS = 4
@@ -46,19 +57,20 @@ _STALLED_GAIN = 1e-5
 
 @dataclass(frozen=True)
 class CG(Solver):
-    """Conjugate gradients; one pass over K per iteration.
+    """Block conjugate gradients; one pass over K per iteration.
 
     Attributes:
         tolerance: Relative residual that every column must reach.
         max_passes: Budget in passes over K.
         max_seconds: Budget in seconds. Default: none.
-        preconditioner: ``PivotedCholesky()`` (default), ``Nystrom()`` or None.
+        preconditioner: ``TwoLevel()`` (default), ``PivotedCholesky()``,
+            ``Nystrom()`` or None.
     """
 
     tolerance: float = 1e-2
     max_passes: float = 1000.0
     max_seconds: float | None = None
-    preconditioner: Preconditioner | None = field(default_factory=PivotedCholesky)
+    preconditioner: Preconditioner | None = field(default_factory=TwoLevel)
 
     name = "cg"
 
@@ -81,49 +93,51 @@ class CG(Solver):
         system = as_system(operator, noise, rhs)
         record = Recorder(callback)
         best = initial_weights(system, initial)
-        passes = 0.0
-        apply: Inverse | None = None
-        if self.preconditioner is not None:
-            factor, passes = self.preconditioner.factor(system, generator)
-            apply = inverse_of(factor, system)
         residual = system.rhs.clone()
+        passes = 0.0
         if initial is not None:
             residual = system.residual(best)
             passes += 1.0
         norms = residual.norm(dim=0)
+        if initial is not None and rounding_shows(system, best, norms):
+            norms = float64_residual(system, best).to(norms.dtype)
+            passes += 1.0
 
+        inverse: Inverse | None = None
         reason: Reason | None = None
         if float(norms.max()) <= self.tolerance:
             reason = "converged"
-        run = _Recurrence(system, best, residual, torch.arange(len(norms)), apply)
-
-        def weights() -> Tensor:
-            now = best.clone()
-            now[:, run.columns] = run.weights
-            return now * system.scale
+        elif self.preconditioner is not None:
+            inverse = self.preconditioner.prepare(system, generator)
+            passes += inverse.passes
+        run = _Recurrence(system, best, residual, inverse, norms > self.tolerance)
 
         stalled = 0
         while reason is None:
             before = run.energy_gained()
             for _ in range(_REPLACE_EVERY):
-                running = norms.clone()
-                running[run.columns] = run.step()
+                run.step()
                 passes += 1.0
-                if record(passes, running, exact=False, weights=weights):
+                run.release(self.tolerance)
+                if record(passes, run.norms, exact=False, weights=run.scaled_weights):
                     reason = "interrupted"
-                if reason or self._is_due(running, run.columns, passes, record):
+                if (
+                    reason
+                    or run.is_done
+                    or passes + 1.0 >= self.max_passes
+                    or self._out_of_time(record)
+                ):
                     break
-            exact = run.replace_residual()
-            passes += 1.0
-            better = exact < norms[run.columns]
-            best[:, run.columns[better]] = run.weights[:, better]
-            norms[run.columns[better]] = exact[better]
-            if record(passes, norms, exact=True, weights=weights):
-                reason = "interrupted"
             # The residual may rise for hundreds of iterations while the error in the
             # norm of H still falls: only the energy tells whether CG stands still.
             gained = run.energy_gained() - before
             moves = bool((gained > _STALLED_GAIN * run.energy_gained().abs()).any())
+            passes += run.replace_residual(norms > self.tolerance)
+            better = run.norms < norms
+            best[:, better] = run.weights[:, better]
+            norms = torch.where(better, run.norms, norms)
+            if record(passes, norms, exact=True, weights=lambda: best * system.scale):
+                reason = "interrupted"
             stalled = 0 if moves or bool(better.any()) else stalled + 1
             if float(norms.max()) <= self.tolerance:
                 reason = "converged"
@@ -131,7 +145,8 @@ class CG(Solver):
                 reason = reason or "budget"
             elif stalled >= _STALLED_CHECKS:
                 reason = reason or "stagnated"
-            run = run.without(exact <= self.tolerance)
+            if reason is None:
+                passes += run.readmit(norms > self.tolerance, best)
         return Solution(
             solver=self.name,
             operator=operator.name,
@@ -141,23 +156,11 @@ class CG(Solver):
             seconds=record.seconds,
             reason=reason,
             history=tuple(record.history),
-            warnings=_warnings(reason, norms, self.tolerance),
+            warnings=_warnings(reason, system, best, norms, self.tolerance),
             settings={
                 "preconditioner": repr(self.preconditioner),
-                "rank": 0 if apply is None else apply.basis.shape[1],
+                **({} if inverse is None else inverse.settings),
             },
-        )
-
-    def _is_due(
-        self, running: Tensor, columns: Tensor, passes: float, record: Recorder
-    ) -> bool:
-        """Whether the recursion claims an end that a true residual must confirm."""
-        claimed = running[columns]
-        return (
-            not bool(torch.isfinite(claimed).all())
-            or float(claimed.max()) <= self.tolerance
-            or passes + 1.0 >= self.max_passes
-            or self._out_of_time(record)
         )
 
     def _out_of_time(self, record: Recorder) -> bool:
@@ -165,84 +168,141 @@ class CG(Solver):
 
 
 class _Recurrence:
-    """The conjugate-gradient recurrences of the columns still active."""
+    """The block recurrence of the columns still active.
+
+    Attributes:
+        weights: V (n, k), all columns.
+        norms: Relative residuals (k,), recursive or true.
+    """
 
     def __init__(
         self,
         system: System,
         weights: Tensor,
         residual: Tensor,
-        columns: Tensor,
-        apply: Inverse | None,
+        inverse: Inverse | None,
+        active: Tensor,
     ) -> None:
-        self.columns = columns.to(weights.device)
         self.weights = weights.clone()
-        self._system = system.columns(self.columns)
-        self._apply = apply
-        self._residual = residual.clone()
-        preconditioned = self._preconditioned()
-        self._direction = preconditioned.clone()
-        self._energy = (self._residual * preconditioned).sum(0)
+        self.norms = residual.norm(dim=0)
+        self._system = system
+        self._residual = residual
+        self._inverse = inverse
+        self._columns = active.nonzero()[:, 0]
+        eps = torch.finfo(weights.dtype).eps
+        self._dependent = 16.0 * eps
+        self._directions = self._preconditioned()
+        self._last: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def is_done(self) -> bool:
+        """Whether every column claims to be done."""
+        return len(self._columns) == 0
+
+    def scaled_weights(self) -> Tensor:
+        """The weights in the scale of the caller."""
+        return self.weights * self._system.scale
 
     def _preconditioned(self) -> Tensor:
-        return self._residual if self._apply is None else self._apply(self._residual)
+        active = self._residual[:, self._columns]
+        return active if self._inverse is None else self._inverse(active)
 
-    def step(self) -> Tensor:
-        """One iteration; the recursive residual norms (k,)."""
-        tiny = torch.finfo(self.weights.dtype).tiny
-        image = self._system.product(self._direction)
-        curvature = (self._direction * image).sum(0)
-        # A direction without positive curvature is rounding noise: stand still.
-        step = torch.where(curvature > tiny, self._energy / curvature, 0.0)
-        step = torch.nan_to_num(step, 0.0, 0.0, 0.0)
-        self.weights.addcmul_(self._direction, step)
-        self._residual.addcmul_(image, -step)
+    def step(self) -> None:
+        """One iteration: one product for all active columns."""
+        directions = self._directions
+        images = self._system.product(directions)
+        # H-orthonormal directions: M = D^T H D, scaled to unit diagonal, inverted on
+        # the part that rounding leaves of its spectrum.
+        curvature = (directions.mT @ images).double()
+        diagonal = curvature.diagonal().clamp_min(0.0)
+        # A direction lost to overflow or rounding must not spoil the others, but
+        # without it the recurrence has to start anew.
+        finite = torch.isfinite(diagonal)
+        usable = finite & (diagonal > torch.finfo(directions.dtype).tiny)
+        directions, images = directions[:, usable], images[:, usable]
+        scale = diagonal[usable].rsqrt()
+        curvature = curvature[usable][:, usable]
+        curvature = torch.nan_to_num(0.5 * (curvature + curvature.mT), 0.0, 0.0, 0.0)
+        correlation = scale.unsqueeze(1) * curvature * scale
+        values, vectors = torch.linalg.eigh(correlation)
+        kept = values > self._dependent * max(1, len(values))
+        turn = (scale.unsqueeze(1) * vectors[:, kept] / values[kept].sqrt()).to(
+            directions.dtype
+        )
+        directions, images = directions @ turn, images @ turn
+        self._last = (directions, images) if bool(finite.all()) else None
+        step = directions.mT @ self._residual[:, self._columns]
+        self.weights[:, self._columns] += directions @ step
+        self._residual[:, self._columns] -= images @ step
+        self.norms[self._columns] = self._residual[:, self._columns].norm(dim=0)
         self._turn()
-        return self._residual.norm(dim=0)
 
     def _turn(self) -> None:
-        preconditioned = self._preconditioned()
-        energy = (self._residual * preconditioned).sum(0)
-        ratio = torch.nan_to_num(energy / self._energy, 0.0, 0.0, 0.0)
-        self._direction.mul_(ratio).add_(preconditioned)
-        self._energy = energy
+        """The next directions, conjugate to the last ones."""
+        self._directions = self._preconditioned()
+        if self._last is not None:
+            directions, images = self._last
+            overlap = images.mT @ self._directions
+            self._directions = self._directions.addmm(directions, overlap, alpha=-1.0)
 
-    def replace_residual(self) -> Tensor:
-        """Put the true residual in the recursion's place; its norms (k,).
+    def release(self, tolerance: float) -> None:
+        """Columns that claim the tolerance, or are lost to rounding, leave."""
+        claimed = self.norms[self._columns]
+        stay = (claimed > tolerance) & torch.isfinite(claimed)
+        if not bool(stay.all()):
+            self._columns = self._columns[stay]
+            self._directions = self._directions[:, stay]
 
-        The direction is kept: restarting it would throw away the conjugacy that
-        ill-conditioned systems need.
+    def replace_residual(self, unsolved: Tensor) -> float:
+        """Put true residuals in the recursion's place; the passes that took.
+
+        Args:
+            unsolved: Mask of the columns to do it for (k,).
         """
-        self._residual = self._system.residual(self.weights)
-        norms = self._residual.norm(dim=0)
-        self._energy = (self._residual * self._preconditioned()).sum(0)
-        return torch.where(torch.isfinite(norms), norms, torch.inf)
+        columns = unsolved.nonzero()[:, 0]
+        system, weights = self._system.columns(columns), self.weights[:, columns]
+        residual = system.residual(weights)
+        self._residual[:, columns] = residual
+        norms = residual.norm(dim=0)
+        passes = 1.0
+        if bool(torch.isfinite(norms).all()) and rounding_shows(system, weights, norms):
+            norms = float64_residual(system, weights).to(norms.dtype)
+            passes += 1.0
+        self.norms[columns] = torch.where(torch.isfinite(norms), norms, torch.inf)
+        return passes
+
+    def readmit(self, unsolved: Tensor, best: Tensor) -> float:
+        """Go on with the unsolved columns; the passes that took.
+
+        The directions are kept: to restart them would throw away the conjugacy that
+        ill-conditioned systems need. Columns lost to rounding start anew from the best
+        weights.
+        """
+        self._columns = unsolved.nonzero()[:, 0]
+        passes = 0.0
+        lost = unsolved & ~torch.isfinite(self.norms)
+        if bool(lost.any()):
+            self.weights[:, lost] = best[:, lost]
+            passes = self.replace_residual(lost)
+            self._last = None
+        if not self.is_done:
+            self._turn()
+        return passes
 
     def energy_gained(self) -> Tensor:
         """v^T (b + r) = -2 (1/2 v^T H v - v^T b): what CG increases, per column."""
         return (self.weights * (self._system.rhs + self._residual)).sum(0)
 
-    def without(self, done: Tensor) -> _Recurrence:
-        """The recurrences of the columns that are not done."""
-        if not bool(done.any()) or bool(done.all()):
-            return self
-        rest = ~done
-        other = copy.copy(self)
-        other.columns = self.columns[rest]
-        other.weights = self.weights[:, rest]
-        other._system = self._system.columns(rest)
-        other._residual = self._residual[:, rest]
-        other._direction = self._direction[:, rest]
-        other._energy = self._energy[rest]
-        return other
 
-
-def _warnings(reason: Reason, norms: Tensor, tolerance: float) -> tuple[str, ...]:
+def _warnings(
+    reason: Reason, system: System, weights: Tensor, norms: Tensor, tolerance: float
+) -> tuple[str, ...]:
     if reason == "converged":
         return ()
     return (
         f"CG stopped ({reason}) with {int((norms > tolerance).sum())} of {len(norms)} "
         f"columns above the tolerance {tolerance:g}; the largest relative residual is "
-        f"{float(norms.max()):.2e}. Give it more passes (max_passes), a preconditioner "
-        "of higher rank, float64 data, or use Cholesky.",
+        f"{float(norms.max()):.2e}. Give it more passes (max_passes), more neighbours "
+        "or rank, or use Cholesky.",
+        *float32_warnings(system, weights, tolerance),
     )

@@ -1,8 +1,9 @@
-"""Low-rank-plus-diagonal preconditioners for conjugate gradients.
+"""Preconditioners for conjugate gradients: recipes, and inverses ready to apply.
 
-A preconditioner is a recipe that finds L (n, r) with K ~ L L^T; the rest is
-shared. With D = Sigma, the thin SVD  D^-1/2 L = Q S W^T and c_i = (1 + s_r^2) /
-(1 + s_i^2), s_r the smallest singular value,
+A recipe's ``prepare(system, generator)`` returns P^-1. The recipes here find L (n, r)
+with K ~ L L^T; ``two_level.py`` adds a sparse inverse of what L leaves. With
+D = Sigma, the thin SVD  D^-1/2 L = Q S W^T and c_i = (1 + s_r^2) / (1 + s_i^2), s_r
+the smallest singular value,
 
     P^-1 = D^-1/2 (I - Q diag(1 - c) Q^T) D^-1/2.
 
@@ -15,16 +16,43 @@ the noise is seven digits below the largest eigenvalue.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from sgdgp.checks import check_count
 from sgdgp.solvers.system import System
 
 
+class Inverse(ABC):
+    """P^-1, ready to apply.
+
+    Attributes:
+        passes: Kernel entries that it took to build, divided by n^2.
+        settings: What was chosen while it was built.
+    """
+
+    passes: float
+    settings: Mapping[str, Any]
+
+    @abstractmethod
+    def __call__(self, r: Float[Tensor, "n k"]) -> Float[Tensor, "n k"]:
+        """P^-1 r."""
+
+
 class Preconditioner(ABC):
+    """Recipe for the approximate inverse of a system's matrix."""
+
+    @abstractmethod
+    def prepare(self, system: System, generator: torch.Generator) -> Inverse:
+        """P^-1 for the system's matrix K + Sigma."""
+
+
+class LowRank(Preconditioner):
     """Recipe for a low-rank factor of K."""
 
     @abstractmethod
@@ -33,9 +61,14 @@ class Preconditioner(ABC):
     ) -> tuple[Float[Tensor, "n r"], float]:
         """L with K ~ L L^T in float64, and the passes over K it took."""
 
+    def prepare(self, system: System, generator: torch.Generator) -> LowRankInverse:
+        """See ``Preconditioner.prepare``."""
+        factor, passes = self.factor(system, generator)
+        return inverse_of(factor, system, passes)
+
 
 @dataclass(frozen=True)
-class PivotedCholesky(Preconditioner):
+class PivotedCholesky(LowRank):
     """Randomly pivoted partial Cholesky in blocks (Chen et al., arXiv:2207.06503).
 
     Pivots are drawn with probability proportional to the diagonal of what is left,
@@ -50,10 +83,15 @@ class PivotedCholesky(Preconditioner):
     rank: int | None = None
     block_size: int = 64
 
+    def __post_init__(self) -> None:
+        if self.rank is not None:
+            check_count("rank", self.rank, 1)
+        check_count("block_size", self.block_size, 1)
+
     def factor(
         self, system: System, generator: torch.Generator
     ) -> tuple[Tensor, float]:
-        """See ``Preconditioner.factor``."""
+        """See ``LowRank.factor``."""
         n = system.n
         rank = min(n, self.rank or default_rank(n))
         everything = slice(0, n)
@@ -84,7 +122,7 @@ class PivotedCholesky(Preconditioner):
 
 
 @dataclass(frozen=True)
-class Nystrom(Preconditioner):
+class Nystrom(LowRank):
     """Randomised Nystrom approximation (Frangella, Tropp & Udell, 2023).
 
     K ~ (K O)(O^T K O)^-1 (K O)^T with a Gaussian sketch O (n, r). One pass over K
@@ -96,10 +134,13 @@ class Nystrom(Preconditioner):
 
     rank: int = 100
 
+    def __post_init__(self) -> None:
+        check_count("rank", self.rank, 1)
+
     def factor(
         self, system: System, generator: torch.Generator
     ) -> tuple[Tensor, float]:
-        """See ``Preconditioner.factor``."""
+        """See ``LowRank.factor``."""
         n = system.n
         sketch = torch.randn(
             n,
@@ -120,27 +161,45 @@ class Nystrom(Preconditioner):
 
 
 @dataclass(frozen=True)
-class Inverse:
-    """The inverse of L L^T + Sigma, ready to apply."""
+class LowRankInverse(Inverse):
+    """The damped inverse of L L^T + Sigma."""
 
     scale: Float[Tensor, "n 1"]
     basis: Float[Tensor, "n r"]
     shrinkage: Float[Tensor, "r 1"]
+    passes: float = 0.0
 
-    def __call__(self, r: Float[Tensor, "n k"]) -> Float[Tensor, "n k"]:
+    @property
+    def settings(self) -> Mapping[str, Any]:  # type: ignore[override]
+        """The rank that was found."""
+        return {"rank": self.basis.shape[1]}
+
+    def __call__(self, r: Tensor) -> Tensor:
         """P^-1 r."""
         scaled = r * self.scale
         scaled -= self.basis @ (self.shrinkage * (self.basis.mT @ scaled))
         return scaled.mul_(self.scale)
 
 
-def inverse_of(factor: Float[Tensor, "n r"], system: System) -> Inverse:
+def inverse_of(
+    factor: Float[Tensor, "n r"], system: System, passes: float = 0.0
+) -> LowRankInverse:
     """The preconditioner's inverse in the system's dtype; overwrites ``factor``.
 
     Memory beside the factor: 8 n r bytes, and n r in the system's dtype.
     """
     scale = system.noise.double().rsqrt()
     factor *= scale
+    basis, squares = left_singular(factor)
+    dtype = system.rhs.dtype
+    shrinkage = (1.0 - (1.0 + squares[:1]) / (1.0 + squares)).unsqueeze(1)
+    return LowRankInverse(scale.to(dtype), basis.to(dtype), shrinkage.to(dtype), passes)
+
+
+def left_singular(
+    factor: Float[Tensor, "n r"],
+) -> tuple[Float[Tensor, "n q"], Float[Tensor, " q"]]:
+    """Left singular vectors and squared singular values, ascending; q <= r kept."""
     gram = factor.mT @ factor
     values, vectors = torch.linalg.eigh(0.5 * (gram + gram.mT))
     kept = values > 1e-12 * values[-1:].clamp_min(0)
@@ -149,9 +208,7 @@ def inverse_of(factor: Float[Tensor, "n r"], system: System) -> Inverse:
     # The Gram matrix squares the condition number: one more Cholesky-QR step.
     corner = torch.linalg.cholesky(basis.mT @ basis)
     basis = torch.linalg.solve_triangular(corner.mT, basis, upper=True, left=False)
-    dtype = system.rhs.dtype
-    shrinkage = (1.0 - (1.0 + values[:1]) / (1.0 + values)).unsqueeze(1)
-    return Inverse(scale.to(dtype), basis.to(dtype), shrinkage.to(dtype))
+    return basis, values
 
 
 def default_rank(n: int) -> int:

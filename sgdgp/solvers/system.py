@@ -11,6 +11,9 @@ from torch import Tensor
 from sgdgp.checks import check_finite, check_same
 from sgdgp.operators.base import KernelOperator, row_slices
 
+_PROBE_ROWS = 128
+_TRUSTED = 0.1
+
 
 @dataclass(frozen=True)
 class System:
@@ -125,7 +128,81 @@ def initial_weights(system: System, initial: Tensor | None) -> Tensor:
 
 
 def accurate_residual(system: System, v: Tensor) -> Tensor:
-    """Relative residual of every column (k,), accumulated in float64."""
+    """Relative residual of every column in float64 (k,), true to about a tenth.
+
+    Products in the system's dtype, squares summed in float64; where rounding shows in
+    that, everything is evaluated in float64.
+    """
+    norms = _residual_norms(system, v)
+    if rounding_shows(system, v, norms):
+        return float64_residual(system, v)
+    return norms
+
+
+def rounding_shows(system: System, v: Tensor, norms: Tensor) -> bool:
+    """Whether rounding is more than a tenth of residuals found in the system's dtype.
+
+    Args:
+        system: The system.
+        v: Weights (n, k) in the system's scale.
+        norms: Relative residuals of v (k,).
+    """
+    if v.dtype == torch.float64:
+        return False
+    return bool((rounding_level(system, v) > _TRUSTED * norms).any())
+
+
+def float64_residual(system: System, v: Tensor) -> Tensor:
+    """Relative residual of every column (k,), kernel and products in float64.
+
+    It is that of the weights which the caller gets back: their scale, once undone,
+    rounds them, and an ill-conditioned system feels it.
+    """
+    wide = in_float64(system)
+    return _residual_norms(wide, (v * system.scale).double() / wide.scale)
+
+
+def float32_warnings(system: System, v: Tensor, tolerance: float) -> tuple[str, ...]:
+    """A sentence, if the tolerance is below what the system's dtype resolves at v."""
+    if v.dtype == torch.float64:
+        return ()
+    floor = float(rounding_level(system, v).max())
+    if floor <= tolerance / 3.0:
+        return ()
+    return (
+        f"In {v.dtype} residuals are rounded at about {floor:.1e} here, the tolerance "
+        f"is {tolerance:g}: give float64 data, to be solved at the speed of float32 by "
+        "Refined(CG()), or a larger tolerance or noise.",
+    )
+
+
+def rounding_level(system: System, v: Tensor) -> Tensor:
+    """What rounding in the system's dtype adds to a residual, relative (k,).
+
+    Measured on a few rows spread over the data, against the kernel in float64.
+    """
+    rows = torch.linspace(0, system.n - 1, min(system.n, _PROBE_ROWS)).long()
+    rows = rows.to(v.device)
+    exact = in_float64(system)
+    product = system.operator.rows(rows).matmul(v).addcmul_(system.noise[rows], v[rows])
+    wide = v.double()
+    reference = exact.operator.rows(rows).matmul(wide)
+    reference.addcmul_(exact.noise[rows], wide[rows])
+    difference = (product.double() - reference).square().sum(0)
+    return (difference * (system.n / len(rows))).sqrt()
+
+
+def in_float64(system: System) -> System:
+    """The same system in float64, its kernel evaluated anew and not stored."""
+    return System(
+        system.operator.streaming().to(torch.float64),
+        system.noise.double(),
+        system.rhs.double(),
+        system.scale.double(),
+    )
+
+
+def _residual_norms(system: System, v: Tensor) -> Tensor:
     squares = torch.zeros(v.shape[1], dtype=torch.float64, device=v.device)
     for rows in row_slices(system.n, system.operator.rows_per_step):
         product = system.operator.rows(rows).matmul(v).double()

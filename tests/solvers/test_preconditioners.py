@@ -122,3 +122,39 @@ def test_a_kernel_of_zeros_leaves_the_noise(recipe, generator):
 )
 def test_the_default_rank_grows_with_n_within_bounds(n, rank):
     assert default_rank(n) == rank
+
+
+@each_recipe
+def test_a_recipe_prepares_the_inverse_of_its_factor(recipe):
+    p = problem("matern32", 120, noise=torch.logspace(-3, 0, 120).double())
+    system = system_of(p)
+    factor, passes = recipe.factor(system, torch.Generator().manual_seed(1))
+    expected = inverse_of(factor, system)(p.rhs)
+    found = recipe.prepare(system, torch.Generator().manual_seed(1))
+    torch.testing.assert_close(found(p.rhs), expected, rtol=1e-10, atol=0.0)
+    assert found.passes == passes == (1.0 if isinstance(recipe, Nystrom) else 40 / 120)
+    assert found.settings == {"rank": 40}
+
+
+@each_recipe
+@pytest.mark.parametrize("noise", [1e-2, 1e-8])
+def test_in_float32_the_inverse_keeps_what_the_noise_leaves(recipe, noise, generator):
+    p = problem("rbf", 150, noise=noise, dtype=torch.float32)
+    inverse = recipe.prepare(system_of(p), generator)
+    found = inverse(torch.eye(150)).double()
+    values = torch.linalg.eigvalsh(0.5 * (found + found.mT))
+    # (I - Q (1 - c) Q^T) / sigma^2 with 0 < c <= 1; c underflows to rounding at most.
+    assert float(values[0]) > -1e-5 / noise
+    assert float(values[-1]) == pytest.approx(1.0 / noise, rel=1e-4)
+
+
+@each_recipe
+@pytest.mark.parametrize("n", [1, 2])
+def test_tiny_systems_have_a_preconditioner(recipe, n, generator):
+    p = problem("matern12", n, noise=0.1)
+    inverse = recipe.prepare(system_of(p), generator)
+    assert inverse.settings == {"rank": n}
+    # All of K was seen: damping divides by what the last direction has.
+    found = inverse(torch.eye(n).double()) @ p.matrix
+    values = torch.linalg.eigvals(found).real
+    torch.testing.assert_close(values, values[:1].expand(n))

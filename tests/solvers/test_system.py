@@ -5,10 +5,20 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sgdgp.operators import DenseOperator
+from sgdgp.operators import DenseOperator, RowBlocksOperator
 from sgdgp.solvers import CG, SDD, Cholesky
-from sgdgp.solvers.system import accurate_residual, as_system, initial_weights
-from tests.solvers.problems import problem, rbf
+from sgdgp.solvers.system import (
+    accurate_residual,
+    as_system,
+    float32_warnings,
+    float64_residual,
+    in_float64,
+    initial_weights,
+    rounding_level,
+    rounding_shows,
+)
+from tests.operators.kernel_cases import CASES
+from tests.solvers.problems import OPERATORS, problem, rbf
 
 SOLVERS = [Cholesky(), CG(), SDD()]
 each_solver = pytest.mark.parametrize("solver", SOLVERS, ids=lambda s: s.name)
@@ -56,6 +66,89 @@ def test_initial_weights_are_brought_to_the_scale_of_the_system():
     start = initial_weights(system, 100.0 * p.answer)
     assert float(system.residual(start).norm(dim=0).max()) < 1e-10
     assert not initial_weights(system, None).any()
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+@pytest.mark.parametrize("kernel", ["constant", "linear"])
+def test_the_residual_is_true_where_float32_alone_lies(kernel, operator):
+    p = problem(kernel, 1000, k=4, noise=1e-4, dtype=torch.float32, operator=operator)
+    system = as_system(p.operator, p.noise, p.rhs)
+    # As good as float32 can hold it: measured 1e-3 to 1e-2.
+    answer = torch.linalg.solve(p.exact_matrix, p.rhs.double()).float()
+    weights = answer / system.scale
+    true = p.residuals(weights * system.scale, p.exact_matrix)
+    naive = system.residual(weights).norm(dim=0)
+    assert float((naive.double() / true - 1.0).abs().max()) > 0.5
+    assert rounding_shows(system, weights, naive)
+    for found in (
+        accurate_residual(system, weights),
+        float64_residual(system, weights),
+    ):
+        assert found.dtype == torch.float64
+        torch.testing.assert_close(found, true, rtol=1e-6, atol=0.0)
+
+
+def test_what_rounding_adds_is_measured():
+    p = problem("constant", 1000, k=4, noise=1e-4, dtype=torch.float32)
+    system = as_system(p.operator, p.noise, p.rhs)
+    weights = torch.linalg.solve(p.exact_matrix, p.rhs.double()).float() / system.scale
+    product = system.product(weights).double()
+    wide = in_float64(system)
+    added = (product - wide.product(weights.double())).norm(dim=0)
+    # Estimated from 128 of 1000 rows.
+    ratio = rounding_level(system, weights) / added
+    assert float(ratio.min()) > 0.3
+    assert float(ratio.max()) < 3.0
+    assert "Refined" in float32_warnings(system, weights, 1e-2)[0]
+    assert float32_warnings(system, weights, 10.0) == ()
+    assert float32_warnings(wide, weights.double(), 1e-12) == ()
+    assert not rounding_shows(wide, weights.double(), torch.zeros(4).double())
+
+
+def test_rounding_does_not_show_in_an_easy_system():
+    p = problem("matern32", 300, noise=0.1, dtype=torch.float32)
+    system = as_system(p.operator, p.noise, p.rhs)
+    weights = (p.answer + 0.1).float() / system.scale
+    naive = system.residual(weights).norm(dim=0)
+    assert not rounding_shows(system, weights, naive)
+    torch.testing.assert_close(
+        accurate_residual(system, weights),
+        p.residuals(weights * system.scale),
+        rtol=1e-3,
+        atol=0.0,
+    )
+
+
+def test_the_system_in_float64_has_the_kernel_of_float64():
+    p = problem("rbf", 60, noise=1e-2, dtype=torch.float32)
+    wide = in_float64(as_system(p.operator, p.noise, p.rhs))
+    identity = torch.eye(60).double()
+    assert wide.operator.name == "tiled"
+    torch.testing.assert_close(
+        wide.product(identity), p.exact_matrix, rtol=1e-13, atol=1e-13
+    )
+
+
+def test_rows_of_several_outputs_have_residuals_too():
+    case = CASES["multitask"]
+    operator = RowBlocksOperator(case.kernel().float(), case.x(20).float())
+    rhs = torch.randn(40, 2, generator=torch.Generator().manual_seed(0))
+    system = as_system(operator, 1e-3, rhs)
+    weights = system.rhs.cos()
+    wide = in_float64(system)
+    true = wide.residual(weights.double()).norm(dim=0)
+    torch.testing.assert_close(
+        accurate_residual(system, weights), true, rtol=1e-4, atol=0.0
+    )
+    assert float(rounding_level(system, weights).max()) < 1e-3
+
+
+@pytest.mark.parametrize("chosen", [torch.tensor([2, 0]), torch.arange(3) > 0])
+def test_columns_of_a_system_are_a_system(chosen):
+    p = problem("rbf", 30, k=3)
+    p.rhs[:, 1] *= 5.0
+    some = as_system(p.operator, p.noise, p.rhs).columns(chosen)
+    torch.testing.assert_close(some.rhs * some.scale, p.rhs[:, chosen])
 
 
 @each_solver

@@ -1,0 +1,273 @@
+"""The solver "auto": a plan of stages, each going on where the last one stopped.
+
+The plan depends on the size of the system, the memory and the device only, see
+``plan``; which stages were needed depends on how they end. A stage that stagnates or
+runs out of its share hands its best iterate to the next. ``docs/solvers.md`` has the
+measurements behind the rule.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from sgdgp.operators.base import KernelOperator
+from sgdgp.operators.memory import resolve_budget
+from sgdgp.solvers.base import (
+    Callback,
+    HistoryEntry,
+    Progress,
+    Solution,
+    Solver,
+    check_limits,
+)
+from sgdgp.solvers.cholesky import Cholesky
+from sgdgp.solvers.conjugate_gradients import CG
+from sgdgp.solvers.preconditioners import PivotedCholesky, default_rank
+from sgdgp.solvers.sdd import SDD
+from sgdgp.solvers.two_level import TwoLevel
+
+DIRECT_ROWS = 2_000
+"""Up to here a Cholesky factor takes less than a tenth of a second."""
+
+NEIGHBOURS = 50
+SMALLEST_RANK = 100
+"""A preconditioner of a lower rank is not worth choosing CG for."""
+
+_BYTES_PER_RANK = 40  # per row: two float64 copies while it is built, and slack
+_BYTES_PER_NEIGHBOUR = 64  # per row: indices, masks, two compressed copies
+
+# Seconds per row of a regression on neighbours, per candidate of their search, and
+# per entry and column of a product: measured on 2 cores; only their ratios matter.
+_REGRESSION = 6e-5
+_SEARCH = 0.6e-9
+_ENTRY_IN_MEMORY, _ENTRY_STREAMED = 0.2e-9, 0.6e-9
+_ENTRY_AND_COLUMN = 0.03e-9
+_WORTH_PASSES = 25.0
+_CHOLESKY_ENTRY = 7e-12  # seconds per n^3
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One solver of a plan.
+
+    Attributes:
+        solver: The solver, its limits not yet set.
+        share: Passes after which the next stage gets its turn. Default: no limit.
+    """
+
+    solver: Solver
+    share: float = float("inf")
+
+
+def plan(
+    operator: KernelOperator, columns: int, memory_budget: int
+) -> tuple[Stage, ...]:
+    """Which solvers, in which order.
+
+    1. Up to 2,000 rows, if 8 n^2 bytes fit the budget: ``Cholesky``.
+    2. Else ``CG``, if the memory allows a preconditioner of rank 100: two-level where
+       its setup costs less than 25 of the passes that it saves (many columns, many
+       rows or no K in memory), else pivoted Cholesky.
+    3. Behind it ``Cholesky`` where its factor fits the budget, after the passes that
+       cost as much as the factorisation; else ``SDD``.
+
+    Args:
+        operator: The operator to solve with.
+        columns: Right-hand sides k.
+        memory_budget: Bytes that the solver may use.
+    """
+    n = operator.shape[0]
+    factor_fits = 8 * n * n <= memory_budget
+    if n <= DIRECT_ROWS and factor_fits:
+        return (Stage(Cholesky()),)
+    entry = _ENTRY_STREAMED if operator.streaming() is operator else _ENTRY_IN_MEMORY
+    entry += _ENTRY_AND_COLUMN * columns
+    rank = _two_level_rank(n)
+    setup = _REGRESSION / (n * entry) + 0.5 * _SEARCH / entry
+    stages: list[Stage] = []
+    share = float("inf")
+    if factor_fits:
+        share = max(50.0, 2.0 * _CHOLESKY_ENTRY * n / entry)
+    if (
+        operator.outputs_per_input == 1
+        and setup <= _WORTH_PASSES
+        and n * (_BYTES_PER_RANK * rank + _BYTES_PER_NEIGHBOUR * NEIGHBOURS)
+        <= memory_budget
+    ):
+        low_rank = PivotedCholesky(rank=rank)
+        stages.append(Stage(CG(preconditioner=TwoLevel(low_rank, NEIGHBOURS)), share))
+    else:
+        rank = min(default_rank(n), memory_budget // (_BYTES_PER_RANK * n))
+        if rank >= SMALLEST_RANK or n <= DIRECT_ROWS:
+            stages.append(
+                Stage(CG(preconditioner=PivotedCholesky(rank=max(1, rank))), share)
+            )
+    if factor_fits:
+        stages.append(Stage(Cholesky()))
+    elif operator.outputs_per_input == 1:
+        stages.append(Stage(SDD()))
+    return tuple(stages or (Stage(CG(preconditioner=None)),))
+
+
+def _two_level_rank(n: int) -> int:
+    """Neighbours carry most of the work: a quarter of the usual rank will do."""
+    return min(n, max(100, min(500, n // 45)))
+
+
+@dataclass(frozen=True)
+class Auto(Solver):
+    """Solvers by the documented rule, with a fall-through; nothing needs to be set.
+
+    Attributes:
+        tolerance: Relative residual that every column must reach.
+        max_passes: Budget in passes over K, of all stages together.
+        max_seconds: Budget in seconds. Default: none.
+        memory_budget: Bytes that the solver may use. Default: half of what is free.
+        stages: The plan. Default: that of ``plan``.
+    """
+
+    tolerance: float = 1e-2
+    max_passes: float = 1000.0
+    max_seconds: float | None = None
+    memory_budget: int | None = None
+    stages: tuple[Stage, ...] | None = None
+
+    name = "auto"
+
+    def __post_init__(self) -> None:
+        check_limits(self.tolerance, self.max_passes, self.max_seconds)
+        if self.stages is not None and not self.stages:
+            raise ValueError("stages: expected at least one Stage, found none")
+
+    def solve(
+        self,
+        operator: KernelOperator,
+        noise: Tensor | float,
+        rhs: Float[Tensor, "n k"],
+        *,
+        initial: Tensor | None = None,
+        noise_draws: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        callback: Callback | None = None,
+    ) -> Solution:
+        """Solve (K + Sigma) V = B; see ``Solver.solve``."""
+        generator = generator or torch.Generator().manual_seed(0)
+        stages = self.stages
+        if stages is None:
+            budget = resolve_budget(self.memory_budget, rhs.device)
+            stages = plan(operator, rhs.shape[1] if rhs.ndim == 2 else 1, budget)
+        done: list[Solution] = []
+        for i, stage in enumerate(stages):
+            passes = math.fsum(solution.passes for solution in done)
+            seconds = math.fsum(solution.seconds for solution in done)
+            solver = self._limited(stage, passes, seconds, last=i == len(stages) - 1)
+            try:
+                solution = solver.solve(
+                    operator,
+                    noise,
+                    rhs,
+                    initial=_carried(done, initial),
+                    noise_draws=noise_draws,
+                    generator=generator,
+                    callback=_shifted(callback, passes, seconds),
+                )
+            except RuntimeError:
+                if not done:  # nothing to fall back on
+                    raise
+                break
+            done.append(solution)
+            if solution.reason in ("converged", "interrupted") or self._spent(done):
+                break
+        return _merged(done, self.tolerance)
+
+    def _limited(
+        self, stage: Stage, passes: float, seconds: float, *, last: bool
+    ) -> Solver:
+        """The stage's solver with this solver's tolerance and what is left to spend."""
+        left = self.max_passes - passes
+        limits: dict[str, float | None] = {
+            "tolerance": self.tolerance,
+            "max_passes": left if last else min(left, stage.share),
+            "max_seconds": None,
+        }
+        if self.max_seconds is not None:
+            limits["max_seconds"] = self.max_seconds - seconds
+        if not all(hasattr(stage.solver, name) for name in limits):
+            return stage.solver  # a direct solve: no budget, a tolerance of its own
+        return replace(stage.solver, **limits)  # type: ignore[type-var]
+
+    def _spent(self, done: Sequence[Solution]) -> bool:
+        seconds = math.fsum(solution.seconds for solution in done)
+        return math.fsum(s.passes for s in done) + 1.0 >= self.max_passes or (
+            self.max_seconds is not None and seconds >= self.max_seconds
+        )
+
+
+def _carried(done: Sequence[Solution], initial: Tensor | None) -> Tensor | None:
+    return done[-1].weights if done else initial
+
+
+def _shifted(
+    callback: Callback | None, passes: float, seconds: float
+) -> Callback | None:
+    """The callback, told of the passes and seconds of all stages."""
+    if callback is None or not passes:
+        return callback
+
+    def moved(progress: Progress) -> bool | None:
+        return callback(
+            replace(
+                progress,
+                passes=passes + progress.passes,
+                seconds=seconds + progress.seconds,
+            )
+        )
+
+    return moved
+
+
+def _merged(done: Sequence[Solution], tolerance: float) -> Solution:
+    """One account of all stages; the columns of whichever ended better."""
+    last = done[-1]
+    if len(done) == 1:
+        return last
+    weights, residuals = done[0].weights, done[0].residuals
+    history: list[HistoryEntry] = []
+    passes = seconds = 0.0
+    for solution in done:
+        better = solution.residuals <= residuals
+        weights = torch.where(better, solution.weights, weights)
+        residuals = torch.where(better, solution.residuals, residuals)
+        history += [
+            replace(
+                entry, passes=passes + entry.passes, seconds=seconds + entry.seconds
+            )
+            for entry in solution.history
+        ]
+        passes += solution.passes
+        seconds += solution.seconds
+    reason = last.reason
+    if float(residuals.max()) <= tolerance:
+        reason = "converged"
+    earlier = ", then ".join(f"{s.solver} ({s.reason})" for s in done[:-1])
+    return replace(
+        last,
+        solver="+".join(solution.solver for solution in done),
+        weights=weights,
+        residuals=residuals,
+        passes=passes,
+        seconds=seconds,
+        reason=reason,
+        history=tuple(history),
+        warnings=(f"auto went on from {earlier} to {last.solver}.", *last.warnings),
+        settings={
+            **last.settings,
+            "stages": tuple((s.solver, s.reason, dict(s.settings)) for s in done),
+        },
+    )

@@ -1,0 +1,270 @@
+"""Accelerated sketch-and-project: agreement, the formula, blocks, honest ends."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from sgdgp.solvers.adasap import ADASAP, default_block_size
+from sgdgp.solvers.adasap_parameters import Acceleration
+from sgdgp.solvers.block_preconditioners import ExactBlocks, NystromBlocks
+from sgdgp.solvers.blocks import fresh_partition
+from sgdgp.solvers.system import as_system
+from tests.solvers.problems import OPERATORS, Problem, problem, relative_error
+
+PRECONDITIONERS = [NystromBlocks(), NystromBlocks(rank=10), ExactBlocks()]
+
+
+@pytest.mark.parametrize("preconditioner", PRECONDITIONERS)
+@pytest.mark.parametrize("operator", OPERATORS)
+@pytest.mark.parametrize("kernel", ["rbf", "matern12", "scale"])
+def test_it_agrees_with_the_dense_solution(kernel, operator, preconditioner):
+    p = problem(kernel, 120, noise=1.0, operator=operator)
+    solver = ADASAP(tolerance=1e-8, block_size=40, preconditioner=preconditioner)
+    found = p.solve(solver)
+    assert found.reason == "converged"
+    assert relative_error(found.weights, p.answer) < 1e-6
+    assert found.settings["restarts"] == 0
+
+
+@pytest.mark.parametrize("preconditioner", [NystromBlocks(), ExactBlocks()])
+def test_noise_per_row_is_the_diagonal_of_sigma(preconditioner):
+    p = problem("matern32", 150, noise=torch.logspace(-2, 1, 150).double())
+    found = p.solve(ADASAP(tolerance=1e-8, preconditioner=preconditioner))
+    assert found.reason == "converged"
+    assert relative_error(found.weights, p.answer) < 1e-6
+
+
+@pytest.mark.parametrize(("mu", "nu"), [(0.05, 4.0), (0.01, 8.0), (0.25, 4.0)])
+def test_the_iterates_are_those_of_the_paper(mu, nu):
+    n, b = 60, 15
+    p = problem("matern32", n, noise=0.1, k=2)
+    mu = min(mu, 1 / nu)
+    beta, gamma = 1 - math.sqrt(mu / nu), 1 / math.sqrt(mu * nu)
+    alpha = 1 / (1 + gamma * nu)
+    generator = torch.Generator().manual_seed(0)
+    system = as_system(p.operator, p.noise, p.rhs)
+    y = torch.zeros_like(p.rhs)
+    v = y.clone()
+    expected = []
+    for _ in range(4):
+        for block in fresh_partition(system, b, generator):
+            gradient = p.matrix[block] @ y - system.rhs[block]
+            d = torch.linalg.solve(p.matrix[block][:, block], gradient)
+            w = y.clone()
+            w[block] -= d
+            v = beta * v + (1 - beta) * y
+            v[block] -= gamma * d
+            y = alpha * v + (1 - alpha) * w
+        expected.append(y * system.scale)
+    seen = []
+    solver = ADASAP(
+        tolerance=1e-14, block_size=b, preconditioner=ExactBlocks(), mu=mu, nu=nu
+    )
+    p.solve(solver, callback=lambda q: seen.append(q.weights()) or len(seen) == 4)
+    for found, truth in zip(seen, expected, strict=True):
+        torch.testing.assert_close(found, truth)
+
+
+def test_momentum_vanishes_where_mu_is_one_over_nu():
+    acceleration = Acceleration(0.1, 10.0)
+    assert acceleration.gamma == pytest.approx(1.0)
+    assert acceleration.q == pytest.approx(0.1)
+
+
+def test_exact_blocks_need_no_more_passes_than_nystrom_and_rank_helps():
+    p = problem("matern32", 300, noise=0.05)
+    passes = []
+    for preconditioner in (ExactBlocks(), NystromBlocks(50), NystromBlocks(5)):
+        found = p.solve(ADASAP(block_size=60, preconditioner=preconditioner))
+        assert found.reason == "converged"
+        passes.append(found.passes)
+    assert passes[0] < passes[1] < passes[2]
+
+
+def test_acceleration_beats_plain_projections_with_many_blocks():
+    # Measured: 179 passes against 298. With ten blocks there is little to gain.
+    p = problem("matern32", 400, noise=1e-3)
+    settings = {"tolerance": 1e-3, "block_size": 10, "preconditioner": ExactBlocks()}
+    fast, plain = p.solve(ADASAP(**settings)), p.solve(ADASAP(mu=1.0, **settings))
+    assert plain.settings["mu"] == pytest.approx(1 / 40)  # no momentum
+    assert fast.reason == plain.reason == "converged"
+    assert fast.passes < 0.8 * plain.passes
+
+
+@pytest.mark.parametrize("rank", [1, 10, 60])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("noise", [1e-6, 0.1])
+def test_the_step_of_a_nystrom_block_is_stable(noise, dtype, rank):
+    p = problem("rbf", 60, noise=noise, dtype=dtype)
+    system = as_system(p.operator, p.noise, p.rhs)
+    block = torch.arange(60)
+    generator = torch.Generator().manual_seed(1)
+    step = NystromBlocks(rank).step(system, block, generator)
+    identity = torch.eye(60, dtype=dtype)
+    preconditioned = step(identity).double() @ p.matrix
+    eigenvalues = torch.linalg.eigvals(preconditioned).real
+    # Ten power iterations may miss the largest eigenvalue by some percent.
+    assert 0.9 < float(eigenvalues.max()) < 1.3
+    assert float(eigenvalues.min()) > -1e-2
+
+
+def test_a_nystrom_block_of_full_rank_is_the_block():
+    p = problem("rbf", 40, noise=0.5)
+    system = as_system(p.operator, p.noise, p.rhs)
+    generator = torch.Generator().manual_seed(1)
+    step = NystromBlocks(40).step(system, torch.arange(40), generator)
+    inverse = step.inverse(torch.eye(40, dtype=torch.float64))
+    # The damping is the smallest eigenvalue of K.
+    smallest = torch.linalg.eigvalsh(p.matrix)[0] - 0.5
+    damped = p.matrix + smallest * torch.eye(40).double()
+    torch.testing.assert_close(inverse, torch.linalg.inv(damped), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("preconditioner", [NystromBlocks(), ExactBlocks()])
+@pytest.mark.parametrize("kernel", ["rbf", "matern32"])
+@pytest.mark.parametrize("n", [50, 200])
+def test_low_noise_is_told_as_it_is(n, kernel, preconditioner, dtype):
+    p = problem(kernel, n, noise=1e-6, dtype=dtype)
+    found = p.solve(ADASAP(max_passes=40.0, preconditioner=preconditioner))
+    true = p.residuals(found.weights)
+    slack = p.rounding(found.weights)
+    assert torch.isfinite(found.weights).all()
+    assert bool(((found.residuals.double() - true).abs() <= slack).all())
+    assert bool((true <= 1.0 + slack).all())
+    assert (found.reason == "converged") == (float(found.residuals.max()) <= 0.01)
+    if n == 50:  # one block
+        assert found.reason == "converged"
+
+
+@pytest.mark.parametrize("averaging", [0.01, 0.5, 1.0])
+def test_averaging_reaches_the_same_answer(averaging):
+    p = problem("matern32", 150, noise=0.5)
+    found = p.solve(ADASAP(tolerance=1e-3, averaging=averaging))
+    assert found.reason == "converged"
+    assert float(p.residuals(found.weights).max()) <= 1e-3
+
+
+def test_a_step_that_is_unstable_is_halved_and_reported():
+    p = problem("matern32", 300, noise=1e-3)
+    solver = ADASAP(preconditioner=ExactBlocks(), nu=1.0, mu=1e-8, block_size=50)
+    found = p.solve(solver)
+    assert found.settings["restarts"] > 0
+    assert found.settings["step_scale"] == 0.5 ** found.settings["restarts"]
+    assert "growing residual" in found.warnings[-1]
+    true = p.residuals(found.weights)
+    assert float(true.max()) <= 1.0 + 1e-9
+    assert (found.reason == "converged") == (float(true.max()) <= 0.01)
+
+
+def test_no_column_ends_worse_than_it_started():
+    p = problem("rbf", 300, noise=1e-6, k=3)
+    start = torch.zeros_like(p.rhs)
+    start[:, 1] = p.answer[:, 1]
+    before = p.residuals(start)
+    found = p.solve(ADASAP(max_passes=10.0), initial=start)
+    after = p.residuals(found.weights)
+    assert bool((after <= before * (1 + 1e-9) + 1e-9).all())
+    # The solved column was left alone.
+    torch.testing.assert_close(found.weights[:, 1], start[:, 1])
+
+
+def test_a_converged_start_ends_at_once():
+    p = problem("matern32", 200)
+    found = p.solve(ADASAP(), initial=p.answer)
+    assert found.reason == "converged"
+    assert found.passes == 1.0
+
+
+def test_a_zero_column_stays_zero():
+    p = problem("matern32", 100, noise=0.5)
+    rhs = p.rhs.clone()
+    rhs[:, 0] = 0.0
+    found = Problem(p.operator, p.noise, rhs).solve(ADASAP())
+    assert found.reason == "converged"
+    assert torch.equal(found.weights[:, 0], rhs[:, 0])
+
+
+def test_budgets_are_kept_and_reported():
+    p = problem("rbf", 400, noise=1e-5)
+    found = p.solve(ADASAP(max_passes=6.0))
+    assert found.reason == "budget"
+    assert found.passes <= 7.0
+    assert "more passes" in found.warnings[0]
+    quick = p.solve(ADASAP(max_seconds=1e-6))
+    assert quick.reason == "budget"
+    assert quick.passes < 4.0
+
+
+def test_a_callback_stops_the_solve_with_true_residuals():
+    p = problem("rbf", 300, noise=1e-4)
+    found = p.solve(ADASAP(tolerance=1e-6), callback=lambda q: q.passes >= 3.0)
+    assert found.reason == "interrupted"
+    torch.testing.assert_close(found.residuals, p.residuals(found.weights))
+
+
+def test_rows_keep_the_order_of_the_caller():
+    p = problem("matern12", 120, noise=0.1)
+    seen = []
+    found = p.solve(
+        ADASAP(tolerance=1e-6),
+        callback=lambda q: seen.append((q.exact, q.residuals, q.weights())),
+    )
+    checked = [(residuals, weights) for exact, residuals, weights in seen if exact]
+    assert checked
+    for residuals, weights in checked:
+        torch.testing.assert_close(p.residuals(weights), residuals)
+    assert torch.equal(checked[-1][1], found.weights)
+
+
+@pytest.mark.parametrize("preconditioner", [NystromBlocks(), ExactBlocks()])
+def test_the_seed_decides_and_nothing_else(preconditioner):
+    p = problem("matern32", 200, noise=0.5)
+    solver = ADASAP(preconditioner=preconditioner)
+
+    def weights(seed: int | None) -> torch.Tensor:
+        torch.rand(5)
+        generator = None if seed is None else torch.Generator().manual_seed(seed)
+        return p.solve(solver, generator=generator).weights
+
+    before = torch.random.get_rng_state()
+    p.solve(solver)
+    assert torch.equal(before, torch.random.get_rng_state())
+    assert torch.equal(weights(1), weights(1))
+    assert torch.equal(weights(None), weights(0))
+    assert not torch.equal(weights(1), weights(2))
+
+
+@pytest.mark.parametrize(
+    ("n", "block"), [(10, 64), (10_000, 100), (10**6, 10_000), (10**7, 10_000)]
+)
+def test_the_default_block_is_a_hundredth_within_bounds(n, block):
+    assert default_block_size(n) == block
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"tolerance": 0.0}, "tolerance"),
+        ({"max_passes": float("nan")}, "max_passes"),
+        ({"max_seconds": -1.0}, "max_seconds"),
+        ({"block_size": 0}, "block_size"),
+        ({"mu": 0.0}, "mu"),
+        ({"nu": 0.5}, "nu"),
+        ({"averaging": 0.0}, "averaging"),
+        ({"averaging": 1.5}, "averaging"),
+    ],
+)
+def test_settings_out_of_range_are_named(settings, message):
+    with pytest.raises(ValueError, match=message):
+        ADASAP(**settings)
+
+
+def test_a_preconditioner_is_an_object_with_a_rank():
+    with pytest.raises(TypeError, match="preconditioner"):
+        ADASAP(preconditioner="nystrom")
+    with pytest.raises(ValueError, match="rank"):
+        NystromBlocks(rank=0)

@@ -1,0 +1,155 @@
+"""The plan of "auto", and what happens when its stages end early."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from gpytorch.kernels import MultitaskKernel, RBFKernel
+
+from sgdgp.operators import DenseOperator, RowBlocksOperator, TiledOperator
+from sgdgp.solvers import (
+    CG,
+    SDD,
+    Auto,
+    Cholesky,
+    PivotedCholesky,
+    Solver,
+    Stage,
+    TwoLevel,
+    plan,
+)
+from tests.solvers.problems import problem, relative_error
+
+GB = 10**9
+
+
+def dense(n: int) -> DenseOperator:
+    return DenseOperator(RBFKernel(), torch.zeros(n, 1))
+
+
+def tiled(n: int) -> TiledOperator:
+    return TiledOperator(RBFKernel(), torch.zeros(n, 1))
+
+
+def names(operator, columns: int, budget: int) -> list[str]:
+    return [stage.solver.name for stage in plan(operator, columns, budget)]
+
+
+@pytest.mark.parametrize(
+    ("operator", "columns", "budget", "expected"),
+    [
+        (dense(100), 17, GB, ["cholesky"]),
+        (dense(2_000), 17, 8 * 2_000**2, ["cholesky"]),
+        (dense(2_001), 17, GB, ["cg", "cholesky"]),
+        (tiled(50_000), 17, GB, ["cg", "sdd"]),
+        (tiled(50_000), 17, 21 * GB, ["cg", "cholesky"]),
+        (tiled(50_000), 17, 50_000 * 40 * 100 - 1, ["sdd"]),
+    ],
+)
+def test_the_plan_follows_size_and_memory(operator, columns, budget, expected):
+    assert names(operator, columns, budget) == expected
+
+
+def preconditioner(operator, columns, budget=10 * GB):
+    solver = plan(operator, columns, budget)[0].solver
+    assert isinstance(solver, CG)
+    return solver.preconditioner
+
+
+def test_neighbours_are_for_work_that_is_worth_their_setup():
+    assert isinstance(preconditioner(dense(10_000), 1), PivotedCholesky)
+    assert isinstance(preconditioner(dense(13_500), 17), TwoLevel)
+    assert isinstance(preconditioner(dense(13_500), 65), TwoLevel)
+    assert isinstance(preconditioner(tiled(50_000), 1), TwoLevel)
+
+
+def test_rows_of_one_point_are_no_neighbours():
+    kernel = MultitaskKernel(RBFKernel(), num_tasks=2)
+    operator = RowBlocksOperator(kernel, torch.zeros(40_000, 1))
+    assert isinstance(preconditioner(operator, 65), PivotedCholesky)
+    assert "sdd" not in names(operator, 65, GB)
+
+
+def test_the_rank_is_what_fits_the_budget():
+    low = preconditioner(tiled(200_000), 17, 200_000 * 40 * 150)
+    assert low == PivotedCholesky(rank=150)
+
+
+@dataclass(frozen=True)
+class Unlucky(Solver):
+    """Gets somewhere and stops for a given reason."""
+
+    tolerance: float = 1e-2
+    max_passes: float = 1000.0
+    max_seconds: float | None = None
+    reason: str = "stagnated"
+    name = "unlucky"
+
+    def solve(self, operator, noise, rhs, **arguments):
+        from dataclasses import replace
+
+        found = CG(tolerance=0.3, preconditioner=None, max_passes=self.max_passes)
+        return replace(
+            found.solve(operator, noise, rhs, **arguments),
+            solver=self.name,
+            reason=self.reason,
+        )
+
+
+@pytest.mark.parametrize("reason", ["stagnated", "diverged", "budget"])
+def test_a_stage_that_fails_hands_its_iterate_on(reason):
+    p = problem("matern32", 300)
+    seen = []
+    solver = Auto(tolerance=1e-6, stages=(Stage(Unlucky(reason=reason)), Stage(CG())))
+    found = p.solve(solver, callback=lambda q: seen.append((q.passes, q.seconds)))
+    first = p.solve(Unlucky())
+    alone = p.solve(CG(tolerance=1e-6), initial=first.weights)
+    assert found.reason == "converged"
+    assert found.solver == "unlucky+cg"
+    assert "unlucky" in found.warnings[0]
+    assert relative_error(found.weights, p.answer) < 1e-5
+    assert found.passes == pytest.approx(first.passes + alone.passes, abs=1.0)
+    assert seen == sorted(seen)
+    assert [entry.passes for entry in found.history] == [passes for passes, _ in seen]
+
+
+def test_an_interrupted_stage_ends_it():
+    p = problem("matern32", 300)
+    solver = Auto(stages=(Stage(Unlucky(reason="interrupted")), Stage(CG())))
+    assert p.solve(solver).solver == "unlucky"
+
+
+def test_a_budget_is_shared_by_all_stages():
+    p = problem("matern32", 300, noise=1e-4)
+    stages = (
+        Stage(CG(preconditioner=None), share=20.0),
+        Stage(CG(preconditioner=None)),
+    )
+    found = p.solve(Auto(tolerance=1e-9, max_passes=50.0, stages=stages))
+    assert found.reason == "budget"
+    assert 45.0 <= found.passes <= 50.0
+
+
+def test_a_direct_stage_keeps_its_own_tolerance():
+    p = problem("matern32", 300)
+    found = p.solve(Auto(tolerance=0.5, stages=(Stage(Cholesky()),)))
+    assert float(p.residuals(found.weights).max()) < 1e-8
+
+
+def test_no_column_is_worse_after_a_later_stage():
+    p = problem("matern32", 200, k=3)
+    first = p.solve(CG(tolerance=1e-3))
+    solver = Auto(
+        tolerance=1e-9,
+        max_passes=first.passes + 4.0,
+        stages=(Stage(CG(tolerance=1e-3), share=first.passes), Stage(SDD())),
+    )
+    found = p.solve(solver)
+    assert bool((p.residuals(found.weights) <= 1.01 * first.residuals).all())
+
+
+def test_a_plan_without_stages_is_refused():
+    with pytest.raises(ValueError, match="stages"):
+        Auto(stages=())
