@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from dataclasses import dataclass
 
@@ -10,6 +11,7 @@ from gpytorch.kernels import Kernel
 from gpytorch.models import ExactGP
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn.functional import pad
 
 from sgdgp.checks import check_count, check_finite, check_matrix, check_same
 from sgdgp.features import ExactDraws, PriorDraws, draw_prior, has_features
@@ -17,6 +19,8 @@ from sgdgp.gpytorch_adapter import Prior, noise_of, prior_of, raw_training_data
 from sgdgp.operators import KernelOperator, check_kernel
 from sgdgp.operators.choose import choose_operator, operator_by_name
 from sgdgp.operators.memory import resolve_budget
+from sgdgp.posterior import fingerprint
+from sgdgp.posterior.checkpoint import Checkpoint
 from sgdgp.posterior.functions import ConditionedPaths, SampleFunctions
 from sgdgp.posterior.pathwise import PathwisePosterior
 from sgdgp.posterior.progress import progress_bar
@@ -40,6 +44,8 @@ def condition(
     memory_budget: int | None = None,
     progress: bool | None = None,
     callback: Callback | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
+    every: int | float = 60,
 ) -> PathwisePosterior:
     """Condition a GPyTorch model on data by one stochastic linear solve.
 
@@ -61,12 +67,18 @@ def condition(
             is free.
         progress: Show a progress bar. Default: on a terminal.
         callback: Called as the solve advances; returning True stops it.
+        checkpoint: File that keeps the solve. Calling again after the process was
+            killed goes on from there; after the solve has ended, it is returned at
+            once. Budgets are for all runs together. See docs/checkpoints.md.
+        every: Seconds between two writes of the checkpoint, at least.
 
     Returns:
         The posterior. ``posterior.solution.reason`` says how the solve ended.
 
     Raises:
         UnsupportedModelError: The prior is not a function of two points.
+        CheckpointError: The checkpoint cannot be written, is damaged, or belongs to
+            another problem (a ValueError).
         NoRandomFeatures: The kernel has no random features and n is too large for
             exact prior draws.
         TypeError: Data, settings or the likelihood are of the wrong kind.
@@ -84,6 +96,7 @@ def condition(
         raise TypeError(
             f"solver: expected a Solver such as SDD(), or a name, found {solver!r}"
         )
+    keeper = None if checkpoint is None else Checkpoint(checkpoint, every)
     generator = _generator(seed)
     given = y is not None
     x, y = _data(model, x, y)
@@ -109,13 +122,23 @@ def condition(
         progress=progress,
         callback=callback,
     )
+    if keeper is not None:
+        keeper.open(
+            fingerprint.components(
+                prior.model,
+                x,
+                y,
+                generator,
+                num_samples=num_samples,
+                num_features=num_features,
+            )
+        )
     start = time.perf_counter()
     draws = problem.draw_prior(num_samples, generator)
-    rhs = torch.cat(
-        [targets.unsqueeze(1), problem.sample_targets(draws, generator)], dim=1
-    )
+    sampled, noise_draws = problem.sample_targets(draws, generator)
+    rhs = torch.cat([targets.unsqueeze(1), sampled], dim=1)
     drawn = time.perf_counter()
-    solution = problem.solve(rhs, generator)
+    solution = problem.solve(rhs, pad(noise_draws, (1, 0)), generator, keeper)
     timings = {
         "prior_draws": drawn - start,
         "solve": time.perf_counter() - drawn,
@@ -163,42 +186,60 @@ class _Problem:
 
     def sample_targets(
         self, draws: PriorDraws | ExactDraws, generator: torch.Generator
-    ) -> Tensor:
-        """f_s(X) + eps_s (n, s)."""
+    ) -> tuple[Tensor, Tensor]:
+        """f_s(X) + eps_s (n, s), and eps_s alone (n, s)."""
         with torch.no_grad():
             values = draws(self.operator.x)
-        noise = torch.randn(
+        standard = torch.randn(
             values.shape[1],
             values.shape[0],
             generator=generator,
             device=generator.device,
             dtype=values.dtype,
         )
-        return values.addcmul(
-            noise.mT.to(values.device), self.noise.sqrt().unsqueeze(1)
-        )
+        standard = standard.mT.to(values.device)
+        deviation = self.noise.sqrt().unsqueeze(1)
+        return values.addcmul(standard, deviation), standard * deviation
 
-    def solve(self, rhs: Tensor, generator: torch.Generator) -> Solution:
-        """The representer weights of all columns."""
+    def solve(
+        self,
+        rhs: Tensor,
+        noise_draws: Tensor,
+        generator: torch.Generator,
+        keeper: Checkpoint | None = None,
+    ) -> Solution:
+        """The representer weights of all columns, kept in a checkpoint if asked."""
+
+        def attempt(
+            solver: Solver, initial: Tensor | None, callback: Callback | None
+        ) -> Solution:
+            # Whatever the solve stores of K goes with it; the posterior keeps none.
+            return solver.solve(
+                self.operator.unfilled(),
+                self.noise,
+                rhs,
+                initial=initial,
+                noise_draws=noise_draws,
+                generator=generator,
+                callback=callback,
+            )
+
         with (
             torch.no_grad(),
             progress_bar(self.progress, self.solver.name, self.callback) as callback,
         ):
-            # Whatever the solve stores of K goes with it; the posterior keeps none.
-            return self.solver.solve(
-                self.operator.unfilled(),
-                self.noise,
-                rhs,
-                generator=generator,
-                callback=callback,
-            )
+            if keeper is None:
+                return attempt(self.solver, None, callback)
+            probe = fingerprint.probe(self.operator, self.noise, rhs)
+            return keeper.solve(self.solver, attempt, rhs, probe, callback)
 
     def redraw(
         self, k: int, generator: torch.Generator, mean_weights: Tensor
     ) -> SampleFunctions:
         """K new posterior functions around the same mean."""
         draws = self.draw_prior(k, generator)
-        solution = self.solve(self.sample_targets(draws, generator), generator)
+        sampled, noise_draws = self.sample_targets(draws, generator)
+        solution = self.solve(sampled, noise_draws, generator)
         weights = torch.cat([mean_weights, solution.weights], dim=1)
         return SampleFunctions(
             ConditionedPaths(self.prior, self.operator, draws, weights, self.dim),
