@@ -18,7 +18,7 @@ from sgdgp.operators.tiled import TiledOperator
 if TYPE_CHECKING:
     from gpytorch.kernels import Kernel
 
-_STRIP_ROWS = 1024
+_STRIP_ROWS = 128
 
 
 class DenseOperator(KernelOperator):
@@ -85,7 +85,7 @@ class DenseOperator(KernelOperator):
     def matmul(self, v: Float[Tensor, "n k"]) -> Float[Tensor, "m k"]:
         """K v, in one pass over the stored entries."""
         check_vectors(v, self.shape[1], self.dtype)
-        # Written transposed and in strips: a third faster than one thin product.
+        # Written transposed and in strips of rows: faster than one thin product.
         out = v.new_zeros(v.shape[1], self.shape[0])
         left = v.mT.contiguous()
         for rows in row_slices(self.shape[0], _STRIP_ROWS):

@@ -107,7 +107,10 @@ class CG(Solver):
         reason: Reason | None = None
         if float(norms.max()) <= self.tolerance:
             reason = "converged"
-        elif self.preconditioner is not None:
+        elif self.preconditioner is not None and (
+            # What is left must pay for an iteration and the true residual behind it.
+            self.preconditioner.cost(system.n) + passes + 2.0 <= self.max_passes
+        ):
             inverse = self.preconditioner.prepare(system, generator)
             passes += inverse.passes
         run = _Recurrence(system, best, residual, inverse, norms > self.tolerance)

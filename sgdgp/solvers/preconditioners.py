@@ -48,6 +48,10 @@ class Preconditioner(ABC):
     """Recipe for the approximate inverse of a system's matrix."""
 
     @abstractmethod
+    def cost(self, n: int) -> float:
+        """Passes over K that preparing it takes, at most."""
+
+    @abstractmethod
     def prepare(self, system: System, generator: torch.Generator) -> Inverse:
         """P^-1 for the system's matrix K + Sigma."""
 
@@ -87,6 +91,10 @@ class PivotedCholesky(LowRank):
         if self.rank is not None:
             check_count("rank", self.rank, 1)
         check_count("block_size", self.block_size, 1)
+
+    def cost(self, n: int) -> float:
+        """See ``Preconditioner.cost``."""
+        return min(n, self.rank or default_rank(n)) / n
 
     def factor(
         self, system: System, generator: torch.Generator
@@ -136,6 +144,10 @@ class Nystrom(LowRank):
 
     def __post_init__(self) -> None:
         check_count("rank", self.rank, 1)
+
+    def cost(self, n: int) -> float:
+        """See ``Preconditioner.cost``."""
+        return 1.0
 
     def factor(
         self, system: System, generator: torch.Generator

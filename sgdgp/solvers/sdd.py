@@ -12,22 +12,22 @@ blocks I of coordinates with look-ahead momentum and iterate averaging:
 Deviations from the paper:
 
 1. Coordinates are scaled by D = diag(H), a constant for stationary kernels; step
-   size and momentum come from spectral estimates (``step_size.py``).
+   size and momentum come from spectral estimates. Momentum grows during the solve,
+   and the step shrinks with it (``step_size.py``).
 2. The data are shuffled once and cut into fixed blocks, visited in a new random
    order on every pass: rows of a block are contiguous, so an in-memory kernel is
-   never copied. Measured passes are the same as with fresh random blocks.
+   never copied, and a memory of a pass or more hardly sees the sampling noise.
 3. ``a`` and ``v`` are never updated densely. With c = rho / (1 - rho), z = a + c v
    and u = v / rho^t change only on the block; e = z - (c - rho) rho^t u.
 4. The averaging weight needs no horizon; it equals the paper's 100 / T at t = T.
-5. -D g is the residual on the block: kept, it is a running residual estimate for
-   nothing. It triggers a true residual check, and only that can end the solve.
+5. -D g is the residual on the block: its norm over the last quarter of a pass is an
+   estimate of the residual for nothing. It triggers a true residual check; only that
+   can end the solve, and dismisses the columns that are done.
 6. A residual that grows halves the step and restarts from the best iterate.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -35,7 +35,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sgdgp.checks import check_count, check_positive
-from sgdgp.operators.base import KernelOperator, row_slices
+from sgdgp.operators.base import KernelOperator
 from sgdgp.solvers.base import (
     Callback,
     Reason,
@@ -44,17 +44,15 @@ from sgdgp.solvers.base import (
     Solver,
     check_limits,
 )
+from sgdgp.solvers.blocks import BestChecked, in_random_order, partition, true_residual
 from sgdgp.solvers.step_size import Spectrum, StepRule, estimate_spectrum, step_rule
-from sgdgp.solvers.stopping import Monitor
-from sgdgp.solvers.system import (
-    System,
-    accurate_residual,
-    as_system,
-    initial_weights,
-)
+from sgdgp.solvers.stopping import Monitor, rounding_floor
+from sgdgp.solvers.system import System, as_system, initial_weights
 
 _MAX_RESTARTS = 20
 _UNDERFLOW = 1e-12
+_GROWTH = 5.0
+_FEWEST_RECENT = 4
 
 
 @dataclass(frozen=True)
@@ -66,9 +64,9 @@ class SDD(Solver):
         max_passes: Budget in passes over K.
         max_seconds: Budget in seconds. Default: none.
         block_size: Coordinates per step. Default: chosen from n.
-        momentum: rho in [0, 1). Default: set from the spectrum.
+        momentum: rho in [0, 1). Default: from the spectrum, growing with the passes.
         step_size: beta of the scaled dual gradient; the papers' step size is beta n
-            over the kernel's diagonal. Default: half of the stability limit.
+            over the kernel's diagonal. Default: a fraction of the stability limit.
     """
 
     tolerance: float = 1e-2
@@ -105,87 +103,102 @@ class SDD(Solver):
         system = as_system(operator, noise, rhs)
         start = initial_weights(system, initial)
         record = Recorder(callback)
+        n = system.n
 
-        order = torch.randperm(system.n, generator=generator, device=generator.device)
+        order = torch.randperm(n, generator=generator, device=generator.device)
         order = order.to(rhs.device)
         shuffled = system.permuted(order)
         spectrum = estimate_spectrum(shuffled, generator)
-        blocks = self._blocks(system.n)
-        rule = self._rule(spectrum, system.n, len(blocks))
+        blocks = partition(n, self.block_size or default_block_size(n))
 
         start = start[order]
-        residual = shuffled.rhs.clone()
-        passes = min(system.n, 1000) ** 2 / system.n**2
+        residual = shuffled.rhs.double()
+        passes = min(n, 1000) ** 2 / n**2
         if initial is not None:
-            residual = shuffled.residual(start)
+            residual = true_residual(shuffled, start)
             passes += 1.0
-        start_norms = residual.norm(dim=0)
-        iterate = _Iterate(start, residual, rule)
+        best = BestChecked(start, residual.norm(dim=0))
+        norms = best.norms.clone()
+        work = _Work(shuffled, spectrum.diagonal, start, residual)
+        work.dismiss(norms <= self.tolerance)
         # Momentum remembers 1 / (1 - rho) steps: no verdict before that has faded.
-        patience = max(300.0, 20.0 / (1.0 - rule.momentum) / len(blocks))
-        monitor = Monitor(self.tolerance, start_norms, patience)
-        restarts = 0
+        last = self._rule(spectrum, blocks[0].stop, self.max_passes)
+        patience = max(300.0, 20.0 / (1.0 - last.momentum) / len(blocks))
+        monitor = Monitor(self.tolerance, best.norms, patience)
+        restarts, since_start = 0, 0
 
         def weights() -> Tensor:
-            unshuffled = torch.empty_like(iterate.average)
-            unshuffled[order] = iterate.average
+            unshuffled = torch.empty_like(start)
+            unshuffled[order] = best.with_columns(work.live, work.average)
             return unshuffled * system.scale
 
-        reason: Reason | None = None
-        if float(start_norms.max()) <= self.tolerance:
-            reason = monitor.verdict(start_norms, passes)
+        def is_out_of_budget() -> bool:
+            # The true residual at the end is part of the budget.
+            return passes + 1.0 >= self.max_passes or (
+                self.max_seconds is not None and record.seconds >= self.max_seconds
+            )
+
+        reason: Reason | None = "converged" if best.is_within(self.tolerance) else None
+        rule = self._rule(spectrum, blocks[0].stop, 1.0)
         while reason is None:
+            since_start += 1
+            rule = self._rule(spectrum, blocks[0].stop, float(since_start))
+            rule = StepRule(rule.step_size / 2.0**restarts, rule.momentum)
+            work.adopt(rule)
             diverged = False
-            for block in _shuffled(blocks, generator):
-                gradient = _block_gradient(shuffled, block, iterate.lookahead)
-                residual[block] = -gradient
+            visited: list[slice] = []
+            for block in in_random_order(blocks, generator):
+                gradient = work.gradient(block)
+                visited.append(block)
+                passes += (block.stop - block.start) / n
                 diverged = monitor.is_diverging(gradient, len(blocks))
-                if diverged:
+                if diverged or is_out_of_budget():
                     break
-                gradient /= spectrum.diagonal[block]
-                iterate.step(block, gradient, len(blocks))
-            passes += 1.0
-            norms = residual.norm(dim=0)
+                work.step(block, gradient, len(blocks))
+            running = work.recent(visited)
+            diverged = diverged or work.has_grown()
+            norms = norms.index_copy(0, work.live, running.double())
             exact = False
-            if diverged or not bool(torch.isfinite(norms).all()):
+            if diverged:
                 restarts += 1
-                rule = StepRule(rule.step_size / 2, rule.momentum)
-                iterate.restart(rule)
-                residual = iterate.best_residual.clone()
-                norms = residual.norm(dim=0)
+                since_start = 0
+                norms = norms.index_copy(0, work.live, work.restart())
                 monitor.forget()
                 if restarts > _MAX_RESTARTS:
                     reason = "diverged"
-            else:
-                iterate.remember(norms, residual)
-                exact = monitor.wants_check(norms, passes)
-            if exact:
-                norms = accurate_residual(shuffled, iterate.average).to(norms.dtype)
+            elif is_out_of_budget() or monitor.wants_check(running, passes):
+                exact = True
+                candidate = best.with_columns(work.live, work.average)
+                norms = true_residual(shuffled, candidate).norm(dim=0)
                 passes += 1.0
+                best.offer(candidate, norms)
                 reason = monitor.verdict(norms, passes)
-            if record(passes, norms, exact=exact, weights=weights):
+            if record(passes, norms.to(rhs.dtype), exact=exact, weights=weights):
                 reason = reason or "interrupted"
-            # The true residual at the end is part of the budget.
-            if passes + 1.0 >= self.max_passes or (
-                self.max_seconds is not None and record.seconds >= self.max_seconds
-            ):
+            if exact:
+                work.dismiss(norms[work.live] <= self.tolerance)
+            if is_out_of_budget():
                 reason = reason or "budget"
+            if reason is not None and not exact:
+                candidate = best.with_columns(work.live, work.average)
+                best.offer(candidate, true_residual(shuffled, candidate).norm(dim=0))
+                passes += 1.0
 
-        final, passes = self._final(
-            shuffled, iterate, start, start_norms, monitor, passes
-        )
-        if float(final.max()) <= self.tolerance:
+        if best.is_within(self.tolerance):
             reason = "converged"
+        found = torch.empty_like(start)
+        found[order] = best.weights
+        floor = rounding_floor(spectrum.largest, spectrum.diagonal, best.weights)
         return Solution(
             solver=self.name,
             operator=operator.name,
-            weights=weights(),
-            residuals=final.to(rhs.dtype),
+            weights=found * system.scale,
+            residuals=best.norms.to(rhs.dtype),
             passes=passes,
             seconds=record.seconds,
             reason=reason,
             history=tuple(record.history),
-            warnings=_warnings(reason, final, self.tolerance, restarts),
+            warnings=_warnings(reason, best.norms, self.tolerance, restarts, floor),
             settings={
                 "block_size": blocks[0].stop,
                 "momentum": rule.momentum,
@@ -195,38 +208,11 @@ class SDD(Solver):
             },
         )
 
-    def _blocks(self, n: int) -> list[slice]:
-        size = self.block_size or default_block_size(n)
-        count = math.ceil(n / min(size, n))
-        return list(row_slices(n, math.ceil(n / count)))
-
-    def _rule(self, spectrum: Spectrum, n: int, num_blocks: int) -> StepRule:
-        rule = step_rule(
-            spectrum, n, max(1, round(n / num_blocks)), momentum=self.momentum
-        )
+    def _rule(self, spectrum: Spectrum, block_size: int, passes: float) -> StepRule:
+        rule = step_rule(spectrum, block_size, passes, momentum=self.momentum)
         if self.step_size is None:
             return rule
         return StepRule(self.step_size, rule.momentum)
-
-    @staticmethod
-    def _final(
-        system: System,
-        iterate: _Iterate,
-        start: Tensor,
-        start_norms: Tensor,
-        monitor: Monitor,
-        passes: float,
-    ) -> tuple[Tensor, float]:
-        """True residuals of what is returned; never worse than the start."""
-        norms = monitor.checked_at(passes)
-        if norms is None:
-            norms = accurate_residual(system, iterate.average)
-            passes += 1.0
-        worse = ~(norms <= start_norms)
-        if bool(worse.any()):
-            iterate.average[:, worse] = start[:, worse]
-            norms = torch.where(worse, start_norms.to(norms.dtype), norms)
-        return norms, passes
 
 
 def default_block_size(n: int) -> int:
@@ -234,78 +220,110 @@ def default_block_size(n: int) -> int:
     return min(512, max(64, n // 64))
 
 
-class _Iterate:
-    """Iterate, velocity and average, with updates only on the block."""
+class _Work:
+    """Iterate, velocity and average of the columns still worked on."""
 
-    def __init__(self, start: Tensor, residual: Tensor, rule: StepRule) -> None:
-        self.average = start.clone()
-        self.best_residual = residual.clone()
-        self._best = start.clone()
-        self._best_norm = float(residual.norm(dim=0).max())
+    def __init__(
+        self, system: System, diagonal: Tensor, start: Tensor, residual: Tensor
+    ) -> None:
+        self._system = system
+        self._diagonal = diagonal
+        self._rule = StepRule(0.0, 0.0)
+        self._decay = 1.0
         self._steps = 0
-        self._start_from(start, rule)
-
-    def _start_from(self, start: Tensor, rule: StepRule) -> None:
-        self._rule = rule
+        self.live = torch.arange(start.shape[1], device=start.device)
+        self._rhs = system.rhs
+        self._residual = residual.to(start.dtype, copy=True)
         self._z = start.clone()
         self._u = torch.zeros_like(start)
+        self._lookahead = start.clone()
+        self.average = start.clone()
+        self._best = start.clone()
+        self._best_norms = self._residual.norm(dim=0)
+
+    def dismiss(self, done: Tensor) -> None:
+        """Leave the columns that are done."""
+        if not bool(done.any()):
+            return
+        rest = ~done
+        self.live = self.live[rest]
+        for name in ("_rhs", "_residual", "_z", "_u", "_lookahead", "average", "_best"):
+            setattr(self, name, getattr(self, name)[:, rest].contiguous())
+        self._best_norms = self._best_norms[rest]
+
+    def adopt(self, rule: StepRule) -> None:
+        """Go on with another step size and momentum; iterate and velocity stay."""
+        old, new = self._rule.momentum, rule.momentum
+        self._rule = rule
+        if old == new:
+            return
+        self._u *= self._decay
         self._decay = 1.0
-        self.lookahead = start.clone()
+        self._z.add_(self._u, alpha=new / (1.0 - new) - old / (1.0 - old))
+        self._look_ahead()
+
+    def _look_ahead(self) -> None:
+        rho = self._rule.momentum
+        ahead = (rho / (1.0 - rho) - rho) * self._decay
+        torch.sub(self._z, self._u, alpha=ahead, out=self._lookahead)
+
+    def gradient(self, block: slice) -> Tensor:
+        """H[I, :] e - B[I], minus the residual of the block."""
+        gradient = self._system.operator.rows(block).matmul(self._lookahead)
+        gradient.addcmul_(self._system.noise[block], self._lookahead[block])
+        gradient.sub_(self._rhs[block])
+        self._residual[block] = -gradient
+        return gradient
 
     def step(self, block: slice, gradient: Tensor, num_blocks: int) -> None:
         """One descent step from the gradient on a block."""
         rho, beta = self._rule.momentum, self._rule.step_size * num_blocks
+        gradient = gradient / self._diagonal[block]
+        if self._decay < _UNDERFLOW:
+            self._u *= self._decay
+            self._decay = 1.0
+        self._decay *= rho or 1.0
         if rho == 0.0:
-            self.lookahead[block] -= beta * gradient
+            self._lookahead[block] -= beta * gradient
+            self._z[block] = self._lookahead[block]
         else:
-            if self._decay < _UNDERFLOW:
-                self._u *= self._decay
-                self._decay = 1.0
-            self._decay *= rho
-            c = rho / (1.0 - rho)
             self._u[block].sub_(gradient, alpha=beta / self._decay)
-            self._z[block].sub_(gradient, alpha=(1.0 + c) * beta)
-            torch.sub(
-                self._z, self._u, alpha=(c - rho) * self._decay, out=self.lookahead
-            )
+            self._z[block].sub_(gradient, alpha=beta / (1.0 - rho))
+            self._look_ahead()
         self._steps += 1
-        self._average()
-
-    def _average(self) -> None:
         # The window is t / 100 steps long: averaging every t / 400 loses nothing.
         stride = max(1, self._steps // 400)
         if self._steps % stride == 0:
             weight = min(1.0, 101.0 * stride / (self._steps + 100.0))
-            self.average.lerp_(self.lookahead, weight)
+            self.average.lerp_(self._lookahead, weight)
 
-    def remember(self, norms: Tensor, residual: Tensor) -> None:
-        """Keep the iterate if it is the best so far."""
-        norm = float(norms.max())
-        if norm < 0.9 * self._best_norm:
-            self._best_norm = norm
+    def recent(self, visited: list[slice]) -> Tensor:
+        """Residual norms (k,) as the last quarter of a pass has seen them."""
+        last = visited[-max(_FEWEST_RECENT, len(visited) // 4) :]
+        rows = sum(block.stop - block.start for block in last)
+        squares = torch.stack([self._residual[i].square().sum(0) for i in last]).sum(0)
+        return (squares * (len(self._residual) / rows)).sqrt()
+
+    def has_grown(self) -> bool:
+        """Whether the residual is far above the best; keeps the best iterate."""
+        norms = self._residual.norm(dim=0)
+        now, best = float(norms.norm()), float(self._best_norms.norm())
+        if now < 0.9 * best:
+            self._best_norms = norms
             self._best.copy_(self.average)
-            self.best_residual.copy_(residual)
+        return not now <= _GROWTH * best
 
-    def restart(self, rule: StepRule) -> None:
-        """Go back to the best iterate, at rest."""
-        self.average.copy_(self._best)
-        self._start_from(self._best, rule)
-
-
-def _block_gradient(system: System, block: slice, at: Tensor) -> Tensor:
-    gradient = system.operator.rows(block).matmul(at)
-    gradient.addcmul_(system.noise[block], at[block])
-    return gradient.sub_(system.rhs[block])
-
-
-def _shuffled(blocks: list[slice], generator: torch.Generator) -> Iterator[slice]:
-    order = torch.randperm(len(blocks), generator=generator, device=generator.device)
-    for index in order.tolist():
-        yield blocks[index]
+    def restart(self) -> Tensor:
+        """Go back to the best iterate, at rest; its residual norms (k,)."""
+        for tensor in (self._z, self._lookahead, self.average):
+            tensor.copy_(self._best)
+        self._u.zero_()
+        self._decay = 1.0
+        return self._best_norms.double()
 
 
 def _warnings(
-    reason: Reason, norms: Tensor, tolerance: float, restarts: int
+    reason: Reason, norms: Tensor, tolerance: float, restarts: int, floor: float
 ) -> tuple[str, ...]:
     warnings = []
     if reason != "converged":
@@ -315,6 +333,12 @@ def _warnings(
             f"relative residual is {float(norms.max()):.2e}. Give it more passes "
             "(max_passes), float64 data, or use CG or Cholesky."
         )
+        if tolerance < floor:
+            warnings.append(
+                f"Rounding alone leaves a relative residual of about {floor:.0e} in "
+                f"this precision, above the tolerance {tolerance:g}: give float64 "
+                "data or a larger tolerance."
+            )
     if restarts:
         warnings.append(
             f"SDD met a growing residual and halved its step size {restarts} times."

@@ -1,7 +1,9 @@
 """When to check a true residual, and when to stop.
 
-The running residual of a stochastic solver is stale by up to a pass: it may
-trigger a check, it may never end a solve. A check costs one pass.
+The running residual of a stochastic solver is stale by up to a pass and taken at
+another point than the one returned: it may trigger a check, it may never end a
+solve. A check costs one pass; the last one tells how far the running residual is
+off, so that one that failed is repeated when it is likely to succeed.
 """
 
 from __future__ import annotations
@@ -13,8 +15,11 @@ from torch import Tensor
 
 from sgdgp.solvers.base import Reason
 
-_TRIGGER = 0.7
-_REARM = 5.0
+_MARGIN = 0.97
+_TRIGGERS = (0.4, 2.0)
+_REARM = 2.0
+_REARM_SHARE = 0.1
+_PARTIAL = 10.0
 _REGULAR = 25.0
 _STALLED_GAIN = 0.02
 _GROWTH = 9.0
@@ -36,6 +41,10 @@ class Monitor:
         self._patience = patience
         self._start = float(start.square().mean())
         self._smoothed = self._start
+        self._trigger = 1.0
+        self._claimed: float | None = None
+        self._is_claim = False
+        self._refuted = -math.inf
         self._checked: tuple[float, Tensor] | None = None
         self._checks: list[tuple[float, float]] = []
 
@@ -59,11 +68,29 @@ class Monitor:
         self._smoothed = self._start
 
     def wants_check(self, running: Tensor, passes: float) -> bool:
-        """Whether a true residual is worth a pass now."""
+        """Whether a true residual is worth a pass now.
+
+        Args:
+            running: Running residuals of the columns still worked on (k,).
+            passes: Passes so far.
+        """
         since = passes - (self._checked[0] if self._checked else 0.0)
-        if float(running.max()) <= _TRIGGER * self._tolerance:
-            return self._checked is None or since >= _REARM
-        return since >= _REGULAR
+        # What the last check has told of the running residual wears off.
+        relaxed = 1.0 + since / _REGULAR if self._checked else 1.0
+        below = running <= relaxed * self._trigger * self._tolerance
+        if bool(below.all()):
+            pause = max(_REARM, _REARM_SHARE * passes)
+            wanted = self._checked is None or (
+                since >= _REARM and passes - self._refuted >= pause
+            )
+        else:
+            # Half of the columns are worth dismissing.
+            several = 2 * int(below.sum()) >= len(below) > 1
+            pause = max(_PARTIAL, 2.0 * _REARM_SHARE * passes)
+            wanted = since >= _REGULAR or (several and since >= pause)
+        self._claimed = float(running.max()) if wanted else None
+        self._is_claim = bool(below.all())
+        return wanted
 
     def verdict(self, norms: Tensor, passes: float) -> Reason | None:
         """Take note of a true residual (k,); a reason to stop, if there is one."""
@@ -71,6 +98,13 @@ class Monitor:
         worst = float(norms.max())
         if worst <= self._tolerance:
             return "converged"
+        if self._claimed is not None:
+            if self._is_claim:
+                self._refuted = passes
+            lowest, highest = _TRIGGERS
+            claim = _MARGIN * self._claimed / worst
+            self._trigger = min(max(claim, lowest), highest)
+            self._claimed = None
         self._checks.append((passes, worst))
         earlier = [r for p, r in self._checks if p <= passes - self._patience]
         if earlier and worst > (1.0 - _STALLED_GAIN) * min(earlier):
@@ -82,3 +116,16 @@ class Monitor:
         if self._checked is not None and self._checked[0] == passes:
             return self._checked[1].to(torch.float64)
         return None
+
+
+def rounding_floor(largest: float, diagonal: Tensor, weights: Tensor) -> float:
+    """Relative residual that rounding of the weights leaves, eps ||H||_F ||v|| / n^1/2.
+
+    Args:
+        largest: lambda_1 of H scaled to unit diagonal; ||H||_F^2 <= lambda_1 tr H.
+        diagonal: The diagonal of H (n, 1).
+        weights: Weights (n, k) for right-hand sides of unit norm.
+    """
+    size = float(diagonal.mean()) * math.sqrt(largest)
+    eps = torch.finfo(weights.dtype).eps
+    return eps * size * float(weights.norm(dim=0).max())

@@ -56,11 +56,17 @@ class TwoLevel(Preconditioner):
         if self.neighbours is not None:
             check_count("neighbours", self.neighbours, 1)
 
+    def _count(self, n: int) -> int:
+        return min(self.neighbours or default_neighbours(n), max(1, n - 1))
+
+    def cost(self, n: int) -> float:
+        """See ``Preconditioner.cost``."""
+        return self.low_rank.cost(n) + 1.0 + (self._count(n) + 1) ** 2 / n
+
     def prepare(self, system: System, generator: torch.Generator) -> TwoLevelInverse:
         """See ``Preconditioner.prepare``."""
         factor, passes = self.low_rank.factor(system, generator)
-        count = self.neighbours or default_neighbours(system.n)
-        count = min(count, max(1, system.n - 1))
+        count = self._count(system.n)
         nearest = nearest_earlier(system, count, generator)
         sparse = sparse_factor(system, factor, nearest)
         passes += 1.0 + (count + 1) ** 2 / system.n

@@ -64,6 +64,9 @@ class FailingOperator(CountingOperator):
 class Broken(Preconditioner):
     """A preconditioner that returns nothing but NaN."""
 
+    def cost(self, n):
+        return 0.0
+
     def prepare(self, system, generator):
         class Lost(Inverse):
             passes, settings = 0.0, {}
@@ -185,6 +188,9 @@ class Undamped(Preconditioner):
     """The textbook inverse of L L^T + Sigma, c_i = 1 / (1 + s_i^2)."""
 
     recipe: PivotedCholesky | Nystrom
+
+    def cost(self, n: int) -> float:
+        return self.recipe.cost(n)
 
     def prepare(self, system: System, generator: torch.Generator) -> LowRankInverse:
         factor, passes = self.recipe.factor(system, generator)

@@ -133,6 +133,7 @@ def test_a_recipe_prepares_the_inverse_of_its_factor(recipe):
     found = recipe.prepare(system, torch.Generator().manual_seed(1))
     torch.testing.assert_close(found(p.rhs), expected, rtol=1e-10, atol=0.0)
     assert found.passes == passes == (1.0 if isinstance(recipe, Nystrom) else 40 / 120)
+    assert recipe.cost(120) == passes
     assert found.settings == {"rank": 40}
 
 

@@ -88,17 +88,20 @@ def test_the_residual_is_true_where_float32_alone_lies(kernel, operator):
         torch.testing.assert_close(found, true, rtol=1e-6, atol=0.0)
 
 
-def test_what_rounding_adds_is_measured():
-    p = problem("constant", 1000, k=4, noise=1e-4, dtype=torch.float32)
+@pytest.mark.parametrize("operator", OPERATORS)
+@pytest.mark.parametrize(("kernel", "factor"), [("constant", 30.0), ("linear", 5.0)])
+def test_what_rounding_adds_is_measured(kernel, factor, operator):
+    p = problem(kernel, 1000, k=4, noise=1e-4, dtype=torch.float32, operator=operator)
     system = as_system(p.operator, p.noise, p.rhs)
     weights = torch.linalg.solve(p.exact_matrix, p.rhs.double()).float() / system.scale
     product = system.product(weights).double()
     wide = in_float64(system)
     added = (product - wide.product(weights.double())).norm(dim=0)
-    # Estimated from 128 of 1000 rows.
-    ratio = rounding_level(system, weights) / added
-    assert float(ratio.min()) > 0.3
-    assert float(ratio.max()) < 3.0
+    level = rounding_level(system, weights)
+    # Rows of a constant are rounded alike: one draw, which may happen to be small.
+    assert float((level / added).min()) > 1 / 5
+    assert float((level / added).max()) < factor
+    assert float(level.max() / level.min()) < 10.0
     assert "Refined" in float32_warnings(system, weights, 1e-2)[0]
     assert float32_warnings(system, weights, 10.0) == ()
     assert float32_warnings(wide, weights.double(), 1e-12) == ()

@@ -119,6 +119,9 @@ def test_choices_and_passes_are_reported(generator):
     assert inverse.passes == pytest.approx(10 / 200 + 1.0 + 8**2 / 200)
     default = TwoLevel().prepare(system_of(p), generator)
     assert default.settings["neighbours"] == default_neighbours(200)
+    for recipe in (TwoLevel(LOW, neighbours=7), TwoLevel(), TwoLevel(neighbours=999)):
+        prepared = recipe.prepare(system_of(p), generator)
+        assert recipe.cost(200) == pytest.approx(prepared.passes)
     # The budget of a solve of a small system is not spent on the preconditioner.
     assert default.passes <= 2.5
 
