@@ -30,12 +30,11 @@ from sgdgp.solvers.cholesky import Cholesky
 from sgdgp.solvers.conjugate_gradients import CG
 from sgdgp.solvers.preconditioners import PivotedCholesky, default_rank
 from sgdgp.solvers.sdd import SDD
-from sgdgp.solvers.two_level import TwoLevel
+from sgdgp.solvers.two_level import TwoLevel, default_neighbours, far_rank
 
 DIRECT_ROWS = 2_000
 """Up to here a Cholesky factor takes less than a tenth of a second."""
 
-NEIGHBOURS = 50
 SMALLEST_RANK = 100
 """A preconditioner of a lower rank is not worth choosing CG for."""
 
@@ -88,7 +87,6 @@ def plan(
         return (Stage(Cholesky()),)
     entry = _ENTRY_STREAMED if operator.streaming() is operator else _ENTRY_IN_MEMORY
     entry += _ENTRY_AND_COLUMN * columns
-    rank = _two_level_rank(n)
     setup = _REGRESSION / (n * entry) + 0.5 * _SEARCH / entry
     stages: list[Stage] = []
     share = float("inf")
@@ -97,11 +95,11 @@ def plan(
     if (
         operator.outputs_per_input == 1
         and setup <= _WORTH_PASSES
-        and n * (_BYTES_PER_RANK * rank + _BYTES_PER_NEIGHBOUR * NEIGHBOURS)
+        and n
+        * (_BYTES_PER_RANK * far_rank(n) + _BYTES_PER_NEIGHBOUR * default_neighbours(n))
         <= memory_budget
     ):
-        low_rank = PivotedCholesky(rank=rank)
-        stages.append(Stage(CG(preconditioner=TwoLevel(low_rank, NEIGHBOURS)), share))
+        stages.append(Stage(CG(preconditioner=TwoLevel()), share))
     else:
         rank = min(default_rank(n), memory_budget // (_BYTES_PER_RANK * n))
         if rank >= SMALLEST_RANK or n <= DIRECT_ROWS:
@@ -113,11 +111,6 @@ def plan(
     elif operator.outputs_per_input == 1:
         stages.append(Stage(SDD()))
     return tuple(stages or (Stage(CG(preconditioner=None)),))
-
-
-def _two_level_rank(n: int) -> int:
-    """Neighbours carry most of the work: a quarter of the usual rank will do."""
-    return min(n, max(100, min(500, n // 45)))
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ the noise is seven digits below the largest eigenvalue.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,7 +80,7 @@ class PivotedCholesky(LowRank):
     n r kernel entries: nothing beside one pass.
 
     Attributes:
-        rank: Columns r. Default: n / 20, at least 100 and at most 1,000.
+        rank: Columns r. Default: n / 14, at least 100 and at most 1,000.
         block_size: Pivots drawn at a time.
     """
 
@@ -174,55 +174,52 @@ class Nystrom(LowRank):
 
 @dataclass(frozen=True)
 class LowRankInverse(Inverse):
-    """The damped inverse of L L^T + Sigma."""
+    """D^-1/2 (I - A C A^T) D^-1/2 with A = D^-1/2 L."""
 
     scale: Float[Tensor, "n 1"]
-    basis: Float[Tensor, "n r"]
-    shrinkage: Float[Tensor, "r 1"]
+    factor: Float[Tensor, "n r"]
+    core: Float[Tensor, "r r"]
     passes: float = 0.0
 
     @property
     def settings(self) -> Mapping[str, Any]:  # type: ignore[override]
         """The rank that was found."""
-        return {"rank": self.basis.shape[1]}
+        return {"rank": self.factor.shape[1]}
 
     def __call__(self, r: Tensor) -> Tensor:
         """P^-1 r."""
         scaled = r * self.scale
-        scaled -= self.basis @ (self.shrinkage * (self.basis.mT @ scaled))
+        scaled -= self.factor @ (self.core @ (self.factor.mT @ scaled))
         return scaled.mul_(self.scale)
 
 
 def inverse_of(
     factor: Float[Tensor, "n r"], system: System, passes: float = 0.0
 ) -> LowRankInverse:
-    """The preconditioner's inverse in the system's dtype; overwrites ``factor``.
-
-    Memory beside the factor: 8 n r bytes, and n r in the system's dtype.
-    """
+    """The preconditioner's inverse in the system's dtype; overwrites ``factor``."""
     scale = system.noise.double().rsqrt()
     factor *= scale
-    basis, squares = left_singular(factor)
+    core = core_of(factor, lambda squares: 1.0 - (1.0 + squares[:1]) / (1.0 + squares))
     dtype = system.rhs.dtype
-    shrinkage = (1.0 - (1.0 + squares[:1]) / (1.0 + squares)).unsqueeze(1)
-    return LowRankInverse(scale.to(dtype), basis.to(dtype), shrinkage.to(dtype), passes)
+    return LowRankInverse(scale.to(dtype), factor.to(dtype), core.to(dtype), passes)
 
 
-def left_singular(
-    factor: Float[Tensor, "n r"],
-) -> tuple[Float[Tensor, "n q"], Float[Tensor, " q"]]:
-    """Left singular vectors and squared singular values, ascending; q <= r kept."""
+def core_of(
+    factor: Float[Tensor, "n r"], shrinkage: Callable[[Tensor], Tensor]
+) -> Float[Tensor, "r r"]:
+    """C with A C A^T = Q h(S^2) Q^T for A = Q S W^T: no orthonormal basis is formed.
+
+    Args:
+        factor: A (n, r), in float64.
+        shrinkage: h, of the squared singular values in ascending order.
+    """
     gram = factor.mT @ factor
-    values, vectors = torch.linalg.eigh(0.5 * (gram + gram.mT))
-    kept = values > 1e-12 * values[-1:].clamp_min(0)
-    values, vectors = values[kept], vectors[:, kept]
-    basis = factor @ (vectors / values.sqrt())
-    # The Gram matrix squares the condition number: one more Cholesky-QR step.
-    corner = torch.linalg.cholesky(basis.mT @ basis)
-    basis = torch.linalg.solve_triangular(corner.mT, basis, upper=True, left=False)
-    return basis, values
+    squares, vectors = torch.linalg.eigh(0.5 * (gram + gram.mT))
+    kept = squares > 1e-12 * squares[-1:].clamp_min(0)
+    squares, vectors = squares[kept], vectors[:, kept]
+    return (vectors * (shrinkage(squares) / squares)) @ vectors.mT
 
 
 def default_rank(n: int) -> int:
     """Rank whose setup and use stay small beside a pass over K."""
-    return min(n, max(100, min(1000, n // 20)))
+    return min(n, max(100, min(1000, n // 14)))

@@ -80,7 +80,7 @@ def test_in_float32_it_stays_positive_definite(kernel, noise, generator):
     assert torch.isfinite(found).all()
     # What CG sees: r^T P^-1 r > 0, in every direction that noise leaves.
     values = torch.linalg.eigvalsh(0.5 * (found + found.mT))
-    assert float(values[0]) > -1e-5 * float(values[-1])
+    assert float(values[0]) > -1e-4 * float(values[-1])
     r = torch.randn(n, 50, generator=generator)
     assert bool(((r * inverse(r)).sum(0) > 0).all())
 
@@ -127,9 +127,9 @@ def test_choices_and_passes_are_reported(generator):
 
 
 @pytest.mark.parametrize(
-    ("n", "count"), [(1, 1), (4, 1), (100, 9), (1000, 30), (2601, 50), (10**6, 50)]
+    ("n", "count"), [(1, 1), (4, 1), (100, 9), (1000, 30), (2601, 40), (10**6, 40)]
 )
-def test_the_default_count_grows_with_n_up_to_fifty(n, count):
+def test_the_default_count_grows_with_n_up_to_forty(n, count):
     assert default_neighbours(n) == count
 
 
