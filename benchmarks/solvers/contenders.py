@@ -21,7 +21,15 @@ from benchmarks.solvers.published_blocks import published_adasap, published_ap
 from benchmarks.solvers.task import Contender, Outcome, Task
 from benchmarks.uci.memory import available_bytes
 from sgdgp.operators import DenseOperator, KernelOperator, choose_operator
-from sgdgp.solvers import CG, Cholesky, Nystrom, PivotedCholesky, Solver
+from sgdgp.solvers import (
+    ADASAP,
+    CG,
+    Cholesky,
+    ExactBlocks,
+    Nystrom,
+    PivotedCholesky,
+    Solver,
+)
 from sgdgp.solvers.base import Progress
 from sgdgp.solvers.choose import choose_solver
 
@@ -30,10 +38,13 @@ SolverFactory = Callable[[KernelOperator, int], Solver]
 
 VARIANTS: Mapping[str, SolverFactory] = {
     "cg-none": lambda operator, budget: CG(preconditioner=None),
+    "cg-pivoted": lambda operator, budget: CG(preconditioner=PivotedCholesky()),
     "cg-pivoted-100": lambda operator, budget: CG(
         preconditioner=PivotedCholesky(rank=100)
     ),
     "cg-nystrom": lambda operator, budget: CG(preconditioner=Nystrom(rank=100)),
+    "adasap-exact": lambda operator, budget: ADASAP(preconditioner=ExactBlocks()),
+    "cholesky-float32": lambda operator, budget: Cholesky(factor_dtype=torch.float32),
 }
 """Solvers of the library with settings of their own."""
 
