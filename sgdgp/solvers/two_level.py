@@ -2,7 +2,7 @@
 
     P = L L^T + (G^T G)^-1,   G^T G ~ (K - L L^T + Sigma)^-1 sparse,
 
-    P^-1 = G^T (I - A (I + A^T A)^-1 A^T) G,   A = G L.
+    P^-1 = G^T (I - Q diag(s^2 / (1 + s^2)) Q^T) G,   G L = Q S W^T.
 
 The few large eigenvalues of a kernel matrix belong to smooth functions and are
 caught by L, a randomly pivoted partial Cholesky factor. What it leaves is correlation
@@ -33,7 +33,7 @@ from sgdgp.solvers.preconditioners import (
     LowRank,
     PivotedCholesky,
     Preconditioner,
-    core_of,
+    left_singular,
 )
 from sgdgp.solvers.sparse_inverse import SparseFactor, nearest_earlier, sparse_factor
 from sgdgp.solvers.system import System
@@ -74,17 +74,16 @@ class TwoLevel(Preconditioner):
         nearest = nearest_earlier(system, count, generator)
         sparse = sparse_factor(system, factor, nearest)
         passes += 1.0 + (count + 1) ** 2 / system.n
-        seen = sparse.rows.double() @ factor
+        basis, squares = left_singular(sparse.rows.double() @ factor)
         dtype = system.rhs.dtype
-        # Below its rounding, 1 - h would be noise: it stays a few digits above.
-        least = 16.0 * torch.finfo(dtype).eps
-        core = core_of(seen, lambda s: 1.0 - (1.0 / (1.0 + s)).clamp_min(least))
+        # Below its rounding, 1 - shrinkage would be noise: it stays a few digits above.
+        kept = (1.0 / (1.0 + squares)).clamp_min(16.0 * torch.finfo(dtype).eps)
         return TwoLevelInverse(
             sparse=sparse,
-            factor=seen.to(dtype),
-            core=core.to(dtype),
+            basis=basis.to(dtype),
+            shrinkage=(1.0 - kept).unsqueeze(1).to(dtype),
             passes=passes,
-            settings={"rank": seen.shape[1], "neighbours": count},
+            settings={"rank": basis.shape[1], "neighbours": count},
         )
 
 
@@ -93,15 +92,15 @@ class TwoLevelInverse(Inverse):
     """The inverse of L L^T + (G^T G)^-1."""
 
     sparse: SparseFactor
-    factor: Float[Tensor, "n r"]
-    core: Float[Tensor, "r r"]
+    basis: Float[Tensor, "n r"]
+    shrinkage: Float[Tensor, "r 1"]
     passes: float
     settings: Mapping[str, Any]
 
     def __call__(self, r: Tensor) -> Tensor:
         """P^-1 r."""
         inner = self.sparse.rows @ r
-        inner -= self.factor @ (self.core @ (self.factor.mT @ inner))
+        inner -= self.basis @ (self.shrinkage * (self.basis.mT @ inner))
         return self.sparse.transposed @ inner
 
 

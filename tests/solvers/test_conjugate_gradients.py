@@ -197,8 +197,8 @@ class Undamped(Preconditioner):
         scale = system.noise.double().rsqrt()
         q, s, _ = torch.linalg.svd(factor * scale, full_matrices=False)
         dtype = system.rhs.dtype
-        core = torch.diag(1 - 1 / (1 + s**2))
-        return LowRankInverse(scale.to(dtype), q.to(dtype), core.to(dtype), passes)
+        shrinkage = (1 - 1 / (1 + s**2)).unsqueeze(1)
+        return LowRankInverse(scale.to(dtype), q.to(dtype), shrinkage.to(dtype), passes)
 
 
 # Measured passes: 50 and 49 (scale), 105 and 99 (matern52); without one 145 and 350.
