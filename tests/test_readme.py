@@ -50,7 +50,13 @@ COMMANDS = [(page.name, command) for page in PAGES for command in commands(page)
 
 
 @pytest.mark.parametrize("page", PYTHON_PAGES, ids=lambda page: page.name)
-def test_python_blocks_run_in_order(page: Path, capsys: pytest.CaptureFixture[str]):
+def test_python_blocks_run_in_order(
+    page: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+):
+    monkeypatch.chdir(tmp_path)  # some write files
     namespace: dict[str, object] = {"__name__": "__main__"}
     for block in blocks(page):
         if block.language == "python":

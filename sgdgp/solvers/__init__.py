@@ -16,6 +16,7 @@ from sgdgp.solvers.choose import choose_solver
 from sgdgp.solvers.conjugate_gradients import CG
 from sgdgp.solvers.inducing_sgd import InducingSGD
 from sgdgp.solvers.preconditioners import Nystrom, PivotedCholesky, Preconditioner
+from sgdgp.solvers.refinement import Refined
 from sgdgp.solvers.sdd import SDD
 from sgdgp.solvers.selection import Greedy, RandomOrder
 from sgdgp.solvers.sgd import SGD
@@ -40,6 +41,7 @@ __all__ = [
     "Preconditioner",
     "Progress",
     "RandomOrder",
+    "Refined",
     "Solution",
     "Solver",
     "Stage",

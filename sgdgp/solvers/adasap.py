@@ -59,6 +59,7 @@ from sgdgp.solvers.block_preconditioners import (
 )
 from sgdgp.solvers.blocks import (
     BestChecked,
+    believed_norms,
     fresh_partition,
     true_residual,
 )
@@ -191,7 +192,7 @@ class ADASAP(Solver):
                 exact = True
                 candidate = best.with_columns(work.live, work.current())
                 residual = true_residual(system, candidate)
-                norms = residual.norm(dim=0)
+                norms = believed_norms(system, candidate, residual)
                 passes += 1.0
                 best.offer(candidate, norms)
                 reason = monitor.verdict(norms, passes)
@@ -205,7 +206,8 @@ class ADASAP(Solver):
                 reason = reason or "budget"
             if reason is not None and not exact and not diverged:
                 candidate = best.with_columns(work.live, work.current())
-                best.offer(candidate, true_residual(system, candidate).norm(dim=0))
+                residual = true_residual(system, candidate)
+                best.offer(candidate, believed_norms(system, candidate, residual))
                 passes += 1.0
 
         if best.is_within(self.tolerance):

@@ -49,6 +49,7 @@ from sgdgp.solvers.blocks import (
     BestChecked,
     CholeskyInverse,
     PerBlock,
+    believed_norms,
     factorise_block,
     memory_for_factors,
     partition,
@@ -256,7 +257,7 @@ class _Work:
         """Put the true residuals in the place of the running ones; norms (k,)."""
         self._all = self.weights()
         residual = true_residual(self._system, self._all)
-        norms = residual.norm(dim=0)
+        norms = believed_norms(self._system, self._all, residual)
         self._best.offer(self._all, norms)
         if self.is_done:
             # What was claimed of the columns that come back was not true.

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from jaxtyping import Float
@@ -74,7 +74,7 @@ def plan(
        its setup costs less than 25 of the passes that it saves (many columns, many
        rows or no K in memory), else pivoted Cholesky.
     3. Behind it ``Cholesky`` where its factor fits the budget, after the passes that
-       cost as much as the factorisation; else ``SDD``.
+       cost twice as much as the factorisation, at least 50; else ``SDD``.
 
     Args:
         operator: The operator to solve with.
@@ -128,7 +128,7 @@ class Auto(Solver):
     tolerance: float = 1e-2
     max_passes: float = 1000.0
     max_seconds: float | None = None
-    memory_budget: int | None = None
+    memory_budget: int | None = field(default=None, repr=False)
     stages: tuple[Stage, ...] | None = None
 
     name = "auto"

@@ -44,7 +44,13 @@ from sgdgp.solvers.base import (
     Solver,
     check_limits,
 )
-from sgdgp.solvers.blocks import BestChecked, in_random_order, partition, true_residual
+from sgdgp.solvers.blocks import (
+    BestChecked,
+    believed_norms,
+    in_random_order,
+    partition,
+    true_residual,
+)
 from sgdgp.solvers.step_size import Spectrum, StepRule, estimate_spectrum, step_rule
 from sgdgp.solvers.stopping import Monitor, rounding_floor
 from sgdgp.solvers.system import System, as_system, initial_weights
@@ -169,7 +175,9 @@ class SDD(Solver):
             elif is_out_of_budget() or monitor.wants_check(running, passes):
                 exact = True
                 candidate = best.with_columns(work.live, work.average)
-                norms = true_residual(shuffled, candidate).norm(dim=0)
+                norms = believed_norms(
+                    shuffled, candidate, true_residual(shuffled, candidate)
+                )
                 passes += 1.0
                 best.offer(candidate, norms)
                 reason = monitor.verdict(norms, passes)
@@ -181,7 +189,8 @@ class SDD(Solver):
                 reason = reason or "budget"
             if reason is not None and not exact:
                 candidate = best.with_columns(work.live, work.average)
-                best.offer(candidate, true_residual(shuffled, candidate).norm(dim=0))
+                found = true_residual(shuffled, candidate)
+                best.offer(candidate, believed_norms(shuffled, candidate, found))
                 passes += 1.0
 
         if best.is_within(self.tolerance):

@@ -25,7 +25,7 @@ from sgdgp.operators.base import row_slices
 from sgdgp.solvers.system import System
 
 _TILE_ENTRIES = 2**22
-_BLOCK_ENTRIES = 2**22
+_BLOCK_ENTRIES = 2**24
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,8 @@ def sparse_factor(
     # Rounding of K's entries must not make a block of near-duplicates indefinite.
     jitter = 8.0 * torch.finfo(system.rhs.dtype).eps * diagonal
     explained = 0.0
-    for rows in row_slices(n, max(1, _BLOCK_ENTRIES // (count + 1) ** 2)):
+    per_row = (count + 1) * max(count + 1, factor.shape[1])
+    for rows in row_slices(n, max(1, _BLOCK_ENTRIES // per_row)):
         index, known = neighbours.index[rows], neighbours.known[rows]
         own = torch.arange(rows.start, rows.stop, device=index.device).unsqueeze(1)
         both = torch.cat([index, own], dim=1)
