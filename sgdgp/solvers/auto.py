@@ -1,6 +1,6 @@
 """The solver "auto": a plan of stages, each going on where the last one stopped.
 
-The plan depends on the size of the system, the memory and the device only, see
+The plan depends on the size of the system, its noise and the memory only, see
 ``plan``; which stages were needed depends on how they end. A stage that stagnates or
 runs out of its share hands its best iterate to the next. ``docs/solvers.md`` has the
 measurements behind the rule.
@@ -30,6 +30,7 @@ from sgdgp.solvers.cholesky import Cholesky
 from sgdgp.solvers.conjugate_gradients import CG
 from sgdgp.solvers.preconditioners import PivotedCholesky, default_rank
 from sgdgp.solvers.sdd import SDD
+from sgdgp.solvers.system import as_system
 from sgdgp.solvers.two_level import TwoLevel, default_neighbours, far_rank
 
 DIRECT_ROWS = 2_000
@@ -48,6 +49,7 @@ _SEARCH = 0.6e-9
 _ENTRY_IN_MEMORY, _ENTRY_STREAMED = 0.2e-9, 0.6e-9
 _ENTRY_AND_COLUMN = 0.03e-9
 _WORTH_PASSES = 25.0
+_LARGE_NOISE = 0.1
 _CHOLESKY_ENTRY = 7e-12  # seconds per n^3
 
 
@@ -65,12 +67,16 @@ class Stage:
 
 
 def plan(
-    operator: KernelOperator, columns: int, memory_budget: int
+    operator: KernelOperator,
+    noise: Tensor | float,
+    columns: int,
+    memory_budget: int,
 ) -> tuple[Stage, ...]:
     """Which solvers, in which order.
 
     1. Up to 2,000 rows, if 8 n^2 bytes fit the budget: ``Cholesky``.
     2. Else ``CG``, if the memory allows a preconditioner of rank 100: two-level where
+       neighbours tell something (noise less than a tenth of the prior variance) and
        its setup costs less than 25 of the passes that it saves (many columns, many
        rows or no K in memory), else pivoted Cholesky.
     3. Behind it ``Cholesky`` where its factor fits the budget, after the passes that
@@ -78,6 +84,7 @@ def plan(
 
     Args:
         operator: The operator to solve with.
+        noise: Variances, a number or one per row (n,).
         columns: Right-hand sides k.
         memory_budget: Bytes that the solver may use.
     """
@@ -95,6 +102,7 @@ def plan(
     if (
         operator.outputs_per_input == 1
         and setup <= _WORTH_PASSES
+        and _noise_ratio(operator, noise) < _LARGE_NOISE
         and n
         * (_BYTES_PER_RANK * far_rank(n) + _BYTES_PER_NEIGHBOUR * default_neighbours(n))
         <= memory_budget
@@ -111,6 +119,12 @@ def plan(
     elif operator.outputs_per_input == 1:
         stages.append(Stage(SDD()))
     return tuple(stages or (Stage(CG(preconditioner=None)),))
+
+
+def _noise_ratio(operator: KernelOperator, noise: Tensor | float) -> float:
+    """Mean noise variance over mean prior variance."""
+    prior = float(operator.diagonal().mean())
+    return float(torch.as_tensor(noise).mean()) / max(prior, 1e-300)
 
 
 @dataclass(frozen=True)
@@ -154,7 +168,8 @@ class Auto(Solver):
         stages = self.stages
         if stages is None:
             budget = resolve_budget(self.memory_budget, rhs.device)
-            stages = plan(operator, rhs.shape[1] if rhs.ndim == 2 else 1, budget)
+            system = as_system(operator, noise, rhs)  # checks them before all else
+            stages = plan(operator, system.noise, rhs.shape[1], budget)
         done: list[Solution] = []
         for i, stage in enumerate(stages):
             passes = math.fsum(solution.passes for solution in done)

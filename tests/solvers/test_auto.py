@@ -34,7 +34,7 @@ def tiled(n: int) -> TiledOperator:
 
 
 def names(operator, columns: int, budget: int) -> list[str]:
-    return [stage.solver.name for stage in plan(operator, columns, budget)]
+    return [stage.solver.name for stage in plan(operator, 0.01, columns, budget)]
 
 
 @pytest.mark.parametrize(
@@ -52,8 +52,8 @@ def test_the_plan_follows_size_and_memory(operator, columns, budget, expected):
     assert names(operator, columns, budget) == expected
 
 
-def preconditioner(operator, columns, budget=10 * GB):
-    solver = plan(operator, columns, budget)[0].solver
+def preconditioner(operator, columns, budget=10 * GB, noise=0.01):
+    solver = plan(operator, noise, columns, budget)[0].solver
     assert isinstance(solver, CG)
     return solver.preconditioner
 
@@ -63,6 +63,14 @@ def test_neighbours_are_for_work_that_is_worth_their_setup():
     assert isinstance(preconditioner(dense(13_500), 17), TwoLevel)
     assert isinstance(preconditioner(dense(13_500), 65), TwoLevel)
     assert isinstance(preconditioner(tiled(50_000), 1), TwoLevel)
+
+
+def test_neighbours_are_for_noise_below_a_tenth_of_the_prior_variance():
+    operator = dense(13_500)
+    assert isinstance(preconditioner(operator, 17, noise=0.09), TwoLevel)
+    assert isinstance(preconditioner(operator, 17, noise=0.11), PivotedCholesky)
+    per_row = torch.linspace(0.0, 0.18, 13_500)
+    assert isinstance(preconditioner(operator, 17, noise=per_row), TwoLevel)
 
 
 def test_rows_of_one_point_are_no_neighbours():
