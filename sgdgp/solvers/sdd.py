@@ -7,7 +7,7 @@ blocks I of coordinates with look-ahead momentum and iterate averaging:
     g = D[I]^-1 (H[I, :] e - B[I])
     v <- rho v - beta (n / b) scatter_I(g)
     a <- a + v
-    average <- average + w_t (e - average),   w_t = 101 / (t + 100)
+    average <- average + w_t (e - average),   w_t = (k + 1) / (t + k),  k = 100
 
 Deviations from the paper:
 
@@ -51,14 +51,12 @@ from sgdgp.solvers.blocks import (
     partition,
     true_residual,
 )
+from sgdgp.solvers.dual_iterate import DualIterate
 from sgdgp.solvers.step_size import Spectrum, StepRule, estimate_spectrum, step_rule
 from sgdgp.solvers.stopping import Monitor, rounding_floor
-from sgdgp.solvers.system import System, as_system, initial_weights
+from sgdgp.solvers.system import as_system, initial_weights
 
 _MAX_RESTARTS = 20
-_UNDERFLOW = 1e-12
-_GROWTH = 5.0
-_FEWEST_RECENT = 4
 
 
 @dataclass(frozen=True)
@@ -73,6 +71,7 @@ class SDD(Solver):
         momentum: rho in [0, 1). Default: from the spectrum, growing with the passes.
         step_size: beta of the scaled dual gradient; the papers' step size is beta n
             over the kernel's diagonal. Default: a fraction of the stability limit.
+        averaging: Window of the iterate average, as a fraction of the steps so far.
     """
 
     tolerance: float = 1e-2
@@ -81,6 +80,7 @@ class SDD(Solver):
     block_size: int | None = None
     momentum: float | None = None
     step_size: float | None = None
+    averaging: float = 0.01
 
     name = "sdd"
 
@@ -92,6 +92,8 @@ class SDD(Solver):
             raise ValueError(f"momentum: expected [0, 1), found {self.momentum}")
         if self.step_size is not None:
             check_positive("step_size", self.step_size)
+        if not 0 < self.averaging <= 1:
+            raise ValueError(f"averaging: expected (0, 1], found {self.averaging}")
 
     def solve(
         self,
@@ -125,7 +127,7 @@ class SDD(Solver):
             passes += 1.0
         best = BestChecked(start, residual.norm(dim=0))
         norms = best.norms.clone()
-        work = _Work(shuffled, spectrum.diagonal, start, residual)
+        work = DualIterate(shuffled, spectrum.diagonal, start, residual, self.averaging)
         work.dismiss(norms <= self.tolerance)
         # Momentum remembers 1 / (1 - rho) steps: no verdict before that has faded.
         last = self._rule(spectrum, blocks[0].stop, self.max_passes)
@@ -212,6 +214,7 @@ class SDD(Solver):
                 "block_size": blocks[0].stop,
                 "momentum": rule.momentum,
                 "step_size": rule.step_size,
+                "averaging": self.averaging,
                 "restarts": restarts,
                 "largest_eigenvalue": spectrum.largest,
             },
@@ -227,108 +230,6 @@ class SDD(Solver):
 def default_block_size(n: int) -> int:
     """Coordinates per step when none are asked for."""
     return min(512, max(64, n // 64))
-
-
-class _Work:
-    """Iterate, velocity and average of the columns still worked on."""
-
-    def __init__(
-        self, system: System, diagonal: Tensor, start: Tensor, residual: Tensor
-    ) -> None:
-        self._system = system
-        self._diagonal = diagonal
-        self._rule = StepRule(0.0, 0.0)
-        self._decay = 1.0
-        self._steps = 0
-        self.live = torch.arange(start.shape[1], device=start.device)
-        self._rhs = system.rhs
-        self._residual = residual.to(start.dtype, copy=True)
-        self._z = start.clone()
-        self._u = torch.zeros_like(start)
-        self._lookahead = start.clone()
-        self.average = start.clone()
-        self._best = start.clone()
-        self._best_norms = self._residual.norm(dim=0)
-
-    def dismiss(self, done: Tensor) -> None:
-        """Leave the columns that are done."""
-        if not bool(done.any()):
-            return
-        rest = ~done
-        self.live = self.live[rest]
-        for name in ("_rhs", "_residual", "_z", "_u", "_lookahead", "average", "_best"):
-            setattr(self, name, getattr(self, name)[:, rest].contiguous())
-        self._best_norms = self._best_norms[rest]
-
-    def adopt(self, rule: StepRule) -> None:
-        """Go on with another step size and momentum; iterate and velocity stay."""
-        old, new = self._rule.momentum, rule.momentum
-        self._rule = rule
-        if old == new:
-            return
-        self._u *= self._decay
-        self._decay = 1.0
-        self._z.add_(self._u, alpha=new / (1.0 - new) - old / (1.0 - old))
-        self._look_ahead()
-
-    def _look_ahead(self) -> None:
-        rho = self._rule.momentum
-        ahead = (rho / (1.0 - rho) - rho) * self._decay
-        torch.sub(self._z, self._u, alpha=ahead, out=self._lookahead)
-
-    def gradient(self, block: slice) -> Tensor:
-        """H[I, :] e - B[I], minus the residual of the block."""
-        gradient = self._system.operator.rows(block).matmul(self._lookahead)
-        gradient.addcmul_(self._system.noise[block], self._lookahead[block])
-        gradient.sub_(self._rhs[block])
-        self._residual[block] = -gradient
-        return gradient
-
-    def step(self, block: slice, gradient: Tensor, num_blocks: int) -> None:
-        """One descent step from the gradient on a block."""
-        rho, beta = self._rule.momentum, self._rule.step_size * num_blocks
-        gradient = gradient / self._diagonal[block]
-        if self._decay < _UNDERFLOW:
-            self._u *= self._decay
-            self._decay = 1.0
-        self._decay *= rho or 1.0
-        if rho == 0.0:
-            self._lookahead[block] -= beta * gradient
-            self._z[block] = self._lookahead[block]
-        else:
-            self._u[block].sub_(gradient, alpha=beta / self._decay)
-            self._z[block].sub_(gradient, alpha=beta / (1.0 - rho))
-            self._look_ahead()
-        self._steps += 1
-        # The window is t / 100 steps long: averaging every t / 400 loses nothing.
-        stride = max(1, self._steps // 400)
-        if self._steps % stride == 0:
-            weight = min(1.0, 101.0 * stride / (self._steps + 100.0))
-            self.average.lerp_(self._lookahead, weight)
-
-    def recent(self, visited: list[slice]) -> Tensor:
-        """Residual norms (k,) as the last quarter of a pass has seen them."""
-        last = visited[-max(_FEWEST_RECENT, len(visited) // 4) :]
-        rows = sum(block.stop - block.start for block in last)
-        squares = torch.stack([self._residual[i].square().sum(0) for i in last]).sum(0)
-        return (squares * (len(self._residual) / rows)).sqrt()
-
-    def has_grown(self) -> bool:
-        """Whether the residual is far above the best; keeps the best iterate."""
-        norms = self._residual.norm(dim=0)
-        now, best = float(norms.norm()), float(self._best_norms.norm())
-        if now < 0.9 * best:
-            self._best_norms = norms
-            self._best.copy_(self.average)
-        return not now <= _GROWTH * best
-
-    def restart(self) -> Tensor:
-        """Go back to the best iterate, at rest; its residual norms (k,)."""
-        for tensor in (self._z, self._lookahead, self.average):
-            tensor.copy_(self._best)
-        self._u.zero_()
-        self._decay = 1.0
-        return self._best_norms.double()
 
 
 def _warnings(

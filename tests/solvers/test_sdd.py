@@ -222,6 +222,8 @@ def test_a_converged_start_ends_at_once():
         ({"max_passes": float("nan")}, "max_passes"),
         ({"max_seconds": -1.0}, "max_seconds"),
         ({"block_size": 0}, "block_size"),
+        ({"averaging": 0.0}, "averaging"),
+        ({"averaging": 1.5}, "averaging"),
         ({"momentum": 1.0}, "momentum"),
         ({"momentum": -0.1}, "momentum"),
         ({"step_size": 0.0}, "step_size"),
