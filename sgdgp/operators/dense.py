@@ -95,9 +95,11 @@ class DenseOperator(KernelOperator):
     @torch.no_grad()
     def block(self, i: RowIndex, j: RowIndex) -> Float[Tensor, "a b"]:
         """The dense block K[i, j]; a view of K when both are slices."""
-        rows = take(self.entries, resolve_index(i, self.shape[0], "i"))
+        rows = resolve_index(i, self.shape[0], "i")
         columns = resolve_index(j, self.shape[1], "j")
-        return rows[:, columns]
+        if isinstance(rows, Tensor) and isinstance(columns, Tensor):
+            return self.entries[rows.unsqueeze(1), columns]  # without whole rows
+        return take(self.entries, rows)[:, columns]
 
     def small_blocks(self, index: Int[Tensor, "m k"]) -> Float[Tensor, "m k k"]:
         """The blocks K[index[i], index[i]], gathered from K."""
