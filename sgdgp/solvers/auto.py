@@ -132,14 +132,16 @@ class Auto(Solver):
     """Solvers by the documented rule, with a fall-through; nothing needs to be set.
 
     Attributes:
-        tolerance: Relative residual that every column must reach.
+        tolerance: Relative residual that every column must reach. Default: 1e-3; with
+            preconditioners the last digit is cheap, and variances at small noise
+            need it.
         max_passes: Budget in passes over K, of all stages together.
         max_seconds: Budget in seconds. Default: none.
         memory_budget: Bytes that the solver may use. Default: half of what is free.
         stages: The plan. Default: that of ``plan``.
     """
 
-    tolerance: float = 1e-2
+    tolerance: float = 1e-3
     max_passes: float = 1000.0
     max_seconds: float | None = None
     memory_budget: int | None = field(default=None, repr=False)

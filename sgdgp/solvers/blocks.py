@@ -166,5 +166,5 @@ def believed_norms(
     """Norms of a ``true_residual``, in float64 throughout where rounding shows."""
     norms = residual.norm(dim=0)
     if bool(torch.isfinite(norms).all()) and rounding_shows(system, v, norms):
-        return float64_residual(system, v)
+        return float64_residual(system, v).norm(dim=0)
     return norms

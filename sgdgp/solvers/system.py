@@ -136,7 +136,7 @@ def accurate_residual(system: System, v: Tensor) -> Tensor:
     """
     norms = _residual_norms(system, v)
     if rounding_shows(system, v, norms):
-        return float64_residual(system, v)
+        return float64_residual(system, v).norm(dim=0)
     return norms
 
 
@@ -154,13 +154,13 @@ def rounding_shows(system: System, v: Tensor, norms: Tensor) -> bool:
 
 
 def float64_residual(system: System, v: Tensor) -> Tensor:
-    """Relative residual of every column (k,), kernel and products in float64.
+    """B - (K + Sigma) v (n, k), kernel and products in float64.
 
     It is that of the weights which the caller gets back: their scale, once undone,
     rounds them, and an ill-conditioned system feels it.
     """
     wide = in_float64(system)
-    return _residual_norms(wide, (v * system.scale).double() / wide.scale)
+    return wide.residual((v * system.scale).double() / wide.scale)
 
 
 def float32_warnings(system: System, v: Tensor, tolerance: float) -> tuple[str, ...]:
