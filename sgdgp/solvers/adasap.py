@@ -59,12 +59,17 @@ from sgdgp.solvers.block_preconditioners import (
 )
 from sgdgp.solvers.blocks import (
     BestChecked,
-    believed_norms,
     fresh_partition,
-    true_residual,
 )
 from sgdgp.solvers.stopping import Monitor
-from sgdgp.solvers.system import System, as_system, initial_weights
+from sgdgp.solvers.system import (
+    System,
+    accurate_residual,
+    as_system,
+    believed_norms,
+    initial_weights,
+    true_residual,
+)
 
 _MAX_RESTARTS = 20
 _UNDERFLOW = 1e-12
@@ -154,9 +159,7 @@ class ADASAP(Solver):
 
         def is_out_of_budget() -> bool:
             # The true residual at the end is part of the budget.
-            return passes + 1.0 >= self.max_passes or (
-                self.max_seconds is not None and record.seconds >= self.max_seconds
-            )
+            return passes + 1.0 >= self.max_passes or record.is_past(self.max_seconds)
 
         reason: Reason | None = None
         if best.is_within(self.tolerance):
@@ -206,8 +209,7 @@ class ADASAP(Solver):
                 reason = reason or "budget"
             if reason is not None and not exact and not diverged:
                 candidate = best.with_columns(work.live, work.current())
-                residual = true_residual(system, candidate)
-                best.offer(candidate, believed_norms(system, candidate, residual))
+                best.offer(candidate, accurate_residual(system, candidate))
                 passes += 1.0
 
         if best.is_within(self.tolerance):

@@ -49,15 +49,19 @@ from sgdgp.solvers.blocks import (
     BestChecked,
     CholeskyInverse,
     PerBlock,
-    believed_norms,
     factorise_block,
     memory_for_factors,
     partition,
-    true_residual,
 )
 from sgdgp.solvers.selection import Greedy, Selection
 from sgdgp.solvers.stopping import Monitor
-from sgdgp.solvers.system import System, as_system, initial_weights
+from sgdgp.solvers.system import (
+    System,
+    as_system,
+    believed_norms,
+    initial_weights,
+    true_residual,
+)
 
 _REPLACE_EVERY = 25.0
 _LOWER_CLAIM = 0.7
@@ -141,9 +145,7 @@ class AlternatingProjections(Solver):
 
         def is_out_of_budget() -> bool:
             # The true residual at the end is part of the budget.
-            return passes + 1.0 >= self.max_passes or (
-                self.max_seconds is not None and record.seconds >= self.max_seconds
-            )
+            return passes + 1.0 >= self.max_passes or record.is_past(self.max_seconds)
 
         reason: Reason | None = None
         if float(work.norms.max()) <= self.tolerance:

@@ -45,7 +45,7 @@ _BYTES_PER_NEIGHBOUR = 64  # per row: indices, masks, two compressed copies
 # Seconds per row of a regression on neighbours, per candidate of their search, and
 # per entry and column of a product: measured on 2 cores; only their ratios matter.
 _REGRESSION = 6e-5
-_SEARCH = 0.6e-9
+_SEARCH = 0.3e-9
 _ENTRY_IN_MEMORY, _ENTRY_STREAMED = 0.2e-9, 0.6e-9
 _ENTRY_AND_COLUMN = 0.03e-9
 _WORTH_PASSES = 25.0
@@ -94,7 +94,7 @@ def plan(
         return (Stage(Cholesky()),)
     entry = _ENTRY_STREAMED if operator.streaming() is operator else _ENTRY_IN_MEMORY
     entry += _ENTRY_AND_COLUMN * columns
-    setup = _REGRESSION / (n * entry) + 0.5 * _SEARCH / entry
+    setup = _REGRESSION / (n * entry) + _SEARCH / entry
     stages: list[Stage] = []
     share = float("inf")
     if factor_fits:

@@ -150,6 +150,10 @@ class Recorder:
         """Wall time since the solve began."""
         return time.perf_counter() - self._start
 
+    def is_past(self, max_seconds: float | None) -> bool:
+        """Whether a budget in seconds, if there is one, is used up."""
+        return max_seconds is not None and self.seconds >= max_seconds
+
     def __call__(
         self,
         passes: float,

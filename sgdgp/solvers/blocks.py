@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sgdgp.operators.base import RowIndex, row_slices
 from sgdgp.operators.memory import resolve_budget
-from sgdgp.solvers.system import System, float64_residual, rounding_shows
+from sgdgp.solvers.system import System
 
 _JITTERS = (0.0, 1e-15, 1e-13, 1e-11, 1e-9, 1e-7, 1e-5)
 
@@ -145,26 +145,3 @@ class BestChecked:
     def is_within(self, tolerance: float) -> bool:
         """Whether all columns have reached a tolerance."""
         return float(self.norms.max()) <= tolerance
-
-
-def true_residual(system: System, v: Float[Tensor, "n k"]) -> Float[Tensor, "n k"]:
-    """B - (K + Sigma) v with the differences in float64 (n, k), one pass."""
-    out = torch.empty_like(v, dtype=torch.float64)
-    for rows in row_slices(system.n, system.operator.rows_per_step):
-        product = system.operator.rows(rows).matmul(v).double()
-        out[rows] = (
-            system.rhs[rows].double()
-            - product
-            - system.noise[rows].double() * v[rows].double()
-        )
-    return out
-
-
-def believed_norms(
-    system: System, v: Float[Tensor, "n k"], residual: Float[Tensor, "n k"]
-) -> Float[Tensor, " k"]:
-    """Norms of a ``true_residual``, in float64 throughout where rounding shows."""
-    norms = residual.norm(dim=0)
-    if bool(torch.isfinite(norms).all()) and rounding_shows(system, v, norms):
-        return float64_residual(system, v).norm(dim=0)
-    return norms

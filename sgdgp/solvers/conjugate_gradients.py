@@ -125,7 +125,7 @@ class CG(Solver):
                     reason
                     or run.is_done
                     or passes + 1.0 >= self.max_passes
-                    or self._out_of_time(record)
+                    or record.is_past(self.max_seconds)
                 ):
                     break
             # The residual may rise for hundreds of iterations while the error in the
@@ -141,7 +141,7 @@ class CG(Solver):
             stalled = 0 if moves or bool(better.any()) else stalled + 1
             if float(norms.max()) <= self.tolerance:
                 reason = "converged"
-            elif passes >= self.max_passes or self._out_of_time(record):
+            elif passes >= self.max_passes or record.is_past(self.max_seconds):
                 reason = reason or "budget"
             elif stalled >= _STALLED_CHECKS:
                 reason = reason or "stagnated"
@@ -162,9 +162,6 @@ class CG(Solver):
                 **({} if inverse is None else inverse.settings),
             },
         )
-
-    def _out_of_time(self, record: Recorder) -> bool:
-        return self.max_seconds is not None and record.seconds >= self.max_seconds
 
 
 class _Recurrence:

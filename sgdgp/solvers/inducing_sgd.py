@@ -183,8 +183,8 @@ class InducingSGD(Solver):
                 iterate.step(problem.gradient(block, iterate.lookahead))
             passes += inner
             epochs += 1
-            last = passes + 2.0 * inner >= self.max_passes or (
-                self.max_seconds is not None and record.seconds >= self.max_seconds
+            last = passes + 2.0 * inner >= self.max_passes or record.is_past(
+                self.max_seconds
             )
             blown = not float(iterate.lookahead.abs().max()) < float("inf")
             exact = last or blown or epochs % _CHECK_EVERY == 0 or epochs in (1, 5)

@@ -150,7 +150,7 @@ class Refined(Solver):
             elif (
                 steps >= self.max_refinements
                 or passes + 2.0 > self.max_passes
-                or self._out_of_time(record)
+                or record.is_past(self.max_seconds)
             ):
                 reason = reason or "budget"
             elif not bool(run.open.any()):
@@ -167,9 +167,6 @@ class Refined(Solver):
             warnings=self._warnings(reason, run.norms, rhs.dtype),
             settings={**found, "inner": repr(self.solver), "refinements": steps},
         )
-
-    def _out_of_time(self, record: Recorder) -> bool:
-        return self.max_seconds is not None and record.seconds >= self.max_seconds
 
     def _seconds_left(self, record: Recorder) -> float | None:
         if self.max_seconds is None:

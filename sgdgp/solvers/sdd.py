@@ -46,15 +46,18 @@ from sgdgp.solvers.base import (
 )
 from sgdgp.solvers.blocks import (
     BestChecked,
-    believed_norms,
     in_random_order,
     partition,
-    true_residual,
 )
 from sgdgp.solvers.dual_iterate import DualIterate
 from sgdgp.solvers.step_size import Spectrum, StepRule, estimate_spectrum, step_rule
 from sgdgp.solvers.stopping import Monitor, rounding_floor
-from sgdgp.solvers.system import as_system, initial_weights
+from sgdgp.solvers.system import (
+    accurate_residual,
+    as_system,
+    initial_weights,
+    true_residual,
+)
 
 _MAX_RESTARTS = 20
 
@@ -142,9 +145,7 @@ class SDD(Solver):
 
         def is_out_of_budget() -> bool:
             # The true residual at the end is part of the budget.
-            return passes + 1.0 >= self.max_passes or (
-                self.max_seconds is not None and record.seconds >= self.max_seconds
-            )
+            return passes + 1.0 >= self.max_passes or record.is_past(self.max_seconds)
 
         reason: Reason | None = "converged" if best.is_within(self.tolerance) else None
         rule = self._rule(spectrum, blocks[0].stop, 1.0)
@@ -177,9 +178,7 @@ class SDD(Solver):
             elif is_out_of_budget() or monitor.wants_check(running, passes):
                 exact = True
                 candidate = best.with_columns(work.live, work.average)
-                norms = believed_norms(
-                    shuffled, candidate, true_residual(shuffled, candidate)
-                )
+                norms = accurate_residual(shuffled, candidate)
                 passes += 1.0
                 best.offer(candidate, norms)
                 reason = monitor.verdict(norms, passes)
@@ -191,8 +190,7 @@ class SDD(Solver):
                 reason = reason or "budget"
             if reason is not None and not exact:
                 candidate = best.with_columns(work.live, work.average)
-                found = true_residual(shuffled, candidate)
-                best.offer(candidate, believed_norms(shuffled, candidate, found))
+                best.offer(candidate, accurate_residual(shuffled, candidate))
                 passes += 1.0
 
         if best.is_within(self.tolerance):

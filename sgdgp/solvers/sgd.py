@@ -208,9 +208,7 @@ class SGD(Solver):
             if record(passes, norms, exact=exact, weights=weights):
                 reason = reason or "interrupted"
             # The true residual at the end is part of the budget.
-            if passes + 1.0 >= self.max_passes or (
-                self.max_seconds is not None and record.seconds >= self.max_seconds
-            ):
+            if passes + 1.0 >= self.max_passes or record.is_past(self.max_seconds):
                 reason = reason or "budget"
 
         final = monitor.checked_at(passes)

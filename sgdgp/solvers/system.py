@@ -134,8 +134,28 @@ def accurate_residual(system: System, v: Tensor) -> Tensor:
     Products in the system's dtype, squares summed in float64; where rounding shows in
     that, everything is evaluated in float64.
     """
-    norms = _residual_norms(system, v)
-    if rounding_shows(system, v, norms):
+    return believed_norms(system, v, true_residual(system, v))
+
+
+def true_residual(system: System, v: Float[Tensor, "n k"]) -> Float[Tensor, "n k"]:
+    """B - (K + Sigma) v with the differences in float64 (n, k), one pass."""
+    out = torch.empty_like(v, dtype=torch.float64)
+    for rows in row_slices(system.n, system.operator.rows_per_step):
+        product = system.operator.rows(rows).matmul(v).double()
+        out[rows] = (
+            system.rhs[rows].double()
+            - product
+            - system.noise[rows].double() * v[rows].double()
+        )
+    return out
+
+
+def believed_norms(
+    system: System, v: Float[Tensor, "n k"], residual: Float[Tensor, "n k"]
+) -> Float[Tensor, " k"]:
+    """Norms of a ``true_residual``, in float64 throughout where rounding shows."""
+    norms = residual.norm(dim=0)
+    if bool(torch.isfinite(norms).all()) and rounding_shows(system, v, norms):
         return float64_residual(system, v).norm(dim=0)
     return norms
 
@@ -208,16 +228,3 @@ def in_float64(system: System) -> System:
         system.rhs.double(),
         system.scale.double(),
     )
-
-
-def _residual_norms(system: System, v: Tensor) -> Tensor:
-    squares = torch.zeros(v.shape[1], dtype=torch.float64, device=v.device)
-    for rows in row_slices(system.n, system.operator.rows_per_step):
-        product = system.operator.rows(rows).matmul(v).double()
-        difference = (
-            system.rhs[rows].double()
-            - product
-            - system.noise[rows].double() * v[rows].double()
-        )
-        squares += difference.square().sum(0)
-    return squares.sqrt()
