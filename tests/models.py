@@ -8,19 +8,26 @@ from typing import Any
 
 import gpytorch
 import torch
-from gpytorch.distributions import MultivariateNormal
+from gpytorch.distributions import MultitaskMultivariateNormal, MultivariateNormal
 from gpytorch.kernels import (
     ConstantKernel,
+    IndexKernel,
     Kernel,
+    LCMKernel,
     LinearKernel,
     MaternKernel,
+    MultitaskKernel,
     PeriodicKernel,
     PolynomialKernel,
     RBFKernel,
     RQKernel,
     ScaleKernel,
 )
-from gpytorch.likelihoods import GaussianLikelihood, Likelihood
+from gpytorch.likelihoods import (
+    GaussianLikelihood,
+    Likelihood,
+    MultitaskGaussianLikelihood,
+)
 from gpytorch.models import ExactGP
 from torch import Tensor
 
@@ -79,6 +86,106 @@ def gp(
     if isinstance(model.mean_module, gpytorch.means.ConstantMean):
         model.mean_module.constant = 0.2
     return model
+
+
+class MultitaskGP(ExactGP):
+    """Three correlated outputs, each with a mean and a noise of its own."""
+
+    def __init__(
+        self,
+        x: Tensor | None,
+        y: Tensor | None,
+        kernel: Kernel,
+        likelihood: Likelihood | None = None,
+        covariance: Callable[[MultitaskGP, Tensor], Any] | None = None,
+        **modules: torch.nn.Module,
+    ) -> None:
+        super().__init__(x, y, likelihood or MultitaskGaussianLikelihood(3))
+        means = [
+            gpytorch.means.ConstantMean(),
+            gpytorch.means.LinearMean(2),
+            gpytorch.means.ZeroMean(),
+        ]
+        self.mean_module = gpytorch.means.MultitaskMean(means, 3)
+        self.kernel = kernel
+        self.covariance = covariance
+        for name, module in modules.items():
+            self.add_module(name, module)
+
+    def forward(self, x: Tensor) -> MultitaskMultivariateNormal:
+        given = self.covariance
+        covariance = self.kernel(x) if given is None else given(self, x)
+        return MultitaskMultivariateNormal(self.mean_module(x), covariance)
+
+
+class HadamardGP(ExactGP):
+    """A function of points and task indices, as in GPyTorch's tutorial."""
+
+    def __init__(
+        self, x: Tensor, i: Tensor, y: Tensor, likelihood: Likelihood | None = None
+    ) -> None:
+        super().__init__((x, i), y, likelihood or GaussianLikelihood())
+        self.mean_module = gpytorch.means.ConstantMean()
+        self.covar_module = MaternKernel(nu=2.5)
+        self.task_covar_module = IndexKernel(num_tasks=2, rank=1)
+
+    def forward(self, x: Tensor, i: Tensor) -> MultivariateNormal:
+        covar_x, covar_i = self.covar_module(x), self.task_covar_module(i)
+        return MultivariateNormal(self.mean_module(x), covar_x.mul(covar_i))
+
+
+def uneven(module: Any, seed: int = 0) -> Any:
+    """The module in float64, its parameters moved away from their defaults."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in module.double().parameters():
+        shift = torch.rand(parameter.shape, generator=generator, dtype=torch.float64)
+        parameter.data.copy_(shift - 0.3)
+    return module
+
+
+def multitask_data(
+    n: int = 24, *, seed: int = 0, dtype: torch.dtype = torch.float64
+) -> tuple[Tensor, Tensor]:
+    """Inputs (n, 2) and three targets of them (n, 3)."""
+    x, y = toy_data(n, seed=seed, dtype=dtype)
+    return x, torch.stack([y, y.square() - 0.5, 0.4 - y], dim=1)
+
+
+def multitask_gp(kernel: Kernel | None = None, n: int = 24, **settings: Any) -> Any:
+    """A multitask GP on such data, with uneven parameters."""
+    x, y = multitask_data(n)
+    kernel = kernel or MultitaskKernel(RBFKernel(ard_num_dims=2), 3, rank=2)
+    return uneven(MultitaskGP(x, y, kernel, **settings))
+
+
+def hadamard_gp(n: int = 24, likelihood: Likelihood | None = None) -> Any:
+    """A Hadamard multitask GP, with uneven parameters."""
+    x, y = toy_data(n)
+    i = (torch.arange(n) % 2).unsqueeze(1)
+    return uneven(HadamardGP(x, i, y + i.squeeze(1), likelihood))
+
+
+MULTITASK_KERNELS: dict[str, Callable[[], Kernel]] = {
+    "rank_1": lambda: MultitaskKernel(RBFKernel(ard_num_dims=2), 3),
+    "rank_3": lambda: MultitaskKernel(MaternKernel(1.5), 3, rank=3),
+    "scaled": lambda: ScaleKernel(MultitaskKernel(ScaleKernel(RBFKernel()), 3)),
+    "sum_inside": lambda: MultitaskKernel(
+        RBFKernel(active_dims=[1]) + MaternKernel(active_dims=[0]), 3
+    ),
+    "active_dims": lambda: MultitaskKernel(RBFKernel(), 3, active_dims=[1]),
+    # GPyTorch calls the forward of a data kernel, past its active dims.
+    "ignored_active_dims": lambda: MultitaskKernel(RBFKernel(active_dims=[1]), 3),
+    "coregionalisation": lambda: LCMKernel([RBFKernel(), MaternKernel(0.5)], 3),
+    "sum": lambda: (
+        MultitaskKernel(RBFKernel(), 3, active_dims=[1])
+        + ScaleKernel(MultitaskKernel(MaternKernel(), 3))
+    ),
+    "product": lambda: (
+        MultitaskKernel(RBFKernel(), 3)
+        * MultitaskKernel(MaternKernel(), 3, active_dims=[0])
+    ),
+}
+"""Kernels of two inputs with three outputs."""
 
 
 def own_posterior(model: ExactGP, x: Tensor) -> tuple[Tensor, Tensor]:

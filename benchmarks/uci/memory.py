@@ -1,4 +1,4 @@
-"""Peak memory of this process.
+"""Peak memory of this process, and whether there is enough for a run.
 
 ``ru_maxrss`` will not do: on Linux a child inherits the high-water mark its parent
 had when it started it. ``VmHWM`` belongs to the address space, which is new in a
@@ -14,6 +14,13 @@ from pathlib import Path
 _STATUS = Path("/proc/self/status")
 _MEMINFO = Path("/proc/meminfo")
 
+LEFT_OUT = 3
+"""Exit status of a run that needs more memory than there is."""
+
+
+class DoesNotFitError(MemoryError):
+    """The run needs more memory than there is: it is left out, and has not failed."""
+
 
 def peak_rss_mb() -> float:
     """Largest resident set of this process so far, in units of 1e6 bytes."""
@@ -28,6 +35,20 @@ def available_bytes() -> float:
     if _MEMINFO.exists():
         return _kilobytes(_MEMINFO, "MemAvailable") * 1024
     return float("inf")
+
+
+def check_fits(peer: str, n: int, needed: float) -> None:
+    """Find out before the work whether there is memory for it.
+
+    Raises:
+        DoesNotFitError: There is not.
+    """
+    available = available_bytes()
+    if needed > available:
+        raise DoesNotFitError(
+            f"{peer} at n = {n} needs about {needed / 1e9:.1f} GB, found "
+            f"{available / 1e9:.1f} GB available"
+        )
 
 
 def _kilobytes(path: Path, key: str) -> int:

@@ -53,7 +53,9 @@ def _figure(path: Path, results: Sequence[Mapping[str, Any]]) -> Path:
     solves = [result for result in results if result.get("curve")]
     labels = list(dict.fromkeys(row_label(result) for result in solves))
     exact = {
-        result["split"]: result["rmse"] for result in results if "curve" not in result
+        result["split"]: result["rmse"]
+        for result in results
+        if request_of(result).solver == "exact"
     }
     panels = figure.subplots(2, 2).ravel()
     for axes, (quantity, clock, y_label) in zip(panels, _AXES, strict=True):

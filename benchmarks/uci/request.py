@@ -5,10 +5,39 @@ from __future__ import annotations
 import hashlib
 import json
 import shlex
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 DTYPES = ("float32", "float64")
+FIT = "fit"
+"""The ``hyperparameters`` of a run that learns its own from the data."""
+
+PEERS: Mapping[str, str] = {
+    "exact": "gpytorch-exact",
+    "cg": "gpytorch-cg",
+    "svgp": "gpytorch-svgp",
+    "sklearn": "sklearn",
+}
+"""Names after ``--peers`` -> what stands in the place of the solver."""
+
+USUAL: Mapping[str, Any] = {
+    "fit_steps": 100,
+    "fit_passes_per_step": 10.0,
+    "fit_learning_rate": 0.1,
+    "cg_rank": 100,
+    "svgp_points": 1024,
+    "svgp_epochs": 100,
+    "svgp_batch": 1024,
+    "svgp_learning_rate": 0.01,
+    "sklearn_rows": 2000,
+}
+"""What the command line sets where it is not told otherwise."""
+
+_FIRST = ("dataset", "split", "solver")
+_BESIDES = ("reference",)
+"""Computed off the clock: two runs that differ in it are runs of the same thing."""
+_LATER = ("initialise", *USUAL, "max_seconds", "reference")
 
 
 @dataclass(frozen=True)
@@ -18,14 +47,29 @@ class RunRequest:
     Attributes:
         dataset: Name of the data set.
         split: Which of the ten splits.
-        solver: A name in ``benchmarks.uci.solvers``, or ``"exact"``.
-        hyperparameters: ``"published"``, ``"default"`` or the path of a JSON file.
+        solver: A name in ``benchmarks.uci.solvers``, ``"exact"``, or one of the
+            values of ``PEERS``.
+        hyperparameters: ``"published"``, ``"default"``, ``"fit"`` or the path of a
+            JSON file.
         num_samples: Posterior samples, from which the variance is estimated.
         dtype: ``"float32"`` or ``"float64"``.
         seed: Of the prior draws and the solver.
         memory_budget: Bytes for kernel blocks. Default: the library's own.
         max_passes: Budget in passes over K. Default: the solver's own.
         noise_scale: Replaces the noise standard deviation.
+        fit_steps: Optimiser steps of a fit. This field and the ones below are None
+            where they do not concern the run, and then no part of its file name.
+        fit_passes_per_step: Budget of a step, in passes over K.
+        fit_learning_rate: Of Adam.
+        initialise: ``"subsets"`` starts the fit from exact fits of small subsets.
+        max_seconds: Limit of the training's wall time.
+        reference: ``"exact"`` adds float64 figures at the learnt hyperparameters.
+        cg_rank: Size of the preconditioner of GPyTorch's conjugate gradients.
+        svgp_points: Inducing points.
+        svgp_epochs: Passes over the training data.
+        svgp_batch: Rows of a minibatch.
+        svgp_learning_rate: Of Adam.
+        sklearn_rows: Size of the random subset that scikit-learn is given.
     """
 
     dataset: str
@@ -38,6 +82,18 @@ class RunRequest:
     memory_budget: int | None = None
     max_passes: float | None = None
     noise_scale: float | None = None
+    fit_steps: int | None = None
+    fit_passes_per_step: float | None = None
+    fit_learning_rate: float | None = None
+    initialise: str | None = None
+    max_seconds: float | None = None
+    reference: str | None = None
+    cg_rank: int | None = None
+    svgp_points: int | None = None
+    svgp_epochs: int | None = None
+    svgp_batch: int | None = None
+    svgp_learning_rate: float | None = None
+    sklearn_rows: int | None = None
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
@@ -46,14 +102,44 @@ class RunRequest:
             raise ValueError(
                 f"num_samples: found {self.num_samples}, expected at least 1"
             )
-        for name in ("memory_budget", "max_passes", "noise_scale"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ValueError(f"{name}: found {value}, expected a positive number")
+        for name in ("memory_budget", "max_passes", "noise_scale", "max_seconds"):
+            self._check_positive(name)
+        for name in USUAL:
+            self._check_positive(name)
+        if self.hyperparameters == FIT and self.noise_scale is not None:
+            raise ValueError(
+                f"noise_scale: found {self.noise_scale} with hyperparameters 'fit', "
+                "which learns the noise; leave it out"
+            )
+        if self.is_peer and self.hyperparameters != FIT:
+            raise ValueError(
+                f"peers: found hyperparameters {self.hyperparameters!r}; peers learn "
+                "their own, so they need --hyperparameters fit"
+            )
+
+    def _check_positive(self, name: str) -> None:
+        value = getattr(self, name)
+        if value is not None and not value > 0:
+            raise ValueError(f"{name}: found {value}, expected a positive number")
+
+    @property
+    def is_peer(self) -> bool:
+        """Whether another package does the work."""
+        return self.solver in PEERS.values()
+
+    def setting(self, name: str) -> Any:
+        """One of the fields in ``USUAL``; the usual value where it is not set."""
+        value = getattr(self, name)
+        return USUAL[name] if value is None else value
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        return asdict(self)
+        """Plain values for JSON.
+
+        Fields that results got later are left out where they are not set, so that
+        results which were stored before are still found.
+        """
+        values = asdict(self)
+        return {k: v for k, v in values.items() if k not in _LATER or v is not None}
 
     @property
     def stem(self) -> str:
@@ -67,8 +153,9 @@ class RunRequest:
         """Every setting that is not the default, in words ("" if none)."""
         words = [
             f"{field.name.replace('_', ' ')} {getattr(self, field.name)}"
-            for field in fields(self)[3:]
-            if getattr(self, field.name) != field.default
+            for field in fields(self)
+            if field.name not in (*_FIRST, *_BESIDES)
+            and getattr(self, field.name) not in (field.default, USUAL.get(field.name))
         ]
         return ", ".join(words)
 
@@ -79,11 +166,14 @@ class RunRequest:
         words += ["--splits", str(self.split)]
         if self.solver == "exact":
             words += ["--solvers", "--reference", "exact"]
+        elif self.is_peer:
+            (peer,) = (name for name, solver in PEERS.items() if solver == self.solver)
+            words += ["--solvers", "--peers", peer]
         else:
             words += ["--solvers", self.solver]
-        for field in fields(self)[3:]:
+        for field in fields(self):
             value = getattr(self, field.name)
-            if value is not None:
+            if field.name not in _FIRST and value is not None:
                 words += ["--" + field.name.replace("_", "-"), str(value)]
         return shlex.join(words)
 

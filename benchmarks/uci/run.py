@@ -18,21 +18,31 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
-import sgdgp
-from benchmarks.uci.curve import Trace, curve, residuals
+from benchmarks.uci.against import Reference, against_exact
 from benchmarks.uci.data import Split, load_split
 from benchmarks.uci.exact import exact_prediction
+from benchmarks.uci.fit import fit_result
 from benchmarks.uci.hyperparameters import Hyperparameters, hyperparameters_for
-from benchmarks.uci.memory import peak_rss_mb
+from benchmarks.uci.memory import LEFT_OUT, DoesNotFitError, peak_rss_mb
 from benchmarks.uci.model import build_model
-from benchmarks.uci.request import RunRequest, exact_request
+from benchmarks.uci.peer_run import peer_result
+from benchmarks.uci.request import FIT, RunRequest, exact_request
 from benchmarks.uci.scores import scores
-from benchmarks.uci.solvers import SOLVERS
+from benchmarks.uci.solve import solve
 from benchmarks.uci.store import read_result, write_result
+from benchmarks.uci.trainable import Learnt
 
-_PACKAGES = ("sgdgp", "torch", "gpytorch", "linear_operator", "numpy", "pykeops")
+_PACKAGES = (
+    "sgdgp",
+    "torch",
+    "gpytorch",
+    "linear_operator",
+    "numpy",
+    "pykeops",
+    "scikit-learn",
+)
+_ARRAYS = ("mean", "variance")
 
 
 def run(request: RunRequest, folder: Path) -> dict[str, Any]:
@@ -52,25 +62,18 @@ def run(request: RunRequest, folder: Path) -> dict[str, Any]:
     split = load_split(
         request.dataset, request.split, dtype=getattr(torch, request.dtype)
     )
-    values = hyperparameters_for(
-        request.hyperparameters,
-        request.dataset,
-        request.split,
-        split.x.shape[1],
-        noise_scale=request.noise_scale,
-    )
-    work = _exact if request.solver == "exact" else _solve
-    result = {
-        **_identity(request, split, values),
-        **work(request, folder, split, values),
-    }
+    if request.is_peer:
+        work = peer_result
+    elif request.hyperparameters == FIT:
+        work = fit_result
+    else:
+        work = _exact if request.solver == "exact" else _solve
+    result = {**_identity(request, split), **work(request, folder, split)}
     write_result(folder, request, result)
     return result
 
 
-def _identity(
-    request: RunRequest, split: Split, values: Hyperparameters
-) -> dict[str, Any]:
+def _identity(request: RunRequest, split: Split) -> dict[str, Any]:
     return {
         "dataset": request.dataset,
         "split": request.split,
@@ -81,7 +84,6 @@ def _identity(
         "seed": request.seed,
         "dtype": request.dtype,
         "num_samples": request.num_samples,
-        "noise_scale": values.noise_scale,
         "request": request.to_dict(),
         "command": request.command,
         "versions": versions(),
@@ -89,72 +91,41 @@ def _identity(
     }
 
 
-def _solve(
-    request: RunRequest, folder: Path, split: Split, values: Hyperparameters
-) -> dict[str, Any]:
-    if request.solver not in SOLVERS:
-        raise ValueError(
-            f"solver: found {request.solver!r}, expected one of {', '.join(SOLVERS)}"
-        )
-    solver = SOLVERS[request.solver](request.max_passes)
-    trace = Trace(request.max_passes if request.solver == "auto" else None)
-    posterior = sgdgp.condition(
-        build_model(split.x, split.y, values),
-        split.x,
-        split.y,
-        solver=solver,
-        num_samples=request.num_samples,
-        seed=request.seed,
-        memory_budget=request.memory_budget,
-        callback=trace,
-        progress=False,
+def _values(request: RunRequest, split: Split) -> Hyperparameters:
+    return hyperparameters_for(
+        request.hyperparameters,
+        request.dataset,
+        request.split,
+        split.x.shape[1],
+        noise_scale=request.noise_scale,
     )
-    if posterior.solution.reason == "interrupted" and not trace.stopped:
-        raise KeyboardInterrupt  # half a solve is no result
-    start = time.perf_counter()
-    prediction = posterior.predict(split.x_test, observation_noise=True)
-    seconds = time.perf_counter() - start
-    # Read before the curve is computed: that is not part of what is measured.
-    memory = peak_rss_mb()
-    solution = posterior.solution
-    mean, variance = prediction.mean.detach(), prediction.variance.detach()
-    figures = scores(mean, variance, split.y_test)
-    warnings = list(solution.warnings)
-    if None in figures.values():
-        warnings.append("the predictions are not finite with a positive variance")
-    if trace.stopped:
-        warnings.append(f"stopped by --max-passes {request.max_passes}")
+
+
+def _solve(request: RunRequest, folder: Path, split: Split) -> dict[str, Any]:
+    values = _values(request, split)
+    model = build_model(split.x, split.y, values)
+    mean, variance, figures = solve(request, split, model, Learnt(0.0, values))
+    reference = _stored_reference(request, folder)
     return {
+        "noise_scale": values.noise_scale,
         **figures,
-        **residuals(solution.residuals),
-        "operator": solution.operator,
-        "solver_used": solution.solver,
-        "passes": solution.passes,
-        "seconds": {
-            "prior_draws": posterior.timings["prior_draws"],
-            "solve": posterior.timings["solve"],
-            "prediction": seconds,
-        },
-        "peak_rss_mb": memory,
-        "reason": solution.reason,
-        "warnings": warnings,
-        "settings": solution.settings,
-        "exact": _against_exact(request, folder, mean, variance),
-        "curve": curve(trace, solution, split, values),
+        "exact": reference and against_exact(reference, mean, variance),
     }
 
 
-def _exact(
-    request: RunRequest, folder: Path, split: Split, values: Hyperparameters
-) -> dict[str, Any]:
+def _exact(request: RunRequest, folder: Path, split: Split) -> dict[str, Any]:
+    values = _values(request, split)
     start = time.perf_counter()
-    mean, variance = exact_prediction(split, values)
+    prediction = exact_prediction(split, values)
     seconds = time.perf_counter() - start
     folder.mkdir(parents=True, exist_ok=True)
     path = _prediction_path(folder, request)
+    mean, variance = prediction.mean, prediction.variance
     np.savez_compressed(path, mean=mean.numpy(), variance=variance.numpy())
     return {
+        "noise_scale": values.noise_scale,
         **scores(mean, variance, split.y_test),
+        "log_likelihood": prediction.log_likelihood,
         "seconds": {"prior_draws": 0.0, "solve": seconds, "prediction": 0.0},
         "peak_rss_mb": peak_rss_mb(),
         "reason": "exact",
@@ -165,28 +136,16 @@ def _prediction_path(folder: Path, request: RunRequest) -> Path:
     return folder / f"{request.stem}.npz"
 
 
-def _against_exact(
-    request: RunRequest, folder: Path, mean: Tensor, variance: Tensor
-) -> dict[str, float] | None:
-    """Distance of the predictions to the exact ones, if those are in ``folder``."""
+def _stored_reference(request: RunRequest, folder: Path) -> Reference | None:
+    """The exact figures of the same hyperparameters, if they are in ``folder``."""
     reference = exact_request(request)
     path = _prediction_path(folder, reference)
     stored = read_result(folder, reference)
     if stored is None or not path.exists():
         return None
     with np.load(path) as arrays:
-        exact_mean, exact_variance = (
-            torch.from_numpy(arrays[name]) for name in ("mean", "variance")
-        )
-    ratio = variance.double() / exact_variance
-    return {
-        "rmse": stored["rmse"],
-        "nll": stored["nll"],
-        "mean_rms_difference": float(
-            (mean.double() - exact_mean).square().mean().sqrt()
-        ),
-        "variance_ratio_mean": float(ratio.mean()),
-    }
+        mean, variance = (torch.from_numpy(arrays[name]) for name in _ARRAYS)
+    return Reference(mean, variance, stored["rmse"], stored["nll"])
 
 
 def versions() -> dict[str, str | int]:
@@ -210,6 +169,9 @@ def main(arguments: list[str]) -> int:
     request = RunRequest(**json.loads(arguments[0]))
     try:
         run(request, Path(arguments[1]))
+    except DoesNotFitError as error:
+        print(f"left out: {request.stem}: {error}", file=sys.stderr)
+        return LEFT_OUT
     except (ValueError, TypeError, OSError, MemoryError) as error:
         print(f"error: {request.stem}: {error}", file=sys.stderr)
         if os.environ.get("SGDGP_DEBUG"):

@@ -16,6 +16,7 @@ from sgdgp.features.finite import (
     PolynomialFeatures,
 )
 from sgdgp.features.fourier import FourierFeatures
+from sgdgp.features.index import IndexFeatures, TaskFeatures
 from sgdgp.features.prior_draws import DrawGroup, PriorDraws, draw_prior
 
 __all__ = [
@@ -25,10 +26,12 @@ __all__ = [
     "FeatureMap",
     "FeatureRequest",
     "FourierFeatures",
+    "IndexFeatures",
     "LinearFeatures",
     "NoRandomFeatures",
     "PolynomialFeatures",
     "PriorDraws",
+    "TaskFeatures",
     "add",
     "draw_prior",
     "has_features",

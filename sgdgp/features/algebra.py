@@ -26,6 +26,7 @@ from sgdgp.features.dispatch import (
 )
 from sgdgp.features.finite import ConstantFeatures
 from sgdgp.features.fourier import FourierFeatures
+from sgdgp.features.index import IndexFeatures, TaskFeatures
 
 MAX_TENSOR_FEATURES = 2**20
 """Most features of a product that has to be formed as a tensor product."""
@@ -59,6 +60,9 @@ def restrict(base: FeatureMap, dims: Tensor) -> FeatureMap:
         return RestrictedFeatures(base.base, dims[base.dims])
     if isinstance(base, SumFeatures):
         return SumFeatures([restrict(part, dims) for part in base.parts])
+    if isinstance(base, TaskFeatures):
+        column = int(dims[base.column])
+        return TaskFeatures(base.index, column, restrict(base.other, dims))
     if isinstance(base, TensorFeatures):
         return TensorFeatures(restrict(base.small, dims), restrict(base.large, dims))
     return RestrictedFeatures(base, dims)
@@ -95,6 +99,13 @@ def multiply(a: FeatureMap, b: FeatureMap, *, dim: int) -> FeatureMap:
         if isinstance(one, ConstantFeatures):
             return scale(other, one.variance)
     for one, other in ((a, b), (b, a)):
+        if isinstance(one, TaskFeatures):
+            rest = multiply(one.other, other, dim=dim)
+            return _of_tasks(one.index, one.column, rest)
+        table = _table(one)
+        if table is not None:
+            return _of_tasks(*table, other)
+    for one, other in ((a, b), (b, a)):
         # An exact sum is one finite map: distributing it over a random map would
         # compute that map's features once for each term.
         if isinstance(one, SumFeatures) and not one.exact:
@@ -110,15 +121,34 @@ def multiply(a: FeatureMap, b: FeatureMap, *, dim: int) -> FeatureMap:
     return _tensor(small, large)
 
 
+def _table(features: FeatureMap) -> tuple[IndexFeatures, int] | None:
+    """A table between tasks, and the column that they are in."""
+    if isinstance(features, IndexFeatures):
+        return features, 0
+    if isinstance(features, RestrictedFeatures):
+        base = features.base
+        if isinstance(base, IndexFeatures):
+            return base, int(features.dims[0])
+    return None
+
+
+def _of_tasks(index: IndexFeatures, column: int, other: FeatureMap) -> FeatureMap:
+    _check_count(index, other)
+    return TaskFeatures(index, column, other)
+
+
 def _tensor(small: FeatureMap, large: FeatureMap) -> FeatureMap:
-    count = small.num_features * large.num_features
-    if count > MAX_TENSOR_FEATURES:
+    _check_count(small, large)
+    return TensorFeatures(small, large)
+
+
+def _check_count(small: FeatureMap, large: FeatureMap) -> None:
+    if small.num_features * large.num_features > MAX_TENSOR_FEATURES:
         raise TooManyFeatures(
             f"needs a tensor product of {small.num_features} by "
             f"{large.num_features} features, more than the limit of "
             f"{MAX_TENSOR_FEATURES}"
         )
-    return TensorFeatures(small, large)
 
 
 def _convolve(a: FourierFeatures, b: FourierFeatures, dim: int) -> FourierFeatures:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -111,12 +111,14 @@ def _build(kernel: Kernel, request: FeatureRequest) -> FeatureMap:
 
 
 _parts: dict[type[Kernel], Callable[[Kernel], Sequence[Kernel]]] = {}
+_reads: dict[type[Kernel], Collection[str]] = {}
 
 
 def register_features(
     kernel_type: type[Kernel],
     *,
     parts: Callable[[Kernel], Sequence[Kernel]] | None = None,
+    reads: Collection[str] | None = None,
 ) -> Callable[[_B], _B]:
     """Decorator that makes a function the builder of features of a kernel type.
 
@@ -131,6 +133,8 @@ def register_features(
             but their constructor are covered as well, all others are not.
         parts: For a kernel made of kernels: returns those, so that
             :func:`has_features` can ask them.
+        reads: Attributes of the class that must be its own for the builder to be
+            right; subclasses may override all others. Default: every attribute.
 
     Raises:
         TypeError: If ``kernel_type`` is not a GPyTorch kernel class.
@@ -143,6 +147,9 @@ def register_features(
         _parts.pop(kernel_type, None)
         if parts is not None:
             _parts[kernel_type] = parts
+        _reads.pop(kernel_type, None)
+        if reads is not None:
+            _reads[kernel_type] = reads
         return builder
 
     return register
@@ -163,10 +170,12 @@ def registered_type(kernel: Kernel) -> type[Kernel] | None:
 
 def _overrides(cls: type, base: type) -> bool:
     between = cls.__mro__[: cls.__mro__.index(base)]
+    redefined = {name for other in between for name in vars(other)}
+    if base in _reads:
+        return any(name in redefined for name in (*_reads[base], "__call__"))
     return any(
         hasattr(base, name)
-        for other in between
-        for name in vars(other)
+        for name in redefined
         if name == "__call__" or not (name.startswith("__") or name.startswith("_abc_"))
     )
 

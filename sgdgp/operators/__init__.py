@@ -7,8 +7,10 @@ tiles (tiled), KeOps (keops), and row blocks through GPyTorch for every other ke
 
 from __future__ import annotations
 
-# The tile forms of GPyTorch's kernels register themselves on import.
+# The tile forms of GPyTorch's kernels and their gradients register on import.
 from sgdgp.operators import dot_product_tiles as _dot_product_tiles  # noqa: F401
+from sgdgp.operators import gradient_rules as _gradient_rules  # noqa: F401
+from sgdgp.operators import index_tiles as _index_tiles  # noqa: F401
 from sgdgp.operators import stationary_tiles as _stationary_tiles  # noqa: F401
 from sgdgp.operators.base import KernelOperator, RowBlock, RowIndex
 from sgdgp.operators.check import check_kernel
@@ -16,6 +18,7 @@ from sgdgp.operators.choose import choose_operator, operator_by_name
 from sgdgp.operators.dense import DenseOperator, streaming_operator
 from sgdgp.operators.keops import KeopsOperator
 from sgdgp.operators.row_blocks import RowBlocksOperator
+from sgdgp.operators.tile_gradients import register_tile_gradient
 from sgdgp.operators.tile_kernels import (
     TileKernel,
     register_tile_kernel,
@@ -35,6 +38,7 @@ __all__ = [
     "check_kernel",
     "choose_operator",
     "operator_by_name",
+    "register_tile_gradient",
     "register_tile_kernel",
     "streaming_operator",
     "tile_kernel",

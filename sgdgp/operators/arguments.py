@@ -94,18 +94,19 @@ def piece(index: Tensor | slice, rows: slice) -> Tensor | slice:
     return index[rows]
 
 
-def check_vectors(v: Tensor, size: int, dtype: torch.dtype) -> None:
+def check_vectors(v: Tensor, size: int, dtype: torch.dtype, name: str = "v") -> None:
     """Check the right factor of a product.
 
     Args:
         v: Expected (size, k).
         size: Number of columns of the operator.
         dtype: Data type of the operator.
+        name: What to call it in errors.
 
     Raises:
         ValueError: The shape or the dtype does not fit.
     """
     if v.ndim != 2 or v.shape[0] != size:
-        raise ValueError(f"v must have shape ({size}, k), found {tuple(v.shape)}")
+        raise ValueError(f"{name} must have shape ({size}, k), found {tuple(v.shape)}")
     if v.dtype != dtype:
-        raise ValueError(f"v must be {dtype} like the operator, found {v.dtype}")
+        raise ValueError(f"{name} must be {dtype} like the operator, found {v.dtype}")

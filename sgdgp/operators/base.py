@@ -22,6 +22,9 @@ from sgdgp.operators.arguments import (
     index_length,
     resolve_index,
 )
+from sgdgp.operators.evaluation import detached_copy
+from sgdgp.operators.memory import resolve_budget
+from sgdgp.operators.quadratic_form import check_quadratic, generic_quadratic_form
 from sgdgp.operators.small_blocks import small_blocks
 
 if TYPE_CHECKING:
@@ -141,6 +144,56 @@ class KernelOperator(ABC):
             out[rows] = self._rows_matmul(rows, v)
         return out
 
+    def quadratic_form(
+        self,
+        a: Float[Tensor, "n k"],
+        b: Float[Tensor, "n k"],
+        *,
+        x: Float[Tensor, "p d"] | None = None,
+    ) -> Float[Tensor, ""]:
+        """sum_c a_c^T K b_c of a square operator, with a graph to the kernel.
+
+        K is that of the kernel's parameters as they are now, even where products use
+        those of construction. The gradient is found in this call, block by block;
+        ``backward`` on what it returns costs next to nothing, and K is never stored.
+
+        Args:
+            a: Left vectors (n, k); constants.
+            b: Right vectors (n, k); constants.
+            x: The operator's points with a graph of their own (the output of a deep
+                kernel's network): the gradient reaches it too. Default: constants.
+
+        Returns:
+            0-dim, in the operator's dtype. It can be differentiated once; where
+            gradients are disabled it is only a number.
+
+        Raises:
+            ValueError: The operator is not square, or an argument does not fit.
+        """
+        check_quadratic(self, a, b, x)
+        return self._quadratic_form(a, b, x)
+
+    def _quadratic_form(self, a: Tensor, b: Tensor, x: Tensor | None) -> Tensor:
+        """``quadratic_form`` with checked arguments."""
+        return generic_quadratic_form(self, a, b, x, resolve_budget(None, self.device))
+
+    def quadratic_gradient(
+        self, a: Float[Tensor, "n k"], b: Float[Tensor, "n k"]
+    ) -> None:
+        """Add d/dtheta sum_c a_c^T K b_c to ``.grad`` of the kernel's parameters.
+
+        Args:
+            a: Left vectors (n, k).
+            b: Right vectors (n, k).
+
+        Raises:
+            ValueError: The operator is not square, or an argument does not fit.
+        """
+        with torch.enable_grad():
+            form = self.quadratic_form(a, b)
+        if form.requires_grad:
+            form.backward()
+
     rows_per_step: int = 1024
     """Rows that ``matmul`` asks for at a time (Ctrl-C is heard between them)."""
 
@@ -164,13 +217,17 @@ class KernelOperator(ABC):
         return self
 
     def to(self, dtype: torch.dtype) -> KernelOperator:
-        """The same operator with inputs, parameters and entries in ``dtype``."""
-        from copy import deepcopy
+        """The same operator with inputs, parameters and entries in ``dtype``.
 
+        Itself where all of them are already; else its kernel is a copy.
+        """
+        parameters = self.kernel.parameters()
+        if self.dtype == dtype and all(p.dtype == dtype for p in parameters):
+            return self
         return self._rebuilt(
             self.x.to(dtype),
             None if self.is_square else self.x_rows.to(dtype),
-            deepcopy(self.kernel).to(dtype),
+            detached_copy(self.kernel).to(dtype),
         )
 
     def to_linear_operator(self) -> LinearOperator:

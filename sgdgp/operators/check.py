@@ -33,7 +33,7 @@ def check_kernel(kernel: Kernel) -> None:
         raise TypeError(
             f"kernel must be a gpytorch.kernels.Kernel, found {type(kernel).__name__}"
         )
-    for module in kernel.modules():
+    for name, module in kernel.named_modules():
         for refused, reason in _REFUSED.items():
             if isinstance(module, refused):
                 raise ValueError(f"{type(module).__name__} is not supported: {reason}")
@@ -43,6 +43,6 @@ def check_kernel(kernel: Kernel) -> None:
                 f"{tuple(module.batch_shape)}; only kernels without a batch shape are "
                 "supported, condition each batch element on its own"
             )
-    for name, parameter in kernel.named_parameters():
-        if not bool(torch.isfinite(parameter).all()):
-            raise ValueError(f"kernel parameter {name} is not finite: {parameter}")
+        for own, parameter in module.named_parameters(name, recurse=False):
+            if not bool(torch.isfinite(parameter.detach()).all()):
+                raise ValueError(f"kernel parameter {own} is not finite: {parameter}")

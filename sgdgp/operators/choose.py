@@ -11,9 +11,9 @@ from sgdgp.operators.base import KernelOperator
 from sgdgp.operators.check import check_kernel
 from sgdgp.operators.dense import DenseOperator, streaming_operator
 from sgdgp.operators.keops import KeopsOperator, keops_is_available
+from sgdgp.operators.keops_formulas import has_formula
 from sgdgp.operators.memory import resolve_budget
 from sgdgp.operators.row_blocks import RowBlocksOperator
-from sgdgp.operators.tile_kernels import tile_kernel
 from sgdgp.operators.tiled import TiledOperator
 
 if TYPE_CHECKING:
@@ -59,17 +59,17 @@ def choose_operator(
         ValueError: The kernel is not a function of two points, or an argument does
             not fit.
     """
-    check_kernel(kernel)
     budget = resolve_budget(memory_budget, x.device)
     streaming = streaming_operator(kernel, x, memory_budget=budget)
     rows, columns = streaming.shape
     if rows * columns * x.element_size() <= budget:
-        return DenseOperator(kernel, x, memory_budget=budget)
+        return DenseOperator.filled_by(streaming)
     on_gpu = x.device.type == "cuda"
     if (
         on_gpu
         and rows >= KEOPS_FROM
-        and tile_kernel(kernel) is not None
+        and isinstance(streaming, TiledOperator)
+        and has_formula(streaming.tile)
         and keops_is_available()
     ):
         return KeopsOperator(kernel, x, memory_budget=budget)

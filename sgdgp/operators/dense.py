@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sgdgp.operators.arguments import check_vectors, resolve_index, take
 from sgdgp.operators.base import KernelOperator, RowIndex, row_slices
+from sgdgp.operators.check import check_kernel
 from sgdgp.operators.row_blocks import RowBlocksOperator
 from sgdgp.operators.tile_kernels import tile_kernel
 from sgdgp.operators.tiled import TiledOperator
@@ -46,11 +47,21 @@ class DenseOperator(KernelOperator):
         *,
         memory_budget: int | None = None,
     ) -> None:
-        super().__init__(kernel, x, x_rows)
-        self.source = streaming_operator(
-            kernel, self.x, None if self.is_square else self.x_rows, memory_budget
-        )
-        self.outputs_per_input = self.source.outputs_per_input
+        source = streaming_operator(kernel, x, x_rows, memory_budget)
+        self._fill_from(source)
+
+    @classmethod
+    def filled_by(cls, source: TiledOperator | RowBlocksOperator) -> DenseOperator:
+        """The same matrix as ``source``, in memory from the first product on."""
+        operator = cls.__new__(cls)
+        operator._fill_from(source)
+        return operator
+
+    def _fill_from(self, source: TiledOperator | RowBlocksOperator) -> None:
+        x_rows = None if source.is_square else source.x_rows
+        super().__init__(source.kernel, source.x, x_rows)
+        self.source = source
+        self.outputs_per_input = source.outputs_per_input
         self._entries: Tensor | None = None
 
     @property
@@ -105,6 +116,9 @@ class DenseOperator(KernelOperator):
         """The blocks K[index[i], index[i]], gathered from K."""
         return self.entries[index.unsqueeze(2), index.unsqueeze(1)]
 
+    def _quadratic_form(self, a: Tensor, b: Tensor, x: Tensor | None) -> Tensor:
+        return self.source._quadratic_form(a, b, x)
+
     def diagonal(self) -> Float[Tensor, " n"]:
         """The diagonal of a square operator, without computing the rest of K."""
         return self.source.diagonal()
@@ -140,7 +154,8 @@ def streaming_operator(
     x_rows: Float[Tensor, "m d"] | None = None,
     memory_budget: int | None = None,
 ) -> TiledOperator | RowBlocksOperator:
-    """Tiles where the kernel has a tile form, else row blocks."""
+    """Tiles where the kernel has a tile form, else row blocks; checks the kernel."""
+    check_kernel(kernel)
     if tile_kernel(kernel) is None:
         return RowBlocksOperator(kernel, x, x_rows, memory_budget=memory_budget)
     return TiledOperator(kernel, x, x_rows, memory_budget=memory_budget)

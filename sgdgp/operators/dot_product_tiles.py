@@ -51,12 +51,12 @@ class PolynomialTile(TileKernel):
     """
 
     dims: Tensor | None
-    offset: float
+    offset: float | Tensor
     power: float
 
     def left(self, x: Tensor, origin: Tensor) -> Forms:
         chosen = select(x, self.dims)
-        return (torch.cat([chosen, x.new_full((x.shape[0], 1), self.offset)], 1),)
+        return (torch.cat([chosen, x.new_ones(x.shape[0], 1) * self.offset], 1),)
 
     def right(self, x: Tensor, origin: Tensor) -> Forms:
         return (torch.cat([select(x, self.dims), x.new_ones(x.shape[0], 1)], 1),)

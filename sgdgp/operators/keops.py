@@ -93,6 +93,9 @@ class KeopsOperator(KernelOperator):
         ]
         return torch.cat(parts, 1).mul_(tile.factor)
 
+    def _quadratic_form(self, a: Tensor, b: Tensor, x: Tensor | None) -> Tensor:
+        return self._tiles._quadratic_form(a, b, x)
+
     def block(self, i: RowIndex, j: RowIndex) -> Float[Tensor, "a b"]:
         """The dense block K[i, j]."""
         return self._tiles.block(i, j)

@@ -72,7 +72,7 @@ def _(tile: LinearTile, x: Tensor, origin: Tensor) -> Forms:
 
 @keops_inputs.register
 def _(tile: PolynomialTile, x: Tensor, origin: Tensor) -> Forms:
-    offset = x.new_full((x.shape[0], 1), tile.offset**0.5)
+    offset = x.new_full((x.shape[0], 1), float(tile.offset) ** 0.5)
     return (torch.cat([select(x, tile.dims), offset], 1),)
 
 
@@ -158,6 +158,13 @@ def _(tile: ProductTile, rows: tuple[Lazy, ...], columns: tuple[Lazy, ...]) -> L
         term = _part(tile, i, rows, columns)
         product = term if product is None else product * term
     return product
+
+
+def has_formula(tile: TileKernel) -> bool:
+    """Whether a tile kernel and everything in it has a KeOps formula."""
+    if isinstance(tile, SumTile | ProductTile):
+        return all(has_formula(part) for part in tile.parts)
+    return keops_formula.dispatch(type(tile)) is not keops_formula.dispatch(object)
 
 
 def num_inputs(tile: TileKernel) -> int:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from copy import deepcopy
 from typing import TYPE_CHECKING
 
 import gpytorch
 import torch
-from gpytorch.kernels import GridInterpolationKernel
 from jaxtyping import Float
 from torch import Tensor
 
@@ -20,7 +18,9 @@ from sgdgp.operators.arguments import (
 )
 from sgdgp.operators.base import KernelOperator, RowIndex, row_slices
 from sgdgp.operators.check import check_kernel
+from sgdgp.operators.evaluation import evaluated, with_fixed_grids
 from sgdgp.operators.memory import resolve_budget
+from sgdgp.operators.quadratic_form import generic_quadratic_form
 
 if TYPE_CHECKING:
     from gpytorch.kernels import Kernel
@@ -60,7 +60,7 @@ class RowBlocksOperator(KernelOperator):
         check_kernel(kernel)
         self.memory_budget = resolve_budget(memory_budget, self.device)
         self.outputs_per_input = _outputs_per_input(kernel, self.x)
-        self.kernel = _with_fixed_grids(kernel, self.x, self.x_rows)
+        self.kernel = with_fixed_grids(kernel, self.x, self.x_rows)
         self._points_per_block = self._affordable_points()
         self.rows_per_step = self._points_per_block * self.outputs_per_input
 
@@ -109,7 +109,7 @@ class RowBlocksOperator(KernelOperator):
         row_points, rows = _points_behind(i, self.outputs_per_input)
         column_points, columns = _points_behind(j, self.outputs_per_input)
         x1, x2 = take(self.x_rows, row_points), take(self.x, column_points)
-        dense = _evaluated(self.kernel, x1, x2).to(self.dtype)
+        dense = evaluated(self.kernel, x1, x2).to(self.dtype)
         if rows is not None:
             dense = take(dense, rows)
         if columns is not None:
@@ -136,8 +136,11 @@ class RowBlocksOperator(KernelOperator):
             found = gpytorch.kernels.kernel.to_dense(self.kernel(x, diag=True))
         expected = self.outputs_per_input * x.shape[0]
         if found.shape != (expected,):
-            found = _evaluated(self.kernel, x, x).diagonal()
+            found = evaluated(self.kernel, x, x).diagonal()
         return found.to(self.dtype)
+
+    def _quadratic_form(self, a: Tensor, b: Tensor, x: Tensor | None) -> Tensor:
+        return generic_quadratic_form(self, a, b, x, self.memory_budget)
 
     def _rebuilt(
         self, x: Tensor, x_rows: Tensor | None, kernel: Kernel | None = None
@@ -148,12 +151,6 @@ class RowBlocksOperator(KernelOperator):
             x_rows,
             memory_budget=self.memory_budget,
         )
-
-
-def _evaluated(kernel: Kernel, x1: Tensor, x2: Tensor) -> Tensor:
-    """kernel(x1, x2) as a tensor; nothing lazy, nothing sent through Lanczos."""
-    with gpytorch.settings.lazily_evaluate_kernels(False):
-        return kernel(x1, x2).to_dense()
 
 
 def _outputs_per_input(kernel: Kernel, x: Tensor) -> int:
@@ -182,32 +179,3 @@ def _points_behind(
         return points, slice(index.start - offset, index.stop - offset)
     points, position = torch.unique(index // outputs, return_inverse=True)
     return points, position * outputs + index % outputs
-
-
-@torch.no_grad()
-def _with_fixed_grids(kernel: Kernel, x: Tensor, x_rows: Tensor) -> Kernel:
-    """The kernel, its interpolation grids placed once for all the data.
-
-    GPyTorch places a dynamic grid anew for the points of every call; seen block by
-    block the kernel would change from one block to the next. A kernel that has such
-    grids is copied, the caller's stays as it is.
-    """
-    if not any(isinstance(m, GridInterpolationKernel) for m in kernel.modules()):
-        return kernel
-    both = (x, x_rows)
-    lowest = torch.stack([points.amin(0) for points in both]).amin(0)
-    highest = torch.stack([points.amax(0) for points in both]).amax(0)
-    kernel = deepcopy(kernel)
-    grids = [m for m in kernel.modules() if isinstance(m, GridInterpolationKernel)]
-    before = [grid.grid_bounds for grid in grids]
-    corners = torch.stack([lowest, highest])
-    _evaluated(kernel, corners, corners)
-    if [grid.grid_bounds for grid in grids] != before:
-        # A grid was placed. A margin, lest rounding of its bounds leave the outermost
-        # points outside.
-        margin = 1e-5 * (highest - lowest)
-        corners = torch.stack([lowest - margin, highest + margin])
-        _evaluated(kernel, corners, corners)
-    for grid in grids:
-        grid.has_initialized_grid.fill_(True)
-    return kernel

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from copy import deepcopy
 from typing import TYPE_CHECKING
 
 import gpytorch
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+
+from sgdgp.operators.evaluation import detached_copy
 
 if TYPE_CHECKING:
     from sgdgp.operators.base import KernelOperator
@@ -32,7 +33,7 @@ def small_blocks(
         # GPyTorch's distances cancel: between near neighbours float32 would be off in
         # the second digit, and near neighbours are what is asked for.
         points = operator.x[index].double()
-        kernel = deepcopy(operator.kernel).double()
+        kernel = detached_copy(operator.kernel).double()
         with gpytorch.settings.lazily_evaluate_kernels(False):
             try:
                 blocks = kernel(points, points).to_dense()

@@ -29,6 +29,8 @@ from sgdgp.operators.distances import left_form, right_form, squared_distances
 from sgdgp.operators.tile_kernels import Forms, TileKernel, register_tile_kernel
 
 _LOG2_E = 1.0 / math.log(2.0)
+MATERN52_FACTOR = math.log(2.0) ** 2 / 3.0
+"""What the tiles of a Matern-5/2 kernel are to be multiplied by."""
 _TINY = 1e-30  # rsqrt is finite there and d2 * rsqrt(d2) = 1e-15 is zero distance
 
 
@@ -56,7 +58,7 @@ class StationaryTile(TileKernel):
     inverse_lengthscale: Tensor
 
     @property
-    def input_scale(self) -> float:
+    def input_scale(self) -> float | Tensor:
         """Inputs are multiplied by input_scale / l before distances are taken."""
         return 1.0
 
@@ -151,11 +153,11 @@ class Matern52Tile(StationaryTile):
 class RationalQuadraticTile(StationaryTile):
     """(1 + r^2 / (2 alpha))^(-alpha) = 2^(-alpha log2(1 + d2))."""
 
-    alpha: float
+    alpha: float | Tensor
 
     @property
-    def input_scale(self) -> float:
-        return math.sqrt(0.5 / self.alpha)
+    def input_scale(self) -> float | Tensor:
+        return (0.5 / self.alpha) ** 0.5
 
     def profile(self, d2: Tensor, scratch: Sequence[Tensor]) -> None:
         d2.clamp_min_(0).log1p_().mul_(-self.alpha * _LOG2_E).exp2_()
@@ -225,7 +227,7 @@ def _(kernel: MaternKernel, dims: Tensor | None) -> TileKernel:
         return Matern12Tile(1.0, dims, inverse)
     if kernel.nu == 1.5:
         return Matern32Tile(1.0, dims, inverse)
-    return Matern52Tile(math.log(2.0) ** 2 / 3.0, dims, inverse)
+    return Matern52Tile(MATERN52_FACTOR, dims, inverse)
 
 
 @register_tile_kernel(RQKernel)

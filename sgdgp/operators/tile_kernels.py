@@ -160,16 +160,19 @@ def tile_kernel(kernel: Kernel, dims: Tensor | None = None) -> TileKernel | None
         exact type of the kernel, or of one inside it, has not been registered. A
         subclass is never taken for its parent: it may override ``forward``.
     """
-    return _tile_node(kernel, _selected(kernel.active_dims, dims))
+    return _tile_body(kernel, selected_dims(kernel.active_dims, dims))
 
 
 def register_tile_kernel(
-    kernel_type: type[Kernel],
+    kernel_type: type[Kernel], *, same_forward: bool = False
 ) -> Callable[[TileRule], TileRule]:
     """Give a kernel of your own a tile form.
 
     Args:
         kernel_type: The exact type that the rule is for.
+        same_forward: Whether the rule also serves subclasses that leave ``forward``
+            as it is; it must then read what they may override (a covariance, say)
+            from the kernel. Default: no.
 
     Returns:
         A decorator for a function ``rule(kernel, dims) -> TileKernel | None``:
@@ -185,20 +188,26 @@ def register_tile_kernel(
     """
 
     def decorate(rule: TileRule) -> TileRule:
-        _tile_body.register(kernel_type, rule)
+        def guarded(kernel: Kernel, dims: Tensor | None) -> TileKernel | None:
+            serves = serves_type(kernel_type, type(kernel), same_forward)
+            return rule(kernel, dims) if serves else None
+
+        _tile_body.register(kernel_type, guarded)
         return rule
 
     return decorate
 
 
-def _tile_node(kernel: Kernel, dims: Tensor | None) -> TileKernel | None:
-    """Exact-type guard in front of the dispatch."""
-    if type(kernel) not in _tile_body.registry:
-        return None
-    return _tile_body(kernel, dims)
+def serves_type(
+    registered: type[Kernel], found: type[Kernel], same_forward: bool
+) -> bool:
+    """Whether a rule for one type is a rule for another, a subclass or itself."""
+    if found is registered:
+        return True
+    return same_forward and found.forward is registered.forward
 
 
-def _selected(active: Tensor | None, dims: Tensor | None) -> Tensor | None:
+def selected_dims(active: Tensor | None, dims: Tensor | None) -> Tensor | None:
     """Columns of the full inputs behind ``active`` columns of ``dims``."""
     if active is None:
         return dims
@@ -209,7 +218,7 @@ def _selected(active: Tensor | None, dims: Tensor | None) -> Tensor | None:
 def _(kernel: ScaleKernel, dims: Tensor | None) -> TileKernel | None:
     # ScaleKernel calls base_kernel.forward, not base_kernel(...): the active_dims of
     # its base are its own, and must not be applied a second time.
-    base = _tile_node(kernel.base_kernel, dims)
+    base = _tile_body(kernel.base_kernel, dims)
     if base is None:
         return None
     return replace(base, factor=base.factor * kernel.outputscale.item())

@@ -26,7 +26,10 @@ from sgdgp.operators.exact_diagonal import (
     write_where_equal,
 )
 from sgdgp.operators.memory import resolve_budget
+from sgdgp.operators.quadratic_form import generic_quadratic_form
+from sgdgp.operators.tile_gradients import live_tile
 from sgdgp.operators.tile_kernels import Forms, tile_kernel
+from sgdgp.operators.tiled_quadratic_form import tiled_quadratic_form
 
 if TYPE_CHECKING:
     from gpytorch.kernels import Kernel
@@ -185,6 +188,13 @@ class TiledOperator(KernelOperator):
         if self._diagonal is None:
             raise ValueError("diagonal needs a square operator, this one is a cross")
         return self.tile.factor * self._diagonal
+
+    def _quadratic_form(self, a: Tensor, b: Tensor, x: Tensor | None) -> Tensor:
+        live = live_tile(self.kernel)
+        if live is None:
+            return generic_quadratic_form(self, a, b, x, self.memory_budget)
+        points = self.x if x is None else x
+        return tiled_quadratic_form(live, points, a, b, self.origin, self.memory_budget)
 
     def _rebuilt(
         self, x: Tensor, x_rows: Tensor | None, kernel: Kernel | None = None

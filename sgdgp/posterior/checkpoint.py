@@ -10,14 +10,15 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from sgdgp.checks import check_positive
+from sgdgp.posterior.accounts import continued, with_what_is_left
 from sgdgp.posterior.checkpoint_file import (
     CheckpointError,
     Saved,
@@ -30,9 +31,6 @@ from sgdgp.solvers.base import Callback, HistoryEntry, Progress, Solution, Solve
 
 Attempt: TypeAlias = Callable[[Solver, Tensor | None, Callback | None], Solution]
 """A solve as a function of (solver, starting point, callback)."""
-
-_LEAST_PASSES = 1.0
-_LEAST_SECONDS = 1e-3
 
 
 class Checkpoint:
@@ -116,12 +114,14 @@ class Checkpoint:
             initial = before.weights
         writer = _Writer(self, solver, probe, before or _nothing_yet(solver, rhs))
         solution = attempt(
-            solver if before is None else _with_what_is_left(solver, before),
+            solver
+            if before is None
+            else with_what_is_left(solver, before.passes, before.seconds),
             initial,
             writer.following(callback),
         )
         if before is not None:
-            solution = _continued(before, solution)
+            solution = continued(before, solution)
         writer.finish(solution)
         if writer.problem is None:
             return solution
@@ -276,39 +276,4 @@ def _is_final(saved: Saved, solver: Solver) -> bool:
         saved.solution.reason == "converged"
         and tolerance is not None
         and float(saved.solution.residuals.max()) <= tolerance
-    )
-
-
-def _with_what_is_left(solver: Solver, before: Solution) -> Solver:
-    """The solver with its budgets less what earlier runs have used."""
-    if not is_dataclass(solver):
-        return solver
-    named = {field.name for field in fields(solver)}
-    left: dict[str, Any] = {}
-    # With nothing left, the least that is still allowed: the solver has to see the
-    # weights once to say how good they are.
-    for name, used, least in (
-        ("max_passes", before.passes, _LEAST_PASSES),
-        ("max_seconds", before.seconds, _LEAST_SECONDS),
-    ):
-        if name in named and getattr(solver, name) is not None:
-            left[name] = max(least, getattr(solver, name) - used)
-    return replace(solver, **left)
-
-
-def _continued(before: Solution, solution: Solution) -> Solution:
-    """A solution whose accounts include what went before."""
-    later = (
-        replace(
-            entry,
-            passes=before.passes + entry.passes,
-            seconds=before.seconds + entry.seconds,
-        )
-        for entry in solution.history
-    )
-    return replace(
-        solution,
-        passes=before.passes + solution.passes,
-        seconds=before.seconds + solution.seconds,
-        history=(*before.history, *later),
     )

@@ -66,9 +66,15 @@ def components(
     }
     for name, value in model.state_dict().items():
         found[f"parameter {name}"] = digest(value)
-    for name, module in model.named_modules():
-        found[f"structure of {name or 'the model'}"] = digest(_structure(module))
-    return found
+    return {**found, **structure_of(model)}
+
+
+def structure_of(model: torch.nn.Module) -> dict[str, str]:
+    """Hashes of the classes and plain attributes of a model's modules, by name."""
+    return {
+        f"structure of {name or 'the model'}": digest(_structure(module))
+        for name, module in model.named_modules()
+    }
 
 
 def probe(
@@ -141,10 +147,11 @@ def _is_close(stored: Tensor | None, here: Tensor, tolerance: float) -> bool:
 def _structure(module: torch.nn.Module) -> str:
     """Class and plain attributes, such as a Matern kernel's nu."""
     kind = type(module)
-    return f"{kind.__module__}.{kind.__qualname__} {list(_plain_attributes(module))}"
+    return f"{kind.__module__}.{kind.__qualname__} {list(plain_attributes(module))}"
 
 
-def _plain_attributes(module: torch.nn.Module) -> Iterator[tuple[str, object]]:
+def plain_attributes(module: torch.nn.Module) -> Iterator[tuple[str, object]]:
+    """Numbers, strings and sequences of them, such as a Matern kernel's nu."""
     for name, value in sorted(vars(module).items()):
         if not name.startswith("_") and name != "training" and _is_plain(value):
             yield name, value

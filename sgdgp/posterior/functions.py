@@ -22,8 +22,10 @@ from sgdgp.operators.base import KernelOperator, row_slices
 from sgdgp.posterior.cross import cross_product
 from sgdgp.solvers.base import Solution
 
-Points: TypeAlias = Float[Tensor, "*b n d"] | Float[Tensor, " n"]
-"""Inputs (..., n, d), or (n,) where d is one."""
+Points: TypeAlias = (
+    Float[Tensor, "*b n d"] | Float[Tensor, " n"] | tuple[Tensor, ...] | list[Tensor]
+)
+"""Inputs (..., n, d), (n,) where d is one, or all inputs of a model of several."""
 
 _ROWS = 4096
 """Points evaluated at a time."""
@@ -64,13 +66,14 @@ class ConditionedPaths:
                 deviations.append(self.draws(inputs) - update[:, 1:])
         return torch.cat(means), torch.cat(deviations)
 
-    def flattened(self, x: Tensor) -> tuple[Tensor, torch.Size]:
+    def flattened(self, x: Points) -> tuple[Tensor, torch.Size]:
         """Check inputs (..., n, d); flat (N, d) and the shape in front of d.
 
         Raises:
             TypeError: Not a tensor.
             ValueError: Shape, dtype, device or values do not fit.
         """
+        x = self.prior.joined(x)
         if not torch.is_tensor(x):
             raise TypeError(f"x: expected a torch.Tensor, found {type(x)}")
         if x.ndim == 1 and self.dim == 1:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -14,10 +14,12 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from sgdgp.checks import check_count
-from sgdgp.gpytorch_adapter import has_fixed_noise, noise_of
+from sgdgp.gpytorch_adapter import has_fixed_noise
 from sgdgp.operators.base import row_slices
 from sgdgp.posterior.functions import ConditionedPaths, Points, SampleFunctions
-from sgdgp.solvers.base import Solution
+from sgdgp.posterior.problem import Problem
+from sgdgp.posterior.seeds import generator_of_draws
+from sgdgp.solvers.base import Callback, Solution, Solver
 
 
 class Marginals(NamedTuple):
@@ -51,7 +53,7 @@ class PathwisePosterior:
     num_samples: int
     timings: dict[str, float]
     _paths: ConditionedPaths = field(repr=False)
-    _redraw: Callable[[int, int | torch.Generator], SampleFunctions] = field(repr=False)
+    _problem: Problem = field(repr=False)
 
     @property
     def functions(self) -> SampleFunctions:
@@ -114,7 +116,75 @@ class PathwisePosterior:
             A callable x (n', d) -> (k, n'), differentiable in x.
         """
         check_count("k", k, 1)
-        return self._redraw(k, seed)
+        mean_weights = self.solution.weights[:, :1]
+        return self._problem.redraw(k, generator_of_draws(seed), mean_weights)
+
+    def update(
+        self,
+        x_new: Points,
+        y_new: Float[Tensor, " m"] | Float[Tensor, "m 1"],
+        *,
+        noise: Float[Tensor, " m"] | float | None = None,
+        solver: Solver | str | None = None,
+        progress: bool | None = None,
+        callback: Callback | None = None,
+    ) -> PathwisePosterior:
+        """The posterior given new data as well; this one stays as it is.
+
+        The same prior functions and noise draws are conditioned, so that every sample
+        function moves only as far as the new data say, and the solve starts from
+        the old weights, corrected around the new points. Hyperparameters stay.
+
+        Args:
+            x_new: New inputs (m, d) before the model's own transforms; of a model of
+                several inputs all of them.
+            y_new: New targets (m,) in the units of the user.
+            noise: Noise variances of the new targets. Default: the likelihood's;
+                needed where that only knows the noise of its training points.
+            solver: A solver or a name. Default: that of this posterior.
+            progress: Show a progress bar. Default: on a terminal.
+            callback: Called as the solve advances; returning True stops it.
+
+        Returns:
+            A new posterior over n + m points, the same within the tolerance as
+            conditioning on all of them with the same draws. Passes and seconds of its
+            solution are those of the update; its solver is "local" where the correction
+            was all it took.
+
+        Raises:
+            TypeError: Data or solver are of the wrong kind.
+            ValueError: Shape, dtype, device or values do not fit, or noise is needed.
+        """
+        from sgdgp.posterior.update import updated
+
+        return updated(
+            self,
+            x_new,
+            y_new,
+            noise=noise,
+            solver=solver,
+            progress=progress,
+            callback=callback,
+        )
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the posterior into a file; ``sgdgp.load(path, model)`` reads it.
+
+        The file (safetensors, with a checksum, no code) holds the data, parameters
+        and buffers of the model, prior draws, weights, solver and history. A file in
+        its place is replaced in one step.
+
+        Args:
+            path: The file; its directory must exist.
+
+        Raises:
+            NotStorableError: A feature map is not registered for storage.
+            OSError: The file could not be written.
+            StorageError: There is no such directory, or the path is one.
+        """
+        from sgdgp.posterior.storage import save
+
+        save(self, path)
 
     def predict(
         self,
@@ -148,7 +218,8 @@ class PathwisePosterior:
         flat, shape = self._paths.flattened(x)
         if len(shape) != 1:
             raise ValueError(
-                f"x: expected shape (n, {self._paths.dim}), found {tuple(x.shape)}"
+                f"x: expected shape (n, {self._paths.dim}), found "
+                f"{(*shape, self._paths.dim)}"
             )
         noise = self._noise_at(flat, observation_noise)
         units = self._paths.prior.target_scale
@@ -195,7 +266,7 @@ class PathwisePosterior:
                 f" points; pass the {len(x)} noise variances at x as a tensor"
             )
         with torch.no_grad():
-            return scale**2 * noise_of(likelihood, self._paths.prior.transformed(x))
+            return scale**2 * self._paths.prior.noise(x)
 
     def _need_samples(self, what: str) -> None:
         if self.num_samples == 0:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.uci.__main__ import parse_bytes, parser, requests
+from benchmarks.uci.arguments import parse_bytes, parser, requests
 from benchmarks.uci.request import RunRequest, exact_request
 from benchmarks.uci.store import read_result, read_results, result_path, write_result
 from benchmarks.uci.table import (

@@ -179,9 +179,14 @@ CASES: dict[str, Case] = {
         lambda d: CylindricalKernel(3, MaternKernel(2.5)), inputs=unit_ball
     ),
     "arc": Case(_arc),
-    "index": Case(lambda d: IndexKernel(num_tasks=4, rank=2), d=1, inputs=tasks),
+    "index": Case(
+        lambda d: IndexKernel(num_tasks=4, rank=2), tiled=True, d=1, inputs=tasks
+    ),
     "scaled_index": Case(
-        lambda d: ScaleKernel(IndexKernel(num_tasks=4, rank=2)), d=1, inputs=tasks
+        lambda d: ScaleKernel(IndexKernel(num_tasks=4, rank=2)),
+        tiled=True,
+        d=1,
+        inputs=tasks,
     ),
     "grid_interpolation": Case(
         lambda d: GridInterpolationKernel(RBFKernel(), grid_size=20, num_dims=d), d=2

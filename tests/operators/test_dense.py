@@ -46,3 +46,23 @@ def test_cross_operators_stream(generator):
     assert cross.shape == (7, 20)
     assert cross.name == "tiled"
     assert DenseOperator(RBFKernel(), x).to(torch.float64).name == "dense"
+
+
+def test_the_chosen_matrix_is_filled_by_the_operator_that_was_asked_for_its_size():
+    kernel, x = CASES["rbf"].kernel(), CASES["rbf"].x(9)
+    source = TiledOperator(kernel, x)
+    operator = DenseOperator.filled_by(source)
+    assert operator.source is source
+    assert operator.is_square
+    torch.testing.assert_close(operator.entries, kernel(x).to_dense().detach())
+
+
+def test_an_operator_in_the_dtype_it_has_is_itself_else_a_copy():
+    kernel, x = CASES["rbf"].kernel(), CASES["rbf"].x(9)
+    operator = TiledOperator(kernel, x)
+    assert operator.to(torch.float64) is operator
+    single = operator.to(torch.float32)
+    assert single.dtype == torch.float32
+    assert kernel.raw_lengthscale.dtype == torch.float64
+    mixed = TiledOperator(single.kernel, x)
+    assert mixed.to(torch.float64).kernel.raw_lengthscale.dtype == torch.float64

@@ -307,7 +307,7 @@ def test_a_file_of_something_else_is_refused_and_kept(path):
 
 def rewritten(path, change):
     """Change tensors and metadata of a file; its checksum is made to fit."""
-    from sgdgp.posterior.checkpoint_file import _checksum
+    from sgdgp.posterior.safe_file import _checksum
 
     with safe_open(path, framework="pt") as file:
         metadata = dict(file.metadata())

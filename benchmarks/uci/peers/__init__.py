@@ -1,0 +1,28 @@
+"""Other packages on the same split: name of the run -> the function that does it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from benchmarks.uci.data import Split
+from benchmarks.uci.peers.exact_gp import gpytorch_cg, gpytorch_exact
+from benchmarks.uci.peers.outcome import PeerOutcome
+from benchmarks.uci.peers.sklearn_gp import sklearn_subset
+from benchmarks.uci.peers.svgp import gpytorch_svgp
+from benchmarks.uci.request import PEERS, RunRequest
+
+_WORK: Mapping[str, Callable[[RunRequest, Split], PeerOutcome]] = {
+    PEERS["exact"]: gpytorch_exact,
+    PEERS["cg"]: gpytorch_cg,
+    PEERS["svgp"]: gpytorch_svgp,
+    PEERS["sklearn"]: sklearn_subset,
+}
+
+
+def run_peer(request: RunRequest, split: Split) -> PeerOutcome:
+    """Train and predict as ``request.solver`` says.
+
+    Raises:
+        DoesNotFitError: It needs more memory than there is.
+    """
+    return _WORK[request.solver](request, split)

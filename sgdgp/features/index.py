@@ -1,0 +1,136 @@
+"""Exact features of the index kernel, and of its products, task by task."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from gpytorch.kernels import IndexKernel
+from jaxtyping import Float
+from torch import Tensor
+
+from sgdgp.features.base import FeatureMap
+from sgdgp.features.chunks import check_product, check_width
+from sgdgp.features.dispatch import FeatureRequest, register_features
+
+
+class IndexFeatures(FeatureMap):
+    """phi(t) = R[t, :] with R R^T = B: k(t, t') = B[t, t'].
+
+    Args:
+        root: R (T, T).
+    """
+
+    exact = True
+
+    def __init__(self, root: Float[Tensor, "T M"]) -> None:
+        self.root = root
+        self.num_features = root.shape[1]
+
+    def tasks(self, x: Float[Tensor, "n 1"]) -> Tensor:
+        """Task of each row (n,).
+
+        Raises:
+            ValueError: x has more than one column, or a task that B has not.
+        """
+        check_width(x, 1)
+        tasks = x[:, 0].detach().long()
+        count = len(self.root)
+        if tasks.numel() and not 0 <= int(tasks.min()) <= int(tasks.max()) < count:
+            raise ValueError(
+                f"x: expected tasks from 0 to {count - 1}, found {int(tasks.min())} to "
+                f"{int(tasks.max())}"
+            )
+        return tasks
+
+    def features(self, x: Float[Tensor, "n 1"]) -> Float[Tensor, "n M"]:
+        """Rows of R, tied to x in the graph (their gradient is zero)."""
+        rows = self.root[self.tasks(x)]
+        return rows + 0 * x if x.requires_grad else rows
+
+    def forward(
+        self, x: Float[Tensor, "n 1"], w: Float[Tensor, "M s"]
+    ) -> Float[Tensor, "n s"]:
+        """Rows of R w."""
+        check_product("w", w, self.num_features)
+        rows = (self.root @ w)[self.tasks(x)]
+        return rows + 0 * x if x.requires_grad else rows
+
+    def adjoint(
+        self, x: Float[Tensor, "n 1"], v: Float[Tensor, "n s"]
+    ) -> Float[Tensor, "M s"]:
+        """R^T times the sums of v over each task's rows."""
+        check_product("v", v, x.shape[0])
+        sums = v.new_zeros(len(self.root), v.shape[1])
+        return self.root.T @ sums.index_add(0, self.tasks(x), v)
+
+
+class TaskFeatures(FeatureMap):
+    """All products other_j(x) R[t, i]: a table between tasks times another kernel.
+
+    The tensor product of ``IndexFeatures`` and another map, which makes use of R[t, :]
+    being the same in all rows of a task: the other map is multiplied with as many
+    columns as there are functions, and not T times as many. Feature (j, i) has index
+    j * T + i.
+
+    Args:
+        index: The table's features.
+        column: Column of x that holds the tasks.
+        other: Any map that is independent of the table.
+    """
+
+    def __init__(self, index: IndexFeatures, column: int, other: FeatureMap) -> None:
+        self.index = index
+        self.column = column
+        self.other = other
+        self.num_features = index.num_features * other.num_features
+        self.exact = other.exact
+
+    def features(self, x: Float[Tensor, "n d"]) -> Float[Tensor, "n M"]:
+        """All products of features."""
+        other, small = self.other.features(x), self.index.features(self._tasks_of(x))
+        return (other[:, :, None] * small[:, None, :]).flatten(1)
+
+    def forward(
+        self, x: Float[Tensor, "n d"], w: Float[Tensor, "M s"]
+    ) -> Float[Tensor, "n s"]:
+        """phi(x) w, task by task."""
+        check_product("w", w, self.num_features)
+        w = w.reshape(self.other.num_features, self.index.num_features, -1)
+        found, order = [x.new_zeros(0, w.shape[2])], []
+        for root, rows in self._by_task(x):
+            own = torch.einsum("mts,t->ms", w, root)
+            found.append(self.other.forward(x[rows], own))
+            order.append(rows)
+        if not order:
+            return found[0]
+        return torch.cat(found)[torch.cat(order).argsort()]
+
+    def adjoint(
+        self, x: Float[Tensor, "n d"], v: Float[Tensor, "n s"]
+    ) -> Float[Tensor, "M s"]:
+        """phi(x)^T v, task by task."""
+        check_product("v", v, x.shape[0])
+        shape = self.other.num_features, self.index.num_features, v.shape[1]
+        out = x.new_zeros(shape)
+        for root, rows in self._by_task(x):
+            own = self.other.adjoint(x[rows], v[rows])
+            out = out + own[:, None, :] * root[None, :, None]
+        return out.flatten(0, 1)
+
+    def _tasks_of(self, x: Tensor) -> Tensor:
+        return x[:, self.column : self.column + 1]
+
+    def _by_task(self, x: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """R[t, :] and the rows of every task that occurs."""
+        tasks = self.index.tasks(self._tasks_of(x))
+        for task in tasks.unique().tolist():
+            yield self.index.root[task], (tasks == task).nonzero().squeeze(1)
+
+
+@register_features(IndexKernel, reads={"forward"})
+def index_features(kernel: IndexKernel, request: FeatureRequest) -> FeatureMap:
+    """The symmetric root of the table, whatever a subclass makes it of."""
+    covariance = request.parameter(kernel._eval_covar_matrix())
+    values, vectors = torch.linalg.eigh(covariance)
+    return IndexFeatures((vectors * values.clamp_min(0).sqrt()).to(request.like))

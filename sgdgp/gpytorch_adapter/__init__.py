@@ -1,0 +1,53 @@
+"""Reads a prior and a noise model out of a GPyTorch model definition.
+
+The only package that touches GPyTorch and linear_operator internals. A model is a
+*specification* here: its ``forward`` is called to learn mean and covariance, its
+inference engine never is. Whatever ``forward`` does (a plain kernel, a sum of
+kernels, a network in front of a kernel, several tasks) becomes one GPyTorch kernel
+over one matrix of kernel inputs, which is all that the rest of the package sees.
+
+``prior_of`` reads a finished model, frozen; ``prior_at``, ``traced_prior`` and
+``training_problems`` one that is being trained, with the graph to its parameters.
+"""
+
+from sgdgp.gpytorch_adapter.blocks import differentiable_block
+from sgdgp.gpytorch_adapter.distribution import prior_at
+from sgdgp.gpytorch_adapter.errors import UnsupportedModelError
+from sgdgp.gpytorch_adapter.inputs import InputLayout, Inputs, layout_of
+from sgdgp.gpytorch_adapter.noise import has_fixed_noise, noise_of, noise_variances
+from sgdgp.gpytorch_adapter.observations import Observed, observed_rows
+from sgdgp.gpytorch_adapter.prior import PairPrior, Prior, pairs_of, prior_of
+from sgdgp.gpytorch_adapter.traced import TracedPrior, traced_prior
+from sgdgp.gpytorch_adapter.training_data import raw_training_data
+from sgdgp.gpytorch_adapter.training_rows import (
+    TracedProblem,
+    noise_of_rows,
+    training_problems,
+)
+from sgdgp.gpytorch_adapter.units import TargetScale, to_model_units
+
+__all__ = [
+    "InputLayout",
+    "Inputs",
+    "Observed",
+    "PairPrior",
+    "Prior",
+    "TargetScale",
+    "TracedPrior",
+    "TracedProblem",
+    "UnsupportedModelError",
+    "differentiable_block",
+    "has_fixed_noise",
+    "layout_of",
+    "noise_of",
+    "noise_of_rows",
+    "noise_variances",
+    "observed_rows",
+    "pairs_of",
+    "prior_at",
+    "prior_of",
+    "raw_training_data",
+    "to_model_units",
+    "traced_prior",
+    "training_problems",
+]

@@ -1,0 +1,116 @@
+"""A model that is being trained, with its data: rows of one or more linear systems."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from gpytorch.distributions import MultitaskMultivariateNormal, MultivariateNormal
+from gpytorch.kernels import Kernel
+from gpytorch.likelihoods import Likelihood
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from sgdgp.gpytorch_adapter.inputs import Inputs
+from sgdgp.gpytorch_adapter.noise import noise_variances
+from sgdgp.gpytorch_adapter.observations import Observed, observed_rows
+from sgdgp.gpytorch_adapter.traced import traced_prior
+
+
+@dataclass(frozen=True, eq=False)
+class TracedProblem:
+    """One system (K + Sigma) V = targets - mean, as a function of the parameters.
+
+    Attributes:
+        kernel: The model's own kernel over ``inputs``.
+        inputs: Kernel inputs (N, p), with a graph where ``forward`` computes them.
+        mean: Prior mean (N,), with a graph; the same for all columns.
+        noise: Noise variances (N,) with what ``forward`` adds to the diagonal, with a
+            graph.
+        targets: (N, c) in the model's units, none of them missing.
+        rows: Rows of the prior (N,): the input i, or i T + t with T outputs per input.
+        columns: Columns of y behind those of ``targets``.
+    """
+
+    kernel: Kernel
+    inputs: Float[Tensor, "N p"]
+    mean: Float[Tensor, " N"]
+    noise: Float[Tensor, " N"]
+    targets: Float[Tensor, "N c"]
+    rows: Int[Tensor, " N"]
+    columns: tuple[int, ...]
+
+
+def training_problems(
+    distribution: MultivariateNormal, likelihood: Likelihood, x: Inputs, y: Tensor
+) -> tuple[TracedProblem, ...]:
+    """Everything that a marginal likelihood is a function of.
+
+    Args:
+        distribution: The prior at all training inputs (``prior_at``, or what
+            ``model(train_x)`` returns in train mode).
+        likelihood: The model's likelihood.
+        x: Inputs in the model's units, for noise that depends on them.
+        y: Targets in the model's units: (n,); (n, T) for a model of T outputs per
+            input, or for T independent outputs of a model of one; NaN where missing.
+
+    Returns:
+        One system; more where independent outputs miss different rows. The log
+        marginal likelihood is the sum over systems and columns.
+
+    Raises:
+        TypeError: The likelihood is not Gaussian.
+        UnsupportedModelError: The prior is not a function of two points.
+        ValueError: y or the noise does not fit the prior, or y is missing altogether.
+    """
+    tasks = 1
+    if isinstance(distribution, MultitaskMultivariateNormal):
+        tasks = int(distribution.num_tasks)
+    count = distribution.loc.shape[-1]
+    n = count // tasks
+    systems = _systems(y, n, tasks)
+    noise = noise_of_rows(noise_variances(likelihood, x, n), n, tasks)
+    problems = []
+    for system in systems:
+        rows = None if len(system.rows) == count else system.rows
+        prior = traced_prior(distribution, rows)
+        chosen = noise if rows is None else noise[rows]
+        problems.append(
+            TracedProblem(
+                kernel=prior.kernel,
+                inputs=prior.inputs,
+                mean=prior.mean,
+                noise=chosen + prior.nugget,
+                targets=system.targets,
+                rows=system.rows,
+                columns=system.columns,
+            )
+        )
+    return tuple(problems)
+
+
+def noise_of_rows(noise: Tensor, n: int, tasks: int) -> Tensor:
+    """Noise variances (n T,), of a likelihood that may know only those of inputs (n,).
+
+    Raises:
+        ValueError: There are neither n nor n T of them.
+    """
+    if len(noise) == n * tasks:
+        return noise
+    if len(noise) == n:
+        return noise.repeat_interleave(tasks)
+    raise ValueError(
+        f"likelihood: expected a noise variance for each of {n} inputs and {tasks} "
+        f"outputs, found {len(noise)}"
+    )
+
+
+def _systems(y: Tensor, n: int, tasks: int) -> tuple[Observed, ...]:
+    expected = f"({n}, {tasks})" if tasks > 1 else f"({n},) or ({n}, outputs)"
+    fits = y.shape[:1] == (n,) and y.ndim == 2 and tasks in (1, y.shape[-1])
+    if tasks == 1 and y.shape == (n,):
+        rows = torch.arange(n, device=y.device)
+        return (Observed(rows, y.unsqueeze(1), (0,)),)
+    if not fits:
+        raise ValueError(f"y: expected shape {expected}, found {tuple(y.shape)}")
+    return observed_rows(y, tasks)

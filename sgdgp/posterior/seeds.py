@@ -1,0 +1,50 @@
+"""Generators from seeds, and streams of their own for what comes later."""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+
+
+def generator_of(seed: int | torch.Generator) -> torch.Generator:
+    """The generator itself, or a new one with that seed.
+
+    Raises:
+        TypeError: Neither an integer nor a generator.
+        ValueError: An integer of more than 64 bits.
+    """
+    if isinstance(seed, torch.Generator):
+        return seed
+    if not isinstance(seed, int) or isinstance(seed, bool):
+        raise TypeError(
+            f"seed: expected an int or a torch.Generator, found {type(seed).__name__}"
+        )
+    if not -(2**63) <= seed < 2**64:
+        raise ValueError(f"seed: expected an integer of 64 bits, found {seed}")
+    return torch.Generator().manual_seed(seed)
+
+
+def generator_of_draws(seed: int | torch.Generator) -> torch.Generator:
+    """A stream of its own: draw(seed=s) is independent of condition(seed=s)."""
+    generator = generator_of(seed)
+    if isinstance(seed, torch.Generator):
+        return generator
+    _, other = torch.randint(2**62, (2,), generator=generator).tolist()
+    return generator.manual_seed(other)
+
+
+def seed_of(generator: torch.Generator) -> int:
+    """A seed that is a function of the generator's state; the state stays as it is."""
+    state = generator.get_state().cpu().numpy().tobytes()
+    return _number(hashlib.sha256(state))
+
+
+def derived_generator(seed: int, *what: object) -> torch.Generator:
+    """A generator that is a function of a seed and of what it is for."""
+    text = " ".join(str(part) for part in (seed, *what))
+    return torch.Generator().manual_seed(_number(hashlib.sha256(text.encode())))
+
+
+def _number(found: hashlib._Hash) -> int:
+    return int.from_bytes(found.digest()[:7])

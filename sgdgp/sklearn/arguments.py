@@ -1,0 +1,218 @@
+"""Checks of the regressor's parameters, and what they stand for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from numbers import Real
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from sklearn.utils import check_random_state
+from sklearn.utils.validation import _check_sample_weight
+
+from sgdgp.checks import check_count, check_positive
+from sgdgp.solvers import Solver
+
+Optimiser = Callable[[Any], torch.optim.Optimizer]
+
+_Function = TypeVar("_Function", bound=Callable[..., None])
+
+_DTYPES = {"float32": torch.float32, "float64": torch.float64}
+
+
+def checked_later(function: _Function) -> _Function:
+    """Exempt a constructor from checks of types while the program runs.
+
+    scikit-learn wants whatever it is given to be stored, and checked by ``fit``.
+    """
+    function.__no_type_check__ = True  # type: ignore[attr-defined]
+    return function
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Checked parameters of a regressor.
+
+    Attributes:
+        noise: Noise variance to start from.
+        optimiser: Parameters to an optimiser; None to learn nothing.
+        steps: Most steps of it.
+        num_samples: Posterior samples.
+        solver: Solver or its name.
+        device: Where to compute.
+        dtype: In what precision.
+        progress: Whether to show progress bars.
+    """
+
+    noise: float
+    optimiser: Optimiser | None
+    steps: int
+    num_samples: int
+    solver: Solver | str
+    device: torch.device
+    dtype: torch.dtype
+    progress: bool
+
+    @classmethod
+    def of(cls, parameters: Mapping[str, Any]) -> Settings:
+        """Check the parameters of a regressor, ``get_params()``.
+
+        Raises:
+            TypeError: One is of the wrong kind; named, with what was found.
+            ValueError: One has the wrong value.
+        """
+        return cls(
+            noise=check_noise(parameters["noise"]),
+            optimiser=check_optimizer(parameters["optimizer"]),
+            steps=check_whole("steps", parameters["steps"], 0),
+            num_samples=check_whole("num_samples", parameters["num_samples"], 0),
+            solver=check_solver(parameters["solver"]),
+            device=check_device(parameters["device"]),
+            dtype=check_dtype(parameters["dtype"]),
+            progress=bool(parameters["verbose"]),
+        )
+
+
+def check_whole(name: str, value: Any, minimum: int) -> int:
+    """The value as an int; NumPy's integers will do.
+
+    Raises:
+        TypeError: Not an integer.
+        ValueError: Too small.
+    """
+    if isinstance(value, np.integer):
+        value = int(value)
+    check_count(name, value, minimum)
+    found: int = value
+    return found
+
+
+def check_noise(noise: Any) -> float:
+    """The noise variance as a float.
+
+    Raises:
+        TypeError: Not a number.
+        ValueError: Not positive and finite.
+    """
+    if not isinstance(noise, Real) or isinstance(noise, bool):
+        raise TypeError(f"noise: expected a number, found {type(noise).__name__}")
+    check_positive("noise", float(noise))
+    return float(noise)
+
+
+def check_solver(solver: Any) -> Solver | str:
+    """The solver, or its name.
+
+    Raises:
+        TypeError: Something else.
+    """
+    if not isinstance(solver, Solver | str):
+        raise TypeError(
+            "solver: expected a Solver such as sgdgp.SDD(), or a name, found "
+            f"{solver!r}"
+        )
+    return solver
+
+
+def check_device(device: str | torch.device) -> torch.device:
+    """The device named; "auto" is a GPU if there is one that CUDA can use.
+
+    Raises:
+        ValueError: There is no such device.
+    """
+    if isinstance(device, str) and device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(device)
+        torch.empty(0, device=found)
+    except (RuntimeError, TypeError, AssertionError) as error:
+        raise ValueError(
+            f"device: expected 'auto' or a device of this machine, found {device!r}"
+        ) from error
+    return found
+
+
+def check_dtype(dtype: Any) -> torch.dtype:
+    """float32 or float64 as PyTorch's, from a name, NumPy's or PyTorch's own.
+
+    Raises:
+        ValueError: Neither of them.
+    """
+    if dtype in _DTYPES.values():
+        found: torch.dtype = dtype
+        return found
+    try:
+        return _DTYPES[np.dtype(dtype).name]
+    except (TypeError, KeyError):
+        raise ValueError(
+            f"dtype: expected 'float64' or 'float32', found {dtype!r}"
+        ) from None
+
+
+def check_optimizer(optimizer: str | Optimiser | None) -> Optimiser | None:
+    """What makes an optimiser from parameters, or None for fixed parameters.
+
+    Raises:
+        ValueError: Not "adam", a callable or None.
+    """
+    if optimizer is None or (callable(optimizer) and not isinstance(optimizer, str)):
+        return optimizer
+    if optimizer != "adam":
+        raise ValueError(
+            "optimizer: expected 'adam', None or a callable that takes parameters, "
+            f"found {optimizer!r}"
+        )
+    # Adam's steps do not depend on the scale of the loss, up to eps; with a smaller
+    # one a row of weight two and two rows, whose losses are averaged over different
+    # counts, teach the same.
+    return partial(torch.optim.Adam, lr=0.1, eps=1e-14)
+
+
+def check_weights(
+    sample_weight: Any, x: np.ndarray
+) -> tuple[np.ndarray | None, np.ndarray | slice]:
+    """Weights of the rows that count (n,), and which those are.
+
+    Args:
+        sample_weight: Weights of all rows, one for all, or None.
+        x: Inputs.
+
+    Returns:
+        The positive weights, or None where all are one; and their rows.
+
+    Raises:
+        ValueError: The shape is wrong, a weight is negative, or all are zero.
+    """
+    if sample_weight is None:
+        return None, slice(None)
+    weights = _check_sample_weight(
+        sample_weight, x, dtype=np.float64, ensure_non_negative=True
+    )
+    counted = weights > 0
+    if not counted.any():
+        raise ValueError("sample_weight: all weights are zero; one has to be positive")
+    kept = weights[counted]
+    return (None if (kept == 1).all() else kept), counted
+
+
+def check_quantiles(quantiles: Any) -> np.ndarray:
+    """Probabilities (q,) strictly between zero and one.
+
+    Raises:
+        ValueError: A number outside, or more than one dimension.
+    """
+    found = np.atleast_1d(np.asarray(quantiles, dtype=np.float64))
+    if found.ndim != 1 or not ((found > 0) & (found < 1)).all():
+        raise ValueError(
+            "quantiles: expected numbers strictly between 0 and 1, found "
+            f"{np.asarray(quantiles).tolist()}"
+        )
+    return found
+
+
+def draw_seed(random_state: Any) -> int:
+    """A seed from an int, a ``numpy.random.RandomState`` or None."""
+    return int(check_random_state(random_state).randint(np.iinfo(np.int32).max))

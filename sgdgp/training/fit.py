@@ -1,0 +1,241 @@
+"""Learn a model's parameters in place: the usual training loop, with its comforts."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from gpytorch.models import ExactGP
+from jaxtyping import Float
+from torch import Tensor
+from torch.optim import Optimizer
+
+from sgdgp.checks import check_count, check_positive
+from sgdgp.gpytorch_adapter import Inputs
+from sgdgp.posterior.data import training_data
+from sgdgp.posterior.seeds import generator_of, seed_of
+from sgdgp.solvers.base import Solver
+from sgdgp.training.fit_checkpoint import FitCheckpoint
+from sgdgp.training.fit_progress import fit_bar
+from sgdgp.training.history import FitCallback, FitReason, Fitted
+from sgdgp.training.marginal_likelihood import StochasticMarginalLogLikelihood
+from sgdgp.training.plateau import Plateau
+from sgdgp.training.probes import Probes
+from sgdgp.training.restarts import best_of
+from sgdgp.training.run import Limits, Run
+
+_POOR_RESIDUAL = 0.3
+
+
+def adam(parameters: Iterable[torch.nn.Parameter]) -> Optimizer:
+    """Adam with learning rate 0.1, the optimiser of GPyTorch's tutorials."""
+    return torch.optim.Adam(parameters, lr=0.1)
+
+
+def fit(
+    model: ExactGP,
+    x: Inputs | None = None,
+    y: Float[Tensor, " n"] | Float[Tensor, "n t"] | None = None,
+    *,
+    steps: int = 100,
+    optimiser: Callable[[Iterable[torch.nn.Parameter]], Optimizer] = adam,
+    solver: Solver | str = "auto",
+    probes: Probes | str = "auto",
+    tolerance: float = 1e-2,
+    passes_per_step: float = 10.0,
+    max_passes: float | None = None,
+    max_seconds: float | None = None,
+    plateau: Plateau | None = Plateau(),  # noqa: B008 (frozen)
+    restarts: int = 0,
+    seed: int | torch.Generator = 0,
+    operator: str = "auto",
+    memory_budget: int | None = None,
+    progress: bool | None = None,
+    callback: FitCallback | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
+    every: int | float = 60,
+) -> Fitted:
+    """Learn kernel, mean and noise by stochastic marginal-likelihood gradients.
+
+    The parameters of ``model`` and ``model.likelihood`` change in place, those with
+    ``requires_grad`` and within their constraints; priors are respected. Solves are
+    warm-started and stop at a budget: over the steps their residuals fall all the
+    same. See docs/hyperparameters.md for what that buys.
+
+    Args:
+        model: A ``gpytorch.models.ExactGP`` with a Gaussian likelihood.
+        x: Training inputs (n, d) before the model's own transforms. Default: the
+            model's.
+        y: Training targets (n,), or (n, t) for several outputs. Default: the model's.
+        steps: Most steps of the optimiser.
+        optimiser: Parameters to an optimiser. Default: Adam with learning rate 0.1.
+        solver: A solver, its name, or "auto".
+        probes: ``PathwiseProbes``, ``StandardProbes``, or "auto": exact gradients up
+            to 1,000 rows, else pathwise probes where the kernel has random features.
+        tolerance: Relative residual that ends a step's solve.
+        passes_per_step: Budget of a step's solve in passes over K.
+        max_passes: Budget of all steps. Default: none.
+        max_seconds: Budget of all steps in seconds. Default: none.
+        plateau: When to stop early; None for never.
+        restarts: Further fits from scattered parameters (``restarts.scatter``); the
+            model gets the best one's by the estimated log marginal likelihood.
+        seed: Seed or generator of the probes and restarts.
+        operator: "auto", "dense", "tiled", "keops" or "row_blocks".
+        memory_budget: Bytes that operator and solver may use. Default: half of what
+            is free.
+        progress: Show a progress bar with the parameters. Default: on a terminal.
+        callback: Called after every step; returning True stops the fit.
+        checkpoint: File that keeps the fit, also when Ctrl-C or an error ends it.
+            Calling again with the same model, data and settings goes on from there; an
+            ended fit is returned at once.
+        every: Seconds between two writes of the checkpoint, at least.
+
+    Returns:
+        How it went. The learned parameters are in the model, which is left in the
+        mode (train or eval) in which it was.
+
+    Raises:
+        UnsupportedModelError: The prior is not a function of two points.
+        CheckpointError: The checkpoint cannot be written, is damaged, or belongs to
+            another fit (a ValueError).
+        TypeError: Data, settings or the likelihood are of the wrong kind.
+        ValueError: Data, parameters or settings do not fit; says which and why.
+
+    Example:
+        >>> sgdgp.fit(model, steps=100)
+        >>> posterior = sgdgp.condition(model)
+    """
+    check_count("steps", steps, 1)
+    if max_passes is not None:
+        check_positive("max_passes", max_passes)
+    if max_seconds is not None:
+        check_positive("max_seconds", max_seconds)
+    if plateau is not None and not isinstance(plateau, Plateau):
+        raise TypeError(f"plateau: expected a Plateau or None, found {plateau!r}")
+    check_count("restarts", restarts, 0)
+    x, y = training_data(model, x, y)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    if not parameters:
+        raise ValueError("model: expected parameters that require a gradient, found 0")
+    _check_optimiser(optimiser)
+    number = seed_of(generator_of(seed))
+    limits = Limits(steps, max_passes, max_seconds, plateau)
+
+    def start() -> Run:
+        mll = StochasticMarginalLogLikelihood(
+            model.likelihood,
+            model,
+            solver=solver,
+            probes=probes,
+            tolerance=tolerance,
+            passes_per_evaluation=passes_per_step,
+            initial_value=0.0,
+            seed=number,
+            operator=operator,
+            memory_budget=memory_budget,
+        )
+        return Run(model, mll, _built(optimiser, parameters), parameters)
+
+    def attempt(i: int, earlier: Sequence[Fitted]) -> Fitted:
+        place = checkpoint if i == 0 or checkpoint is None else f"{checkpoint}.{i}"
+        keeper = None if place is None else FitCheckpoint(place, every)
+        with fit_bar(progress, steps, callback) as shown:
+            return _fitted(start(), x, y, limits.after(earlier), shown, keeper)
+
+    with in_train_mode(model):
+        return best_of(restarts + 1, attempt, model, x, y, number)
+
+
+def _fitted(
+    run: Run,
+    x: Inputs,
+    y: Tensor,
+    limits: Limits,
+    callback: FitCallback | None,
+    keeper: FitCheckpoint | None,
+) -> Fitted:
+    """One fit from where the model is, or from where its checkpoint was."""
+    reason = None if keeper is None else keeper.open(run, x, y)
+    if reason is None:
+        try:
+            reason = run.go(x, y, limits, callback, keeper.keep if keeper else _nowhere)
+        except BaseException:
+            # Ctrl-C, or an error in a callback.
+            if keeper is not None and run.history:
+                keeper.close(run, "interrupted")
+            raise
+        if keeper is not None:
+            keeper.close(run, reason)
+    return Fitted(
+        reason=reason,
+        steps=len(run.history),
+        passes=run.mll.passes,
+        seconds=run.seconds,
+        history=tuple(run.history),
+        warnings=_warnings(run, reason),
+    )
+
+
+@contextmanager
+def in_train_mode(model: torch.nn.Module) -> Iterator[None]:
+    """Put a model into train mode, and back into the mode in which it was."""
+    modes = [(module, module.training) for module in model.modules()]
+    was_training = model.training
+    model.train()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+        for module, mode in modes:  # a part may have been in another one
+            module.training = mode
+
+
+def _check_optimiser(optimiser: Callable[..., Optimizer]) -> None:
+    if not callable(optimiser):
+        raise TypeError(
+            "optimiser: expected a function of the parameters such as torch.optim.Adam, "
+            f"found {optimiser!r}"
+        )
+
+
+def _built(
+    optimiser: Callable[[Iterable[torch.nn.Parameter]], Optimizer],
+    parameters: Sequence[torch.nn.Parameter],
+) -> Optimizer:
+    built = optimiser(parameters)
+    if not isinstance(built, Optimizer) or isinstance(built, torch.optim.LBFGS):
+        raise TypeError(
+            "optimiser: expected one that steps along a stochastic gradient, such as "
+            f"torch.optim.Adam, found {type(built).__name__}"
+        )
+    return built
+
+
+def _nowhere(run: Run) -> None:
+    """Keep nothing."""
+
+
+def _warnings(run: Run, reason: FitReason) -> tuple[str, ...]:
+    found = []
+    if reason == "diverged":
+        found.append(
+            "The fit diverged again and again although the learning rate was halved "
+            f"{run.recoveries} times; the model holds the last good parameters. Start "
+            "with a smaller learning rate, or give the noise a larger lower bound."
+        )
+    elif run.recoveries:
+        found.append(
+            f"The fit diverged {run.recoveries} times and went on from the last good "
+            "parameters with half the learning rate."
+        )
+    if run.problem is not None:
+        found.append(run.problem)
+    residual = run.history[-1].residual if run.history else 0.0
+    if residual > _POOR_RESIDUAL:
+        found.append(
+            f"The last step's solve ended with a relative residual of {residual:.2f}: "
+            "gradients are biased. Give it more passes (passes_per_step)."
+        )
+    return tuple(found)

@@ -1,0 +1,325 @@
+"""The marginal likelihood object of GPyTorch's training loop, by stochastic solves."""
+
+from __future__ import annotations
+
+from dataclasses import is_dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+from gpytorch.distributions import MultivariateNormal
+from gpytorch.likelihoods import Likelihood
+from gpytorch.mlls import MarginalLogLikelihood
+from gpytorch.models import ExactGP
+from torch import Tensor
+from torch.nn.functional import pad
+
+from sgdgp.checks import check_count, check_finite, check_positive
+from sgdgp.gpytorch_adapter import TracedProblem, training_problems
+from sgdgp.operators import KernelOperator
+from sgdgp.operators.choose import operator_by_name
+from sgdgp.operators.memory import resolve_budget
+from sgdgp.posterior.seeds import generator_of, seed_of
+from sgdgp.solvers.auto import Auto, plan
+from sgdgp.solvers.base import Solution, Solver
+from sgdgp.solvers.choose import choose_solver
+from sgdgp.solvers.conjugate_gradients import CG
+from sgdgp.training.exact import EXACT_ROWS, exact_log_likelihood
+from sgdgp.training.gradient import residual, surrogate
+from sgdgp.training.kept_preconditioner import KeptPreconditioner
+from sgdgp.training.log_determinant import estimate_log_likelihood
+from sgdgp.training.path_integral import PathIntegral
+from sgdgp.training.probes import Probes, default_probes
+
+
+_PRECONDITIONER_USES = 5
+
+
+class _Term(NamedTuple):
+    """One system's part: a scalar with the gradient, and its value if known."""
+
+    scalar: Tensor
+    value: float | None
+
+
+class StochasticMarginalLogLikelihood(MarginalLogLikelihood):
+    """The log marginal likelihood over n, with a stochastic gradient.
+
+    Takes the place of ``gpytorch.mlls.ExactMarginalLogLikelihood`` in GPyTorch's
+    training loop; everything around it stays. The gradient comes from solves with the
+    targets and a few probe vectors (``gradient.py``, ``probes.py``), which go on from
+    the weights of the evaluation before: the probes' randomness stays the same for the
+    life of the object. Up to 1,000 rows one factorisation gives value and gradient
+    exactly.
+
+    The *value* of a large system is integrated along the path of the parameters from
+    an estimate at the first evaluation (``path_integral.py``), so it is good for
+    looking at, not for a line search; ``log_marginal_likelihood`` estimates it afresh.
+
+    Like GPyTorch's it is divided by the number of observations, and so are the log
+    densities of the parameters' priors that are added to it (a prior of the likelihood
+    twice, as GPyTorch does: it is found under the likelihood and under the model).
+
+    Attributes:
+        solution: The last solve (None for exact evaluations).
+        passes: Passes over K of all solves so far.
+        evaluations: Number of evaluations so far.
+
+    Args:
+        likelihood: A Gaussian likelihood.
+        model: The model whose parameters are learned.
+        solver: A solver, its name, or "auto".
+        probes: ``PathwiseProbes``, ``StandardProbes``, or "auto": exact up to 1,000
+            rows, else pathwise for kernels with random features, else standard.
+        tolerance: Relative residual that ends a solve, for solvers given by name.
+        passes_per_evaluation: Budget of each solve in passes over K.
+        warm_start: Start each solve at the last solution.
+        initial_value: log p at the first evaluation. Default: estimated there.
+        seed: Seed or generator of the probes.
+        operator: "auto", "dense", "tiled", "keops" or "row_blocks".
+        memory_budget: Bytes that operator and solver may use. Default: half of what
+            is free.
+
+    References:
+        Lin, Padhy, Mlodozeniec, Antoran and Hernandez-Lobato, *Improving Linear System
+        Solvers for Hyperparameter Optimisation in Iterative Gaussian Processes*,
+        NeurIPS 2024 (arXiv:2405.18457).
+
+    Example:
+        >>> mll = sgdgp.StochasticMarginalLogLikelihood(likelihood, model)
+        >>> loss = -mll(model(train_x), train_y)
+        >>> loss.backward()
+    """
+
+    def __init__(
+        self,
+        likelihood: Likelihood,
+        model: ExactGP,
+        *,
+        solver: Solver | str = "auto",
+        probes: Probes | str = "auto",
+        tolerance: float = 1e-2,
+        passes_per_evaluation: float = 10.0,
+        warm_start: bool = True,
+        initial_value: float | None = None,
+        seed: int | torch.Generator = 0,
+        operator: str = "auto",
+        memory_budget: int | None = None,
+    ) -> None:
+        if not isinstance(model, ExactGP):
+            raise TypeError(
+                f"model: expected a gpytorch.models.ExactGP, found {type(model)}"
+            )
+        if not isinstance(solver, Solver | str):
+            raise TypeError(
+                f"solver: expected a Solver such as SDD(), or a name, found {solver!r}"
+            )
+        if not isinstance(probes, Probes) and probes != "auto":
+            raise TypeError(
+                f"probes: expected PathwiseProbes(), StandardProbes() or 'auto', found "
+                f"{probes!r}"
+            )
+        check_positive("tolerance", tolerance)
+        check_positive("passes_per_evaluation", passes_per_evaluation)
+        if memory_budget is not None:
+            check_count("memory_budget", memory_budget, 1)
+        super().__init__(likelihood, model)
+        self.solution: Solution | None = None
+        self.passes = 0.0
+        self.evaluations = 0
+        self._solver = solver
+        self._probes = probes
+        self._tolerance = tolerance
+        self._budget = passes_per_evaluation
+        self._warm_start = warm_start
+        self._initial_value = initial_value
+        self._seed = seed_of(generator_of(seed))
+        self._operator = operator
+        self._memory_budget = memory_budget
+        self._weights: list[Tensor | None] = []
+        self._path: PathIntegral | None = None
+        self._kept: KeptPreconditioner | None = None
+
+    def forward(
+        self, function_dist: MultivariateNormal, target: Tensor, *params: Any
+    ) -> Tensor:
+        """The value of log p(target) / n, with the stochastic gradient.
+
+        Args:
+            function_dist: What ``model(train_x)`` returns in train mode.
+            target: Observations (n,) or, for several outputs, (n, t); NaN in those
+                where there is none.
+            *params: The training inputs, where the noise depends on inputs other than
+                the model's own. Default: the model's training inputs.
+
+        Raises:
+            UnsupportedModelError: The prior is not a function of two points.
+            ValueError: The targets do not fit the distribution, or are not finite.
+        """
+        if torch.is_tensor(target) and target.ndim == 1:
+            check_finite("target", target)
+        x = params[0] if params else self.model.train_inputs
+        problems = training_problems(function_dist, self.likelihood, x, target)
+        if len(self._weights) != len(problems):
+            self._weights = [None] * len(problems)
+        terms = [self._term(i, problem) for i, problem in enumerate(problems)]
+        self.evaluations += 1
+        total = torch.stack([term.scalar for term in terms]).sum()
+        values = [term.value for term in terms if term.value is not None]
+        if len(values) == len(terms):
+            value = sum(values)
+        else:
+            value = self._integrated(problems, total)
+        # The number is the value, the graph is the surrogate's.
+        scalar = total - total.detach() + value
+        count = sum(problem.targets.numel() for problem in problems)
+        return (scalar + self._log_priors(scalar)) / count
+
+    def forget(self) -> None:
+        """Start the next solves from zero, with a new preconditioner."""
+        self._weights = []
+        self._kept = None
+
+    @property
+    def settings(self) -> str:
+        """What decides which gradients are found, as text."""
+        return repr(
+            (self._solver, self._probes, self._tolerance, self._budget, self._seed)
+        )
+
+    def progress(self) -> dict[str, Any]:
+        """Where the object is, but for its tensors."""
+        return {
+            "passes": self.passes,
+            "evaluations": self.evaluations,
+            "systems": len(self._weights),
+        }
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors that belong to ``progress``, by name."""
+        found = {
+            f"mll.weights.{i}": weights
+            for i, weights in enumerate(self._weights)
+            if weights is not None
+        }
+        path = {} if self._path is None else self._path.state()
+        return {**found, **{f"mll.path.{k}": value for k, value in path.items()}}
+
+    def restore(self, tensors: dict[str, Tensor], progress: dict[str, Any]) -> None:
+        """Go back to what ``tensors`` (names without "mll.") and ``progress`` say."""
+        device = next(self.model.parameters()).device
+        self.passes = float(progress["passes"])
+        self.evaluations = int(progress["evaluations"])
+        self._weights = [
+            tensors[f"weights.{i}"].to(device) if f"weights.{i}" in tensors else None
+            for i in range(int(progress["systems"]))
+        ]
+        path = {
+            name.removeprefix("path."): value.to(device)
+            for name, value in tensors.items()
+            if name.startswith("path.")
+        }
+        self._path = PathIntegral.from_state(path) if path else None
+
+    def _term(self, i: int, problem: TracedProblem) -> _Term:
+        if self._probes == "auto" and len(problem.targets) <= EXACT_ROWS:
+            return _Term(*exact_log_likelihood(problem))
+        operator = operator_by_name(
+            self._operator,
+            problem.kernel,
+            problem.inputs.detach(),
+            memory_budget=self._memory_budget,
+        )
+        v, a, b = self._solve(i, problem, operator)
+        # What the solve stored of K is not needed any more.
+        return _Term(surrogate(problem, operator.unfilled(), v, a, b), None)
+
+    @torch.no_grad()
+    def _solve(
+        self, i: int, problem: TracedProblem, operator: KernelOperator
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """H^-1 (y - m) of problem i, and the probes' left and right vectors."""
+        generator = torch.Generator().manual_seed(self._seed + i)
+        noise = problem.noise.detach()
+        probes = self._probes
+        if not isinstance(probes, Probes):
+            probes = default_probes(problem.kernel)
+        drawn = probes.draw(problem.kernel, operator.x, noise, generator)
+        columns = problem.targets.shape[1]
+        rhs = torch.cat([residual(problem), drawn.rhs], dim=1)
+        initial = self._weights[i] if self._warm_start else None
+        if initial is not None and initial.shape != rhs.shape:
+            initial = None
+        solver = self._limited_solver(operator, noise, rhs.shape[1])
+        solution = solver.solve(
+            operator,
+            noise,
+            rhs,
+            initial=initial,
+            noise_draws=pad(drawn.noise_draws, (columns, 0)),
+            generator=generator.manual_seed(self._seed + 1 + self.evaluations),
+        )
+        self._weights[i] = solution.weights
+        self.passes += solution.passes
+        self.solution = replace(solution, weights=solution.weights[:, :0])
+        v, a = solution.weights[:, :columns], solution.weights[:, columns:]
+        return v, a, drawn.right(a)
+
+    def _limited_solver(
+        self, operator: KernelOperator, noise: Tensor, columns: int
+    ) -> Solver:
+        """The solver with this object's limits and the preconditioner it keeps."""
+        memory = resolve_budget(self._memory_budget, operator.device)
+        solver = choose_solver(self._solver, operator, memory)
+        limits: dict[str, Any] = {}
+        if isinstance(self._solver, str) and hasattr(solver, "tolerance"):
+            limits["tolerance"] = self._tolerance
+        if isinstance(solver, Auto):
+            stages = solver.stages or plan(operator, noise, columns, memory)
+            limits["stages"] = tuple(
+                replace(stage, solver=self._keeping(stage.solver)) for stage in stages
+            )
+        if hasattr(solver, "max_passes"):
+            limits["max_passes"] = min(self._budget, solver.max_passes)
+        if not limits or not is_dataclass(solver):
+            return self._keeping(solver)
+        return self._keeping(replace(solver, **limits))
+
+    def _keeping(self, solver: Solver) -> Solver:
+        """Conjugate gradients with a preconditioner that outlives the step."""
+        if not isinstance(solver, CG) or solver.preconditioner is None:
+            return solver
+        recipe = solver.preconditioner
+        if self._kept is None or self._kept.recipe != recipe:
+            self._kept = KeptPreconditioner(recipe, _PRECONDITIONER_USES)
+        return replace(solver, preconditioner=self._kept)
+
+    def _integrated(self, problems: tuple[TracedProblem, ...], scalar: Tensor) -> float:
+        """The value at these parameters, integrated from the first evaluation's."""
+        parameters = [p for p in self.parameters() if p.requires_grad]
+        if self._path is None:
+            start = self._initial_value
+            if start is None:
+                start = sum(
+                    estimate_log_likelihood(problem, seed=self._seed).value
+                    for problem in problems
+                )
+            self._path = PathIntegral(start)
+        gradient = torch.autograd.grad(
+            scalar, parameters, retain_graph=True, allow_unused=True
+        )
+        return self._path.move(
+            parameters,
+            [
+                torch.zeros_like(p) if g is None else g
+                for p, g in zip(parameters, gradient, strict=True)
+            ],
+        )
+
+    def _log_priors(self, like: Tensor) -> Tensor:
+        """Log densities of the parameters' priors, and losses that modules add."""
+        total = like.new_zeros(())
+        for term in self.model.added_loss_terms():
+            total = total + term.loss()
+        for _, module, prior, closure, _ in self.named_priors():
+            total = total + prior.log_prob(closure(module)).sum()
+        return total
