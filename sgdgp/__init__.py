@@ -11,13 +11,12 @@ from sgdgp import metrics
 from sgdgp.features import (
     FeatureMap,
     NoRandomFeatures,
-    has_features,
     random_features,
     register_features,
 )
 from sgdgp.gpytorch_adapter import UnsupportedModelError
 from sgdgp.operators import KernelOperator, choose_operator, register_tile_kernel
-from sgdgp.posterior import PathwisePosterior, SampleFunctions, condition
+from sgdgp.posterior import PathwisePosterior, condition, load
 from sgdgp.solvers import (
     ADASAP,
     CG,
@@ -25,11 +24,14 @@ from sgdgp.solvers import (
     SGD,
     AlternatingProjections,
     Cholesky,
-    Nystrom,
-    PivotedCholesky,
-    Progress,
     Solution,
     Solver,
+)
+from sgdgp.training import (
+    StochasticMarginalLogLikelihood,
+    fit,
+    initialise,
+    log_marginal_likelihood,
 )
 
 __version__ = "0.1.0"
@@ -44,18 +46,18 @@ __all__ = [
     "FeatureMap",
     "KernelOperator",
     "NoRandomFeatures",
-    "Nystrom",
     "PathwisePosterior",
-    "PivotedCholesky",
-    "Progress",
-    "SampleFunctions",
     "Solution",
     "Solver",
+    "StochasticMarginalLogLikelihood",
     "UnsupportedModelError",
     "__version__",
     "choose_operator",
     "condition",
-    "has_features",
+    "fit",
+    "initialise",
+    "load",
+    "log_marginal_likelihood",
     "metrics",
     "random_features",
     "register_features",

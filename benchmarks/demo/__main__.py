@@ -19,6 +19,7 @@ from benchmarks.demo.reference import Reference, exact_posterior
 from benchmarks.demo.report import Column, check_lines, exact_column, table
 from benchmarks.demo.scores import checks, compare, score
 from benchmarks.uci.memory import available_bytes
+from sgdgp.posterior import Posterior
 
 _N, _N_SHORT = 20_000, 2_000
 _BUDGET = 10**9
@@ -33,7 +34,7 @@ class _Run:
     """One posterior and its marginals at the test points."""
 
     title: str
-    posterior: sgdgp.PathwisePosterior
+    posterior: Posterior
     mean: Tensor
     variance: Tensor
     seconds: float

@@ -22,7 +22,7 @@ from benchmarks.solvers.problems import ProblemSpec, make_problem, parse_problem
 from benchmarks.solvers.request import RaceRequest
 from benchmarks.solvers.store import read_result, write_result
 from benchmarks.solvers.table import Row, one_line, text_table
-from benchmarks.uci.__main__ import parse_bytes
+from benchmarks.uci.arguments import parse_bytes
 from benchmarks.uci.request import DTYPES
 
 _ROOT = Path(__file__).resolve().parents[2]

@@ -69,7 +69,7 @@ def pass_seconds(
     solver = sgdgp.SDD(block_size=block_size, tolerance=1e-12)
     readings: list[float] = []
 
-    def read(progress: sgdgp.Progress) -> bool:
+    def read(progress: sgdgp.solvers.Progress) -> bool:
         readings.append(clock())
         return len(readings) > passes
 

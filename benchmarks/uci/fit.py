@@ -49,7 +49,7 @@ def fit_result(request: RunRequest, folder: Path, split: Split) -> dict[str, Any
             optimiser=partial(
                 _adam, learning_rate=request.setting("fit_learning_rate")
             ),
-            solver=SOLVERS[request.solver](None),
+            solver=request.solver,
             passes_per_step=request.setting("fit_passes_per_step"),
             max_seconds=_remaining(request.max_seconds, clock),
             seed=request.seed,

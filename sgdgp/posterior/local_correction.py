@@ -34,14 +34,13 @@ from sgdgp.solvers.system import (
     true_residual,
 )
 
-_NEIGHBOURS = 5
-_GROWTH = 1.7
-_MARGIN = 0.97  # the solver's own check rounds differently
+_NEIGHBOURS = 10
+_GROWTH = 2.0
+_MARGIN = 0.99  # the residual is the true one, up to rounding
 _LARGEST_PART = 0.85
 _TILE_ENTRIES = 2**22
 _REFINEMENTS = 3
-_ROUNDS_TO_JUDGE = 4
-_NEAR = 1.5  # S beyond what is affordable, by extrapolation
+_ROUNDS_TO_JUDGE = 3
 _SURPLUS = 1.08
 
 # Seconds, on 2 cores, of a factorisation per cubed row and of a pass per entry, and per
@@ -117,7 +116,7 @@ class LocalCorrection:
                 reason = "converged"
             elif (
                 len(rows) >= most
-                or _needed(sizes, self.tolerance) > _NEAR * most
+                or _needed(sizes, self.tolerance) > most
                 or passes + 1.0 >= self.max_passes
                 or record.is_past(self.max_seconds)
             ):

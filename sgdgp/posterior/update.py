@@ -32,6 +32,9 @@ from sgdgp.solvers.choose import choose_solver
 
 _FROM_ZERO = "passes_from_zero"
 
+# A correction that took as long as a solve from zero would help nobody.
+_WORTH = 0.75
+
 
 def updated(
     posterior: PathwisePosterior,
@@ -122,7 +125,7 @@ def solved(problem: Problem, before: Solution) -> Solution:
     ):
         local = LocalCorrection(
             tolerance,
-            worth_passes=from_zero,
+            worth_passes=_WORTH * from_zero,
             max_passes=getattr(problem.solver, "max_passes", math.inf),
             max_seconds=getattr(problem.solver, "max_seconds", None),
         ).start(

@@ -45,9 +45,18 @@ def choose_solver(
         return solver
     if solver == "auto":
         return Auto(memory_budget=memory_budget)
-    if solver in SOLVERS:
-        return SOLVERS[solver]()
-    raise ValueError(
-        f"solver: expected a Solver, 'auto' or one of {sorted(SOLVERS)}, found "
-        f"{solver!r}"
-    )
+    check_solver_name(solver)
+    return SOLVERS[solver]()
+
+
+def check_solver_name(solver: Solver | str) -> None:
+    """Refuse a name that no solver has.
+
+    Raises:
+        ValueError: Unknown name.
+    """
+    if isinstance(solver, str) and solver != "auto" and solver not in SOLVERS:
+        raise ValueError(
+            f"solver: expected a Solver, 'auto' or one of {sorted(SOLVERS)}, found "
+            f"{solver!r}"
+        )

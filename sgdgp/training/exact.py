@@ -27,7 +27,7 @@ def exact_log_likelihood(problem: TracedProblem) -> tuple[Tensor, float]:
         torch.linalg.LinAlgError: K + Sigma is not positive definite in float64.
     """
     block = differentiable_block(problem.kernel, problem.inputs, problem.inputs)
-    matrix = block.detach().double()
+    matrix = block.detach().to(torch.float64, copy=True)
     matrix.diagonal().add_(problem.noise.detach().double())
     factor, info = torch.linalg.cholesky_ex(matrix)
     if bool(info.any()):

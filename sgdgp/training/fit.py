@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.optim import Optimizer
 
-from sgdgp.checks import check_count, check_positive
+from sgdgp.checks import check_count, check_finite_parameters, check_positive
 from sgdgp.gpytorch_adapter import Inputs
 from sgdgp.posterior.data import training_data
 from sgdgp.posterior.seeds import generator_of, seed_of
@@ -119,6 +119,7 @@ def fit(
     parameters = [p for p in model.parameters() if p.requires_grad]
     if not parameters:
         raise ValueError("model: expected parameters that require a gradient, found 0")
+    check_finite_parameters("model", model)
     _check_optimiser(optimiser)
     number = seed_of(generator_of(seed))
     limits = Limits(steps, max_passes, max_seconds, plateau)
@@ -195,8 +196,8 @@ def in_train_mode(model: torch.nn.Module) -> Iterator[None]:
 def _check_optimiser(optimiser: Callable[..., Optimizer]) -> None:
     if not callable(optimiser):
         raise TypeError(
-            "optimiser: expected a function of the parameters such as torch.optim.Adam, "
-            f"found {optimiser!r}"
+            "optimiser: expected a function of the parameters, such as "
+            f"torch.optim.Adam, found {optimiser!r}"
         )
 
 

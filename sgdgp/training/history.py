@@ -73,7 +73,7 @@ def parameter_values(model: torch.nn.Module) -> dict[str, tuple[float, ...]]:
         if not isinstance(module, gpytorch.Module):
             continue
         for name, parameter in module.named_parameters(recurse=False):
-            if parameter.requires_grad and parameter.numel() <= _LARGEST:
+            if parameter.requires_grad and 0 < parameter.numel() <= _LARGEST:
                 constraint = getattr(module, f"{name}_constraint", None)
                 value = parameter.detach()
                 if constraint is not None:

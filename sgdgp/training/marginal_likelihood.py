@@ -21,7 +21,7 @@ from sgdgp.operators.memory import resolve_budget
 from sgdgp.posterior.seeds import generator_of, seed_of
 from sgdgp.solvers.auto import Auto, plan
 from sgdgp.solvers.base import Solution, Solver
-from sgdgp.solvers.choose import choose_solver
+from sgdgp.solvers.choose import check_solver_name, choose_solver
 from sgdgp.solvers.conjugate_gradients import CG
 from sgdgp.training.exact import EXACT_ROWS, exact_log_likelihood
 from sgdgp.training.gradient import residual, surrogate
@@ -29,7 +29,6 @@ from sgdgp.training.kept_preconditioner import KeptPreconditioner
 from sgdgp.training.log_determinant import estimate_log_likelihood
 from sgdgp.training.path_integral import PathIntegral
 from sgdgp.training.probes import Probes, default_probes
-
 
 _PRECONDITIONER_USES = 5
 
@@ -56,8 +55,7 @@ class StochasticMarginalLogLikelihood(MarginalLogLikelihood):
     looking at, not for a line search; ``log_marginal_likelihood`` estimates it afresh.
 
     Like GPyTorch's it is divided by the number of observations, and so are the log
-    densities of the parameters' priors that are added to it (a prior of the likelihood
-    twice, as GPyTorch does: it is found under the likelihood and under the model).
+    densities of the parameters' priors that are added to it.
 
     Attributes:
         solution: The last solve (None for exact evaluations).
@@ -113,6 +111,7 @@ class StochasticMarginalLogLikelihood(MarginalLogLikelihood):
             raise TypeError(
                 f"solver: expected a Solver such as SDD(), or a name, found {solver!r}"
             )
+        check_solver_name(solver)
         if not isinstance(probes, Probes) and probes != "auto":
             raise TypeError(
                 f"probes: expected PathwiseProbes(), StandardProbes() or 'auto', found "
@@ -320,6 +319,7 @@ class StochasticMarginalLogLikelihood(MarginalLogLikelihood):
         total = like.new_zeros(())
         for term in self.model.added_loss_terms():
             total = total + term.loss()
-        for _, module, prior, closure, _ in self.named_priors():
+        # The model's: they include the likelihood's, which are under self twice.
+        for _, module, prior, closure, _ in self.model.named_priors():
             total = total + prior.log_prob(closure(module)).sum()
         return total

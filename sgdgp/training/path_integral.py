@@ -46,7 +46,7 @@ class PathIntegral:
             return math.nan
         if self._point:
             self.value += 0.5 * sum(
-                float(((before + now).double() * (p - q).double()).sum())
+                float(((before + now) * _moved(p, q)).double().sum())
                 for before, now, p, q in zip(
                     self._gradient, slope, here, self._point, strict=True
                 )
@@ -71,3 +71,8 @@ class PathIntegral:
             [state[f"point.{i}"] for i in range(count)],
             [state[f"gradient.{i}"] for i in range(count)],
         )
+
+
+def _moved(p: Tensor, q: Tensor) -> Tensor:
+    """p - q; zero also where both are infinite, as on the bound of a constraint."""
+    return torch.where(p == q, torch.zeros_like(p), p - q)

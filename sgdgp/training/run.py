@@ -186,6 +186,7 @@ class Run:
     def _slow_down(self) -> None:
         """Go on with half the learning rate."""
         self.recoveries += 1
+        self.history.pop()  # the step is made again
         for group in self.optimiser.param_groups:
             group["lr"] *= 0.5
         # Moments that led astray would do so again.

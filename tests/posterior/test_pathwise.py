@@ -325,7 +325,7 @@ WITHOUT_FEATURES = {
 def test_kernels_without_features_are_drawn_exactly(name):
     # In one dimension every one of these kernels is positive definite.
     model = gp(WITHOUT_FEATURES[name](), d=1)
-    assert not sgdgp.has_features(model.kernel)
+    assert not sgdgp.features.has_features(model.kernel)
     x = toy_data(8, 1, seed=1)[0]
     mean, covariance = truth(model, x)
     posterior = sgdgp.condition(model, num_samples=SAMPLES)

@@ -145,8 +145,8 @@ def test_a_file_holds_no_code_and_no_names_of_modules(path):
 SOLVERS = [
     sgdgp.SDD(tolerance=1e-3, block_size=20, momentum=0.9),
     sgdgp.CG(preconditioner=None),
-    sgdgp.CG(preconditioner=sgdgp.PivotedCholesky(rank=30)),
-    sgdgp.CG(preconditioner=TwoLevel(low_rank=sgdgp.Nystrom(), neighbours=7)),
+    sgdgp.CG(preconditioner=sgdgp.solvers.PivotedCholesky(rank=30)),
+    sgdgp.CG(preconditioner=TwoLevel(low_rank=sgdgp.solvers.Nystrom(), neighbours=7)),
     sgdgp.Cholesky(),
     sgdgp.AlternatingProjections(),
     sgdgp.ADASAP(),

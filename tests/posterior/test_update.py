@@ -17,7 +17,7 @@ from tests.models import GP, gp, own_posterior, toy_data
 
 SOLVERS = {
     "cg": sgdgp.CG(tolerance=1e-9),
-    "pivoted": sgdgp.CG(tolerance=1e-9, preconditioner=sgdgp.PivotedCholesky()),
+    "pivoted": sgdgp.CG(tolerance=1e-9, preconditioner=sgdgp.solvers.PivotedCholesky()),
     "sdd": sgdgp.SDD(tolerance=1e-7),
     "alternating": sgdgp.AlternatingProjections(tolerance=1e-7),
     "cholesky": sgdgp.Cholesky(),

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import gpytorch
 import torch
 from torch import Tensor
+
+from sgdgp.training.probes import DrawnProbes, Probes
 
 
 class Model(gpytorch.models.ExactGP):
@@ -32,12 +36,56 @@ def data(n: int, d: int, seed: int = 0) -> tuple[Tensor, Tensor]:
     return x, torch.sin(2.0 * x[:, 0]) + 0.3 * noise
 
 
+def rbf_model(n: int = 60, d: int = 2, seed: int = 0) -> Model:
+    """A scaled RBF kernel on such data."""
+    kernel = gpytorch.kernels.ScaleKernel(gpytorch.kernels.RBFKernel())
+    return Model(*data(n, d, seed), kernel)
+
+
+@dataclass(frozen=True)
+class UnitProbes(Probes):
+    """All unit vectors: the trace, and so the gradient, without any randomness."""
+
+    count: int = 0
+
+    def draw(self, kernel, inputs, noise, generator):
+        rhs = torch.eye(len(inputs), dtype=inputs.dtype) * len(inputs) ** 0.5
+        return DrawnProbes(rhs, torch.zeros_like(rhs), False)
+
+
 def gradients(model: torch.nn.Module) -> dict[str, Tensor]:
     return {
         name: torch.zeros_like(p) if p.grad is None else p.grad.clone()
         for name, p in model.named_parameters()
         if p.requires_grad
     }
+
+
+def parameters(model: torch.nn.Module) -> dict[str, Tensor]:
+    """A copy of all raw parameters by name."""
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def assert_same(found: dict[str, Tensor], truth: dict[str, Tensor], **tolerance):
+    assert found.keys() == truth.keys()
+    for name, value in found.items():
+        torch.testing.assert_close(
+            value, truth[name], **tolerance, msg=lambda m, name=name: f"{name}: {m}"
+        )
+
+
+def exact_loop(model, x, y, steps: int, *, lr: float = 0.1) -> None:
+    """GPyTorch's tutorial loop with its exact marginal likelihood, by Cholesky."""
+    model.train()
+    mll = gpytorch.mlls.ExactMarginalLogLikelihood(model.likelihood, model)
+    optimiser = torch.optim.Adam(model.parameters(), lr=lr)
+    inputs = x if isinstance(x, tuple) else (x,)
+    with gpytorch.settings.fast_computations(False, False, False):
+        for _ in range(steps):
+            optimiser.zero_grad()
+            loss = -mll(model(*inputs), y, *inputs)
+            loss.backward()
+            optimiser.step()
 
 
 def dense_log_likelihood(model: Model, x: Tensor, y: Tensor) -> Tensor:

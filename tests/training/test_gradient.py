@@ -70,7 +70,7 @@ def test_standard_probes_give_the_gradient_on_average(name):
 )
 def test_pathwise_probes_give_the_gradient_on_average(name):
     model, x, y = model_of(name)
-    found = estimates(model, x, y, PathwiseProbes(64, num_features=128))
+    found = estimates(model, x, y, PathwiseProbes(64, num_features=32))
     assert_agree(found, true_gradients(model, x, y))
 
 

@@ -1,0 +1,416 @@
+import copy
+import math
+
+import gpytorch
+import pytest
+import torch
+from botorch.models import SingleTaskGP
+from botorch.models.transforms import Normalize, Standardize
+from gpytorch.kernels import MaternKernel, RBFKernel, ScaleKernel
+from gpytorch.priors import NormalPrior
+
+import sgdgp
+from sgdgp.features import NoRandomFeatures, has_features
+from sgdgp.training import (
+    PathwiseProbes,
+    Plateau,
+    StandardProbes,
+    fit,
+)
+from tests.models import hadamard_gp, multitask_gp
+from tests.training.problems import (
+    Model,
+    assert_same,
+    data,
+    exact_loop,
+    parameters,
+    rbf_model,
+)
+from tests.training.test_marginal_likelihood import MODELS
+
+STOCHASTIC = {"probes": PathwiseProbes(8, num_features=64), "solver": "cholesky"}
+
+
+@pytest.mark.parametrize("name", [n for n in MODELS if n != "hadamard"])
+def test_fit_makes_the_steps_of_gpytorchs_loop(name):
+    model = MODELS[name]().double()
+    truth = copy.deepcopy(model)
+    exact_loop(truth, truth.train_inputs[0], truth.train_targets, 5)
+    fitted = fit(model, steps=5)
+    assert (fitted.reason, fitted.steps, len(fitted.history)) == ("steps", 5, 5)
+    assert_same(parameters(model), parameters(truth), rtol=1e-5, atol=1e-7)
+
+
+def test_more_than_a_thousand_rows_follow_the_path_of_the_exact_gradient():
+    x, y = (part.float() for part in data(1200, 2))
+    model = Model(x, y, ScaleKernel(RBFKernel()))
+    truth = copy.deepcopy(model)
+    with gpytorch.settings.max_cholesky_size(2000):
+        exact_loop(truth, x, y, 15)
+    fitted = fit(model, steps=15)
+    assert fitted.reason == "steps"
+    assert fitted.passes > 15.0
+    for path in ("covar_module.outputscale", "covar_module.base_kernel.lengthscale"):
+        found, wanted = (_at(m, path) for m in (model, truth))
+        torch.testing.assert_close(found, wanted, rtol=0.03, atol=0.0, msg=path)
+    torch.testing.assert_close(
+        model.likelihood.noise, truth.likelihood.noise, rtol=0.03, atol=0.0
+    )
+    # The value is integrated along the path, so its gain is known, not its height.
+    truth.train()
+    mll = gpytorch.mlls.ExactMarginalLogLikelihood(truth.likelihood, truth)
+    with torch.no_grad(), gpytorch.settings.max_cholesky_size(2000):
+        after = float(mll(truth(x), y))
+        start = Model(x, y, ScaleKernel(RBFKernel())).train()
+        mll = gpytorch.mlls.ExactMarginalLogLikelihood(start.likelihood, start)
+        before = float(mll(start(x), y))
+    gain = fitted.history[-1].value - fitted.history[0].value
+    assert abs(gain - (after - before)) <= 0.1 * (after - before)
+
+
+def _at(model, path):
+    for name in path.split("."):
+        model = getattr(model, name)
+    return model
+
+
+def test_a_hadamard_model_learns_from_points_and_tasks():
+    model = hadamard_gp()
+    before = parameters(model)
+    fitted = fit(model, steps=30)
+    assert fitted.history[-1].value > fitted.history[0].value + 0.1
+    assert set(before) == set(parameters(model))
+    moved = [n for n, p in parameters(model).items() if not torch.equal(p, before[n])]
+    assert len(moved) == len(before)
+
+
+def test_missing_targets_of_a_multitask_model_do_not_matter():
+    model = multitask_gp()
+    x, y = model.train_inputs[0], model.train_targets.clone()
+    y[::2, 0] = math.nan
+    fitted = fit(model, x, y, steps=20)
+    assert fitted.history[-1].value > fitted.history[0].value + 0.1
+    other = multitask_gp()
+    z = y.clone()
+    z[1, 1] = math.nan
+    fit(other, x, z, steps=20)
+    found, wanted = parameters(other), parameters(model)
+    assert any(not torch.allclose(found[n], wanted[n], rtol=1e-6) for n in found)
+
+
+def test_targets_are_those_given_or_those_of_the_model():
+    given, own = rbf_model(), rbf_model()
+    x, y = data(60, 2, seed=1)
+    own.set_train_data(x, y)
+    fit(given, x, y, steps=4)
+    fit(own, steps=4)
+    assert_same(parameters(given), parameters(own), rtol=0.0, atol=0.0)
+    assert torch.equal(given.train_targets, rbf_model().train_targets)
+
+
+def botorch(x, y):
+    return SingleTaskGP(
+        x,
+        y.unsqueeze(1),
+        input_transform=Normalize(2),
+        outcome_transform=Standardize(1),
+    )
+
+
+@pytest.mark.parametrize("mode", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("settings", [{}, STOCHASTIC], ids=["exact", "stochastic"])
+def test_botorchs_transforms_are_undone_once_in_either_mode(mode, settings):
+    x, y = data(60, 2)
+    x, y = 4.0 + 3.0 * x, 100.0 + 20.0 * y
+    models = [botorch(x, y).train(mode), botorch(x, y).train(mode)]
+    fit(models[0], steps=5, **settings)
+    fit(models[1], x, y, steps=5, **settings)
+    for model in models:
+        assert model.training is mode
+        assert model.likelihood.training is mode
+        inputs = model.train_inputs[0] if mode else model._original_train_inputs
+        assert torch.equal(inputs, x)
+    assert_same(parameters(models[0]), parameters(models[1]), rtol=1e-6, atol=1e-9)
+    if not settings:
+        truth = botorch(x, y).train()
+        exact_loop(truth, truth.train_inputs[0], truth.train_targets, 5)
+        assert_same(parameters(models[0]), parameters(truth), rtol=1e-5, atol=1e-7)
+
+
+def test_every_part_of_a_model_is_left_in_its_mode():
+    norm = torch.nn.BatchNorm1d(2)
+    model = Model(*data(60, 2), RBFKernel(), network=norm)
+    for mode in (True, False):
+        model.train(mode)
+        norm.train(not mode)
+        fit(model, steps=1)
+        assert model.training is model.covar_module.training is mode
+        assert norm.training is not mode
+
+
+def test_frozen_parameters_stay():
+    model = rbf_model()
+    model.covar_module.base_kernel.raw_lengthscale.requires_grad_(False)
+    model.likelihood.raw_noise.requires_grad_(False)
+    before = parameters(model)
+    fit(model, steps=3, **STOCHASTIC)
+    after = parameters(model)
+    for name, value in before.items():
+        is_frozen = "lengthscale" in name or "noise" in name
+        assert torch.equal(value, after[name]) is is_frozen, name
+
+
+def test_constraints_hold_and_are_reached_from_within():
+    kernel = RBFKernel(lengthscale_constraint=gpytorch.constraints.Interval(1.5, 2.0))
+    model = Model(*data(80, 1), kernel)
+    fit(model, steps=40, plateau=None)
+    # The data ask for a shorter one.
+    assert 1.5 <= float(kernel.lengthscale.detach()) <= 1.52
+
+
+def test_a_narrow_prior_holds_its_parameter():
+    def learned(prior):
+        kernel = ScaleKernel(RBFKernel(lengthscale_prior=prior))
+        model = Model(*data(80, 1), kernel)
+        fit(model, steps=40, plateau=None)
+        return float(kernel.base_kernel.lengthscale.detach())
+
+    assert abs(learned(NormalPrior(1.4, 0.005)) - 1.4) < 0.02
+    assert abs(learned(None) - 1.4) > 0.2
+
+
+def test_a_kernel_without_random_features_gets_standard_probes():
+    kernel = ScaleKernel(gpytorch.kernels.PiecewisePolynomialKernel(q=2))
+    assert not has_features(kernel)
+    x, y = data(1001, 1)
+    model = Model(x, y, kernel)
+    before = parameters(model)
+    fitted = fit(model, steps=2, passes_per_step=5.0)
+    assert fitted.passes > 0.0
+    after = parameters(model)
+    assert all(not torch.equal(before[name], after[name]) for name in before)
+    with pytest.raises(NoRandomFeatures):
+        fit(model, steps=1, probes=PathwiseProbes(4))
+
+
+def test_independent_outputs_share_what_is_learned():
+    x, y = data(60, 2)
+    columns = torch.stack([y, y.flip(0)], 1)
+    columns[:4, 1] = math.nan
+    model = Model(x, y, ScaleKernel(RBFKernel()))
+    fitted = fit(model, x, columns, steps=25)
+    assert fitted.history[-1].value > fitted.history[0].value + 0.1
+
+
+def test_the_same_seed_gives_the_same_parameters():
+    found = []
+    for seed in (5, 5, 6, torch.Generator().manual_seed(5)):
+        model = rbf_model()
+        fit(model, steps=3, seed=seed, **STOCHASTIC)
+        found.append(parameters(model))
+    assert_same(found[0], found[1], rtol=0.0, atol=0.0)
+    assert_same(found[0], found[3], rtol=0.0, atol=0.0)
+    assert not torch.equal(*(f["covar_module.raw_outputscale"] for f in found[1:3]))
+
+
+def test_another_optimiser_makes_its_own_steps():
+    model, truth = rbf_model(), rbf_model()
+    fit(model, steps=1, optimiser=lambda p: torch.optim.SGD(p, lr=0.5))
+    mll = gpytorch.mlls.ExactMarginalLogLikelihood(truth.likelihood, truth.train())
+    (-mll(truth(truth.train_inputs[0]), truth.train_targets)).backward()
+    torch.optim.SGD(truth.parameters(), lr=0.5).step()
+    assert_same(parameters(model), parameters(truth), rtol=1e-7, atol=1e-9)
+
+
+def test_a_budget_of_passes_ends_a_fit():
+    fitted = fit(
+        rbf_model(), steps=50, probes=StandardProbes(4), solver="cg", max_passes=12.0
+    )
+    assert fitted.reason == "budget"
+    assert 12.0 <= fitted.passes <= 12.0 + 11.0
+    assert fitted.passes == fitted.history[-1].passes
+
+
+def test_a_budget_of_seconds_ends_a_fit():
+    fitted = fit(rbf_model(), steps=10**6, plateau=None, max_seconds=0.2)
+    assert fitted.reason == "budget"
+    assert fitted.seconds >= 0.2
+    assert fitted.steps < 10**5
+
+
+def test_a_plateau_ends_a_fit_near_the_optimum():
+    model, longer = rbf_model(40), rbf_model(40)
+    fitted = fit(model, steps=1000)
+    assert fitted.reason == "plateau"
+    assert fitted.steps < 150
+    best = fit(longer, steps=200, plateau=None)
+    assert best.steps == 200
+    gap = best.history[-1].value - max(entry.value for entry in fitted.history)
+    assert gap <= 5e-3
+
+
+def test_callbacks_see_every_step_and_can_stop_the_fit():
+    seen = []
+
+    def callback(entry):
+        seen.append(entry)
+        return entry.step == 3
+
+    fitted = fit(rbf_model(), steps=50, callback=callback)
+    assert fitted.reason == "interrupted"
+    assert tuple(seen) == fitted.history
+    assert [entry.step for entry in seen] == [0, 1, 2, 3]
+
+
+def test_history_tells_parameters_in_the_users_units():
+    model = rbf_model()
+    model.likelihood.noise = 0.25
+    entry = fit(model, steps=1).history[0]
+    assert entry.parameters["likelihood.noise_covar.noise"] == pytest.approx((0.25,))
+    assert entry.seconds > 0.0
+
+
+def test_a_fit_that_diverges_goes_back_and_says_so():
+    model = rbf_model(100)
+    fitted = fit(model, steps=40, optimiser=lambda p: torch.optim.Adam(p, lr=50.0))
+    assert all(bool(torch.isfinite(p).all()) for p in model.parameters())
+    assert any("diverged" in warning for warning in fitted.warnings)
+    values = [entry.value for entry in fitted.history]
+    assert max(values) - values[-1] < 1.0
+    assert [entry.step for entry in fitted.history] == list(range(len(values)))
+
+
+class Explosive(torch.optim.SGD):
+    """Sends every parameter to NaN at its third step, wherever that is."""
+
+    calls = 0
+
+    def step(self, closure=None):
+        super().step(closure)
+        self.calls += 1
+        if self.calls >= 3:
+            for group in self.param_groups:
+                for p in group["params"]:
+                    p.data.fill_(math.nan)
+
+
+@pytest.mark.parametrize("settings", [{}, STOCHASTIC], ids=["exact", "stochastic"])
+def test_a_fit_that_cannot_recover_ends_at_the_last_good_parameters(settings):
+    model = rbf_model()
+    fitted = fit(
+        model, steps=40, optimiser=lambda p: Explosive(p, lr=0.01), **settings
+    )
+    assert fitted.reason == "diverged"
+    assert "last good parameters" in fitted.warnings[0]
+    assert all(bool(torch.isfinite(p).all()) for p in model.parameters())
+    last = fitted.history[-1].parameters["covar_module.outputscale"]
+    assert float(model.covar_module.outputscale) == pytest.approx(last[0], rel=0.05)
+
+
+class OnceTooFar(torch.optim.SGD):
+    """One step to NaN, as a bad batch would; all others are sound."""
+
+    calls = 0
+
+    def step(self, closure=None):
+        super().step(closure)
+        self.calls += 1
+        if self.calls == 3:
+            self.param_groups[0]["params"][0].data.fill_(math.nan)
+
+
+@pytest.mark.parametrize("settings", [{}, STOCHASTIC], ids=["exact", "stochastic"])
+def test_one_step_to_nowhere_is_made_again_and_the_value_stays_finite(settings):
+    fitted = fit(
+        rbf_model(), steps=10, optimiser=lambda p: OnceTooFar(p, lr=0.1), **settings
+    )
+    assert (fitted.reason, fitted.steps) == ("steps", 10)
+    assert "diverged 1 time" in fitted.warnings[0]
+    assert all(math.isfinite(entry.value) for entry in fitted.history)
+    assert fitted.history[-1].value > fitted.history[0].value
+
+
+def test_a_poor_solve_is_told():
+    fitted = fit(
+        rbf_model(200),
+        steps=1,
+        probes=StandardProbes(4),
+        solver=sgdgp.CG(preconditioner=None),
+        passes_per_step=1.0,
+    )
+    assert any("passes_per_step" in warning for warning in fitted.warnings)
+
+
+def nan_at(model, where):
+    y = model.train_targets.clone()
+    y[where] = math.nan
+    return {"x": model.train_inputs[0], "y": y}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "words"),
+    [
+        ({"steps": 0}, ValueError, "steps"),
+        ({"steps": 2.5}, TypeError, "steps"),
+        ({"restarts": -1}, ValueError, "restarts"),
+        ({"max_passes": 0.0}, ValueError, "max_passes"),
+        ({"max_seconds": -1.0}, ValueError, "max_seconds"),
+        ({"passes_per_step": 0.0}, ValueError, "passes_per_"),
+        ({"tolerance": 0.0}, ValueError, "tolerance"),
+        ({"plateau": 10}, TypeError, "plateau: expected a Plateau"),
+        ({"solver": "newton"}, ValueError, "solver: expected .*'newton'"),
+        ({"solver": 7}, TypeError, "solver"),
+        ({"probes": 64}, TypeError, "probes: expected PathwiseProbes"),
+        ({"probes": "many"}, TypeError, "probes"),
+        ({"seed": 1.5}, TypeError, "seed"),
+        ({"optimiser": "adam"}, TypeError, "optimiser: expected a function"),
+        ({"optimiser": list}, TypeError, "optimiser: expected one that steps"),
+        ({"optimiser": torch.optim.LBFGS}, TypeError, "optimiser.*LBFGS"),
+        ({"x": torch.zeros(3, 2)}, ValueError, "x, y: expected both"),
+        (
+            {"x": torch.zeros(3, 2).double(), "y": torch.zeros(4).double()},
+            ValueError,
+            r"y: expected shape \(3,\), found \(4,\)",
+        ),
+        (
+            {"x": torch.zeros(3, 2), "y": torch.zeros(3)},
+            ValueError,
+            "x: expected the dtype of the model's parameters",
+        ),
+        (nan_at(rbf_model(), 7), ValueError, r"y: .*NaN.*index \(7,\)"),
+        ({"every": 0, "checkpoint": "fit.sgdgp"}, ValueError, "every"),
+        ({"checkpoint": 3}, TypeError, "checkpoint: expected a path"),
+        (
+            {"checkpoint": "/nowhere/fit.sgdgp"},
+            ValueError,
+            "checkpoint: expected an existing directory",
+        ),
+    ],
+)
+def test_bad_arguments_are_named_before_anything_happens(arguments, error, words):
+    model = rbf_model()
+    before = parameters(model)
+    with pytest.raises(error, match=words):
+        fit(model, callback=lambda entry: pytest.fail("too late"), **arguments)
+    assert_same(parameters(model), before, rtol=0.0, atol=0.0)
+    assert model.training
+
+
+def test_models_that_cannot_be_fitted_are_refused():
+    with pytest.raises(TypeError, match="model: expected a gpytorch.models.ExactGP"):
+        fit(torch.nn.Linear(1, 1))
+    model = rbf_model().requires_grad_(False)
+    with pytest.raises(ValueError, match="model: expected parameters"):
+        fit(model)
+    x, y = data(20, 2)
+    with pytest.raises(ValueError, match="batch models"):
+        fit(SingleTaskGP(x, torch.stack([y, y], 1)))
+    model = rbf_model()
+    model.covar_module.raw_outputscale.data.fill_(math.nan)
+    with pytest.raises(ValueError, match="model.*outputscale"):
+        fit(model)
+
+
+def test_plateau_is_a_setting():
+    fitted = fit(rbf_model(), steps=100, plateau=Plateau(patience=2, gain=10.0))
+    assert (fitted.reason, fitted.steps) == ("plateau", 3)

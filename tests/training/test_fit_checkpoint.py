@@ -1,0 +1,264 @@
+import os
+import signal
+import threading
+
+import gpytorch
+import pytest
+import torch
+from gpytorch.kernels import MaternKernel, RBFKernel
+
+import sgdgp
+from sgdgp.posterior.checkpoint_file import CheckpointError
+from sgdgp.training import PathwiseProbes, Plateau, StandardProbes, fit
+from tests.training.problems import Model, assert_same, data, parameters, rbf_model
+
+CG = sgdgp.CG(tolerance=1e-3, preconditioner=None)
+KINDS = {
+    "exact": {},
+    "pathwise": {"probes": PathwiseProbes(8, num_features=64), "solver": CG},
+    "standard": {"probes": StandardProbes(8), "solver": CG},
+    "sdd": {"probes": StandardProbes(4), "solver": "sdd"},
+}
+STEPS = 8
+
+
+def stop_after(count):
+    return lambda entry: entry.step + 1 == count
+
+
+@pytest.mark.parametrize("settings", KINDS.values(), ids=KINDS.keys())
+def test_a_fit_that_was_stopped_goes_on_as_if_it_had_not(settings, tmp_path):
+    path = tmp_path / "fit.sgdgp"
+    whole, model = rbf_model(), rbf_model()
+    truth = fit(whole, steps=STEPS, **settings)
+    for stop in (3, 5):
+        model = rbf_model()  # as in a new process
+        stopped = fit(
+            model,
+            steps=STEPS,
+            checkpoint=path,
+            callback=stop_after(stop),
+            **settings,
+        )
+        assert (stopped.reason, stopped.steps) == ("interrupted", stop)
+    model = rbf_model()
+    fitted = fit(model, steps=STEPS, checkpoint=path, **settings)
+    assert_same(parameters(model), parameters(whole), rtol=1e-6, atol=1e-8)
+    assert fitted.steps == truth.steps == STEPS
+    assert fitted.passes == pytest.approx(truth.passes)
+    for found, wanted in zip(fitted.history, truth.history, strict=True):
+        assert found.step == wanted.step
+        assert found.value == pytest.approx(wanted.value, rel=1e-6, abs=1e-8)
+        assert found.parameters.keys() == wanted.parameters.keys()
+    seconds = [entry.seconds for entry in fitted.history]
+    assert seconds == sorted(seconds)
+
+
+class Fatal(Exception):
+    pass
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, Fatal])
+def test_what_ends_a_callback_leaves_the_steps_made_in_the_file(error, tmp_path):
+    path = tmp_path / "fit.sgdgp"
+
+    def callback(entry):
+        if entry.step == 2:
+            raise error
+
+    model = rbf_model()
+    model.eval()
+    with pytest.raises(error):
+        fit(model, steps=STEPS, checkpoint=path, callback=callback)
+    assert not model.training
+    assert path.exists()
+    whole, again = rbf_model(), rbf_model()
+    fit(whole, steps=STEPS)
+    seen = []
+    fitted = fit(again, steps=STEPS, checkpoint=path, callback=seen.append)
+    assert [entry.step for entry in seen] == list(range(3, STEPS))
+    assert fitted.steps == STEPS
+    assert_same(parameters(again), parameters(whole), rtol=1e-6, atol=1e-8)
+
+
+def test_control_c_at_any_moment_leaves_a_file_to_go_on_from(tmp_path):
+    path = tmp_path / "fit.sgdgp"
+    timer = threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT))
+
+    def callback(entry):
+        if entry.step == 3:
+            timer.start()
+
+    with pytest.raises(KeyboardInterrupt):
+        fit(rbf_model(), steps=10**6, plateau=None, checkpoint=path, callback=callback)
+    model = rbf_model()
+    fitted = fit(
+        model, steps=10**6, plateau=None, checkpoint=path, callback=lambda entry: True
+    )
+    assert fitted.reason == "interrupted"
+    assert fitted.steps >= 5
+    assert [entry.step for entry in fitted.history] == list(range(fitted.steps))
+    values = [entry.value for entry in fitted.history]
+    assert values[0] < values[-2] <= values[-1] + 1e-3
+
+
+def test_the_file_is_written_while_the_fit_runs(tmp_path):
+    path = tmp_path / "fit.sgdgp"
+    seen = []
+    fit(
+        rbf_model(),
+        steps=4,
+        checkpoint=path,
+        every=1e-9,
+        callback=lambda entry: seen.append(path.exists()),
+    )
+    assert all(seen)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_an_ended_fit_is_returned_at_once_and_goes_on_with_more_steps(tmp_path):
+    path = tmp_path / "fit.sgdgp"
+    first, again, more, whole = (rbf_model() for _ in range(4))
+    before = fit(first, steps=4, checkpoint=path)
+    seen = []
+    after = fit(again, steps=4, checkpoint=path, callback=seen.append)
+    assert seen == []
+    assert after.history == before.history
+    assert after.reason == before.reason == "steps"
+    assert_same(parameters(again), parameters(first), rtol=0.0, atol=0.0)
+    assert fit(more, steps=STEPS, checkpoint=path).steps == STEPS
+    fit(whole, steps=STEPS)
+    assert_same(parameters(more), parameters(whole), rtol=1e-6, atol=1e-8)
+
+
+def test_a_plateau_is_asked_anew_with_the_callers_patience(tmp_path):
+    path = tmp_path / "fit.sgdgp"
+    eager = Plateau(patience=2, gain=10.0)
+    first = fit(rbf_model(), steps=20, plateau=eager, checkpoint=path)
+    assert (first.reason, first.steps) == ("plateau", 3)
+    again = fit(rbf_model(), steps=20, plateau=eager, checkpoint=path)
+    assert (again.reason, again.steps) == ("plateau", 3)
+    patient = fit(rbf_model(), steps=20, plateau=None, checkpoint=path)
+    assert (patient.reason, patient.steps) == ("steps", 20)
+
+
+class Burst(torch.optim.SGD):
+    """Its first step leads to NaN."""
+
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.data.fill_(float("nan"))
+
+
+def test_a_fit_goes_back_to_where_it_was_sound_also_after_a_restart(tmp_path):
+    path = tmp_path / "fit.sgdgp"
+    fit(
+        rbf_model(),
+        steps=5,
+        checkpoint=path,
+        optimiser=lambda p: Burst(p, lr=0.1),
+        callback=lambda entry: True,
+    )
+    model = rbf_model()
+    fitted = fit(
+        model, steps=5, checkpoint=path, optimiser=lambda p: Burst(p, lr=0.1)
+    )
+    assert fitted.reason == "diverged"
+    assert_same(parameters(model), parameters(rbf_model()), rtol=0.0, atol=0.0)
+
+
+def written(path):
+    fit(rbf_model(), steps=2, checkpoint=path)
+    return path.read_bytes()
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.99])
+def test_a_truncated_file_is_refused_and_left_as_it_is(share, tmp_path):
+    path = tmp_path / "fit.sgdgp"
+    content = written(path)
+    path.write_bytes(content[: int(share * len(content))])
+    before = path.read_bytes()
+    with pytest.raises(CheckpointError, match="left as it is"):
+        fit(rbf_model(), steps=2, checkpoint=path)
+    assert path.read_bytes() == before
+
+
+def test_a_file_with_any_byte_changed_is_refused(tmp_path):
+    path = tmp_path / "fit.sgdgp"
+    content = written(path)
+    generator = torch.Generator().manual_seed(0)
+    for place in torch.randint(len(content), (40,), generator=generator).tolist():
+        damaged = bytearray(content)
+        damaged[place] ^= 0x41
+        path.write_bytes(bytes(damaged))
+        model = rbf_model()
+        with pytest.raises(CheckpointError, match="checkpoint: "):
+            fit(model, steps=2, checkpoint=path)
+        assert_same(parameters(model), parameters(rbf_model()), rtol=0.0, atol=0.0)
+
+
+def test_foreign_files_are_refused(tmp_path):
+    path = tmp_path / "fit.sgdgp"
+    sgdgp.condition(rbf_model(), num_samples=2, checkpoint=path)
+    with pytest.raises(CheckpointError, match="not a checkpoint of a fit"):
+        fit(rbf_model(), steps=2, checkpoint=path)
+    path.write_text("Dear diary")
+    with pytest.raises(CheckpointError, match="not a checkpoint of a fit"):
+        fit(rbf_model(), steps=2, checkpoint=path)
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"y": data(60, 2, seed=1)[1]}, "training targets"),
+        ({"x": data(60, 2, seed=1)[0]}, "training inputs"),
+        ({"seed": 1}, "settings of the fit"),
+        ({"passes_per_step": 3.0}, "settings of the fit"),
+        ({"probes": StandardProbes(3)}, "settings of the fit"),
+        ({"optimiser": lambda p: torch.optim.SGD(p, lr=0.1)}, "optimiser"),
+    ],
+    ids=["y", "x", "seed", "passes", "probes", "optimiser"],
+)
+def test_another_fits_file_is_refused_with_what_differs(changed, words, tmp_path):
+    path = tmp_path / "fit.sgdgp"
+    written(path)
+    x, y = data(60, 2)
+    with pytest.raises(CheckpointError, match=f"another fit.*{words}"):
+        fit(rbf_model(), **{"x": x, "y": y, "checkpoint": path, **changed})
+
+
+def test_another_models_file_is_refused(tmp_path):
+    path = tmp_path / "fit.sgdgp"
+    written(path)
+    model = rbf_model()
+    model.covar_module.base_kernel = MaternKernel(nu=1.5).double()
+    with pytest.raises(CheckpointError, match="another fit.*base_kernel"):
+        fit(model, checkpoint=path)
+    model = rbf_model()
+    model.likelihood.raw_noise.requires_grad_(False)
+    with pytest.raises(CheckpointError, match="another fit.*noise"):
+        fit(model, checkpoint=path)
+
+
+def test_a_disk_that_is_full_is_a_warning(tmp_path, monkeypatch):
+    def full(*arguments):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr("sgdgp.training.fit_checkpoint.write_file", full)
+    fitted = fit(rbf_model(), steps=3, checkpoint=tmp_path / "fit.sgdgp")
+    assert fitted.steps == 3
+    assert any("no space left" in warning for warning in fitted.warnings)
+
+
+def test_a_fit_that_fails_at_once_leaves_no_file(tmp_path):
+    likelihood = gpytorch.likelihoods.GaussianLikelihood(
+        noise_constraint=gpytorch.constraints.Positive()
+    )
+    likelihood.raw_noise.data.fill_(-1e4)
+    x, y = data(60, 2)
+    x[1:] = x[0]
+    model = Model(x, y, RBFKernel(), likelihood)
+    with pytest.raises(torch.linalg.LinAlgError, match="not positive definite"):
+        fit(model, x, y, checkpoint=tmp_path / "fit.sgdgp")
+    assert list(tmp_path.iterdir()) == []
