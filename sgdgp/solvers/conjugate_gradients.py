@@ -258,7 +258,7 @@ class _Recurrence:
         """
         columns = unsolved.nonzero()[:, 0]
         system, weights = self._system.columns(columns), self.weights[:, columns]
-        residual, passes = _true_residual(system, weights)
+        residual, passes = _true_residual(system, weights, self.norms[columns])
         self._residual[:, columns] = residual
         norms = residual.norm(dim=0)
         self.norms[columns] = torch.where(torch.isfinite(norms), norms, torch.inf)
@@ -287,8 +287,19 @@ class _Recurrence:
         return (self.weights * (self._system.rhs + self._residual)).sum(0)
 
 
-def _true_residual(system: System, weights: Tensor) -> tuple[Tensor, float]:
-    """B - H V, and the passes it took: in float64 where rounding shows."""
+def _true_residual(
+    system: System, weights: Tensor, believed: Tensor | None = None
+) -> tuple[Tensor, float]:
+    """B - H V, and the passes it took: in float64 where rounding shows.
+
+    With norms ``believed`` so small that it will show, it is not tried without.
+    """
+    if (
+        believed is not None
+        and bool(torch.isfinite(believed).all())
+        and rounding_shows(system, weights, believed)
+    ):
+        return float64_residual(system, weights).to(weights.dtype), 1.0
     residual = system.residual(weights)
     norms = residual.norm(dim=0)
     if bool(torch.isfinite(norms).all()) and rounding_shows(system, weights, norms):

@@ -169,6 +169,8 @@ def _fitted(
             raise
         if keeper is not None:
             keeper.close(run, reason)
+    # GPyTorch's modules refer to themselves: what they hold waits for the collector.
+    run.mll.forget()
     return Fitted(
         reason=reason,
         steps=len(run.history),

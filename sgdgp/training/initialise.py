@@ -146,7 +146,8 @@ def _restricted(model: ExactGP, rows: Tensor) -> ExactGP:
         del part.outcome_transform  # the targets are in the model's units already
     likelihood = part.likelihood
     if isinstance(likelihood, gpytorch.likelihoods.FixedNoiseGaussianLikelihood):
-        likelihood.noise = likelihood.noise[rows]
+        # Not that of the likelihood itself: it has what is learned beside in it.
+        likelihood.noise_covar.noise = likelihood.noise_covar.noise[rows]
     kept = {name for name, _, _ in _averaged(part)}
     for name, parameter in part.named_parameters():
         if name not in kept and f".{name}" not in kept:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import is_dataclass, replace
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -11,26 +11,24 @@ from gpytorch.likelihoods import Likelihood
 from gpytorch.mlls import MarginalLogLikelihood
 from gpytorch.models import ExactGP
 from torch import Tensor
-from torch.nn.functional import pad
 
 from sgdgp.checks import check_count, check_finite, check_positive
-from sgdgp.gpytorch_adapter import TracedProblem, training_problems
-from sgdgp.operators import KernelOperator
+from sgdgp.gpytorch_adapter import (
+    TracedProblem,
+    UnsupportedModelError,
+    prior_at,
+    training_problems,
+)
 from sgdgp.operators.choose import operator_by_name
-from sgdgp.operators.memory import resolve_budget
 from sgdgp.posterior.seeds import generator_of, seed_of
-from sgdgp.solvers.auto import Auto, plan
 from sgdgp.solvers.base import Solution, Solver
-from sgdgp.solvers.choose import check_solver_name, choose_solver
-from sgdgp.solvers.conjugate_gradients import CG
+from sgdgp.solvers.choose import check_solver_name
+from sgdgp.training.carried_solve import CarriedSolve, SolveSettings
 from sgdgp.training.exact import EXACT_ROWS, exact_log_likelihood
-from sgdgp.training.gradient import residual, surrogate
-from sgdgp.training.kept_preconditioner import KeptPreconditioner
+from sgdgp.training.gradient import surrogate
 from sgdgp.training.log_determinant import estimate_log_likelihood
 from sgdgp.training.path_integral import PathIntegral
-from sgdgp.training.probes import Probes, default_probes
-
-_PRECONDITIONER_USES = 5
+from sgdgp.training.probes import Probes
 
 
 class _Term(NamedTuple):
@@ -125,18 +123,19 @@ class StochasticMarginalLogLikelihood(MarginalLogLikelihood):
         self.solution: Solution | None = None
         self.passes = 0.0
         self.evaluations = 0
-        self._solver = solver
-        self._probes = probes
-        self._tolerance = tolerance
-        self._budget = passes_per_evaluation
-        self._warm_start = warm_start
+        self._settings = SolveSettings(
+            solver=solver,
+            probes=probes,
+            tolerance=tolerance,
+            passes=passes_per_evaluation,
+            warm_start=warm_start,
+            seed=seed_of(generator_of(seed)),
+            memory_budget=memory_budget,
+        )
         self._initial_value = initial_value
-        self._seed = seed_of(generator_of(seed))
         self._operator = operator
-        self._memory_budget = memory_budget
-        self._weights: list[Tensor | None] = []
+        self._carried: list[CarriedSolve] = []
         self._path: PathIntegral | None = None
-        self._kept: KeptPreconditioner | None = None
 
     def forward(
         self, function_dist: MultivariateNormal, target: Tensor, *params: Any
@@ -157,9 +156,15 @@ class StochasticMarginalLogLikelihood(MarginalLogLikelihood):
         if torch.is_tensor(target) and target.ndim == 1:
             check_finite("target", target)
         x = params[0] if params else self.model.train_inputs
-        problems = training_problems(function_dist, self.likelihood, x, target)
-        if len(self._weights) != len(problems):
-            self._weights = [None] * len(problems)
+        try:
+            problems = training_problems(function_dist, self.likelihood, x, target)
+        except UnsupportedModelError:
+            # GPyTorch evaluates some products as soon as forward forms them.
+            problems = training_problems(
+                prior_at(self.model, x), self.likelihood, x, target
+            )
+        if len(self._carried) != len(problems):
+            self._carried = self._fresh(len(problems))
         terms = [self._term(i, problem) for i, problem in enumerate(problems)]
         self.evaluations += 1
         total = torch.stack([term.scalar for term in terms]).sum()
@@ -175,30 +180,27 @@ class StochasticMarginalLogLikelihood(MarginalLogLikelihood):
 
     def forget(self) -> None:
         """Start the next solves from zero, with a new preconditioner."""
-        self._weights = []
-        self._kept = None
+        self._carried = []
 
     @property
     def settings(self) -> str:
         """What decides which gradients are found, as text."""
-        return repr(
-            (self._solver, self._probes, self._tolerance, self._budget, self._seed)
-        )
+        return repr(replace(self._settings, memory_budget=None))
 
     def progress(self) -> dict[str, Any]:
         """Where the object is, but for its tensors."""
         return {
             "passes": self.passes,
             "evaluations": self.evaluations,
-            "systems": len(self._weights),
+            "systems": len(self._carried),
         }
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors that belong to ``progress``, by name."""
         found = {
-            f"mll.weights.{i}": weights
-            for i, weights in enumerate(self._weights)
-            if weights is not None
+            f"mll.weights.{i}": carried.weights
+            for i, carried in enumerate(self._carried)
+            if carried.weights is not None
         }
         path = {} if self._path is None else self._path.state()
         return {**found, **{f"mll.path.{k}": value for k, value in path.items()}}
@@ -208,10 +210,10 @@ class StochasticMarginalLogLikelihood(MarginalLogLikelihood):
         device = next(self.model.parameters()).device
         self.passes = float(progress["passes"])
         self.evaluations = int(progress["evaluations"])
-        self._weights = [
-            tensors[f"weights.{i}"].to(device) if f"weights.{i}" in tensors else None
-            for i in range(int(progress["systems"]))
-        ]
+        self._carried = self._fresh(int(progress["systems"]))
+        for i, carried in enumerate(self._carried):
+            if f"weights.{i}" in tensors:
+                carried.weights = tensors[f"weights.{i}"].to(device)
         path = {
             name.removeprefix("path."): value.to(device)
             for name, value in tensors.items()
@@ -219,78 +221,27 @@ class StochasticMarginalLogLikelihood(MarginalLogLikelihood):
         }
         self._path = PathIntegral.from_state(path) if path else None
 
+    def _fresh(self, count: int) -> list[CarriedSolve]:
+        """Solves of ``count`` systems that carry nothing yet."""
+        return [
+            CarriedSolve(replace(self._settings, seed=self._settings.seed + i))
+            for i in range(count)
+        ]
+
     def _term(self, i: int, problem: TracedProblem) -> _Term:
-        if self._probes == "auto" and len(problem.targets) <= EXACT_ROWS:
+        if self._settings.probes == "auto" and len(problem.targets) <= EXACT_ROWS:
             return _Term(*exact_log_likelihood(problem))
         operator = operator_by_name(
             self._operator,
             problem.kernel,
             problem.inputs.detach(),
-            memory_budget=self._memory_budget,
+            memory_budget=self._settings.memory_budget,
         )
-        v, a, b = self._solve(i, problem, operator)
+        v, a, b, solution = self._carried[i](problem, operator, self.evaluations)
+        self.solution = solution
+        self.passes += solution.passes
         # What the solve stored of K is not needed any more.
         return _Term(surrogate(problem, operator.unfilled(), v, a, b), None)
-
-    @torch.no_grad()
-    def _solve(
-        self, i: int, problem: TracedProblem, operator: KernelOperator
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """H^-1 (y - m) of problem i, and the probes' left and right vectors."""
-        generator = torch.Generator().manual_seed(self._seed + i)
-        noise = problem.noise.detach()
-        probes = self._probes
-        if not isinstance(probes, Probes):
-            probes = default_probes(problem.kernel)
-        drawn = probes.draw(problem.kernel, operator.x, noise, generator)
-        columns = problem.targets.shape[1]
-        rhs = torch.cat([residual(problem), drawn.rhs], dim=1)
-        initial = self._weights[i] if self._warm_start else None
-        if initial is not None and initial.shape != rhs.shape:
-            initial = None
-        solver = self._limited_solver(operator, noise, rhs.shape[1])
-        solution = solver.solve(
-            operator,
-            noise,
-            rhs,
-            initial=initial,
-            noise_draws=pad(drawn.noise_draws, (columns, 0)),
-            generator=generator.manual_seed(self._seed + 1 + self.evaluations),
-        )
-        self._weights[i] = solution.weights
-        self.passes += solution.passes
-        self.solution = replace(solution, weights=solution.weights[:, :0])
-        v, a = solution.weights[:, :columns], solution.weights[:, columns:]
-        return v, a, drawn.right(a)
-
-    def _limited_solver(
-        self, operator: KernelOperator, noise: Tensor, columns: int
-    ) -> Solver:
-        """The solver with this object's limits and the preconditioner it keeps."""
-        memory = resolve_budget(self._memory_budget, operator.device)
-        solver = choose_solver(self._solver, operator, memory)
-        limits: dict[str, Any] = {}
-        if isinstance(self._solver, str) and hasattr(solver, "tolerance"):
-            limits["tolerance"] = self._tolerance
-        if isinstance(solver, Auto):
-            stages = solver.stages or plan(operator, noise, columns, memory)
-            limits["stages"] = tuple(
-                replace(stage, solver=self._keeping(stage.solver)) for stage in stages
-            )
-        if hasattr(solver, "max_passes"):
-            limits["max_passes"] = min(self._budget, solver.max_passes)
-        if not limits or not is_dataclass(solver):
-            return self._keeping(solver)
-        return self._keeping(replace(solver, **limits))
-
-    def _keeping(self, solver: Solver) -> Solver:
-        """Conjugate gradients with a preconditioner that outlives the step."""
-        if not isinstance(solver, CG) or solver.preconditioner is None:
-            return solver
-        recipe = solver.preconditioner
-        if self._kept is None or self._kept.recipe != recipe:
-            self._kept = KeptPreconditioner(recipe, _PRECONDITIONER_USES)
-        return replace(solver, preconditioner=self._kept)
 
     def _integrated(self, problems: tuple[TracedProblem, ...], scalar: Tensor) -> float:
         """The value at these parameters, integrated from the first evaluation's."""
@@ -299,7 +250,7 @@ class StochasticMarginalLogLikelihood(MarginalLogLikelihood):
             start = self._initial_value
             if start is None:
                 start = sum(
-                    estimate_log_likelihood(problem, seed=self._seed).value
+                    estimate_log_likelihood(problem, seed=self._settings.seed).value
                     for problem in problems
                 )
             self._path = PathIntegral(start)

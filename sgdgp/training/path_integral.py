@@ -74,5 +74,5 @@ class PathIntegral:
 
 
 def _moved(p: Tensor, q: Tensor) -> Tensor:
-    """p - q; zero also where both are infinite, as on the bound of a constraint."""
+    """The way from q to p; zero also where both are infinite, as on a bound."""
     return torch.where(p == q, torch.zeros_like(p), p - q)

@@ -80,7 +80,7 @@ class PathwiseProbes(Probes):
     """
 
     count: int = 32
-    num_features: int = 512
+    num_features: int = 1024
 
     def __post_init__(self) -> None:
         check_count("count", self.count, 1)

@@ -41,7 +41,7 @@ def test_it_is_within_four_standard_errors_of_a_dense_factorisation(name, noise)
     operator, variances, truth = problem(name, noise)
     found, error, passes = estimate(operator, variances)
     assert abs(found - truth) <= 4.0 * error + 1e-4 * N
-    assert error < 0.02 * N
+    assert error < 0.04 * N
     assert passes > 0.0
 
 

@@ -10,7 +10,6 @@ from gpytorch.kernels import MaternKernel, MultitaskKernel, RBFKernel, ScaleKern
 from gpytorch.priors import GammaPrior, LogNormalPrior
 
 import sgdgp
-from sgdgp.gpytorch_adapter import prior_at
 from sgdgp.training import (
     PathwiseProbes,
     StandardProbes,
@@ -121,10 +120,9 @@ def value_and_gradients(mll, model):
     model.train()
     model.zero_grad()
     inputs = model.train_inputs
-    # GPyTorch's own call would evaluate products of covariances.
-    prior = model(*inputs) if len(inputs) == 1 else prior_at(model, inputs)
+    given = inputs if len(inputs) == 1 else ()
     with gpytorch.settings.fast_computations(False, False, False):
-        value = mll(prior, model.train_targets, *inputs)
+        value = mll(model(*inputs), model.train_targets, *given)
     value.backward()
     return value.detach(), gradients(model)
 

@@ -1,0 +1,145 @@
+"""The solves of one system, each going on where the one before it stopped."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, is_dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn.functional import pad
+
+from sgdgp.gpytorch_adapter import TracedProblem
+from sgdgp.operators import KernelOperator
+from sgdgp.operators.memory import resolve_budget
+from sgdgp.solvers.auto import Auto, plan
+from sgdgp.solvers.base import Solution, Solver
+from sgdgp.solvers.choose import choose_solver
+from sgdgp.solvers.conjugate_gradients import CG
+from sgdgp.training.gradient import residual
+from sgdgp.training.kept_preconditioner import KeptPreconditioner
+from sgdgp.training.probes import Probes, default_probes
+
+_PRECONDITIONER_USES = 5
+
+
+@dataclass(frozen=True)
+class SolveSettings:
+    """How the solves are made.
+
+    Attributes:
+        solver: A solver, its name, or "auto".
+        probes: The probe vectors, or "auto": those that suit the kernel.
+        tolerance: Relative residual that ends a solve, for solvers given by name.
+        passes: Budget of each solve in passes over K.
+        warm_start: Whether a solve starts at the last solution.
+        seed: Seed of the probes, which stay the same from solve to solve.
+        memory_budget: Bytes that the solver may use. Default: half of what is free.
+    """
+
+    solver: Solver | str
+    probes: Probes | str
+    tolerance: float
+    passes: float
+    warm_start: bool
+    seed: int
+    memory_budget: int | None = None
+
+
+class SolvedProbes(NamedTuple):
+    """What the gradient needs of a solve.
+
+    Attributes:
+        v: H^-1 (y - m) (n, c).
+        a: Left probe vectors (n, s).
+        b: Right probe vectors (n, s).
+        solution: The account of the solve, without its weights.
+    """
+
+    v: Tensor
+    a: Tensor
+    b: Tensor
+    solution: Solution
+
+
+@dataclass
+class CarriedSolve:
+    """Settings, and what each solve leaves to the next.
+
+    Attributes:
+        settings: How the solves are made.
+        weights: Solutions of targets and probes (n, c + s), in the end of the last
+            solve.
+        preconditioner: The last one that conjugate gradients made.
+    """
+
+    settings: SolveSettings
+    weights: Float[Tensor, "n k"] | None = None
+    preconditioner: KeptPreconditioner | None = None
+
+    @torch.no_grad()
+    def __call__(
+        self, problem: TracedProblem, operator: KernelOperator, evaluation: int
+    ) -> SolvedProbes:
+        """Solve for the targets and the probes.
+
+        Args:
+            problem: The system.
+            operator: K over its inputs.
+            evaluation: Number of the solve, for randomness of its own.
+        """
+        settings = self.settings
+        generator = torch.Generator().manual_seed(settings.seed)
+        noise = problem.noise.detach()
+        probes = settings.probes
+        if not isinstance(probes, Probes):
+            probes = default_probes(problem.kernel)
+        drawn = probes.draw(problem.kernel, operator.x, noise, generator)
+        columns = problem.targets.shape[1]
+        rhs = torch.cat([residual(problem), drawn.rhs], dim=1)
+        initial = self.weights if settings.warm_start else None
+        if initial is not None and initial.shape != rhs.shape:
+            initial = None
+        solution = self._solver(operator, noise, rhs.shape[1]).solve(
+            operator,
+            noise,
+            rhs,
+            initial=initial,
+            noise_draws=pad(drawn.noise_draws, (columns, 0)),
+            generator=generator.manual_seed(settings.seed + 1 + evaluation),
+        )
+        self.weights = solution.weights
+        v, a = solution.weights[:, :columns], solution.weights[:, columns:]
+        # A copy, as a view of no columns would keep all of them alive.
+        told = replace(solution, weights=solution.weights[:, :0].clone())
+        return SolvedProbes(v, a, drawn.right(a), told)
+
+    def _solver(self, operator: KernelOperator, noise: Tensor, columns: int) -> Solver:
+        """The solver with the limits of a step and the preconditioner that is kept."""
+        settings = self.settings
+        memory = resolve_budget(settings.memory_budget, operator.device)
+        solver = choose_solver(settings.solver, operator, memory)
+        limits: dict[str, Any] = {}
+        if isinstance(settings.solver, str) and hasattr(solver, "tolerance"):
+            limits["tolerance"] = settings.tolerance
+        if isinstance(solver, Auto):
+            stages = solver.stages or plan(operator, noise, columns, memory)
+            limits["stages"] = tuple(
+                replace(stage, solver=self._keeping(stage.solver)) for stage in stages
+            )
+        if hasattr(solver, "max_passes"):
+            limits["max_passes"] = min(settings.passes, solver.max_passes)
+        if limits and is_dataclass(solver):
+            solver = replace(solver, **limits)
+        return self._keeping(solver)
+
+    def _keeping(self, solver: Solver) -> Solver:
+        """Conjugate gradients with a preconditioner that outlives the solve."""
+        if not isinstance(solver, CG) or solver.preconditioner is None:
+            return solver
+        kept = self.preconditioner
+        if kept is None or kept.recipe != solver.preconditioner:
+            kept = KeptPreconditioner(solver.preconditioner, _PRECONDITIONER_USES)
+            self.preconditioner = kept
+        return replace(solver, preconditioner=kept)
