@@ -19,7 +19,7 @@ from sgdgp.solvers.choose import choose_solver
 from sgdgp.solvers.conjugate_gradients import CG
 from sgdgp.training.gradient import residual
 from sgdgp.training.kept_preconditioner import KeptPreconditioner
-from sgdgp.training.probes import Probes, default_probes
+from sgdgp.training.probes import Probes, StandardProbes
 
 _PRECONDITIONER_USES = 5
 
@@ -30,7 +30,7 @@ class SolveSettings:
 
     Attributes:
         solver: A solver, its name, or "auto".
-        probes: The probe vectors, or "auto": those that suit the kernel.
+        probes: The probe vectors, or "auto": ``StandardProbes()``.
         tolerance: Relative residual that ends a solve, for solvers given by name.
         passes: Budget of each solve in passes over K.
         warm_start: Whether a solve starts at the last solution.
@@ -94,7 +94,7 @@ class CarriedSolve:
         noise = problem.noise.detach()
         probes = settings.probes
         if not isinstance(probes, Probes):
-            probes = default_probes(problem.kernel)
+            probes = StandardProbes()
         drawn = probes.draw(problem.kernel, operator.x, noise, generator)
         columns = problem.targets.shape[1]
         rhs = torch.cat([residual(problem), drawn.rhs], dim=1)

@@ -73,7 +73,7 @@ def fit(
         optimiser: Parameters to an optimiser. Default: Adam with learning rate 0.1.
         solver: A solver, its name, or "auto".
         probes: ``PathwiseProbes``, ``StandardProbes``, or "auto": exact gradients up
-            to 1,000 rows, else pathwise probes where the kernel has random features.
+            to 1,000 rows, else standard probes.
         tolerance: Relative residual that ends a step's solve.
         passes_per_step: Budget of a step's solve in passes over K.
         max_passes: Budget of all steps. Default: none.

@@ -50,7 +50,7 @@ def estimate_log_likelihood(
     *,
     num_probes: int = 8,
     max_steps: int = 40,
-    tolerance: float = 1e-3,
+    tolerance: float = 1e-4,
     seed: int = 0,
 ) -> LogLikelihoodEstimate:
     """Estimate log p(y | X) of one system; exact up to 1,000 rows.

@@ -65,7 +65,7 @@ class StochasticMarginalLogLikelihood(MarginalLogLikelihood):
         model: The model whose parameters are learned.
         solver: A solver, its name, or "auto".
         probes: ``PathwiseProbes``, ``StandardProbes``, or "auto": exact up to 1,000
-            rows, else pathwise for kernels with random features, else standard.
+            rows, else standard.
         tolerance: Relative residual that ends a solve, for solvers given by name.
         passes_per_evaluation: Budget of each solve in passes over K.
         warm_start: Start each solve at the last solution.

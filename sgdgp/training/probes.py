@@ -20,7 +20,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sgdgp.checks import check_count
-from sgdgp.features import draw_prior, has_features
+from sgdgp.features import draw_prior
 
 
 @dataclass(frozen=True)
@@ -69,8 +69,8 @@ class Probes(ABC):
 class PathwiseProbes(Probes):
     """Posterior samples as probes: f(X) + eps with a prior function f.
 
-    Their solutions are small (E ||a||^2 = tr H^-1), so solves start near the end and
-    warm starts carry far; and they are what posterior samples are made of. Every
+    Their solutions are small (E ||a||^2 = tr H^-1), so that solves which are stopped
+    early are less wrong; and they are what posterior samples are made of. Every
     probe has random features of its own: E[xi xi^T] = H then holds over the probes
     for any number of features, whereas one map for all would shift every term alike.
 
@@ -109,6 +109,10 @@ class PathwiseProbes(Probes):
 class StandardProbes(Probes):
     """Standard normal vectors (Hutchinson's estimator); need nothing of the kernel.
 
+    The default: with warm starts and a good preconditioner their solves cost no more
+    than those of pathwise probes, and no random features add to their noise, which
+    does not fall with n (docs/hyperparameters.md has the measurements).
+
     Attributes:
         count: Probe vectors s.
     """
@@ -124,11 +128,6 @@ class StandardProbes(Probes):
         """See ``Probes.draw``."""
         rhs = _normal(inputs, self.count, generator)
         return DrawnProbes(rhs, torch.zeros_like(rhs), False)
-
-
-def default_probes(kernel: Kernel) -> Probes:
-    """Pathwise probes for a kernel with random features, else standard ones."""
-    return PathwiseProbes() if has_features(kernel) else StandardProbes()
 
 
 def _normal(inputs: Tensor, count: int, generator: torch.Generator) -> Tensor:

@@ -1,10 +1,9 @@
 import copy
 import math
 
-import gpytorch
 import pytest
 import torch
-from gpytorch.kernels import MaternKernel, RBFKernel, ScaleKernel
+from gpytorch.kernels import MaternKernel, ScaleKernel
 
 from sgdgp.training import log_marginal_likelihood
 from tests.models import hadamard_gp, multitask_gp
@@ -13,7 +12,6 @@ from tests.training.problems import (
     assert_same,
     data,
     dense_log_likelihood,
-    parameters,
     rbf_model,
 )
 from tests.training.test_marginal_likelihood import covariance_of_pairs, with_priors

@@ -6,7 +6,7 @@ import pytest
 import torch
 from botorch.models import SingleTaskGP
 from botorch.models.transforms import Normalize, Standardize
-from gpytorch.kernels import MaternKernel, RBFKernel, ScaleKernel
+from gpytorch.kernels import RBFKernel, ScaleKernel
 from gpytorch.priors import NormalPrior
 
 import sgdgp
@@ -41,37 +41,51 @@ def test_fit_makes_the_steps_of_gpytorchs_loop(name):
     assert_same(parameters(model), parameters(truth), rtol=1e-5, atol=1e-7)
 
 
-def test_more_than_a_thousand_rows_follow_the_path_of_the_exact_gradient():
+def large():
+    """1,200 rows: more than what is factorised."""
     x, y = (part.float() for part in data(1200, 2))
-    model = Model(x, y, ScaleKernel(RBFKernel()))
-    truth = copy.deepcopy(model)
-    with gpytorch.settings.max_cholesky_size(2000):
-        exact_loop(truth, x, y, 15)
-    fitted = fit(model, steps=15)
-    assert fitted.reason == "steps"
-    assert fitted.passes > 15.0
-    for path in ("covar_module.outputscale", "covar_module.base_kernel.lengthscale"):
-        found, wanted = (_at(m, path) for m in (model, truth))
-        torch.testing.assert_close(found, wanted, rtol=0.03, atol=0.0, msg=path)
-    torch.testing.assert_close(
-        model.likelihood.noise, truth.likelihood.noise, rtol=0.03, atol=0.0
-    )
-    # The value is integrated along the path, so its gain is known, not its height.
-    truth.train()
-    mll = gpytorch.mlls.ExactMarginalLogLikelihood(truth.likelihood, truth)
+    return Model(x, y, ScaleKernel(RBFKernel()))
+
+
+def value_of(model):
+    """log p(y | X) / n by GPyTorch's Cholesky factor."""
+    model.train()
+    mll = gpytorch.mlls.ExactMarginalLogLikelihood(model.likelihood, model)
     with torch.no_grad(), gpytorch.settings.max_cholesky_size(2000):
-        after = float(mll(truth(x), y))
-        start = Model(x, y, ScaleKernel(RBFKernel())).train()
-        mll = gpytorch.mlls.ExactMarginalLogLikelihood(start.likelihood, start)
-        before = float(mll(start(x), y))
-    gain = fitted.history[-1].value - fitted.history[0].value
-    assert abs(gain - (after - before)) <= 0.1 * (after - before)
+        return float(mll(model(model.train_inputs[0]), model.train_targets))
 
 
-def _at(model, path):
-    for name in path.split("."):
-        model = getattr(model, name)
+@pytest.fixture(scope="module")
+def truth():
+    model = large()
+    with gpytorch.settings.max_cholesky_size(2000):
+        exact_loop(model, model.train_inputs[0], model.train_targets, 15)
     return model
+
+
+@pytest.mark.parametrize(
+    ("settings", "within"),
+    [({}, 0.1), ({"probes": StandardProbes(128)}, 0.03)],
+    ids=["default", "many_probes"],
+)
+def test_more_rows_follow_the_path_of_the_exact_gradient(settings, within, truth):
+    model = large()
+    fitted = fit(model, steps=15, **settings)
+    assert fitted.reason == "steps"
+    assert fitted.passes >= 15.0
+    found, wanted, start = map(positive_parameters, (model, truth, large()))
+    torch.testing.assert_close(found, wanted, rtol=within, atol=0.0)
+    assert bool(((wanted / start).log().abs() > 0.13).all())
+    # The value is integrated along the path, so its gain is known, not its height.
+    gain = fitted.history[-1].value - fitted.history[0].value
+    true_gain = value_of(truth) - value_of(large())
+    assert abs(gain - true_gain) <= 0.1 * true_gain
+
+
+def positive_parameters(model):
+    kernel = model.covar_module
+    found = [kernel.outputscale, kernel.base_kernel.lengthscale, model.likelihood.noise]
+    return torch.tensor([float(value.detach()) for value in found])
 
 
 def test_a_hadamard_model_learns_from_points_and_tasks():
@@ -179,7 +193,7 @@ def test_a_narrow_prior_holds_its_parameter():
     assert abs(learned(None) - 1.4) > 0.2
 
 
-def test_a_kernel_without_random_features_gets_standard_probes():
+def test_a_kernel_without_random_features_is_learned_too():
     kernel = ScaleKernel(gpytorch.kernels.PiecewisePolynomialKernel(q=2))
     assert not has_features(kernel)
     x, y = data(1001, 1)
@@ -297,14 +311,13 @@ class Explosive(torch.optim.SGD):
 @pytest.mark.parametrize("settings", [{}, STOCHASTIC], ids=["exact", "stochastic"])
 def test_a_fit_that_cannot_recover_ends_at_the_last_good_parameters(settings):
     model = rbf_model()
-    fitted = fit(
-        model, steps=40, optimiser=lambda p: Explosive(p, lr=0.01), **settings
-    )
+    fitted = fit(model, steps=40, optimiser=lambda p: Explosive(p, lr=0.01), **settings)
     assert fitted.reason == "diverged"
     assert "last good parameters" in fitted.warnings[0]
     assert all(bool(torch.isfinite(p).all()) for p in model.parameters())
     last = fitted.history[-1].parameters["covar_module.outputscale"]
-    assert float(model.covar_module.outputscale) == pytest.approx(last[0], rel=0.05)
+    found = float(model.covar_module.outputscale.detach())
+    assert found == pytest.approx(last[0], rel=0.05)
 
 
 class OnceTooFar(torch.optim.SGD):
@@ -397,7 +410,7 @@ def test_bad_arguments_are_named_before_anything_happens(arguments, error, words
 
 
 def test_models_that_cannot_be_fitted_are_refused():
-    with pytest.raises(TypeError, match="model: expected a gpytorch.models.ExactGP"):
+    with pytest.raises(TypeError, match=r"model: expected a gpytorch\.models"):
         fit(torch.nn.Linear(1, 1))
     model = rbf_model().requires_grad_(False)
     with pytest.raises(ValueError, match="model: expected parameters"):
@@ -407,7 +420,7 @@ def test_models_that_cannot_be_fitted_are_refused():
         fit(SingleTaskGP(x, torch.stack([y, y], 1)))
     model = rbf_model()
     model.covar_module.raw_outputscale.data.fill_(math.nan)
-    with pytest.raises(ValueError, match="model.*outputscale"):
+    with pytest.raises(ValueError, match=r"model.*outputscale"):
         fit(model)
 
 

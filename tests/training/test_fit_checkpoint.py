@@ -161,9 +161,7 @@ def test_a_fit_goes_back_to_where_it_was_sound_also_after_a_restart(tmp_path):
         callback=lambda entry: True,
     )
     model = rbf_model()
-    fitted = fit(
-        model, steps=5, checkpoint=path, optimiser=lambda p: Burst(p, lr=0.1)
-    )
+    fitted = fit(model, steps=5, checkpoint=path, optimiser=lambda p: Burst(p, lr=0.1))
     assert fitted.reason == "diverged"
     assert_same(parameters(model), parameters(rbf_model()), rtol=0.0, atol=0.0)
 
@@ -233,11 +231,11 @@ def test_another_models_file_is_refused(tmp_path):
     written(path)
     model = rbf_model()
     model.covar_module.base_kernel = MaternKernel(nu=1.5).double()
-    with pytest.raises(CheckpointError, match="another fit.*base_kernel"):
+    with pytest.raises(CheckpointError, match=r"another fit.*base_kernel"):
         fit(model, checkpoint=path)
     model = rbf_model()
     model.likelihood.raw_noise.requires_grad_(False)
-    with pytest.raises(CheckpointError, match="another fit.*noise"):
+    with pytest.raises(CheckpointError, match=r"another fit.*noise"):
         fit(model, checkpoint=path)
 
 

@@ -44,9 +44,7 @@ def test_the_callback_behind_the_bar_decides():
 
 
 @pytest.mark.parametrize("is_terminal", [True, False])
-def test_by_default_there_is_a_bar_on_a_terminal_only(
-    is_terminal, monkeypatch, capsys
-):
+def test_by_default_there_is_a_bar_on_a_terminal_only(is_terminal, monkeypatch, capsys):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: is_terminal, raising=False)
     fit(rbf_model(20), steps=2)
     assert ("lengthscale" in capsys.readouterr().err) is is_terminal

@@ -70,11 +70,11 @@ def test_standard_probes_give_the_gradient_on_average(name):
 )
 def test_pathwise_probes_give_the_gradient_on_average(name):
     model, x, y = model_of(name)
-    found = estimates(model, x, y, PathwiseProbes(64, num_features=32))
+    found = estimates(model, x, y, PathwiseProbes(32, num_features=32))
     assert_agree(found, true_gradients(model, x, y))
 
 
-@pytest.mark.parametrize("probes", [StandardProbes(64), PathwiseProbes(64, 128)])
+@pytest.mark.parametrize("probes", [StandardProbes(64), PathwiseProbes(64, 32)])
 def test_every_weight_of_a_deep_kernel_has_its_gradient(probes):
     x, y = data(N, 3)
     torch.manual_seed(0)

@@ -1,7 +1,6 @@
 import importlib
 import math
 
-import gpytorch
 import pytest
 import torch
 from botorch.models import SingleTaskGP
@@ -90,7 +89,7 @@ def test_a_neighbourhood_is_the_rows_closest_to_one_of_them(monkeypatch):
 
 
 def test_random_rows_are_drawn_without_replacement(monkeypatch):
-    model, seen = subset_seen(monkeypatch, subsets=2, size=60, kind="random")
+    _, seen = subset_seen(monkeypatch, subsets=2, size=60, kind="random")
     for part, _ in seen:
         assert part.shape == part.unique(dim=0).shape == (60, 2)
     assert not torch.equal(seen[0][0], seen[1][0])

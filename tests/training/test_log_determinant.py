@@ -10,7 +10,7 @@ from tests.training.problems import data
 
 N = 400
 KERNELS = {
-    "smooth": lambda: RBFKernel(),
+    "smooth": RBFKernel,
     "rough": lambda: ScaleKernel(MaternKernel(nu=0.5)),
 }
 

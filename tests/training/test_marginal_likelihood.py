@@ -6,7 +6,7 @@ import pytest
 import torch
 from botorch.models import SingleTaskGP
 from botorch.models.transforms import Normalize, Standardize
-from gpytorch.kernels import MaternKernel, MultitaskKernel, RBFKernel, ScaleKernel
+from gpytorch.kernels import MaternKernel, RBFKernel, ScaleKernel
 from gpytorch.priors import GammaPrior, LogNormalPrior
 
 import sgdgp
@@ -384,7 +384,7 @@ def test_bad_settings_are_refused_by_name_at_once(settings, error, words):
 
 def test_another_kind_of_model_is_refused():
     likelihood = gpytorch.likelihoods.GaussianLikelihood()
-    with pytest.raises(TypeError, match="model: expected a gpytorch.models.ExactGP"):
+    with pytest.raises(TypeError, match=r"model: expected a gpytorch\.models"):
         StochasticMarginalLogLikelihood(likelihood, torch.nn.Linear(1, 1))
 
 

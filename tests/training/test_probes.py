@@ -4,7 +4,6 @@ from gpytorch.kernels import MaternKernel, PiecewisePolynomialKernel, ScaleKerne
 
 from sgdgp.features import NoRandomFeatures
 from sgdgp.training import PathwiseProbes, StandardProbes
-from sgdgp.training.probes import default_probes
 from tests.training.problems import data
 
 N, COUNT = 10, 1500
@@ -44,7 +43,7 @@ def assert_second_moment(columns, truth):
 def test_pathwise_probes_have_the_systems_covariance_for_any_features(features):
     probes = drawn(PathwiseProbes(COUNT, num_features=features))
     assert probes.is_pathwise
-    # With few features a probe is far from normal; its covariance is right all the same.
+    # With few features a probe is far from normal, its covariance is right still.
     assert_second_moment(probes.rhs, system())
 
 
@@ -85,10 +84,9 @@ def test_a_seed_gives_its_probes_again_also_as_the_kernel_moves(kind):
     assert float((near - one).abs().max()) < 0.01
 
 
-def test_the_default_is_pathwise_where_the_kernel_has_features():
-    assert isinstance(default_probes(kernel()), PathwiseProbes)
+def test_a_kernel_without_random_features_has_standard_probes_only():
     without = PiecewisePolynomialKernel(q=2).double()
-    assert isinstance(default_probes(without), StandardProbes)
+    assert drawn(StandardProbes(2), function=without).rhs.shape == (N, 2)
     with pytest.raises(NoRandomFeatures):
         drawn(PathwiseProbes(2), function=without)
 

@@ -84,9 +84,7 @@ def test_a_fit_that_ended_nowhere_is_never_the_best():
 
 
 def test_a_budget_is_for_all_fits_together():
-    fitted = fit(
-        rbf_model(), steps=10**5, plateau=None, restarts=3, max_seconds=0.3
-    )
+    fitted = fit(rbf_model(), steps=10**5, plateau=None, restarts=3, max_seconds=0.3)
     assert fitted.reason == "budget"
     assert fitted.seconds < 3.0
 

@@ -1,4 +1,5 @@
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -127,5 +128,5 @@ def test_a_small_loss_is_no_divergence():
     found = run(rbf_model(), lr=0.4)
     go(found, 25)
     values = [entry.value for entry in found.history]
-    assert any(later < earlier for earlier, later in zip(values, values[1:], strict=False))
+    assert any(later < earlier for earlier, later in pairwise(values))
     assert found.recoveries == 0
