@@ -26,6 +26,7 @@ from sgdgp.posterior.safe_file import (
     write_file,
 )
 from sgdgp.training.history import FitEntry, FitReason
+from sgdgp.training.model_state import put_state
 from sgdgp.training.run import Run
 
 _KIND = FileKind("sgdgp.fit", 1, "checkpoint of a fit")
@@ -168,7 +169,7 @@ def _restore(
     reason = state["reason"]
     if reason not in get_args(FitReason):
         raise ValueError(f"unknown reason {reason!r}")
-    run.model.load_state_dict(parts["model"])
+    put_state(run.model, parts["model"])
     for name, value in parts["optimiser"].items():
         i, _, key = name.partition(".")
         parameter = run.parameters[int(i)]

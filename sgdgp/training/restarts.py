@@ -15,6 +15,7 @@ from sgdgp.gpytorch_adapter import Inputs
 from sgdgp.posterior.seeds import derived_generator
 from sgdgp.training.evidence import total_log_likelihood
 from sgdgp.training.history import Fitted
+from sgdgp.training.model_state import put_state, state_of
 
 _SPREAD = 1.0
 
@@ -44,21 +45,21 @@ def best_of(
     """
     if count == 1:
         return attempt(0, ())
-    start = _state(model)
+    start = state_of(model)
     runs: list[Fitted] = []
     values: list[float] = []
     states: list[dict[str, Tensor]] = []
     for i in range(count):
         if i:
-            model.load_state_dict(start)
+            put_state(model, start)
             scatter(model, derived_generator(seed, "restart", i))
         runs.append(attempt(i, runs))
-        states.append(_state(model))
+        states.append(state_of(model))
         values.append(_value(model, x, y, seed))
         if runs[-1].reason in ("interrupted", "budget"):
             break
     chosen = max(range(len(runs)), key=values.__getitem__)
-    model.load_state_dict(states[chosen])
+    put_state(model, states[chosen])
     return replace(
         runs[chosen],
         passes=sum(run.passes for run in runs),
@@ -76,10 +77,6 @@ def _value(model: ExactGP, x: Inputs, y: Tensor, seed: int) -> float:
     except (torch.linalg.LinAlgError, ValueError):
         return -math.inf
     return value if math.isfinite(value) else -math.inf
-
-
-def _state(model: torch.nn.Module) -> dict[str, Tensor]:
-    return {name: value.clone() for name, value in model.state_dict().items()}
 
 
 @torch.no_grad()

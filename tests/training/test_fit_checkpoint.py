@@ -1,4 +1,5 @@
 import os
+import shutil
 import signal
 import threading
 
@@ -52,6 +53,32 @@ def test_a_fit_that_was_stopped_goes_on_as_if_it_had_not(settings, tmp_path):
         assert found.parameters.keys() == wanted.parameters.keys()
     seconds = [entry.seconds for entry in fitted.history]
     assert seconds == sorted(seconds)
+
+
+@pytest.mark.parametrize("settings", KINDS.values(), ids=KINDS.keys())
+def test_what_a_killed_fit_had_written_is_gone_on_from(settings, tmp_path):
+    path, kept = tmp_path / "fit.sgdgp", tmp_path / "kept.sgdgp"
+
+    def callback(entry):
+        if entry.step == 4:  # what is on the disk if the process dies here
+            shutil.copy(path, kept)
+
+    whole, again = rbf_model(), rbf_model()
+    fit(whole, steps=STEPS, checkpoint=path, every=1e-9, callback=callback, **settings)
+    seen = []
+    fit(again, steps=STEPS, checkpoint=kept, callback=seen.append, **settings)
+    assert [entry.step for entry in seen] == list(range(5, STEPS))
+    assert_same(parameters(again), parameters(whole), rtol=1e-6, atol=1e-8)
+
+
+def test_a_new_preconditioner_changes_no_more_than_the_accuracy_of_a_solve(tmp_path):
+    settings = {"probes": StandardProbes(8), "solver": "cg", "steps": STEPS}
+    whole, model = rbf_model(300), rbf_model(300)
+    fit(whole, **settings)
+    path = tmp_path / "fit.sgdgp"
+    fit(rbf_model(300), checkpoint=path, callback=stop_after(4), **settings)
+    fit(model, checkpoint=path, **settings)
+    assert_same(parameters(model), parameters(whole), rtol=0.02, atol=0.02)
 
 
 class Fatal(Exception):
@@ -164,6 +191,35 @@ def test_a_fit_goes_back_to_where_it_was_sound_also_after_a_restart(tmp_path):
     fitted = fit(model, steps=5, checkpoint=path, optimiser=lambda p: Burst(p, lr=0.1))
     assert fitted.reason == "diverged"
     assert_same(parameters(model), parameters(rbf_model()), rtol=0.0, atol=0.0)
+
+
+class Slip(torch.optim.SGD):
+    """One of its steps, if it gets there, leads to NaN."""
+
+    left = 2
+
+    def step(self, closure=None):
+        super().step(closure)
+        self.left -= 1
+        if self.left == 0:
+            self.param_groups[0]["params"][0].data.fill_(float("nan"))
+
+
+def sound(learned):
+    optimiser = Slip(learned, lr=0.1)
+    optimiser.left = -1
+    return optimiser
+
+
+def test_a_learning_rate_that_was_halved_stays_so_after_a_restart(tmp_path):
+    path = tmp_path / "fit.sgdgp"
+    whole, model = rbf_model(), rbf_model()
+    slip = {"optimiser": lambda p: Slip(p, lr=0.1)}
+    fit(whole, steps=STEPS, **slip)
+    fit(rbf_model(), steps=STEPS, checkpoint=path, callback=stop_after(4), **slip)
+    fitted = fit(model, steps=STEPS, checkpoint=path, optimiser=sound)
+    assert "diverged 1 times" in fitted.warnings[0]
+    assert_same(parameters(model), parameters(whole), rtol=1e-6, atol=1e-8)
 
 
 def written(path):

@@ -14,7 +14,7 @@ from tests.training.problems import Model, data, gradients, true_gradients
 SEVERAL_OUTPUTS = {"multitask", "lcm", "rbf_grad", "matern52_grad", "polynomial_grad"}
 SINGLE_OUTPUT = sorted(set(CASES) - SEVERAL_OUTPUTS)
 N = 500
-BATCHES = 10
+BATCHES = 8
 
 
 def estimates(model, x, y, probes):
@@ -37,15 +37,15 @@ def estimates(model, x, y, probes):
 
 
 def assert_agree(found, truth):
-    """Means agree within 4.5 standard errors, and some of those are small."""
+    """Means agree within five standard errors, and some of those are small."""
     scale = max(float(g.abs().max()) for g in truth.values())
     errors = []
     for name, batches in found.items():
         error = batches.std(0) / BATCHES**0.5
         difference = (batches.mean(0) - truth[name]).abs()
-        assert bool((difference <= 4.5 * error + 1e-7 * scale).all()), name
+        assert bool((difference <= 5.0 * error + 1e-7 * scale).all()), name
         errors += [float(e) for e in error.flatten() if e > 0]
-    assert min(errors) <= 0.02 * scale
+    assert min(errors) <= 0.03 * scale
 
 
 def model_of(name):
