@@ -55,7 +55,7 @@ def check_solver_name(solver: Solver | str) -> None:
     Raises:
         ValueError: Unknown name.
     """
-    if isinstance(solver, str) and solver != "auto" and solver not in SOLVERS:
+    if not isinstance(solver, Solver) and solver not in ("auto", *SOLVERS):
         raise ValueError(
             f"solver: expected a Solver, 'auto' or one of {sorted(SOLVERS)}, found "
             f"{solver!r}"
