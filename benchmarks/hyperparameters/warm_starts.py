@@ -1,6 +1,7 @@
 """What warm starts and pathwise probes save, in passes over the kernel matrix.
 
     python -m benchmarks.hyperparameters.warm_starts --datasets pol bike --rows 3000
+    python -m benchmarks.hyperparameters.warm_starts --show STORED.json ...
 
 Every scheme makes the same number of Adam steps from GPyTorch's default parameters on
 the same rows; what it has learnt is judged by the exact log marginal likelihood, in
@@ -164,6 +165,7 @@ def parser() -> argparse.ArgumentParser:
     add("--probes", type=int, default=32)
     add("--solvers", nargs="+", choices=tuple(SOLVERS), default=list(SOLVERS))
     add("--results", type=Path, help="JSON file to write")
+    add("--show", nargs="+", type=Path, help="only the table of stored results")
     return result
 
 
@@ -171,6 +173,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run all fits and print the table."""
     options = parser().parse_args(arguments)
     results: list[dict[str, Any]] = []
+    if options.show:
+        for path in options.show:
+            results += json.loads(path.read_text())["results"]
+        print(table(results))
+        return 0
     for dataset in options.datasets:
         split = load_split(dataset, 0, dtype=torch.float32)
         order = torch.randperm(len(split.x), generator=torch.Generator().manual_seed(0))
