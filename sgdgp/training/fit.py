@@ -230,8 +230,8 @@ def _warnings(run: Run, reason: FitReason) -> tuple[str, ...]:
         )
     elif run.recoveries:
         found.append(
-            f"The fit diverged {run.recoveries} times and went on from the last good "
-            "parameters with half the learning rate."
+            "The fit diverged and went on from the last good parameters with half the "
+            f"learning rate; number of times: {run.recoveries}."
         )
     if run.problem is not None:
         found.append(run.problem)
