@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
-from sgdgp.solvers.base import Callback, Progress, Solution, Solver
+from sgdgp.solvers.base import Solution, Solver
 
 _LEAST_PASSES = 1.0
 _LEAST_SECONDS = 1e-3
@@ -44,22 +44,3 @@ def continued(before: Solution, solution: Solution) -> Solution:
         seconds=before.seconds + solution.seconds,
         history=(*before.history, *later),
     )
-
-
-def told_of(
-    passes: float, seconds: float, callback: Callback | None
-) -> Callback | None:
-    """The callback, told of the passes and seconds of earlier work too."""
-    if callback is None:
-        return None
-
-    def moved(progress: Progress) -> bool | None:
-        return callback(
-            replace(
-                progress,
-                passes=passes + progress.passes,
-                seconds=seconds + progress.seconds,
-            )
-        )
-
-    return moved

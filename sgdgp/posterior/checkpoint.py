@@ -11,18 +11,16 @@ import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
-from sgdgp.checks import check_positive
 from sgdgp.posterior.accounts import continued, with_what_is_left
 from sgdgp.posterior.checkpoint_file import (
     CheckpointError,
     Saved,
-    check_place,
+    checked_place,
     read,
     write,
 )
@@ -47,17 +45,10 @@ class Checkpoint:
     """
 
     def __init__(self, path: str | os.PathLike[str], every: int | float) -> None:
-        if not isinstance(path, str | os.PathLike):
-            raise TypeError(f"checkpoint: expected a path, found {path!r}")
-        if not isinstance(every, int | float) or isinstance(every, bool):
-            raise TypeError(f"every: expected seconds, found {every!r}")
-        check_positive("every", float(every))
-        # Neither a change of directory nor a link may lead a later write astray.
-        self.path = Path(path).resolve()
+        self.path = checked_place(path, every)
         self._every = every
         self._components: Mapping[str, str] = {}
         self._saved: Saved | None = None
-        check_place(self.path)
 
     def open(self, components: Mapping[str, str]) -> None:
         """Read the file, if there is one.

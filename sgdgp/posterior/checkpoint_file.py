@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from torch import Tensor
 
+from sgdgp.checks import check_positive
 from sgdgp.posterior.safe_file import (
     FileKind,
     UnusableFileError,
@@ -49,16 +51,26 @@ class Saved:
     probe: Mapping[str, Tensor] = field(repr=False)
 
 
-def check_place(path: Path) -> None:
-    """Refuse a path where no file can be written, by writing one beside it.
+def checked_place(path: str | os.PathLike[str], every: int | float) -> Path:
+    """Where a checkpoint goes, if one can be written there every so many seconds.
 
     Raises:
         CheckpointError: A directory, or in one that is missing or not writable.
+        TypeError: ``path`` is no path or ``every`` no number.
+        ValueError: ``every`` is not positive and finite.
     """
+    if not isinstance(path, str | os.PathLike):
+        raise TypeError(f"checkpoint: expected a path, found {path!r}")
+    if not isinstance(every, int | float) or isinstance(every, bool):
+        raise TypeError(f"every: expected seconds, found {every!r}")
+    check_positive("every", float(every))
+    # Neither a change of directory nor a link may lead a later write astray.
+    place = Path(path).resolve()
     try:
-        check_place_of(path)
+        check_place_of(place)
     except UnusableFileError as error:
         raise CheckpointError(f"checkpoint: {error}") from error
+    return place
 
 
 def write(path: Path, saved: Saved) -> None:

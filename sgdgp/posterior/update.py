@@ -18,7 +18,7 @@ from torch import Tensor
 from sgdgp.checks import check_finite, check_matrix, check_same
 from sgdgp.gpytorch_adapter import has_fixed_noise
 from sgdgp.operators.choose import operator_by_name
-from sgdgp.posterior.accounts import continued, told_of, with_what_is_left
+from sgdgp.posterior.accounts import continued, with_what_is_left
 from sgdgp.posterior.functions import Points
 from sgdgp.posterior.local_correction import LocalCorrection
 from sgdgp.posterior.pathwise import PathwisePosterior
@@ -26,7 +26,7 @@ from sgdgp.posterior.problem import Problem, right_hand_sides, sample_targets
 from sgdgp.posterior.progress import progress_bar
 from sgdgp.posterior.seeds import derived_generator
 from sgdgp.solvers.auto import DIRECT_ROWS, Auto
-from sgdgp.solvers.base import Callback, Solution, Solver
+from sgdgp.solvers.base import Callback, Solution, Solver, told_of
 from sgdgp.solvers.cholesky import Cholesky
 from sgdgp.solvers.choose import choose_solver
 

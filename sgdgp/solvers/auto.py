@@ -21,10 +21,10 @@ from sgdgp.operators.memory import resolve_budget
 from sgdgp.solvers.base import (
     Callback,
     HistoryEntry,
-    Progress,
     Solution,
     Solver,
     check_limits,
+    told_of,
 )
 from sgdgp.solvers.cholesky import Cholesky
 from sgdgp.solvers.conjugate_gradients import CG
@@ -185,7 +185,7 @@ class Auto(Solver):
                     initial=_carried(done, initial),
                     noise_draws=noise_draws,
                     generator=generator,
-                    callback=_shifted(callback, passes, seconds),
+                    callback=told_of(passes, seconds, callback),
                 )
             except RuntimeError:
                 if not done:  # nothing to fall back on
@@ -221,25 +221,6 @@ class Auto(Solver):
 
 def _carried(done: Sequence[Solution], initial: Tensor | None) -> Tensor | None:
     return done[-1].weights if done else initial
-
-
-def _shifted(
-    callback: Callback | None, passes: float, seconds: float
-) -> Callback | None:
-    """The callback, told of the passes and seconds of all stages."""
-    if callback is None or not passes:
-        return callback
-
-    def moved(progress: Progress) -> bool | None:
-        return callback(
-            replace(
-                progress,
-                passes=passes + progress.passes,
-                seconds=seconds + progress.seconds,
-            )
-        )
-
-    return moved
 
 
 def _merged(done: Sequence[Solution], tolerance: float) -> Solution:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -45,6 +45,25 @@ class Progress:
 
 Callback: TypeAlias = Callable[[Progress], bool | None]
 """Called as the solve advances; returning True stops it ("interrupted")."""
+
+
+def told_of(
+    passes: float, seconds: float, callback: Callback | None
+) -> Callback | None:
+    """The callback, told of the passes and seconds of earlier work too."""
+    if callback is None:
+        return None
+
+    def moved(progress: Progress) -> bool | None:
+        return callback(
+            replace(
+                progress,
+                passes=passes + progress.passes,
+                seconds=seconds + progress.seconds,
+            )
+        )
+
+    return moved
 
 
 @dataclass(frozen=True)

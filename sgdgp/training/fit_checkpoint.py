@@ -5,15 +5,13 @@ from __future__ import annotations
 import os
 import time
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
-from sgdgp.checks import check_positive
 from sgdgp.gpytorch_adapter import Inputs
-from sgdgp.posterior.checkpoint_file import CheckpointError, check_place
+from sgdgp.posterior.checkpoint_file import CheckpointError, checked_place
 from sgdgp.posterior.fingerprint import (
     differing_components,
     digest,
@@ -46,16 +44,10 @@ class FitCheckpoint:
     """
 
     def __init__(self, path: str | os.PathLike[str], every: int | float) -> None:
-        if not isinstance(path, str | os.PathLike):
-            raise TypeError(f"checkpoint: expected a path, found {path!r}")
-        if not isinstance(every, int | float) or isinstance(every, bool):
-            raise TypeError(f"every: expected seconds, found {every!r}")
-        check_positive("every", float(every))
-        self.path = Path(path).resolve()
+        self.path = checked_place(path, every)
         self._every = every
         self._next = time.monotonic() + every
         self._components: dict[str, str] = {}
-        check_place(self.path)
 
     def open(self, run: Run, x: Inputs, y: Tensor) -> FitReason | None:
         """Put a run where the file says it was.
