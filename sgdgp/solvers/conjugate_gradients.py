@@ -40,6 +40,7 @@ from sgdgp.solvers.base import (
     Solver,
     check_limits,
 )
+from sgdgp.solvers.block_recurrence import BlockRecurrence
 from sgdgp.solvers.preconditioners import Inverse, Preconditioner
 from sgdgp.solvers.system import (
     System,
@@ -110,16 +111,23 @@ class CG(Solver):
         ):
             inverse = self.preconditioner.prepare(system, generator)
             passes += inverse.passes
-        run = _Recurrence(system, best, residual, inverse, norms > self.tolerance)
+        run = BlockRecurrence(
+            system.product, best, residual, inverse, norms > self.tolerance
+        )
 
         stalled = 0
         while reason is None:
-            before = run.energy_gained()
+            before = run.energy_gained(system.rhs)
             for _ in range(_REPLACE_EVERY):
                 run.step()
                 passes += 1.0
-                run.release(self.tolerance)
-                if record(passes, run.norms, exact=False, weights=run.scaled_weights):
+                run.release(run.norms > self.tolerance)
+                if record(
+                    passes,
+                    run.norms,
+                    exact=False,
+                    weights=lambda: run.weights * system.scale,
+                ):
                     reason = "interrupted"
                 if (
                     reason
@@ -130,9 +138,10 @@ class CG(Solver):
                     break
             # The residual may rise for hundreds of iterations while the error in the
             # norm of H still falls: only the energy tells whether CG stands still.
-            gained = run.energy_gained() - before
-            moves = bool((gained > _STALLED_GAIN * run.energy_gained().abs()).any())
-            passes += run.replace_residual(norms > self.tolerance)
+            gained = run.energy_gained(system.rhs) - before
+            total = run.energy_gained(system.rhs).abs()
+            moves = bool((gained > _STALLED_GAIN * total).any())
+            passes += _replace_residual(run, system, norms > self.tolerance)
             better = run.norms < norms
             best[:, better] = run.weights[:, better]
             norms = torch.where(better, run.norms, norms)
@@ -146,7 +155,7 @@ class CG(Solver):
             elif stalled >= _STALLED_CHECKS:
                 reason = reason or "stagnated"
             if reason is None:
-                passes += run.readmit(norms > self.tolerance, best)
+                passes += _readmit(run, system, norms > self.tolerance, best)
         return Solution(
             solver=self.name,
             operator=operator.name,
@@ -164,127 +173,40 @@ class CG(Solver):
         )
 
 
-class _Recurrence:
-    """The block recurrence of the columns still active.
+def _replace_residual(run: BlockRecurrence, system: System, unsolved: Tensor) -> float:
+    """Put true residuals in the recursion's place; the passes that took.
 
-    Attributes:
-        weights: V (n, k), all columns.
-        norms: Relative residuals (k,), recursive or true.
+    Args:
+        run: The recurrence.
+        system: Its system.
+        unsolved: Mask of the columns to do it for (k,).
     """
+    columns = unsolved.nonzero()[:, 0]
+    weights = run.weights[:, columns]
+    residual, passes = _true_residual(
+        system.columns(columns), weights, run.norms[columns]
+    )
+    run.adopt(columns, residual)
+    return passes
 
-    def __init__(
-        self,
-        system: System,
-        weights: Tensor,
-        residual: Tensor,
-        inverse: Inverse | None,
-        active: Tensor,
-    ) -> None:
-        self.weights = weights.clone()
-        self.norms = residual.norm(dim=0)
-        self._system = system
-        self._residual = residual
-        self._inverse = inverse
-        self._columns = active.nonzero()[:, 0]
-        eps = torch.finfo(weights.dtype).eps
-        self._dependent = 16.0 * eps
-        self._directions = self._preconditioned()
-        self._last: tuple[Tensor, Tensor] | None = None
 
-    @property
-    def is_done(self) -> bool:
-        """Whether every column claims to be done."""
-        return len(self._columns) == 0
+def _readmit(
+    run: BlockRecurrence, system: System, unsolved: Tensor, best: Tensor
+) -> float:
+    """Go on with the unsolved columns; the passes that took.
 
-    def scaled_weights(self) -> Tensor:
-        """The weights in the scale of the caller."""
-        return self.weights * self._system.scale
-
-    def _preconditioned(self) -> Tensor:
-        active = self._residual[:, self._columns]
-        return active if self._inverse is None else self._inverse(active)
-
-    def step(self) -> None:
-        """One iteration: one product for all active columns."""
-        directions = self._directions
-        images = self._system.product(directions)
-        # H-orthonormal directions: M = D^T H D, scaled to unit diagonal, inverted on
-        # the part that rounding leaves of its spectrum.
-        curvature = (directions.mT @ images).double()
-        diagonal = curvature.diagonal().clamp_min(0.0)
-        # A direction lost to overflow or rounding must not spoil the others, but
-        # without it the recurrence has to start anew.
-        finite = torch.isfinite(diagonal)
-        usable = finite & (diagonal > torch.finfo(directions.dtype).tiny)
-        directions, images = directions[:, usable], images[:, usable]
-        scale = diagonal[usable].rsqrt()
-        curvature = curvature[usable][:, usable]
-        curvature = torch.nan_to_num(0.5 * (curvature + curvature.mT), 0.0, 0.0, 0.0)
-        correlation = scale.unsqueeze(1) * curvature * scale
-        values, vectors = torch.linalg.eigh(correlation)
-        kept = values > self._dependent * max(1, len(values))
-        turn = (scale.unsqueeze(1) * vectors[:, kept] / values[kept].sqrt()).to(
-            directions.dtype
-        )
-        directions, images = directions @ turn, images @ turn
-        self._last = (directions, images) if bool(finite.all()) else None
-        step = directions.mT @ self._residual[:, self._columns]
-        self.weights[:, self._columns] += directions @ step
-        self._residual[:, self._columns] -= images @ step
-        self.norms[self._columns] = self._residual[:, self._columns].norm(dim=0)
-        self._turn()
-
-    def _turn(self) -> None:
-        """The next directions, conjugate to the last ones."""
-        self._directions = self._preconditioned()
-        if self._last is not None:
-            directions, images = self._last
-            overlap = images.mT @ self._directions
-            self._directions = self._directions.addmm(directions, overlap, alpha=-1.0)
-
-    def release(self, tolerance: float) -> None:
-        """Columns that claim the tolerance, or are lost to rounding, leave."""
-        claimed = self.norms[self._columns]
-        stay = (claimed > tolerance) & torch.isfinite(claimed)
-        if not bool(stay.all()):
-            self._columns = self._columns[stay]
-            self._directions = self._directions[:, stay]
-
-    def replace_residual(self, unsolved: Tensor) -> float:
-        """Put true residuals in the recursion's place; the passes that took.
-
-        Args:
-            unsolved: Mask of the columns to do it for (k,).
-        """
-        columns = unsolved.nonzero()[:, 0]
-        system, weights = self._system.columns(columns), self.weights[:, columns]
-        residual, passes = _true_residual(system, weights, self.norms[columns])
-        self._residual[:, columns] = residual
-        norms = residual.norm(dim=0)
-        self.norms[columns] = torch.where(torch.isfinite(norms), norms, torch.inf)
-        return passes
-
-    def readmit(self, unsolved: Tensor, best: Tensor) -> float:
-        """Go on with the unsolved columns; the passes that took.
-
-        The directions are kept: to restart them would throw away the conjugacy that
-        ill-conditioned systems need. Columns lost to rounding start anew from the best
-        weights.
-        """
-        self._columns = unsolved.nonzero()[:, 0]
-        passes = 0.0
-        lost = unsolved & ~torch.isfinite(self.norms)
-        if bool(lost.any()):
-            self.weights[:, lost] = best[:, lost]
-            passes = self.replace_residual(lost)
-            self._last = None
-        if not self.is_done:
-            self._turn()
-        return passes
-
-    def energy_gained(self) -> Tensor:
-        """v^T (b + r) = -2 (1/2 v^T H v - v^T b): what CG increases, per column."""
-        return (self.weights * (self._system.rhs + self._residual)).sum(0)
+    The directions are kept: to restart them would throw away the conjugacy that
+    ill-conditioned systems need. Columns lost to rounding start anew from the best
+    weights.
+    """
+    passes = 0.0
+    lost = unsolved & ~torch.isfinite(run.norms)
+    if bool(lost.any()):
+        run.weights[:, lost] = best[:, lost]
+        passes = _replace_residual(run, system, lost)
+        run.forget()
+    run.resume(unsolved)
+    return passes
 
 
 def _true_residual(
