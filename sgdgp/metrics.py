@@ -1,8 +1,10 @@
-"""How good a Gaussian prediction is: error, density, coverage, calibration, CRPS.
+"""How good predictions are: of Gaussian targets, and of classes.
 
-Every function takes one prediction per point, the Gaussian N(mean_i, variance_i) of
-the *observed* target: add the noise variance to the variance of the function first.
-All sums are taken in float64, and every result is a Python float.
+Scores of Gaussian predictions take one N(mean_i, variance_i) per point, of the
+*observed* target: add the noise variance to the variance of the function first.
+Scores of class predictions (``sgdgp.class_metrics``) take probabilities (n, C) and
+class indices (n,).
+All sums are taken in float64, and every score is a Python float.
 """
 
 from __future__ import annotations
@@ -15,6 +17,31 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sgdgp.checks import check_finite
+from sgdgp.class_metrics import (
+    Reliability,
+    accuracy,
+    auroc,
+    brier_score,
+    expected_calibration_error,
+    negative_log_likelihood,
+    reliability_diagram,
+)
+
+__all__ = [
+    "CALIBRATION_LEVELS",
+    "Reliability",
+    "accuracy",
+    "auroc",
+    "brier_score",
+    "calibration_error",
+    "crps",
+    "expected_calibration_error",
+    "interval_coverage",
+    "negative_log_likelihood",
+    "negative_log_predictive_density",
+    "reliability_diagram",
+    "rmse",
+]
 
 CALIBRATION_LEVELS: tuple[float, ...] = tuple(i / 20 for i in range(1, 20))
 """Nominal levels of ``calibration_error``: 0.05, 0.10, ..., 0.95."""

@@ -1,4 +1,4 @@
-"""Metrics against closed forms, numerical integrals and torch.distributions."""
+"""Metrics against closed forms, integrals, torch.distributions and scikit-learn."""
 
 from __future__ import annotations
 
@@ -236,3 +236,146 @@ def test_levels_that_are_not_probabilities_are_refused(level: float):
         metrics.calibration_error(*arguments, levels=[0.5, level])
     with pytest.raises(ValueError, match=r"levels: .*found none"):
         metrics.calibration_error(*arguments, levels=[])
+
+
+def class_predictions(
+    n: int = 500, classes: int = 4, seed: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Probabilities (n, C) and classes drawn from flatter ones."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = 2 * torch.randn(n, classes, generator=generator, dtype=torch.float64)
+    drawn = torch.multinomial((logits / 2).softmax(1), 1, generator=generator)
+    return logits.softmax(1), drawn.squeeze(1)
+
+
+def test_class_scores_agree_with_scikit_learn():
+    sklearn = pytest.importorskip("sklearn.metrics")
+    p, y = class_predictions()
+    assert metrics.negative_log_likelihood(p, y) == pytest.approx(
+        sklearn.log_loss(y, p), rel=1e-9
+    )
+    assert metrics.accuracy(p, y) == pytest.approx(
+        sklearn.accuracy_score(y, p.argmax(1)), rel=1e-12
+    )
+    one_hot = torch.nn.functional.one_hot(y, 4)
+    assert metrics.brier_score(p, y) == pytest.approx(
+        4 * sklearn.mean_squared_error(one_hot, p), rel=1e-9
+    )
+
+
+@given(
+    inside=st.lists(st.integers(0, 6), min_size=1, max_size=30),
+    outside=st.lists(st.integers(0, 6), min_size=1, max_size=30),
+)
+def test_auroc_with_ties_agrees_with_scikit_learn(inside, outside):
+    sklearn = pytest.importorskip("sklearn.metrics")
+    label = [0] * len(inside) + [1] * len(outside)
+    expected = sklearn.roc_auc_score(label, inside + outside)
+    found = metrics.auroc(torch.tensor(inside).double(), torch.tensor(outside).double())
+    assert found == pytest.approx(expected, abs=1e-12)
+
+
+def test_auroc_of_separated_scores_is_one_and_of_equal_ones_a_half():
+    low, high = torch.zeros(3), torch.ones(5)
+    assert metrics.auroc(low, high) == 1.0
+    assert metrics.auroc(high, low) == 0.0
+    assert metrics.auroc(low, low) == 0.5
+    assert metrics.auroc(low, torch.full((2,), math.inf)) == 1.0
+
+
+def test_calibration_gap_of_classes_agrees_with_a_loop_over_bins():
+    p, y = class_predictions()
+    confidence, predicted = p.max(1)
+    expected = 0.0
+    for low in range(15):
+        inside = (confidence > low / 15) & (confidence <= (low + 1) / 15)
+        if inside.any():
+            right = (predicted == y)[inside].double().mean()
+            gap = (right - confidence[inside].mean()).abs()
+            expected += float(gap * inside.double().mean())
+    found = metrics.expected_calibration_error(p, y)
+    assert found == pytest.approx(expected, abs=1e-12)
+    diagram = metrics.reliability_diagram(p, y)
+    assert diagram.error == found
+    assert int(diagram.counts.sum()) == len(y)
+
+
+def test_calibration_gap_of_known_predictions_is_known():
+    """All say 0.8, six of ten are right."""
+    p = torch.tensor([[0.8, 0.2]]).expand(10, 2)
+    y = torch.tensor([0] * 6 + [1] * 4)
+    assert metrics.expected_calibration_error(p, y) == pytest.approx(0.2, abs=1e-7)
+    one = metrics.reliability_diagram(torch.eye(2), torch.tensor([0, 1]))
+    assert int(one.counts[-1]) == 2
+    assert one.error == 0.0
+
+
+def test_a_sure_and_wrong_prediction_costs_what_the_definitions_say():
+    p, y = torch.eye(2), torch.tensor([1, 0])
+    assert metrics.negative_log_likelihood(p, y) == math.inf
+    assert metrics.brier_score(p, y) == 2.0
+    assert metrics.expected_calibration_error(p, y) == 1.0
+    assert metrics.accuracy(p, y) == 0.0
+
+
+def test_the_true_probabilities_score_best_on_average():
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(1, 3, generator=generator, dtype=torch.float64)
+    truth = logits.softmax(1)
+    counts = (truth * 10_000).round().long().flatten()
+    y = torch.arange(3).repeat_interleave(counts)
+    for score in (metrics.negative_log_likelihood, metrics.brier_score):
+        best = score(truth.expand(len(y), 3), y)
+        for temperature in (0.8, 1.25):
+            other = (logits / temperature).softmax(1).expand(len(y), 3)
+            assert score(other, y) > best
+
+
+CLASS_METRICS = [
+    metrics.negative_log_likelihood,
+    metrics.accuracy,
+    metrics.brier_score,
+    metrics.expected_calibration_error,
+]
+
+
+@pytest.mark.parametrize("metric", CLASS_METRICS)
+def test_class_scores_of_float32_are_summed_in_float64(metric):
+    p, y = class_predictions(20_000)
+    found = metric(p.float(), y)
+    assert isinstance(found, float)
+    assert found == pytest.approx(metric(p, y), abs=1e-6)
+
+
+@pytest.mark.parametrize("metric", CLASS_METRICS)
+def test_what_is_no_class_prediction_is_refused(metric):
+    p, y = class_predictions(10)
+    with pytest.raises(TypeError, match=r"probabilities: .* found torch\.int64"):
+        metric(p.long(), y)
+    with pytest.raises(TypeError, match=r"y: .* integers, found torch\.float64"):
+        metric(p, y.double())
+    with pytest.raises(ValueError, match=r"y: expected shape \(10,\), found \(9,\)"):
+        metric(p, y[:9])
+    with pytest.raises(ValueError, match=r"y: .* from 0 to 3, found 4"):
+        metric(p, torch.full_like(y, 4))
+    with pytest.raises(ValueError, match=r"y: .* from 0 to 3, found -100"):
+        metric(p, torch.full_like(y, -100))
+    with pytest.raises(ValueError, match="apply softmax"):
+        metric(p.log(), y)
+    with pytest.raises(ValueError, match=r"probabilities: .* found \(0, 4\)"):
+        metric(p[:0], y[:0])
+
+
+def test_scores_that_cannot_be_ranked_are_refused():
+    good = torch.zeros(3)
+    with pytest.raises(ValueError, match="outside: expected scores, found NaN"):
+        metrics.auroc(good, torch.tensor([math.nan]))
+    with pytest.raises(ValueError, match=r"inside: .* found \(0,\)"):
+        metrics.auroc(good[:0], good)
+    with pytest.raises(TypeError, match=r"outside: .* found torch\.int64"):
+        metrics.auroc(good, good.long())
+
+
+def test_a_diagram_without_bins_is_refused():
+    with pytest.raises(ValueError, match="bins: expected at least 1, found 0"):
+        metrics.reliability_diagram(*class_predictions(10), bins=0)

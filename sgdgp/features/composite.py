@@ -33,18 +33,18 @@ class ScaledFeatures(FeatureMap):
         self.num_features = base.num_features
         self.exact = base.exact
 
-    def features(self, x: Float[Tensor, "n d"]) -> Float[Tensor, "n M"]:
+    def features(self, x: Float[Tensor, "n d"]) -> Float[Tensor, "r M"]:
         """The scaled features."""
         return self.base.features(x) * math.sqrt(self.variance)
 
     def forward(
         self, x: Float[Tensor, "n d"], w: Float[Tensor, "M s"]
-    ) -> Float[Tensor, "n s"]:
+    ) -> Float[Tensor, "r s"]:
         """sqrt(v) phi(x) w."""
         return self.base.forward(x, w) * math.sqrt(self.variance)
 
     def adjoint(
-        self, x: Float[Tensor, "n d"], v: Float[Tensor, "n s"]
+        self, x: Float[Tensor, "n d"], v: Float[Tensor, "r s"]
     ) -> Float[Tensor, "M s"]:
         """sqrt(v) phi(x)^T v."""
         return self.base.adjoint(x, v) * math.sqrt(self.variance)
@@ -64,18 +64,18 @@ class RestrictedFeatures(FeatureMap):
         self.num_features = base.num_features
         self.exact = base.exact
 
-    def features(self, x: Float[Tensor, "n d"]) -> Float[Tensor, "n M"]:
+    def features(self, x: Float[Tensor, "n d"]) -> Float[Tensor, "r M"]:
         """The features of the selected columns."""
         return self.base.features(x.index_select(1, self.dims))
 
     def forward(
         self, x: Float[Tensor, "n d"], w: Float[Tensor, "M s"]
-    ) -> Float[Tensor, "n s"]:
+    ) -> Float[Tensor, "r s"]:
         """phi(x[:, dims]) w."""
         return self.base.forward(x.index_select(1, self.dims), w)
 
     def adjoint(
-        self, x: Float[Tensor, "n d"], v: Float[Tensor, "n s"]
+        self, x: Float[Tensor, "n d"], v: Float[Tensor, "r s"]
     ) -> Float[Tensor, "M s"]:
         """phi(x[:, dims])^T v."""
         return self.base.adjoint(x.index_select(1, self.dims), v)
@@ -94,13 +94,13 @@ class SumFeatures(FeatureMap):
         self.num_features = sum(self.sizes)
         self.exact = all(part.exact for part in self.parts)
 
-    def features(self, x: Float[Tensor, "n d"]) -> Float[Tensor, "n M"]:
+    def features(self, x: Float[Tensor, "n d"]) -> Float[Tensor, "r M"]:
         """The features of all parts side by side."""
         return torch.cat([part.features(x) for part in self.parts], 1)
 
     def forward(
         self, x: Float[Tensor, "n d"], w: Float[Tensor, "M s"]
-    ) -> Float[Tensor, "n s"]:
+    ) -> Float[Tensor, "r s"]:
         """The sum of phi_i(x) w_i over the parts."""
         check_product("w", w, self.num_features)
         first, *rest = (
@@ -110,7 +110,7 @@ class SumFeatures(FeatureMap):
         return sum(rest, start=first)
 
     def adjoint(
-        self, x: Float[Tensor, "n d"], v: Float[Tensor, "n s"]
+        self, x: Float[Tensor, "n d"], v: Float[Tensor, "r s"]
     ) -> Float[Tensor, "M s"]:
         """phi_i(x)^T v of all parts, one below the other."""
         return torch.cat([part.adjoint(x, v) for part in self.parts])

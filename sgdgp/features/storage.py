@@ -3,12 +3,15 @@
 A map is stored by a name from a table and by the arguments of its constructor, which
 every map here keeps as attributes of the same names. Classes are never looked up by
 what a file says, only in the table.
+
+An exact map that is not in the table, such as that of a network's tangent kernel, is
+not in the file: on loading it is made anew from the kernel, which is given then.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,6 +25,7 @@ from sgdgp.features.composite import (
     SumFeatures,
     TensorFeatures,
 )
+from sgdgp.features.dispatch import random_features
 from sgdgp.features.exact_draws import ExactDraws
 from sgdgp.features.finite import (
     ConstantFeatures,
@@ -30,6 +34,7 @@ from sgdgp.features.finite import (
 )
 from sgdgp.features.fourier import FourierFeatures
 from sgdgp.features.index import IndexFeatures, TaskFeatures
+from sgdgp.features.pairs import PairFeatures
 from sgdgp.features.prior_draws import DrawGroup, PriorDraws
 
 
@@ -44,6 +49,7 @@ _STORED: dict[str, type[FeatureMap]] = {
         FourierFeatures,
         IndexFeatures,
         LinearFeatures,
+        PairFeatures,
         PolynomialFeatures,
         RestrictedFeatures,
         ScaledFeatures,
@@ -72,8 +78,12 @@ def register_stored_features(cls: type[FeatureMap]) -> type[FeatureMap]:
     return cls
 
 
+Path = tuple[str | int, ...]
+"""Names of arguments and positions in sequences that lead to a part of a map."""
+
+
 def state_of_features(
-    features: FeatureMap, name: str, tensors: dict[str, Tensor]
+    features: FeatureMap, name: str, tensors: dict[str, Tensor], path: Path = ()
 ) -> dict[str, Any]:
     """What JSON needs to know of a map; its tensors are put into ``tensors``.
 
@@ -81,32 +91,51 @@ def state_of_features(
         features: The map.
         name: Prefix of the names of its tensors.
         tensors: Where they go.
+        path: Where the map is in that of the kernel.
 
     Raises:
-        NotStorableError: The map, or a part of it, is of an unregistered class.
+        NotStorableError: The map, or a part of it, is of an unregistered class and not
+            exact.
     """
     cls = type(features)
     if _STORED.get(cls.__name__) is not cls:
+        if features.exact:
+            return {"of_kernel": list(path)}
         raise NotStorableError(
             f"{cls.__name__} cannot be stored: register the class with "
             "sgdgp.features.storage.register_stored_features"
         )
     arguments = {
-        argument: _state(getattr(features, argument), f"{name}.{argument}", tensors)
+        argument: _state(
+            getattr(features, argument),
+            f"{name}.{argument}",
+            tensors,
+            (*path, argument),
+        )
         for argument in inspect.signature(cls).parameters
     }
     return {"map": cls.__name__, "arguments": arguments}
 
 
 def features_from(
-    state: Mapping[str, Any], tensors: Mapping[str, Tensor]
+    state: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    of_kernel: Callable[[], FeatureMap] | None = None,
 ) -> FeatureMap:
     """The map behind ``state_of_features``.
 
+    Args:
+        state: What was returned.
+        tensors: What was put there.
+        of_kernel: Makes a map of the kernel, for parts that are not in the file.
+
     Raises:
-        ValueError: The map is of a class that is not registered in this process.
+        ValueError: The map is of a class that is not registered in this process, or
+            the kernel has another one.
         KeyError: A tensor is missing.
     """
+    if "of_kernel" in state:
+        return _part_of(of_kernel, state["of_kernel"])
     cls = _STORED.get(state["map"])
     if cls is None:
         raise ValueError(
@@ -114,7 +143,8 @@ def features_from(
             "import what calls register_stored_features for them first"
         )
     arguments = {
-        name: _restored(value, tensors) for name, value in state["arguments"].items()
+        name: _restored(value, tensors, of_kernel)
+        for name, value in state["arguments"].items()
     }
     return cls(**arguments)
 
@@ -172,8 +202,21 @@ def draws_from(
         return _exact_draws(state, tensors, kernel, like)
     if state["draws"] != "features":
         raise ValueError(f"unknown prior draws {state['draws']!r}")
+
+    def of_kernel() -> FeatureMap:
+        return random_features(
+            kernel,
+            dim=int(state["dim"]),
+            num_features=2,
+            generator=torch.Generator(),
+            dtype=like.dtype,
+            device=like.device,
+        )
+
     groups = tuple(
-        DrawGroup(features_from(group, tensors), tensors[f"{name}.{i}.weights"])
+        DrawGroup(
+            features_from(group, tensors, of_kernel), tensors[f"{name}.{i}.weights"]
+        )
         for i, group in enumerate(state["groups"])
     )
     return PriorDraws(groups, int(state["dim"]), like.dtype, like.device)
@@ -203,14 +246,36 @@ def _exact_draws(
     return draws
 
 
-def _state(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
+def _part_of(
+    of_kernel: Callable[[], FeatureMap] | None, path: Sequence[str | int]
+) -> FeatureMap:
+    """The part of the kernel's map that a path leads to."""
+    if of_kernel is None:
+        raise ValueError("it holds features of a kernel, which is not known here")
+    found: Any = of_kernel()
+    for step in path:
+        if isinstance(found, FeatureMap):
+            known = step in inspect.signature(type(found)).parameters
+            found = getattr(found, str(step)) if known else None
+        else:
+            known = isinstance(found, tuple | list) and step in range(len(found))
+            found = found[step] if known else None
+    if not isinstance(found, FeatureMap) or not found.exact:
+        raise ValueError("it holds features of a kernel, and the kernel has others")
+    return found
+
+
+def _state(value: Any, name: str, tensors: dict[str, Tensor], path: Path) -> Any:
     if isinstance(value, Tensor):
         tensors[name] = value
         return {"tensor": name}
     if isinstance(value, FeatureMap):
-        return state_of_features(value, name, tensors)
+        return state_of_features(value, name, tensors, path)
     if isinstance(value, tuple | list):
-        return [_state(item, f"{name}.{i}", tensors) for i, item in enumerate(value)]
+        return [
+            _state(item, f"{name}.{i}", tensors, (*path, i))
+            for i, item in enumerate(value)
+        ]
     if value is None or isinstance(value, bool | int | float | str):
         return value
     raise NotStorableError(
@@ -219,11 +284,15 @@ def _state(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
     )
 
 
-def _restored(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+def _restored(
+    value: Any,
+    tensors: Mapping[str, Tensor],
+    of_kernel: Callable[[], FeatureMap] | None,
+) -> Any:
     if isinstance(value, list):
-        return [_restored(item, tensors) for item in value]
+        return [_restored(item, tensors, of_kernel) for item in value]
     if not isinstance(value, dict):
         return value
     if "tensor" in value:
         return tensors[value["tensor"]]
-    return features_from(value, tensors)
+    return features_from(value, tensors, of_kernel)

@@ -5,11 +5,16 @@
 (intrinsic coregionalisation; sums of such products for the linear model of
 coregionalisation). A pair is a row [x, t], so an output that was not observed is a row
 left out, and everything that holds for kernels of two points holds here.
+
+Outputs of other kernels with features, such as those of a network's tangent kernel, are
+rows of one feature map: the pair (x, t) has the features of output t.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import singledispatch
+from typing import Any
 
 import torch
 from gpytorch.kernels import (
@@ -20,7 +25,11 @@ from gpytorch.kernels import (
     ProductKernel,
     ScaleKernel,
 )
+from torch import Tensor
 
+from sgdgp.features import FeatureMap, FeatureRequest, has_features, register_features
+from sgdgp.features.dispatch import forward_features_of
+from sgdgp.features.pairs import PairFeatures, points_and_rows
 from sgdgp.gpytorch_adapter.errors import UnsupportedModelError
 from sgdgp.gpytorch_adapter.sharing import on_columns, with_parts
 
@@ -31,7 +40,8 @@ def pairs_kernel(kernel: Kernel, columns: int) -> Kernel:
     It shares the kernel's parameters. Its own active dims count as applied already.
 
     Args:
-        kernel: A ``MultitaskKernel``, ``LCMKernel``, or sums, products and multiples.
+        kernel: A ``MultitaskKernel``, ``LCMKernel``, a kernel with features (such as
+            ``NeuralTangentKernel``), or sums, products and multiples.
         columns: Columns of x.
 
     Raises:
@@ -41,12 +51,51 @@ def pairs_kernel(kernel: Kernel, columns: int) -> Kernel:
     return rule(kernel, columns)
 
 
+class OutputPairsKernel(Kernel):
+    """k((x, t), (x', t')) = k(x, x')[t, t'] of a kernel with several outputs.
+
+    Args:
+        base_kernel: The kernel; it sees all columns but the last.
+    """
+
+    def __init__(self, base_kernel: Kernel) -> None:
+        super().__init__()
+        self.base_kernel = base_kernel
+
+    def forward(
+        self, x1: Tensor, x2: Tensor, diag: bool = False, **params: Any
+    ) -> Tensor:
+        """K (n, m), or its diagonal (n,)."""
+        base = self.base_kernel
+        outputs = int(base.num_outputs_per_input(x1[:1, :-1], x2[:1, :-1]))
+        if diag and not torch.equal(x1, x2):
+            return self.forward(x1, x2).diagonal()
+        points, rows = points_and_rows(x1, outputs)
+        if diag:
+            return base(points, points, diag=True)[rows]
+        others, columns = (points, rows)
+        if x2 is not x1:
+            others, columns = points_and_rows(x2, outputs)
+        return base(points, others).to_dense()[rows][:, columns]
+
+
+@register_features(OutputPairsKernel, parts=lambda kernel: [kernel.base_kernel])
+def _(kernel: OutputPairsKernel, request: FeatureRequest) -> FeatureMap:
+    inner = replace(request, dim=request.dim - 1)
+    example = torch.zeros(1, inner.dim).to(request.like)
+    outputs = kernel.base_kernel.num_outputs_per_input(example, example)
+    return PairFeatures(forward_features_of(kernel.base_kernel, inner), int(outputs))
+
+
 @singledispatch
 def _pairs(kernel: Kernel, columns: int) -> Kernel:
+    if has_features(kernel):
+        return OutputPairsKernel(on_columns(kernel, None))
     raise UnsupportedModelError(
         f"model: {type(kernel).__name__} has several outputs per input that are not "
         "tasks; expected MultitaskKernel or LCMKernel, their sums, products and "
-        "multiples (kernels of derivatives are not supported)"
+        "multiples, or a kernel with registered features (kernels of derivatives are "
+        "not supported)"
     )
 
 

@@ -1,8 +1,8 @@
 """Kernel operators: row blocks of a kernel matrix times a matrix.
 
-``choose_operator`` picks one of four by memory and size: in memory (dense), fused
-tiles (tiled), KeOps (keops), and row blocks through GPyTorch for every other kernel
-(row_blocks).
+``choose_operator`` picks one of five by memory and size: in memory (dense), fused
+tiles (tiled), KeOps (keops), exact features (features), and row blocks through GPyTorch
+for every other kernel (row_blocks).
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from sgdgp.operators.base import KernelOperator, RowBlock, RowIndex
 from sgdgp.operators.check import check_kernel
 from sgdgp.operators.choose import choose_operator, operator_by_name
 from sgdgp.operators.dense import DenseOperator, streaming_operator
+from sgdgp.operators.feature import FeatureOperator
+from sgdgp.operators.feature_kernel import FeatureKernel
 from sgdgp.operators.keops import KeopsOperator
 from sgdgp.operators.row_blocks import RowBlocksOperator
 from sgdgp.operators.tile_gradients import register_tile_gradient
@@ -28,6 +30,8 @@ from sgdgp.operators.tiled import TiledOperator
 
 __all__ = [
     "DenseOperator",
+    "FeatureKernel",
+    "FeatureOperator",
     "KeopsOperator",
     "KernelOperator",
     "RowBlock",

@@ -94,6 +94,52 @@ def piece(index: Tensor | slice, rows: slice) -> Tensor | slice:
     return index[rows]
 
 
+def points_behind(
+    index: Tensor | slice, outputs: int
+) -> tuple[Tensor | slice, Tensor | slice | None]:
+    """The points that hold the rows ``index``, and the rows among theirs.
+
+    The second is None when the rows of those points are just what was asked for.
+
+    Args:
+        index: Resolved rows; row r belongs to point r // outputs.
+        outputs: Rows per point.
+    """
+    if outputs == 1:
+        return index, None
+    if isinstance(index, slice):
+        first = index.start // outputs
+        points = slice(first, max(first, -(-index.stop // outputs)))
+        offset = first * outputs
+        return points, slice(index.start - offset, index.stop - offset)
+    points, position = torch.unique(index // outputs, return_inverse=True)
+    return points, position * outputs + index % outputs
+
+
+def whole_points(order: Tensor, outputs: int) -> Tensor:
+    """The points behind rows that hold all rows of a point, one after another.
+
+    Args:
+        order: Rows (m,); row r belongs to point r // outputs.
+        outputs: Rows per point.
+
+    Raises:
+        ValueError: The rows of a point are torn apart, or in another order.
+    """
+    if outputs == 1:
+        return order
+    if len(order) % outputs == 0:
+        rows = order.reshape(-1, outputs)
+        points = rows[:, 0] // outputs
+        within = torch.arange(outputs, device=order.device)
+        if torch.equal(rows, points.unsqueeze(1) * outputs + within):
+            return points
+    raise ValueError(
+        f"order: expected the {outputs} rows of each point beside each other, as "
+        "random_order gives them"
+    )
+
+
 def check_vectors(v: Tensor, size: int, dtype: torch.dtype, name: str = "v") -> None:
     """Check the right factor of a product.
 

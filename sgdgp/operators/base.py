@@ -21,9 +21,11 @@ from sgdgp.operators.arguments import (
     check_vectors,
     index_length,
     resolve_index,
+    whole_points,
 )
 from sgdgp.operators.evaluation import detached_copy
 from sgdgp.operators.memory import resolve_budget
+from sgdgp.operators.moving import Move, MovingVectors
 from sgdgp.operators.quadratic_form import check_quadratic, generic_quadratic_form
 from sgdgp.operators.small_blocks import small_blocks
 
@@ -49,10 +51,14 @@ class KernelOperator(ABC):
     """
 
     name: str
-    """Short name shown in results: "dense", "tiled", "keops", "row_blocks"."""
+    """Short name shown in results: "dense", "tiled", "keops", "row_blocks",
+    "features"."""
 
     outputs_per_input: int = 1
     """Rows per point, T: row r belongs to point r // T (multitask, derivatives)."""
+
+    has_images: bool = False
+    """Whether rows are known from a feature map: see ``moving``."""
 
     def __init__(
         self,
@@ -204,9 +210,39 @@ class KernelOperator(ABC):
         """K(X_new, X) as an operator (m, n), for prediction."""
         return self._rebuilt(self.x, x_new)
 
-    def permuted(self, order: Tensor) -> KernelOperator:
-        """The square operator over the points ``x[order]``."""
-        return self._rebuilt(self.x[order], None)
+    def moving(self, v: Float[Tensor, "n k"]) -> MovingVectors:
+        """Coefficients V that will change on blocks; a copy of v.
+
+        An operator with features sweeps over the rows of v once, unless v is zero.
+        """
+        return MovingVectors(v.clone())
+
+    def move(self, rows: RowIndex, values: Float[Tensor, "b k"]) -> Move:
+        """A change of some rows of V; with features one adjoint on these rows."""
+        return Move(rows, values)
+
+    def rows_of_product(self, rows: RowIndex, v: MovingVectors) -> Float[Tensor, "b k"]:
+        """K[rows, :] V; with features one forward on these rows."""
+        return self._rows_matmul(rows, v.values)
+
+    def random_order(self, generator: torch.Generator) -> Int[Tensor, " n"]:
+        """The rows in random order; those of one point stay beside each other."""
+        outputs = self.outputs_per_input
+        points = torch.randperm(
+            self.shape[0] // outputs, generator=generator, device=generator.device
+        ).to(self.device)
+        if outputs == 1:
+            return points
+        rows = torch.arange(outputs, device=points.device)
+        return (points.unsqueeze(1) * outputs + rows).flatten()
+
+    def permuted(self, order: Int[Tensor, " m"]) -> KernelOperator:
+        """The square operator over the rows ``order``, in that order.
+
+        Raises:
+            ValueError: The rows of a point are torn apart, or in another order.
+        """
+        return self._rebuilt(self.x[whole_points(order, self.outputs_per_input)], None)
 
     def unfilled(self) -> KernelOperator:
         """The same operator without entries it may have stored (itself, mostly)."""

@@ -10,6 +10,7 @@ from torch import Tensor
 from sgdgp.operators.base import KernelOperator
 from sgdgp.operators.check import check_kernel
 from sgdgp.operators.dense import DenseOperator, streaming_operator
+from sgdgp.operators.feature import FeatureOperator, features_operator
 from sgdgp.operators.keops import KeopsOperator, keops_is_available
 from sgdgp.operators.keops_formulas import has_formula
 from sgdgp.operators.memory import resolve_budget
@@ -19,16 +20,29 @@ from sgdgp.operators.tiled import TiledOperator
 if TYPE_CHECKING:
     from gpytorch.kernels import Kernel
 
-OperatorName: TypeAlias = Literal["dense", "tiled", "keops", "row_blocks"]
+OperatorName: TypeAlias = Literal["dense", "tiled", "keops", "row_blocks", "features"]
 
 KEOPS_FROM = 20_000
 """On a GPU, KeOps is chosen from so many points; below, tiles are as fast."""
+
+FILL_UP_TO = 2_000
+"""Rows up to which a matrix of entries made from features is worth filling.
+
+Entries take n^2 M / 2 multiply-adds, the features themselves about 20 forward passes of
+a network for each row; a product with features 2 n M, or 5 forward passes, for each
+column. A solve multiplies with a thousand columns, say twenty in each of fifty passes.
+"""
+
+FEW_FEATURES = 16
+"""Features are few if there are this many times as many rows: no solver then spends
+more on the features than on a matrix in memory."""
 
 _OPERATORS: dict[str, type[KernelOperator]] = {
     "dense": DenseOperator,
     "tiled": TiledOperator,
     "keops": KeopsOperator,
     "row_blocks": RowBlocksOperator,
+    "features": FeatureOperator,
 }
 
 
@@ -44,6 +58,10 @@ def choose_operator(
     kernels with own formulas, KeOps; else fused tiles; and for kernels that have
     neither, row blocks through GPyTorch. On a CPU KeOps is never chosen: tiles need
     no compilation and are faster.
+
+    Kernels with exact features are special from 2,000 rows on. Where their entries are
+    made from features (networks), features are chosen even if K fits; where they have
+    a formula of their own (linear kernels), if there are 16 times as many rows.
 
     Args:
         kernel: A GPyTorch kernel without batch shape.
@@ -62,6 +80,11 @@ def choose_operator(
     budget = resolve_budget(memory_budget, x.device)
     streaming = streaming_operator(kernel, x, memory_budget=budget)
     rows, columns = streaming.shape
+    if rows > FILL_UP_TO:
+        features = streaming if isinstance(streaming, FeatureOperator) else None
+        features = features or _few_features(kernel, x, rows, budget)
+        if features is not None:
+            return features
     if rows * columns * x.element_size() <= budget:
         return DenseOperator.filled_by(streaming)
     on_gpu = x.device.type == "cuda"
@@ -74,6 +97,16 @@ def choose_operator(
     ):
         return KeopsOperator(kernel, x, memory_budget=budget)
     return streaming
+
+
+def _few_features(
+    kernel: Kernel, x: Tensor, rows: int, budget: int
+) -> FeatureOperator | None:
+    """The operator of a kernel with few exact features, if it is one."""
+    found = features_operator(kernel, x, memory_budget=budget)
+    if found is None or FEW_FEATURES * found.features.num_features > rows:
+        return None
+    return found
 
 
 def operator_by_name(

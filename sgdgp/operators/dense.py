@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 from jaxtyping import Float, Int
@@ -12,12 +12,16 @@ from torch import Tensor
 from sgdgp.operators.arguments import check_vectors, resolve_index, take
 from sgdgp.operators.base import KernelOperator, RowIndex, row_slices
 from sgdgp.operators.check import check_kernel
+from sgdgp.operators.feature import FeatureOperator, features_operator
 from sgdgp.operators.row_blocks import RowBlocksOperator
 from sgdgp.operators.tile_kernels import tile_kernel
 from sgdgp.operators.tiled import TiledOperator
 
 if TYPE_CHECKING:
     from gpytorch.kernels import Kernel
+
+Source: TypeAlias = TiledOperator | FeatureOperator | RowBlocksOperator
+"""Operators that hold no matrix."""
 
 _STRIP_ROWS = 128
 
@@ -51,13 +55,13 @@ class DenseOperator(KernelOperator):
         self._fill_from(source)
 
     @classmethod
-    def filled_by(cls, source: TiledOperator | RowBlocksOperator) -> DenseOperator:
+    def filled_by(cls, source: Source) -> DenseOperator:
         """The same matrix as ``source``, in memory from the first product on."""
         operator = cls.__new__(cls)
         operator._fill_from(source)
         return operator
 
-    def _fill_from(self, source: TiledOperator | RowBlocksOperator) -> None:
+    def _fill_from(self, source: Source) -> None:
         x_rows = None if source.is_square else source.x_rows
         super().__init__(source.kernel, source.x, x_rows)
         self.source = source
@@ -140,12 +144,7 @@ class DenseOperator(KernelOperator):
     def _rebuilt(
         self, x: Tensor, x_rows: Tensor | None, kernel: Kernel | None = None
     ) -> DenseOperator:
-        return DenseOperator(
-            self.kernel if kernel is None else kernel,
-            x,
-            x_rows,
-            memory_budget=self.source.memory_budget,
-        )
+        return DenseOperator.filled_by(self.source._rebuilt(x, x_rows, kernel))
 
 
 def streaming_operator(
@@ -153,9 +152,16 @@ def streaming_operator(
     x: Float[Tensor, "n d"],
     x_rows: Float[Tensor, "m d"] | None = None,
     memory_budget: int | None = None,
-) -> TiledOperator | RowBlocksOperator:
-    """Tiles where the kernel has a tile form, else row blocks; checks the kernel."""
+) -> Source:
+    """The operator that needs no n x n; checks the kernel.
+
+    Tiles where the kernel has a tile form. Else its exact features, where it has them
+    (a network's tangent kernel): an entry costs as much as they do. Else row blocks.
+    """
     check_kernel(kernel)
-    if tile_kernel(kernel) is None:
-        return RowBlocksOperator(kernel, x, x_rows, memory_budget=memory_budget)
-    return TiledOperator(kernel, x, x_rows, memory_budget=memory_budget)
+    if tile_kernel(kernel) is not None:
+        return TiledOperator(kernel, x, x_rows, memory_budget=memory_budget)
+    features = features_operator(kernel, x, x_rows, memory_budget)
+    if features is not None:
+        return features
+    return RowBlocksOperator(kernel, x, x_rows, memory_budget=memory_budget)

@@ -13,6 +13,7 @@ from sgdgp.operators.arguments import (
     check_vectors,
     index_length,
     piece,
+    points_behind,
     resolve_index,
     take,
 )
@@ -106,8 +107,8 @@ class RowBlocksOperator(KernelOperator):
         """K[i, j] in one call of the kernel."""
         if index_length(i) == 0 or index_length(j) == 0:
             return self.x.new_zeros(index_length(i), index_length(j))
-        row_points, rows = _points_behind(i, self.outputs_per_input)
-        column_points, columns = _points_behind(j, self.outputs_per_input)
+        row_points, rows = points_behind(i, self.outputs_per_input)
+        column_points, columns = points_behind(j, self.outputs_per_input)
         x1, x2 = take(self.x_rows, row_points), take(self.x, column_points)
         dense = evaluated(self.kernel, x1, x2).to(self.dtype)
         if rows is not None:
@@ -161,21 +162,3 @@ def _outputs_per_input(kernel: Kernel, x: Tensor) -> int:
             f"found {outputs}"
         )
     return outputs
-
-
-def _points_behind(
-    index: Tensor | slice, outputs: int
-) -> tuple[Tensor | slice, Tensor | slice | None]:
-    """The points that hold the rows ``index``, and the rows among theirs.
-
-    The second is None when the rows of those points are just what was asked for.
-    """
-    if outputs == 1:
-        return index, None
-    if isinstance(index, slice):
-        first = index.start // outputs
-        points = slice(first, max(first, -(-index.stop // outputs)))
-        offset = first * outputs
-        return points, slice(index.start - offset, index.stop - offset)
-    points, position = torch.unique(index // outputs, return_inverse=True)
-    return points, position * outputs + index % outputs

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from sgdgp.gpytorch_adapter import differentiable_block
+from sgdgp.operators import FeatureOperator
 from sgdgp.operators.base import KernelOperator, row_slices
 
 _ENTRIES = 2**21
@@ -23,10 +24,13 @@ def cross_product(
 
     Without a graph the operator streams its own tiles. With one, GPyTorch evaluates
     the kernel block by block, and blocks are evaluated again in the backward pass,
-    so the memory never holds more than a few blocks.
+    so the memory never holds more than a few blocks. Exact features need no block.
     """
     if not (torch.is_grad_enabled() and x_new.requires_grad):
         return operator.cross(x_new).matmul(v)
+    source = operator.streaming()
+    if isinstance(source, FeatureOperator):
+        return source.product_at(x_new, v)
     columns = max(1, _ENTRIES // max(1, x_new.shape[0]))
 
     def product(x: Tensor, points: Tensor, weights: Tensor) -> Tensor:

@@ -29,7 +29,9 @@ Deviations from the paper:
    horizon: its weights favour the last ``averaging`` of the steps.
 5. -P d is the residual on the block: kept, it is a running residual for nothing. It
    triggers a true residual; only that can end the solve, and dismisses columns.
-6. A residual that grows halves the step, raises mu tenfold (less momentum) and
+6. Where K = phi phi^T with exact features, phi^T Z and phi^T D move with Z and D: a
+   step evaluates b rows forward and b back, and the features of the block.
+7. A residual that grows halves the step, raises mu tenfold (less momentum) and
    restarts from the best iterate.
 """
 
@@ -141,10 +143,12 @@ class ADASAP(Solver):
         )
 
         residual = system.rhs
-        passes = 0.0
+        # With features the iterate has an image: one adjoint on all rows.
+        image_cost = 0.5 if operator.has_images else 0.0
+        passes = image_cost  # and the diagonal is made from features
         if initial is not None:
             residual = true_residual(system, start)
-            passes += 1.0
+            passes += 1.0 + image_cost
         best = BestChecked(start, residual.norm(dim=0))
         # Momentum remembers 1 / (2 q) steps: no verdict before that has faded.
         patience = max(300.0, 10.0 / acceleration.q / num_blocks)
@@ -173,7 +177,8 @@ class ADASAP(Solver):
                     break
                 step = self.preconditioner.step(system, block, generator)
                 work.step(block, step(gradient).mul_(scale))
-                passes += len(block) / n * (1.0 + len(block) / n)
+                part = len(block) / n
+                passes += part * (1.0 + (0.5 if operator.has_images else part))
             norms[work.live] = work.residual.norm(dim=0).double()
             diverged = diverged or not bool(torch.isfinite(norms).all())
             exact = False
@@ -182,7 +187,7 @@ class ADASAP(Solver):
                 scale /= 2.0
                 acceleration = acceleration.calmer()
                 residual = true_residual(system, best.weights)
-                passes += 1.0
+                passes += 1.0 + image_cost
                 work = _Work(
                     system, best.weights, residual, acceleration, self.averaging
                 )
@@ -259,9 +264,9 @@ class _Work:
         self.live = torch.arange(start.shape[1], device=start.device)
         self._rhs = system.rhs
         self.residual = residual.to(start.dtype, copy=True)
-        self._z = start.clone()
-        self._u = torch.zeros_like(start)
-        self._y = start.clone()
+        self._z = system.operator.moving(start)
+        self._u = self._z.zeros_like()
+        self._y = self._z.clone()
         self._average = start.clone()
 
     def dismiss(self, done: Tensor) -> None:
@@ -270,27 +275,31 @@ class _Work:
             return
         rest = ~done
         self.live = self.live[rest]
-        for name in ("_rhs", "residual", "_z", "_u", "_y", "_average"):
+        for name in ("_rhs", "residual", "_average"):
             setattr(self, name, getattr(self, name)[:, rest])
+        for name in ("_z", "_u", "_y"):
+            setattr(self, name, getattr(self, name).columns(rest))
 
     def gradient(self, block: Tensor) -> Tensor:
         """H[I, :] Y - B[I], minus the residual of the block."""
-        gradient = self._system.operator.rows(block).matmul(self._y)
-        gradient.addcmul_(self._system.noise[block], self._y[block])
+        system = self._system
+        gradient = system.operator.rows_of_product(block, self._y)
+        gradient.addcmul_(system.noise[block], self._y.values[block])
         gradient.sub_(self._rhs[block])
         self.residual[block] = -gradient
         return gradient
 
     def step(self, block: Tensor, direction: Tensor) -> None:
         """One accelerated step along -``direction`` (b, k) on a block."""
+        move = self._system.operator.move(block, direction)
         if self._decay < _UNDERFLOW:
-            self._u *= self._decay
+            self._u.scale(self._decay)
             self._decay = 1.0
         self._decay *= self._rho
-        self._z.index_add_(0, block, direction, alpha=-self._z_step)
+        self._z.move(move, -self._z_step)
         if self._d_step > 0.0 and self._decay > 0.0:
-            self._u.index_add_(0, block, direction, alpha=-self._d_step / self._decay)
-        torch.sub(self._z, self._u, alpha=self._lag * self._decay, out=self._y)
+            self._u.move(move, -self._d_step / self._decay)
+        self._y.set_to_difference(self._z, self._u, self._lag * self._decay)
         self._steps += 1
         if self._averaging is not None:
             self._accumulate(1.0 / self._averaging)
@@ -300,11 +309,11 @@ class _Work:
         stride = max(1, int(self._steps / (4.0 * k)))
         if self._steps % stride == 0:
             weight = min(1.0, k * stride / (self._steps + k - 1.0))
-            self._average.lerp_(self._y, weight)
+            self._average.lerp_(self._y.values, weight)
 
     def current(self) -> Tensor:
         """What would be returned now (n, k), of the columns still worked on."""
-        return self._y if self._averaging is None else self._average
+        return self._y.values if self._averaging is None else self._average
 
 
 def default_block_size(n: int) -> int:

@@ -22,7 +22,9 @@ Deviations from the paper:
    intervals, and only a true one can end the solve.
 4. Columns that are done leave the products; they come back if the true residual
    disagrees.
-5. The 2-norm of a residual may rise while the error falls in the norm of H: the best
+5. Where K = phi phi^T with exact features, blocks come in random order and R[I] is
+   found from phi^T V when the block is visited: a step evaluates b rows, not n.
+6. The 2-norm of a residual may rise while the error falls in the norm of H: the best
    true residual of every column is what is returned.
 """
 
@@ -46,25 +48,22 @@ from sgdgp.solvers.base import (
     check_limits,
 )
 from sgdgp.solvers.blocks import (
-    BestChecked,
-    CholeskyInverse,
     PerBlock,
     factorise_block,
     memory_for_factors,
     partition,
 )
-from sgdgp.solvers.selection import Greedy, Selection
+from sgdgp.solvers.projection_work import ImageWork, Work
+from sgdgp.solvers.selection import Greedy, RandomOrder, Selection
 from sgdgp.solvers.stopping import Monitor
 from sgdgp.solvers.system import (
     System,
     as_system,
-    believed_norms,
     initial_weights,
     true_residual,
 )
 
 _REPLACE_EVERY = 25.0
-_LOWER_CLAIM = 0.7
 _PATIENCE = 300.0
 _SMALLEST_BLOCK = 64
 _LARGEST_BLOCK = 4096
@@ -79,7 +78,8 @@ class AlternatingProjections(Solver):
         max_passes: Budget in passes over K.
         max_seconds: Budget in seconds. Default: none.
         block_size: Equations that are solved at a time. Default: chosen from n.
-        selection: ``Greedy()`` (default) or ``RandomOrder()``.
+        selection: ``Greedy()`` (default) or ``RandomOrder()``, which operators with
+            features always use.
     """
 
     tolerance: float = 1e-2
@@ -115,28 +115,32 @@ class AlternatingProjections(Solver):
         record = Recorder(callback)
         n, k = rhs.shape
 
-        order = torch.randperm(n, generator=generator, device=generator.device)
-        order = order.to(rhs.device)
+        order = operator.random_order(generator)
         shuffled = system.permuted(order)
         memory = memory_for_factors(rhs.device)
         affordable = memory // (n * rhs.element_size())
         size = self.block_size or default_block_size(n, k, affordable)
-        blocks = partition(n, size)
+        blocks = partition(n, size, operator.outputs_per_input)
         inverses = PerBlock(
             lambda block: factorise_block(shuffled, block),
             keep=blocks[0].stop <= affordable,
         )
-        pick = self.selection.picker(blocks, generator)
+        selection = RandomOrder() if operator.has_images else self.selection
+        pick = selection.picker(blocks, generator)
 
         start = start[order]
         residual = shuffled.rhs.clone()
         passes = 0.0
+        # With features the image of the iterate is renewed, by one adjoint on all rows.
+        check_cost = 1.5 if operator.has_images else 1.0
         if initial is not None:
             residual = true_residual(shuffled, start)
-            passes += 1.0
-        work = _Work(shuffled, start, residual, self.tolerance)
+            passes += check_cost
+        kind = ImageWork if operator.has_images else Work
+        work = kind(shuffled, start, residual, self.tolerance)
         monitor = Monitor(self.tolerance, work.norms, _PATIENCE)
         limit = _largest_residual(shuffled) * max(1.0, float(work.norms.max()))
+        passes += check_cost - 1.0  # the diagonal, from features
 
         def weights() -> Tensor:
             unshuffled = torch.empty_like(start)
@@ -145,7 +149,9 @@ class AlternatingProjections(Solver):
 
         def is_out_of_budget() -> bool:
             # The true residual at the end is part of the budget.
-            return passes + 1.0 >= self.max_passes or record.is_past(self.max_seconds)
+            return passes + check_cost >= self.max_passes or record.is_past(
+                self.max_seconds
+            )
 
         reason: Reason | None = None
         if float(work.norms.max()) <= self.tolerance:
@@ -156,8 +162,9 @@ class AlternatingProjections(Solver):
                 block = pick(work.residual)
                 computed = inverses.computed
                 work.step(block, inverses(block))
-                rows = block.stop - block.start
-                passes += rows / n * (1.0 + (inverses.computed - computed) * rows / n)
+                part = (block.stop - block.start) / n
+                factor = 0.5 if operator.has_images else part
+                passes += part * (1.0 + (inverses.computed - computed) * factor)
                 worst = work.advance()
                 if work.is_done or not worst <= limit or is_out_of_budget():
                     break
@@ -168,7 +175,7 @@ class AlternatingProjections(Solver):
                 reason = "diverged"
             elif exact:
                 norms = work.replace_residual()
-                passes += 1.0
+                passes += check_cost
                 checked = passes
                 reason = monitor.verdict(norms, passes)
             if record(passes, work.norms.clone(), exact=exact, weights=weights):
@@ -178,7 +185,7 @@ class AlternatingProjections(Solver):
 
         if not work.is_verified:
             work.replace_residual()
-            passes += 1.0
+            passes += check_cost
         final = work.take_best()
         if float(final.max()) <= self.tolerance:
             reason = "converged"
@@ -195,86 +202,10 @@ class AlternatingProjections(Solver):
             settings={
                 "block_size": blocks[0].stop,
                 "blocks": len(blocks),
-                "selection": repr(self.selection),
+                "selection": repr(selection),
                 "factors": inverses.computed,
             },
         )
-
-
-class _Work:
-    """Weights and residuals of all columns, and of those still worked on."""
-
-    def __init__(
-        self, system: System, start: Tensor, residual: Tensor, tolerance: float
-    ) -> None:
-        self._system = system
-        self._tolerance = tolerance
-        self._claim = tolerance
-        self._all = start.clone()
-        self.norms = residual.norm(dim=0).to(start.dtype)
-        self._best = BestChecked(start, self.norms)
-        self._keep(self.norms > tolerance, residual)
-        self.is_verified = True
-
-    def _keep(self, columns: Tensor, residual: Tensor) -> None:
-        """Work on some columns, from their weights and their residual (n, k)."""
-        self._live = columns.nonzero()[:, 0]
-        self._v = self._all[:, self._live]
-        self.residual = residual[:, self._live].to(self._v.dtype)
-
-    @property
-    def is_done(self) -> bool:
-        """Whether no column is left to work on."""
-        return len(self._live) == 0
-
-    def step(self, block: slice, inverse: CholeskyInverse) -> None:
-        """Solve one block."""
-        u = inverse(self.residual[block])
-        self._v[block] += u
-        self.residual -= self._system.operator.columns(block).matmul(u)
-        self.residual[block] -= self._system.noise[block] * u
-        self.is_verified = False
-
-    def advance(self) -> float:
-        """Dismiss the columns that are done; the largest running residual."""
-        running = self.residual.norm(dim=0)
-        self.norms[self._live] = running
-        worst = float(running.max())
-        done = running <= self._claim
-        if bool(done.any()):
-            self._all[:, self._live] = self._v
-            rest = ~done
-            self._live = self._live[rest]
-            self._v = self._v[:, rest]
-            self.residual = self.residual[:, rest]
-        return worst
-
-    def weights(self) -> Tensor:
-        """The current weights of all columns (n, k)."""
-        now = self._all.clone()
-        now[:, self._live] = self._v
-        return now
-
-    def replace_residual(self) -> Tensor:
-        """Put the true residuals in the place of the running ones; norms (k,)."""
-        self._all = self.weights()
-        residual = true_residual(self._system, self._all)
-        norms = believed_norms(self._system, self._all, residual)
-        self._best.offer(self._all, norms)
-        if self.is_done:
-            # What was claimed of the columns that come back was not true.
-            self._claim *= _LOWER_CLAIM
-        self.norms = norms.to(self.norms.dtype)
-        self._keep(norms > self._tolerance, residual)
-        self.is_verified = True
-        return norms
-
-    def take_best(self) -> Tensor:
-        """Go back to the best true residual of every column; norms (k,)."""
-        self._all = self._best.weights
-        self._live = self._live[:0]
-        self._v = self._v[:, :0]
-        return self._best.norms
 
 
 def default_block_size(n: int, k: int, affordable: int) -> int:

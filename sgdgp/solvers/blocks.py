@@ -20,10 +20,17 @@ _JITTERS = (0.0, 1e-15, 1e-13, 1e-11, 1e-9, 1e-7, 1e-5)
 T = TypeVar("T")
 
 
-def partition(n: int, size: int) -> list[slice]:
-    """Cut n equations into blocks of almost equal size, at most ``size`` each."""
-    count = math.ceil(n / min(size, n))
-    return list(row_slices(n, math.ceil(n / count)))
+def partition(n: int, size: int, outputs: int = 1) -> list[slice]:
+    """Cut n equations into blocks of almost equal size, at most ``size`` each.
+
+    Args:
+        n: Number of equations.
+        size: Most equations of a block.
+        outputs: Equations of a point, which stay in one block.
+    """
+    points = n // outputs
+    count = math.ceil(points / min(max(1, size // outputs), points))
+    return list(row_slices(n, math.ceil(points / count) * outputs))
 
 
 def in_random_order(blocks: list[slice], generator: torch.Generator) -> Iterator[slice]:
@@ -37,8 +44,8 @@ def fresh_partition(
     system: System, size: int, generator: torch.Generator
 ) -> tuple[Tensor, ...]:
     """A random partition of the equations, in blocks of almost equal size."""
-    order = torch.randperm(system.n, generator=generator, device=generator.device)
-    return order.to(system.rhs.device).tensor_split(math.ceil(system.n / size))
+    order = system.operator.random_order(generator)
+    return order.tensor_split(math.ceil(system.n / size))
 
 
 def memory_for_factors(device: torch.device) -> int:

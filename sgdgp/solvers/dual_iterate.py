@@ -36,9 +36,9 @@ class DualIterate:
         self.live = torch.arange(start.shape[1], device=start.device)
         self._rhs = system.rhs
         self._residual = residual.to(start.dtype, copy=True)
-        self._z = start.clone()
-        self._u = torch.zeros_like(start)
-        self._lookahead = start.clone()
+        self._z = system.operator.moving(start)
+        self._u = self._z.zeros_like()
+        self._lookahead = self._z.clone()
         self.average = start.clone()
         self._best = start.clone()
         self._best_norms = self._residual.norm(dim=0)
@@ -49,8 +49,10 @@ class DualIterate:
             return
         rest = ~done
         self.live = self.live[rest]
-        for name in ("_rhs", "_residual", "_z", "_u", "_lookahead", "average", "_best"):
+        for name in ("_rhs", "_residual", "average", "_best"):
             setattr(self, name, getattr(self, name)[:, rest].contiguous())
+        for name in ("_z", "_u", "_lookahead"):
+            setattr(self, name, getattr(self, name).columns(rest))
         self._best_norms = self._best_norms[rest]
 
     def adopt(self, rule: StepRule) -> None:
@@ -59,20 +61,21 @@ class DualIterate:
         self._rule = rule
         if old == new:
             return
-        self._u *= self._decay
+        self._u.scale(self._decay)
         self._decay = 1.0
-        self._z.add_(self._u, alpha=new / (1.0 - new) - old / (1.0 - old))
+        self._z.add(self._u, new / (1.0 - new) - old / (1.0 - old))
         self._look_ahead()
 
     def _look_ahead(self) -> None:
         rho = self._rule.momentum
         ahead = (rho / (1.0 - rho) - rho) * self._decay
-        torch.sub(self._z, self._u, alpha=ahead, out=self._lookahead)
+        self._lookahead.set_to_difference(self._z, self._u, ahead)
 
     def gradient(self, block: slice) -> Tensor:
         """H[I, :] e - B[I], minus the residual of the block."""
-        gradient = self._system.operator.rows(block).matmul(self._lookahead)
-        gradient.addcmul_(self._system.noise[block], self._lookahead[block])
+        system, ahead = self._system, self._lookahead
+        gradient = system.operator.rows_of_product(block, ahead)
+        gradient.addcmul_(system.noise[block], ahead.values[block])
         gradient.sub_(self._rhs[block])
         self._residual[block] = -gradient
         return gradient
@@ -80,17 +83,17 @@ class DualIterate:
     def step(self, block: slice, gradient: Tensor, num_blocks: int) -> None:
         """One descent step from the gradient on a block."""
         rho, beta = self._rule.momentum, self._rule.step_size * num_blocks
-        gradient = gradient / self._diagonal[block]
+        move = self._system.operator.move(block, gradient / self._diagonal[block])
         if self._decay < _UNDERFLOW:
-            self._u *= self._decay
+            self._u.scale(self._decay)
             self._decay = 1.0
         self._decay *= rho or 1.0
         if rho == 0.0:
-            self._lookahead[block] -= beta * gradient
-            self._z[block] = self._lookahead[block]
+            self._lookahead.move(move, -beta)
+            self._z.move(move, -beta)
         else:
-            self._u[block].sub_(gradient, alpha=beta / self._decay)
-            self._z[block].sub_(gradient, alpha=beta / (1.0 - rho))
+            self._u.move(move, -beta / self._decay)
+            self._z.move(move, -beta / (1.0 - rho))
             self._look_ahead()
         self._steps += 1
         # The window is t / k steps long: averaging every t / (4 k) loses nothing.
@@ -98,7 +101,7 @@ class DualIterate:
         stride = max(1, int(self._steps / (4.0 * k)))
         if self._steps % stride == 0:
             weight = min(1.0, (k + 1.0) * stride / (self._steps + k))
-            self.average.lerp_(self._lookahead, weight)
+            self.average.lerp_(self._lookahead.values, weight)
 
     def recent(self, visited: list[slice]) -> Tensor:
         """Residual norms (k,) as the last quarter of a pass has seen them."""
@@ -118,8 +121,9 @@ class DualIterate:
 
     def restart(self) -> Tensor:
         """Go back to the best iterate, at rest; its residual norms (k,)."""
-        for tensor in (self._z, self._lookahead, self.average):
-            tensor.copy_(self._best)
-        self._u.zero_()
+        self.average.copy_(self._best)
+        self._z = self._system.operator.moving(self._best)
+        self._lookahead.copy(self._z)
+        self._u = self._z.zeros_like()
         self._decay = 1.0
         return self._best_norms.double()

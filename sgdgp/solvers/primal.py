@@ -80,10 +80,12 @@ def shuffle(system: System, block_size: int, generator: torch.Generator) -> Shuf
     size = max(1, min(block_size // outputs, points))
     count = math.ceil(points / size)
     cuts = list(row_slices(points, math.ceil(points / count)))
+    if outputs == 1 or system.operator.has_images:
+        order = system.operator.random_order(generator)
+        whole = [slice(cut.start * outputs, cut.stop * outputs) for cut in cuts]
+        return Shuffled(system.permuted(order), order, list(whole))
     order = torch.randperm(points, generator=generator, device=generator.device)
     order = order.to(system.rhs.device)
-    if outputs == 1:
-        return Shuffled(system.permuted(order), order, list(cuts))
     rows = torch.arange(outputs, device=order.device)
     blocks: list[RowIndex] = [
         (order[cut].unsqueeze(1) * outputs + rows).flatten() for cut in cuts

@@ -24,6 +24,8 @@ Deviations from the paper:
    estimate of the residual for nothing. It triggers a true residual check; only that
    can end the solve, and dismisses the columns that are done.
 6. A residual that grows halves the step and restarts from the best iterate.
+7. Where K = phi phi^T with exact features, phi^T z and phi^T u move with z and u: a
+   step evaluates b rows forward and b rows back, and a pass is n of both.
 """
 
 from __future__ import annotations
@@ -116,18 +118,20 @@ class SDD(Solver):
         record = Recorder(callback)
         n = system.n
 
-        order = torch.randperm(n, generator=generator, device=generator.device)
-        order = order.to(rhs.device)
+        order = operator.random_order(generator)
         shuffled = system.permuted(order)
         spectrum = estimate_spectrum(shuffled, generator)
-        blocks = partition(n, self.block_size or default_block_size(n))
+        size = self.block_size or default_block_size(n)
+        blocks = partition(n, size, operator.outputs_per_input)
 
         start = start[order]
         residual = shuffled.rhs.double()
-        passes = min(n, 1000) ** 2 / n**2
+        passes = spectrum.passes
+        # With features the iterate has an image: one adjoint on all rows.
+        image_cost = 0.5 if operator.has_images else 0.0
         if initial is not None:
             residual = true_residual(shuffled, start)
-            passes += 1.0
+            passes += 1.0 + image_cost
         best = BestChecked(start, residual.norm(dim=0))
         norms = best.norms.clone()
         work = DualIterate(shuffled, spectrum.diagonal, start, residual, self.averaging)
@@ -171,6 +175,7 @@ class SDD(Solver):
             if diverged:
                 restarts += 1
                 since_start = 0
+                passes += image_cost
                 norms = norms.index_copy(0, work.live, work.restart())
                 monitor.forget()
                 if restarts > _MAX_RESTARTS:

@@ -29,6 +29,8 @@ Deviations from the paper:
    iterate. That estimate can only trigger a true residual, which alone can end the
    solve: the look-ahead point itself stays noisy.
 6. A residual that grows halves the step and restarts from the best average.
+7. Where K = phi phi^T with exact features, the descent is in phi^T V
+   (``feature_sgd.py``).
 """
 
 from __future__ import annotations
@@ -49,6 +51,7 @@ from sgdgp.solvers.base import (
     Solver,
     check_limits,
 )
+from sgdgp.solvers.feature_sgd import solve_with_features
 from sgdgp.solvers.primal import (
     AveragedIterate,
     default_block_size,
@@ -133,6 +136,14 @@ class SGD(Solver):
         start = initial_weights(given, initial)
         draws = regulariser_targets(given, noise_draws)
         record = Recorder(callback)
+        if operator.has_images:
+            return solve_with_features(
+                self,
+                given,
+                None if initial is None else start,
+                generator,
+                record,
+            )
 
         size = self.block_size or default_block_size(given.n)
         data = shuffle(given, size, generator)

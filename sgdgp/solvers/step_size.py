@@ -29,6 +29,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sgdgp.operators.feature import FeatureOperator
+from sgdgp.solvers.feature_spectrum import (
+    has_dear_features,
+    leading_eigenvalues,
+    scale_diagonal,
+)
 from sgdgp.solvers.system import System
 
 _SUBSET = 1000
@@ -49,12 +55,14 @@ class Spectrum:
         rest: Mean of the other n - m.
         smallest: Lower bound of the smallest.
         diagonal: The diagonal of H itself (n, 1).
+        passes: What the estimates cost.
     """
 
     leading: Tensor
     rest: float
     smallest: float
     diagonal: Tensor
+    passes: float = 0.0
 
     @property
     def largest(self) -> float:
@@ -82,6 +90,9 @@ def estimate_spectrum(system: System, generator: torch.Generator) -> Spectrum:
     The leading eigenvalues of K are close to n / m times those of K_mm; the others
     are taken to be zero, so that H has the noise there.
     """
+    operator = system.operator
+    if isinstance(operator, FeatureOperator) and has_dear_features(operator):
+        return _spectrum_from_products(system, operator, generator)
     n = system.n
     size = min(n, _SUBSET)
     subset = torch.randperm(n, generator=generator, device=generator.device)[:size]
@@ -96,6 +107,24 @@ def estimate_spectrum(system: System, generator: torch.Generator) -> Spectrum:
         rest=float(ratio.double().mean()),
         smallest=float(ratio.min()),
         diagonal=diagonal,
+        passes=size**2 / n**2,
+    )
+
+
+def _spectrum_from_products(
+    system: System, operator: FeatureOperator, generator: torch.Generator
+) -> Spectrum:
+    """The same without entries of K."""
+    prior, swept = scale_diagonal(operator, generator)
+    diagonal = prior.unsqueeze(1) + system.noise
+    leading, passes = leading_eigenvalues(operator, diagonal.rsqrt(), generator)
+    ratio = system.noise / diagonal
+    return Spectrum(
+        leading=leading + float(ratio.max()),
+        rest=float(ratio.double().mean()),
+        smallest=float(ratio.min()),
+        diagonal=diagonal,
+        passes=swept + passes,
     )
 
 

@@ -10,9 +10,13 @@ from torch import Tensor
 
 from sgdgp.checks import check_finite, check_same
 from sgdgp.operators.base import KernelOperator, row_slices
+from sgdgp.operators.feature import FeatureOperator
+from sgdgp.operators.feature_kernel import CastFeatures
+from sgdgp.operators.moving import MovingVectors
 
 _PROBE_ROWS = 128
 _PROBE_PARTS = 4
+_PROBE_COLUMNS = 1024
 _TRUSTED = 0.1
 
 
@@ -54,15 +58,12 @@ class System:
     def permuted(self, order: Tensor) -> System:
         """The system with its equations and unknowns in another order.
 
+        Args:
+            order: Rows (n,), such as ``operator.random_order`` gives.
+
         Raises:
-            ValueError: Every point has several rows (multi-output kernels).
+            ValueError: The rows of a point with several are torn apart.
         """
-        if self.operator.outputs_per_input != 1:
-            raise ValueError(
-                "operator: this solver reorders rows, which a kernel with "
-                f"{self.operator.outputs_per_input} outputs per input does not allow; "
-                "use CG or Cholesky"
-            )
         return System(
             self.operator.permuted(order),
             self.noise[order],
@@ -207,6 +208,8 @@ def rounding_level(system: System, v: Tensor) -> Tensor:
     rows = torch.linspace(0, system.n - 1, min(system.n, _PROBE_ROWS)).long()
     rows = rows.to(v.device)
     exact = in_float64(system)
+    if isinstance(system.operator, FeatureOperator):
+        return _rounding_of_features(system, exact, v, rows)
     squares = torch.zeros(v.shape[1], dtype=torch.float64, device=v.device)
     for first in range(min(system.n, _PROBE_PARTS)):
         part = torch.zeros_like(v)
@@ -218,6 +221,27 @@ def rounding_level(system: System, v: Tensor) -> Tensor:
         reference.addcmul_(exact.noise[rows], wide[rows])
         squares += (product.double() - reference).square().sum(0)
     return (squares * (system.n / len(rows))).sqrt()
+
+
+def _rounding_of_features(
+    system: System, exact: System, v: Tensor, rows: Tensor
+) -> Tensor:
+    """The same from some columns: a product with features sweeps over all of them.
+
+    Rounding errors of terms that differ add up like random ones. Features of a network
+    have no float64 form to compare with: its kernel is the one of its own precision.
+    """
+    if isinstance(getattr(exact.operator, "features", None), CastFeatures):
+        return torch.zeros(v.shape[1], dtype=torch.float64, device=v.device)
+    columns = torch.linspace(0, system.n - 1, min(system.n, _PROBE_COLUMNS)).long()
+    columns = columns.to(v.device)
+    part, wide = v[columns], v[columns].double()
+    found = system.operator.move(columns, part)
+    truth = exact.operator.move(columns, wide)
+    product = system.operator.rows_of_product(rows, MovingVectors(part, found.image))
+    reference = exact.operator.rows_of_product(rows, MovingVectors(wide, truth.image))
+    ratio = (system.n / len(rows)) * (system.n / len(columns))
+    return (product.double() - reference).square().sum(0).mul(ratio).sqrt()
 
 
 def in_float64(system: System) -> System:

@@ -1,0 +1,297 @@
+"""The tangent model of a network: Jacobian products at its trained weights.
+
+Near its trained weights theta a network f is f(x) + J(x) (w - theta) + ..., with
+J(x) = df(x) / dtheta (C, D). J is never stored: its products with vectors are one
+forward-mode sweep, those of its transpose one reverse-mode sweep.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from sgdgp.checks import check_finite
+from sgdgp.features.chunks import check_product, slices, tracks_gradient
+from sgdgp.features.forward_mode import (
+    ForwardMode,
+    NoForwardRule,
+    differentiable_layers,
+    light_graph,
+)
+from sgdgp.features.weight_choice import Weights
+from sgdgp.features.weight_function import WeightFunction
+from sgdgp.operators.memory import resolve_budget
+
+CPU_ELEMENTS = 2**23
+"""Elements of one layer's derivatives together on a CPU."""
+
+
+class Tangent(WeightFunction):
+    """A network as a function of its weights, and its Jacobian in them.
+
+    The network is only read: it stays as it is, and neither it nor its weights are
+    copied. It has to stay as it is, too: after a training step (any in-place change
+    of a parameter or buffer) every call raises.
+
+    Args:
+        network: A trained network in evaluation mode. Its first axis of outputs is
+            that of the examples, all others are flattened to C outputs.
+        weights: The D uncertain weights, see
+            :func:`sgdgp.features.weight_choice.chosen_weights`; all others, and
+            buffers such as batch-norm statistics, are constants. A weight tied to
+            another is counted once. Default: all parameters that need a gradient.
+        output: Takes what the network returns to a tensor (b, ...), for networks
+            that return something else. Default: what the network returns.
+        memory_budget: Bytes for temporaries. Default: half of what is free.
+
+    Raises:
+        TypeError: Not a network, or weights of an unusable dtype.
+        ValueError: The network cannot be linearised as it is; says what to do.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        *,
+        weights: Weights = None,
+        output: Callable[[Any], Tensor] | None = None,
+        memory_budget: int | None = None,
+    ) -> None:
+        super().__init__(network, weights=weights, output=output)
+        self.memory_budget = memory_budget
+        # Found by the first pass: elements of the widest layer for one example, why
+        # forward mode does not work for this network, and whether reverse mode twice.
+        self._width = 0
+        self._obstacle: str | None = None
+        self._is_checked = False
+
+    def at(self, x: Any) -> TangentBatch:
+        """The Jacobian at a batch."""
+        return TangentBatch(self, x)
+
+    def columns_at_once(self, x: Any) -> int:
+        """Directions whose derivatives at x fit into the memory budget."""
+        budget = resolve_budget(self.memory_budget, self.device)
+        # A block of a residual network holds about six of its widest tensors.
+        return max(1, budget // (6 * self._elements(x) * self.dtype.itemsize))
+
+    def columns_together(self, x: Any) -> int:
+        """Directions that one call of a layer's function takes at x."""
+        if self.device.type != "cpu":
+            return self.columns_at_once(x)
+        return -(-CPU_ELEMENTS // self._elements(x))
+
+    def _elements(self, x: Any) -> int:
+        tensors = _tensors(x)
+        examples = len(tensors[0]) if tensors and tensors[0].ndim else 1
+        return max(1, examples * self._width)
+
+
+class TangentBatch:
+    """J(x) for one batch x; all of its products share one forward pass.
+
+    A product is differentiable in x and in the vector where these need a gradient.
+    """
+
+    def __init__(self, tangent: Tangent, x: Any) -> None:
+        self._tangent = tangent
+        self._x = x
+        self._function = tangent.function(x)
+        self._leaves = {
+            n: p.detach().requires_grad_() for n, p in tangent._theta.items()
+        }
+        self._graph: Tensor | None = None
+
+    @property
+    def outputs(self) -> Float[Tensor, "b C"]:
+        """The network's own outputs."""
+        return self._run().detach()
+
+    def jvp(self, w: Float[Tensor, "D k"]) -> Float[Tensor, "b C k"]:
+        """J(x) w.
+
+        Raises:
+            NotImplementedError: A layer has no derivatives of this kind; names it.
+        """
+        check_product("w", w, self._tangent.num_weights)
+        if tracks_gradient(w, *_tensors(self._x)):
+            self._check_reverse()
+            return self._reverse_twice(w, create_graph=True)
+        pushed = self._push(w)
+        if pushed is not None:
+            return pushed
+        self._check_reverse()
+        return self._reverse_twice(w)
+
+    def vjp(
+        self, u: Float[Tensor, "b C k"], out: Float[Tensor, "D k"] | None = None
+    ) -> Float[Tensor, "D k"]:
+        """J(x)^T u, summed over the batch; added to ``out`` in place if given."""
+        t = self._tangent
+        graph = self._run()
+        if u.shape[:2] != graph.shape:
+            raise ValueError(
+                f"u: expected shape {(*graph.shape, 'k')}, found {tuple(u.shape)}"
+            )
+        if tracks_gradient(u, *_tensors(self._x)):
+            rows = [self._pull(u[..., j], create_graph=True) for j in range(u.shape[2])]
+            found = torch.stack([torch.cat([g.flatten() for g in r]) for r in rows]).mT
+            return found if out is None else out + found
+        total = u.new_zeros(u.shape[2], t.num_weights) if out is None else out.mT
+        # Half as many as in forward mode: large convolutions are faster alone.
+        together = max(1, t.columns_together(self._x) // 2)
+        for columns in slices(u.shape[2], together):
+            cotangent = u[..., columns].permute(2, 0, 1)
+            single = len(cotangent) == 1
+            gradients = self._pull(cotangent[0] if single else cotangent)
+            for name, gradient in zip(t.names, gradients, strict=True):
+                flat = gradient.reshape(len(cotangent), -1)
+                total[columns, t.slices[name]].add_(flat)
+        return total.mT
+
+    def jacobian(self) -> Float[Tensor, "b C D"]:
+        """J(x) itself, example by example, for small networks."""
+        b, c = self._run().shape
+        eye = torch.eye(c, dtype=self._tangent.dtype, device=self._tangent.device)
+        examples = (
+            tree_map_only(Tensor, operator.itemgetter(slice(i, i + 1)), self._x)
+            for i in range(b)
+        )
+        return torch.stack(
+            [self._tangent.at(example).vjp(eye[None]).mT for example in examples]
+        )
+
+    def _run(self, mode: ForwardMode | None = None) -> Tensor:
+        """Outputs with the graph of the reverse mode; with a mode, once more."""
+        if self._graph is None or mode is not None:
+            layers = differentiable_layers(self._tangent.network)
+            with layers, light_graph(), torch.enable_grad(), mode or nullcontext():
+                graph = self._function(self._leaves)
+            if self._graph is None:
+                check_finite("network outputs", graph.detach())
+                self._graph = graph
+            if mode is not None:
+                return graph
+        return self._graph
+
+    def _pull(self, cotangent: Tensor, *, create_graph: bool = False) -> Any:
+        """Gradients of each weight, for one cotangent (b, C) or several (c, b, C)."""
+        graph = self._run()
+        return torch.autograd.grad(
+            graph,
+            tuple(self._leaves.values()),
+            cotangent,
+            retain_graph=True,
+            create_graph=create_graph,
+            is_grads_batched=cotangent.ndim > graph.ndim,
+            allow_unused=True,
+            materialize_grads=True,
+        )
+
+    def _push(self, w: Tensor) -> Tensor | None:
+        """J(x) w in forward mode, None if a function has no rule for it."""
+        t = self._tangent
+        if t._obstacle is None and not t._width:
+            t._obstacle = self._first_obstacle()
+        if t._obstacle is not None:
+            return None
+        try:
+            parts = [
+                self._push_together(w[:, columns])
+                for columns in slices(w.shape[1], t.columns_at_once(self._x))
+            ]
+        except NoForwardRule as error:
+            t._obstacle = str(error)
+            return None
+        return torch.cat(parts, dim=0).permute(1, 2, 0)
+
+    def _push_together(self, w: Tensor) -> Tensor:
+        """J(x) w as (k, b, C), in one forward pass."""
+        t = self._tangent
+        size = t.columns_together(self._x) if t._width else 1
+        tangents = [v.split(size) for v in t.weights_of(w.mT).values()]
+        leaves = list(self._leaves.values())
+        mode = ForwardMode(leaves, [list(v) for v in tangents], t.network)
+        graph = self._run(mode)
+        t._width = max(t._width, -(-mode.widest // len(graph)))
+        chunks = mode.of(graph)
+        return (
+            graph.new_zeros(w.shape[1], *graph.shape)
+            if chunks is None
+            else torch.cat(chunks)
+        )
+
+    def _first_obstacle(self) -> str | None:
+        """Why forward mode does not work for this network, if it does not."""
+        try:
+            agree = self._agrees(self._push_together)
+        except NoForwardRule as error:
+            return str(error)
+        return None if agree else "its forward derivatives differ from its gradients"
+
+    def _check_reverse(self) -> None:
+        t = self._tangent
+        if t._is_checked:
+            return
+        try:
+            agree = self._agrees(lambda w: self._reverse_twice(w).permute(2, 0, 1))
+            reason = "" if agree else "they differ from its gradients"
+        except (RuntimeError, NotImplementedError) as error:
+            reason = str(error)
+        if reason:
+            raise NotImplementedError(
+                "the network cannot be linearised. Forward mode: "
+                f"{t._obstacle or 'not used'}. Derivatives of its gradients: {reason}"
+            )
+        t._is_checked = True
+
+    def _agrees(self, product: Callable[[Tensor], Tensor]) -> bool:
+        """Whether <J w, u> = <w, J^T u>.
+
+        The direction w is made of the gradients themselves, each tensor's scaled to
+        count as much as the others', so that a part that went missing shows.
+        """
+        graph = self._run()
+        u = torch.linspace(-1, 1.5, graph.numel(), device=graph.device).to(graph)
+        u = u.cos().reshape_as(graph)
+        gradients = self._pull(u)
+        norms = torch.stack([g.double().norm() for g in gradients])
+        scales = norms.clamp_min(1e-3 * norms.max()).square().clamp_min(1e-300)
+        w = torch.cat(
+            [(g / s.to(g)).flatten() for g, s in zip(gradients, scales, strict=True)]
+        )
+        found = (product(w[:, None])[0] * u).sum()
+        expected = (norms.square() / scales).sum()
+        return bool((found - expected).abs() <= 0.05 + 1e-3 * expected)
+
+    def _reverse_twice(self, w: Tensor, *, create_graph: bool = False) -> Tensor:
+        """J w = d/du <w, J^T u>: needs no forward mode, and takes twice as long."""
+        t = self._tangent
+        graph = self._run()
+        u = torch.zeros_like(graph).requires_grad_()
+        gradients = dict(zip(t.names, self._pull(u, create_graph=True), strict=True))
+        moving = [n for n in t.names if gradients[n].requires_grad]
+        rows = t.weights_of(w.mT)
+        columns = [
+            torch.autograd.grad(
+                [gradients[n] for n in moving],
+                u,
+                [rows[n][j] for n in moving],
+                retain_graph=True,
+                create_graph=create_graph,
+                materialize_grads=True,
+            )[0]
+            for j in range(w.shape[1])
+        ]
+        return torch.stack(columns, dim=-1)
+
+
+def _tensors(x: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(x) if isinstance(leaf, Tensor)]

@@ -1,0 +1,235 @@
+"""The tangent model of a data set: whitened features, one pass over the data a product.
+
+With J_n the Jacobian of example n, R R^T = Sigma_0 the prior covariance of the weights
+and L_n L_n^T = H_n the Hessian of its likelihood, phi_n = L_n^T J_n R (C, D) are the
+whitened features. In whitened weights v (prior N(0, I), weights w = R v) the posterior
+precision is phi^T phi + I, and every question about the posterior is ridge regression
+with unit noise on them. phi is never stored: a product is one Jacobian-vector and one
+vector-Jacobian product a batch.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from sgdgp.features.tangent import Tangent, TangentBatch
+from sgdgp.networks.likelihoods import Likelihood
+from sgdgp.networks.stream import Batch, Stream
+from sgdgp.networks.weight_priors import WeightPrior
+
+_EXAMPLES, _SAMPLES = 32, 8
+_ROWS = 4096
+_NO_EXAMPLES = "loader: this process has no examples; use fewer processes"
+
+
+@dataclass(frozen=True)
+class TangentData:
+    """A data set seen through a tangent model; its passes are shared by the processes.
+
+    Tables (r, C, ...) hold one row for each example of this process.
+
+    Attributes:
+        tangent: The network's Jacobian.
+        stream: The examples.
+    """
+
+    tangent: Tangent
+    stream: Stream
+
+    @functools.cached_property
+    def num_outputs(self) -> int:
+        """Outputs of the network per example, C."""
+        for batch in self.stream:
+            return self.tangent.outputs(batch.x).shape[1]
+        raise ValueError(_NO_EXAMPLES)
+
+    @functools.cached_property
+    def targets(self) -> Tensor:
+        """Targets of this process's examples (r, ...), a table; one pass at first."""
+        return self._table((b, b.y) for b in self.stream)
+
+    @torch.no_grad()
+    def network_outputs(self) -> Float[Tensor, "r C"]:
+        """What the network itself says, one pass."""
+        return self._table((b, self.tangent.outputs(b.x)) for b in self.stream)
+
+    @torch.no_grad()
+    def forward(self, w: Float[Tensor, "D k"]) -> Float[Tensor, "r C k"]:
+        """J w for all examples, one pass."""
+        return self._table((b, self.tangent.at(b.x).jvp(w)) for b in self.stream)
+
+    @torch.no_grad()
+    def adjoint(
+        self,
+        pull: Callable[[Batch, TangentBatch], Float[Tensor, "b C k"]],
+        columns: int,
+    ) -> Float[Tensor, "D k"]:
+        """sum_n J_n^T u_n, one pass; ``pull`` gives u for a batch."""
+        total = self.zeros(columns)
+        for batch in self.stream:
+            at = self.tangent.at(batch.x)
+            at.vjp(pull(batch, at), out=total)
+        self.stream.processes.sum_(total)
+        return total
+
+    def zeros(self, columns: int) -> Float[Tensor, "D k"]:
+        """Weights that are zero, the columns one after another in memory."""
+        tangent = self.tangent
+        return torch.zeros(
+            columns, tangent.num_weights, dtype=tangent.dtype, device=tangent.device
+        ).mT
+
+    def _table(self, parts: Iterator[tuple[Batch, Tensor]]) -> Tensor:
+        table: Tensor | None = None
+        for batch, values in parts:
+            if len(values) != len(batch.rows):
+                raise ValueError(
+                    f"loader: a batch has {len(batch.rows)} targets, the network gives "
+                    f"{len(values)} outputs for its inputs"
+                )
+            if table is None:
+                table = values.new_empty(self.stream.num_rows, *values.shape[1:])
+            table[batch.rows] = values
+        if table is None:
+            raise ValueError(_NO_EXAMPLES)
+        return table
+
+    def total(self, value: Tensor) -> Tensor:
+        """Sums over the examples of all processes, from those of this one."""
+        self.stream.processes.sum_(value)
+        return value
+
+
+@dataclass(frozen=True)
+class WeightSystem:
+    """(phi^T phi + I) V = B in whitened weights.
+
+    Attributes:
+        data: The data set.
+        prior: R.
+        likelihood: H and its root.
+        outputs: Where H is evaluated (r, C), a table.
+    """
+
+    data: TangentData
+    prior: WeightPrior
+    likelihood: Likelihood
+    outputs: Float[Tensor, "r C"]
+
+    @property
+    def num_weights(self) -> int:
+        """Size of the system, D."""
+        return self.data.tangent.num_weights
+
+    def product(self, v: Float[Tensor, "D k"]) -> Float[Tensor, "D k"]:
+        """phi^T phi v, one pass over the data."""
+        w = self.prior.root(v)
+
+        def pull(batch: Batch, at: TangentBatch) -> Tensor:
+            return self.likelihood.hessian(self.outputs[batch.rows], at.jvp(w))
+
+        return self.prior.root_adjoint(self.data.adjoint(pull, v.shape[1]))
+
+    @torch.no_grad()
+    def batch_product(
+        self, batch: Batch, v: Float[Tensor, "D k"]
+    ) -> Float[Tensor, "D k"]:
+        """phi_b^T phi_b v for one batch of this process."""
+        at = self.data.tangent.at(batch.x)
+        images = at.jvp(self.prior.root(v))
+        images = self.likelihood.hessian(self.outputs[batch.rows], images)
+        return self.prior.root_adjoint(at.vjp(images))
+
+    def noise(self, samples: range, seed: int) -> Float[Tensor, "D s"]:
+        """phi^T eps of some samples, eps ~ N(0, I) drawn for every example, one pass.
+
+        An example's draws depend on the seed, its number and the sample's only: not
+        on batches or processes, nor on where the likelihood is linearised.
+        """
+
+        def pull(batch: Batch, at: TangentBatch) -> Tensor:
+            outputs = self.outputs[batch.rows]
+            noise = example_noise(batch.examples, outputs.shape[1], samples, seed)
+            return self.likelihood.hessian_root(outputs, noise.to(outputs))
+
+        return self.prior.root_adjoint(self.data.adjoint(pull, len(samples)))
+
+    def slope(self) -> Float[Tensor, "D 1"]:
+        """R^T J^T g with g the gradient of the loss at ``outputs``, one pass."""
+
+        def pull(batch: Batch, at: TangentBatch) -> Tensor:
+            outputs = self.outputs[batch.rows]
+            return self.likelihood.gradient(outputs, batch.y).unsqueeze(-1)
+
+        return self.prior.root_adjoint(self.data.adjoint(pull, 1))
+
+    def loss(self, outputs: Float[Tensor, "r C m"]) -> Float[Tensor, " m"]:
+        """Negative log-likelihood of the targets at m tables of outputs."""
+        losses = outputs.new_zeros(outputs.shape[2], dtype=torch.float64)
+        targets = self.data.targets
+        for some, y in zip(outputs.split(_ROWS), targets.split(_ROWS), strict=True):
+            losses -= self.likelihood.log_prob(some, y).double().sum(0)
+        return self.data.total(losses)
+
+    def at(self, outputs: Float[Tensor, "r C"]) -> WeightSystem:
+        """The system with the likelihood linearised elsewhere."""
+        return replace(self, outputs=outputs)
+
+
+@torch.no_grad()
+def curvature_probes(
+    data: TangentData,
+    likelihood: Likelihood,
+    outputs: Float[Tensor, "r C"],
+    count: int,
+    seed: int,
+) -> Iterator[Float[Tensor, "D p"]]:
+    """J_b^T L eps of every batch b of this process, with signs eps = +-1.
+
+    Squares of their entries have the expectation sum_{n in b} (J_n^T H_n J_n)_ii:
+    cross terms of two examples vanish.
+    """
+    for batch in data.stream:
+        here = outputs[batch.rows]
+        signs = example_noise(batch.examples, here.shape[1], range(count), seed).sign()
+        yield data.tangent.at(batch.x).vjp(
+            likelihood.hessian_root(here, signs.to(here))
+        )
+
+
+def example_noise(
+    examples: Tensor, outputs: int, samples: range, seed: int
+) -> Float[Tensor, "b C s"]:
+    """Standard normal draws that are a function of seed, example and sample number.
+
+    Blocks of examples and samples have a stream each, so that any of them can be drawn
+    anew, in any batch and any process.
+    """
+    generator = torch.Generator()
+    columns = range(samples.start // _SAMPLES, -(-samples.stop // _SAMPLES))
+    blocks, place = torch.unique(
+        examples.cpu() // _EXAMPLES, return_inverse=True, sorted=True
+    )
+    drawn = torch.empty(len(blocks), len(columns), _EXAMPLES, _SAMPLES, outputs)
+    for some, block in zip(drawn, blocks.tolist(), strict=True):
+        for part, column in zip(some, columns, strict=True):
+            generator.manual_seed(_mixed(seed, block, column))
+            torch.randn(_EXAMPLES, _SAMPLES, outputs, generator=generator, out=part)
+    noise = drawn[place, :, examples.cpu() % _EXAMPLES]
+    first = samples.start - columns.start * _SAMPLES
+    return noise.flatten(1, 2)[:, first : first + len(samples)].mT
+
+
+def _mixed(*numbers: int) -> int:
+    """One number of 32 bits from several: generators on the CPU use no more."""
+    mixed = 0
+    for number in numbers:
+        mixed = (mixed ^ (number + 1)) * 0x9E3779B97F4A7C15 % 2**64
+        mixed ^= mixed >> 29
+    return mixed >> 32

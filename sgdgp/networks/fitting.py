@@ -1,0 +1,456 @@
+"""Learning a linearised network's prior precisions, then drawing its posterior.
+
+Sample-based expectation maximisation (Antoran et al., "Sampling-based inference for
+large linear models", ICLR 2023). Each step
+
+1. minimises the loss of the linear model (``linear_model.py``),
+2. draws a few posterior samples: (phi^T phi + I) v = theta_0 + phi^T eps,
+3. sets alpha <- gamma / |w|^2, and the noise variance of a Gaussian likelihood,
+
+with everything warm-started and the same theta_0 and eps in every step, so that the
+precisions converge instead of wandering. At the end many samples are drawn once.
+
+Deviations from the paper:
+
+1. The likelihood's Hessian is that at the linear model's outputs, as the generalised
+   linear model has it; at the network's own it nearly vanishes wherever the network
+   fits its training data, and the posterior stays at the prior.
+2. Everything is in whitened weights v = R^-1 w, so that every prior is the same code.
+3. The first precision is the largest eigenvalue of the curvature: well above one, and
+   within a factor of ten of the fixed points we have seen.
+4. gamma is v^T (phi^T phi) v, which the solver's residual already holds: no pass more.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Literal, TypeAlias
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from sgdgp.networks.curvature import TangentData, WeightSystem, curvature_probes
+from sgdgp.networks.likelihoods import Gaussian, Likelihood
+from sgdgp.networks.linear_model import LinearOptimum, optimise
+from sgdgp.networks.weight_priors import PriorSettings, WeightPrior
+from sgdgp.networks.weight_solvers import WeightSolution, WeightSolver
+from sgdgp.posterior.seeds import derived_generator
+from sgdgp.solvers.base import Callback, Progress
+from sgdgp.training.expectation_maximisation import (
+    EffectiveDimension,
+    PrecisionUpdate,
+    effective_dimension,
+)
+
+CurvatureAt: TypeAlias = Literal["linear", "network"]
+"""Outputs at which the likelihood's Hessian is taken."""
+
+_POWER_STEPS = 5
+_LIVE_COLUMNS = 12
+
+
+@dataclass(frozen=True)
+class EMStep:
+    """One step of expectation maximisation.
+
+    Attributes:
+        precisions: alpha before the step, one for each group.
+        effective_dimension: gamma, one for each group.
+        standard_error: Of gamma's sum.
+        noise: Noise variance before the step; None for other likelihoods.
+        loss: Negative log-likelihood of the linear model, summed over the data.
+        errors: Bounds on the relative errors of mean and samples.
+        passes: Passes over the data so far.
+        seconds: Wall time so far.
+    """
+
+    precisions: tuple[float, ...]
+    effective_dimension: tuple[float, ...]
+    standard_error: float
+    noise: float | tuple[float, ...] | None
+    loss: float
+    errors: tuple[float, ...]
+    passes: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How much is done.
+
+    Attributes:
+        num_samples: Samples that learn the precisions.
+        final_samples: Samples of the posterior.
+        steps: Most steps of expectation maximisation; 0 keeps the precision.
+        precision: Where it starts. Default: see this module.
+        solver: For all linear systems.
+        seed: Of everything random.
+        columns: Most samples solved for together.
+    """
+
+    num_samples: int
+    final_samples: int
+    steps: int
+    precision: float | None
+    solver: WeightSolver
+    seed: int
+    columns: int
+
+
+@dataclass
+class RunState:
+    """What a run knows between two stages; all that a checkpoint has to hold.
+
+    Attributes:
+        prior: With the precisions as they are.
+        likelihood: With the noise as it is.
+        mean: vbar, whitened (D, 1).
+        samples: v, whitened (D, k).
+        step: Steps of expectation maximisation that are done.
+        is_learned: Whether learning has ended.
+        finished: Columns of ``samples`` that are final.
+        update: The damping so far.
+        history: One entry a step.
+        passes: Passes over the data so far.
+        seconds: Wall time so far.
+        warnings: Sentences a user can act on.
+    """
+
+    prior: WeightPrior
+    likelihood: Likelihood
+    mean: Float[Tensor, "D 1"]
+    samples: Float[Tensor, "D k"]
+    step: int = 0
+    is_learned: bool = False
+    finished: int = 0
+    update: PrecisionUpdate = field(default_factory=PrecisionUpdate)
+    history: list[EMStep] = field(default_factory=list)
+    passes: float = 0.0
+    seconds: float = 0.0
+    warnings: list[str] = field(default_factory=list)
+
+
+class Interrupted(Exception):
+    """A callback asked to stop."""
+
+
+class Run:
+    """One fit: its data, its settings, and what it has found so far.
+
+    Args:
+        data: The data set seen through the tangent model.
+        curvature_at: Where the Hessian of the samples is taken.
+        schedule: How much to do.
+        state: From :func:`start`, or a checkpoint.
+        callback: Told of the solver's advance, in relative errors; True stops.
+    """
+
+    def __init__(
+        self,
+        data: TangentData,
+        curvature_at: CurvatureAt,
+        schedule: Schedule,
+        state: RunState,
+        callback: Callback | None,
+    ) -> None:
+        self.data = data
+        self.state = state
+        self._schedule = schedule
+        self._callback = callback
+        self._started = time.perf_counter() - state.seconds
+        self._network_outputs = (
+            data.network_outputs() if curvature_at == "network" else None
+        )
+        if self._network_outputs is not None:
+            state.passes += 1.0
+
+    @property
+    def seconds(self) -> float:
+        """Wall time, earlier runs of a checkpoint included."""
+        return time.perf_counter() - self._started
+
+    def stages(self) -> Iterator[RunState]:
+        """The whole fit; yields wherever it could go on from.
+
+        Raises:
+            Interrupted: The callback asked for it. The state is good.
+        """
+        state = self.state
+        while state.step < self._schedule.steps and not state.is_learned:
+            self._learn()
+            yield state
+        state.is_learned = True
+        while state.finished < self._schedule.final_samples:
+            yield from self._draw()
+
+    def _system(self) -> WeightSystem:
+        """Before any linearisation: outputs of the linear model at zero."""
+        outputs = torch.zeros(
+            self.data.stream.num_rows,
+            self.data.num_outputs,
+            dtype=self.data.tangent.dtype,
+            device=self.data.tangent.device,
+        )
+        return WeightSystem(self.data, self.state.prior, self.state.likelihood, outputs)
+
+    def _optimum(self) -> LinearOptimum:
+        state = self.state
+        optimum = optimise(
+            self._system(),
+            state.mean,
+            self._schedule.solver,
+            seed=self._schedule.seed,
+            watch=self._watch,
+        )
+        state.passes += optimum.passes
+        state.mean = optimum.mean
+        if not optimum.converged and not self._asked:
+            _warn_once(
+                state,
+                f"The linear model's mean has not converged after {optimum.passes:.0f} "
+                "passes: give the solver more passes (max_passes), or a larger "
+                "precision to start from.",
+            )
+        return optimum
+
+    def _curvature(self, optimum: LinearOptimum) -> WeightSystem:
+        if self._network_outputs is None:
+            return optimum.system
+        return optimum.system.at(self._network_outputs)
+
+    def _solve(
+        self, system: WeightSystem, columns: range, initial: Tensor
+    ) -> tuple[WeightSolution, Tensor]:
+        """Posterior samples of these numbers, and the right-hand sides they solve."""
+        seed = self._schedule.seed
+        rhs = system.noise(columns, seed) + prior_draws(initial, columns, seed)
+        self.state.passes += 1.0
+        solution = self._schedule.solver.solve(
+            system, rhs, initial, seed=seed, watch=self._watch
+        )
+        self.state.passes += solution.passes
+        return solution, rhs
+
+    def _learn(self) -> None:
+        state, schedule = self.state, self._schedule
+        optimum = self._optimum()
+        self._stop_if_asked()
+        system = self._curvature(optimum)
+        solution, rhs = self._solve(system, range(schedule.num_samples), state.samples)
+        self._stop_if_asked()
+        prior, samples = state.prior, solution.weights
+        products = prior.group_sums(samples, solution.images(rhs))
+        gamma = effective_dimension(products, prior.group_sizes)
+        squares = prior.group_sums(state.mean, state.mean)[:, 0]
+        likelihood = self._learned_noise(optimum, gamma, samples)
+        entry = EMStep(
+            precisions=tuple(prior.precisions.tolist()),
+            effective_dimension=tuple(gamma.groups.tolist()),
+            standard_error=gamma.standard_error,
+            noise=noise_in_use(state.likelihood),
+            loss=optimum.loss,
+            errors=tuple(solution.errors.tolist()),
+            passes=state.passes,
+            seconds=self.seconds,
+        )
+        # Only now does the state move: an interrupt finds it before the step or after.
+        quiet = _is_near(likelihood, state.likelihood)
+        state.prior = prior.with_precisions(
+            state.update(prior.precisions, gamma.groups, squares)
+        )
+        # The mean keeps its weights w = R v, in the coordinates of the new R. Samples
+        # keep v: in all directions that the data do not see it is the prior draw.
+        state.mean = rewhitened(state.mean, prior, state.prior)
+        state.samples = samples
+        state.likelihood = likelihood
+        state.history.append(entry)
+        state.step += 1
+        state.is_learned = state.update.has_settled and quiet
+        state.seconds = self.seconds
+        _warn(state, solution, schedule.solver, f"step {state.step}")
+
+    def _learned_noise(
+        self, optimum: LinearOptimum, gamma: EffectiveDimension, samples: Tensor
+    ) -> Likelihood:
+        """The likelihood with the noise that this step learns, if it learns one."""
+        state = self.state
+        likelihood = state.likelihood
+        if not isinstance(likelihood, Gaussian) or not likelihood.learns_noise:
+            return likelihood
+        errors = likelihood.squared_error(optimum.system.outputs, self.data.targets)
+        errors = self.data.total(errors)
+        dimension: float | Tensor = gamma.total
+        if likelihood.per_output:
+            fluctuations = self.data.forward(state.prior.root(samples))
+            squares = self.data.total(fluctuations.double().square().mean(2).sum(0))
+            dimension = squares / squares.new_tensor(likelihood.variance)
+            state.passes += 1.0
+        return likelihood.update_noise(errors, self.data.stream.num_examples, dimension)
+
+    def _draw(self) -> Iterator[RunState]:
+        """The samples of the posterior, some columns at a time."""
+        state, schedule = self.state, self._schedule
+        system = self._curvature(self._optimum())
+        self._stop_if_asked()
+        total = schedule.final_samples
+        have = state.samples[:, :total]
+        missing = range(have.shape[1], total)
+        fresh = prior_draws(have, missing, schedule.seed)
+        state.samples = torch.cat([have.mT, fresh.mT]).mT
+        while state.finished < total:
+            stop = min(total, state.finished + schedule.columns)
+            columns = range(state.finished, stop)
+            part = slice(state.finished, stop)
+            solution, _ = self._solve(system, columns, state.samples[:, part])
+            state.samples[:, part] = solution.weights
+            self._stop_if_asked()
+            _warn(state, solution, schedule.solver, "the posterior samples")
+            state.finished = stop
+            state.seconds = self.seconds
+            yield state
+
+    def _watch(self, passes: float, errors: Tensor, weights: object) -> bool:
+        if self._callback is None:
+            return False
+        progress = Progress(
+            self.state.passes + passes,
+            self.seconds,
+            errors,
+            exact=False,
+            weights=weights,  # type: ignore[arg-type]
+        )
+        self._asked = bool(self._callback(progress))
+        return self._asked
+
+    _asked = False
+
+    def _stop_if_asked(self) -> None:
+        if self._asked:
+            raise Interrupted
+
+
+def start(
+    data: TangentData,
+    likelihood: Likelihood,
+    settings: PriorSettings,
+    schedule: Schedule,
+    curvature_at: CurvatureAt,
+) -> RunState:
+    """The state before the first step: prior, noise and precision to start from."""
+    passes = 2.0
+    outputs = data.network_outputs()
+    likelihood.check_targets(data.targets, outputs.shape[1])
+    if isinstance(likelihood, Gaussian) and likelihood.learns_noise:
+        likelihood = _first_noise(data, likelihood, outputs)
+    if curvature_at == "linear":
+        outputs = torch.zeros_like(outputs)
+    seed = schedule.seed
+    prior = settings.build(
+        data.tangent,
+        lambda count: curvature_probes(data, likelihood, outputs, count, seed),
+    )
+    system = WeightSystem(data, prior, likelihood, outputs)
+    precision = schedule.precision
+    if precision is None:
+        precision = _largest_eigenvalue(system, seed)
+        passes += 1.0 + _POWER_STEPS
+    prior = prior.with_precisions(torch.full_like(prior.precisions, precision))
+    empty = data.zeros(1)
+    samples = prior_draws(empty, range(schedule.num_samples), seed)
+    return RunState(prior, likelihood, empty, samples, passes=passes)
+
+
+def _first_noise(
+    data: TangentData, likelihood: Gaussian, outputs: Float[Tensor, "r C"]
+) -> Gaussian:
+    """The noise the network itself leaves, not below 1e-4 of the targets' scale."""
+    errors = data.total(likelihood.squared_error(outputs, data.targets))
+    nothing = torch.zeros_like(outputs)
+    squares = data.total(likelihood.squared_error(nothing, data.targets))
+    floor = 1e-4 * squares.clamp_min(torch.finfo(outputs.dtype).tiny)
+    if not bool(squares.any()):
+        raise ValueError(
+            "loader: all targets are zero, so there is no noise to learn; give it as "
+            "Gaussian(noise=...)"
+        )
+    return likelihood.update_noise(errors.maximum(floor), data.stream.num_examples, 0.0)
+
+
+def _largest_eigenvalue(system: WeightSystem, seed: int) -> float:
+    """Largest eigenvalue of phi^T phi, by power iteration from a noise draw."""
+    v = system.noise(range(1), seed)
+    value = float(v.norm())
+    for _ in range(_POWER_STEPS):
+        if not value > 0:
+            break
+        v = system.product(v / value)
+        value = float(v.norm())
+    if not 0 < value < float("inf"):
+        raise ValueError(
+            "network: its Jacobian in the chosen weights is zero or not finite on the "
+            f"training data (largest eigenvalue of the curvature: {value})"
+        )
+    return value
+
+
+def prior_draws(
+    like: Float[Tensor, "D k"], columns: range, seed: int
+) -> Float[Tensor, "D c"]:
+    """theta_0 ~ N(0, I) of the samples with these numbers (D, c), like ``like``."""
+    rows = torch.empty(len(columns), like.shape[0], dtype=like.dtype)
+    for row, column in zip(rows, columns, strict=True):
+        row.normal_(generator=derived_generator(seed, "prior weights", column))
+    return rows.to(like.device).mT
+
+
+def rewhitened(
+    v: Float[Tensor, "D k"], old: WeightPrior, new: WeightPrior
+) -> Float[Tensor, "D k"]:
+    """R_new^-1 R_old v, for priors that differ in their precisions only."""
+    factors = (new.precisions / old.precisions).sqrt()
+    out = v.mT.clone()
+    for group, number in zip(new.groups, new.group_of, strict=True):
+        out[:, group] *= factors[number]
+    return out.mT
+
+
+def _is_near(one: Likelihood, other: Likelihood) -> bool:
+    """Whether noise variances differ by less than 5 %; other likelihoods have none."""
+    if not isinstance(one, Gaussian) or not isinstance(other, Gaussian):
+        return True
+    ratio = torch.as_tensor(one.variance).double() / torch.as_tensor(other.variance)
+    return bool((ratio.log().abs() < 0.05).all())
+
+
+def noise_in_use(likelihood: Likelihood) -> float | tuple[float, ...] | None:
+    """Noise variance of a Gaussian likelihood, None for others."""
+    return likelihood.variance if isinstance(likelihood, Gaussian) else None
+
+
+def columns_within(budget: int, num_weights: int, element_size: int) -> int:
+    """How many columns a solver can work on together within a memory budget."""
+    return max(1, min(64, budget // (_LIVE_COLUMNS * num_weights * element_size)))
+
+
+def _warn(
+    state: RunState, solution: WeightSolution, solver: WeightSolver, where: str
+) -> None:
+    if solution.reason in ("converged", "interrupted"):
+        return
+    _warn_once(
+        state,
+        f"{type(solver).__name__} stopped ({solution.reason}) at {where} with a "
+        f"relative error of up to {float(solution.errors.max()):.2e}, the tolerance "
+        f"is {solver.tolerance:g}: give it more passes (max_passes) or a larger "
+        "tolerance.",
+    )
+
+
+def _warn_once(state: RunState, sentence: str) -> None:
+    """Keep the last sentence of each kind only."""
+    kind = sentence.split(maxsplit=3)[:3]
+    others = [kept for kept in state.warnings if kept.split(maxsplit=3)[:3] != kind]
+    state.warnings = [*others, sentence]

@@ -1,0 +1,350 @@
+"""Likelihoods of linearised networks: losses and square roots of their Hessians.
+
+The loss of one example is l(f, y) = -log p(y | f) with outputs f (C,). Its Hessian
+H (C, C) in the outputs has a square root L in closed form, L L^T = H, which whitens
+the tangent features: with z such that L z = -dl/df, one Newton step on the linear
+model is ridge regression with unit noise on the targets z. Every product costs O(C)
+per example and column; no C x C matrix is formed.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional
+
+from sgdgp.checks import check_finite
+from sgdgp.networks.noise import as_variances, updated_noise
+
+
+class Likelihood(ABC):
+    """Distribution of one target given the C outputs of a network.
+
+    Outputs are (b, C) for a batch of b examples; vectors in the space of outputs are
+    (b, C, k), one column per sample.
+    """
+
+    @property
+    def learns_noise(self) -> bool:
+        """Whether there is a noise variance to learn from the data."""
+        return False
+
+    @abstractmethod
+    def hessian_root(
+        self, outputs: Float[Tensor, "b C"], v: Float[Tensor, "b C k"]
+    ) -> Float[Tensor, "b C k"]:
+        """L v with L L^T the Hessian of the loss at ``outputs``."""
+
+    @abstractmethod
+    def hessian_root_transpose(
+        self, outputs: Float[Tensor, "b C"], v: Float[Tensor, "b C k"]
+    ) -> Float[Tensor, "b C k"]:
+        """L^T v with L L^T the Hessian of the loss at ``outputs``."""
+
+    @abstractmethod
+    def hessian(
+        self, outputs: Float[Tensor, "b C"], v: Float[Tensor, "b C k"]
+    ) -> Float[Tensor, "b C k"]:
+        """H v with H the Hessian of the loss at ``outputs``."""
+
+    @abstractmethod
+    def gradient(self, outputs: Float[Tensor, "b C"], y: Tensor) -> Tensor:
+        """Gradient dl/df of the loss in the outputs (b, C)."""
+
+    @abstractmethod
+    def residual(self, outputs: Float[Tensor, "b C"], y: Tensor) -> Tensor:
+        """Whitened targets z (b, C): L z = -gradient(outputs, y)."""
+
+    @abstractmethod
+    def log_prob(
+        self, outputs: Float[Tensor, "b C k"], y: Tensor
+    ) -> Float[Tensor, "b k"]:
+        """Log probability (or density) of each target under each column."""
+
+    def loss(self, outputs: Float[Tensor, "b C"], y: Tensor) -> Float[Tensor, " b"]:
+        """Negative log likelihood of each example (b,)."""
+        return -self.log_prob(outputs.unsqueeze(-1), y).squeeze(-1)
+
+    @abstractmethod
+    def check_targets(self, y: Any, num_outputs: int) -> None:
+        """Refuse targets that are none for a network with ``num_outputs`` outputs.
+
+        Raises:
+            TypeError: Not a tensor, or of a dtype that no target has.
+            ValueError: Of a wrong shape, out of range, or not finite.
+        """
+
+
+@dataclass(frozen=True)
+class Categorical(Likelihood):
+    """One of C classes with probabilities p = softmax(f), targets are class indices.
+
+    H = diag(p) - p p^T = L L^T with L = diag(sqrt p) - p sqrt(p)^T.
+
+    Probabilities are mixed with the uniform distribution at the rounding error of the
+    dtype, so that z = (e_y - p) / sqrt(p) stays finite however small p_y is. L, H, z
+    and the gradient all use the same p: the identities between them hold exactly.
+    """
+
+    def hessian_root(
+        self, outputs: Float[Tensor, "b C"], v: Float[Tensor, "b C k"]
+    ) -> Float[Tensor, "b C k"]:
+        root = _root_probabilities(outputs)
+        along = torch.einsum("bc,bck->bk", root, v)
+        root = root.unsqueeze(-1)
+        product = root * (v - root * along.unsqueeze(1))
+        # The columns of L sum to zero. The likeliest class as minus the others keeps
+        # its relative accuracy as p tends to one, where the above cancels.
+        top = _top(root).expand(-1, -1, v.shape[-1])
+        product.scatter_(1, top, 0.0)
+        return product.scatter_(1, top, -product.sum(1, keepdim=True))
+
+    def hessian_root_transpose(
+        self, outputs: Float[Tensor, "b C"], v: Float[Tensor, "b C k"]
+    ) -> Float[Tensor, "b C k"]:
+        root = _root_probabilities(outputs).unsqueeze(-1)
+        return root * _centred(root, v)
+
+    def hessian(
+        self, outputs: Float[Tensor, "b C"], v: Float[Tensor, "b C k"]
+    ) -> Float[Tensor, "b C k"]:
+        root = _root_probabilities(outputs).unsqueeze(-1)
+        return root.square() * _centred(root, v)
+
+    def gradient(
+        self, outputs: Float[Tensor, "b C"], y: Tensor
+    ) -> Float[Tensor, "b C"]:
+        return -_score(_root_probabilities(outputs), y)
+
+    def residual(
+        self, outputs: Float[Tensor, "b C"], y: Tensor
+    ) -> Float[Tensor, "b C"]:
+        root = _root_probabilities(outputs)
+        return _score(root, y) / root
+
+    def log_prob(
+        self, outputs: Float[Tensor, "b C k"], y: Tensor
+    ) -> Float[Tensor, "b k"]:
+        columns = _classes(y, outputs).expand(-1, outputs.shape[-1])
+        return -functional.cross_entropy(outputs, columns, reduction="none")
+
+    def check_targets(self, y: Any, num_outputs: int) -> None:
+        _check_tensor(y)
+        if num_outputs < 2:
+            raise ValueError(
+                f"network: Categorical needs an output per class, at least two, found "
+                f"{num_outputs}; a network with one logit f has the two outputs "
+                f"(0, f), which the argument `output` can make of it"
+            )
+        if y.is_floating_point() or y.is_complex() or y.dtype == torch.bool:
+            raise TypeError(
+                f"y: Categorical expects class indices as integers, found {y.dtype}"
+            )
+        if y.ndim != 1 or y.numel() == 0:
+            raise ValueError(
+                f"y: Categorical expects one class index per example, shape (b,), "
+                f"found {tuple(y.shape)}"
+            )
+        low, high = int(y.min()), int(y.max())
+        if low < 0 or high >= num_outputs:
+            raise ValueError(
+                f"y: expected class indices from 0 to {num_outputs - 1}, one per "
+                f"output of the network, found {low if low < 0 else high}"
+            )
+
+
+@dataclass(frozen=True)
+class Gaussian(Likelihood):
+    """Outputs plus Gaussian noise, y ~ N(f, sigma^2), independent across outputs.
+
+    Attributes:
+        noise: Noise variance sigma^2, one for all outputs or one each (C,). Default:
+            None, learned from the data.
+        per_output: Whether to learn one variance per output. Default: False.
+        estimate: Current estimate of a noise that is learned; ``with_noise`` sets it.
+
+    Raises:
+        ValueError: A variance that is not positive and finite, or ``per_output`` with
+            a given noise.
+    """
+
+    noise: float | Sequence[float] | Tensor | None = None
+    per_output: bool = False
+    estimate: float | Sequence[float] | Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.noise is not None and (self.per_output or self.estimate is not None):
+            raise ValueError(
+                "per_output: it says how to learn the noise, which is given here; give "
+                "one variance per output as noise=tensor of shape (C,), or noise=None"
+            )
+        # Plain numbers compare, hash and store; tensors do not.
+        object.__setattr__(self, "noise", as_variances("noise", self.noise))
+        object.__setattr__(self, "estimate", as_variances("estimate", self.estimate))
+
+    @property
+    def learns_noise(self) -> bool:
+        return self.noise is None
+
+    @property
+    def variance(self) -> float | tuple[float, ...]:
+        """Noise variance in use, one for all outputs or one each.
+
+        Raises:
+            ValueError: It is to be learned, and nothing has been so far.
+        """
+        value = self.estimate if self.noise is None else self.noise
+        if value is None:
+            raise ValueError(
+                "noise: it is learned from data, and there is no estimate yet; fit "
+                "first, or set one by with_noise"
+            )
+        assert not isinstance(value, Tensor)
+        return value if isinstance(value, float) else tuple(value)
+
+    def with_noise(self, variance: float | Sequence[float] | Tensor) -> Gaussian:
+        """This likelihood with another noise variance, learned or fixed as before."""
+        if self.learns_noise:
+            return replace(self, estimate=variance)
+        return replace(self, noise=variance)
+
+    def squared_error(
+        self, outputs: Float[Tensor, "b C"], y: Tensor
+    ) -> Float[Tensor, " C"]:
+        """Sum over the batch of (y - f)^2 for each output, in float64."""
+        return (_targets(y, outputs) - outputs).double().square().sum(0)
+
+    def update_noise(
+        self,
+        squared_error: Float[Tensor, " C"],
+        num_examples: int,
+        effective_dimension: float | Float[Tensor, " C"] = 0.0,
+    ) -> Gaussian:
+        """This likelihood with the noise that fits best, if it is learned.
+
+        Args:
+            squared_error: Sums over the examples of (y - f)^2 (C,).
+            num_examples: N.
+            effective_dimension: gamma of the model, or of each output (C,).
+
+        Raises:
+            ValueError: As in ``sgdgp.networks.noise.updated_noise``.
+        """
+        if not self.learns_noise:
+            return self
+        gamma, before = effective_dimension, self.estimate or 0.0
+        if not self.per_output and isinstance(gamma, Tensor):
+            gamma = float(gamma.sum())
+        noise = updated_noise(squared_error, num_examples, gamma, before)
+        return self.with_noise(noise if self.per_output else float(noise.mean()))
+
+    def hessian_root(
+        self, outputs: Float[Tensor, "b C"], v: Float[Tensor, "b C k"]
+    ) -> Float[Tensor, "b C k"]:
+        return v / self._deviation(outputs)
+
+    def hessian_root_transpose(
+        self, outputs: Float[Tensor, "b C"], v: Float[Tensor, "b C k"]
+    ) -> Float[Tensor, "b C k"]:
+        return v / self._deviation(outputs)
+
+    def hessian(
+        self, outputs: Float[Tensor, "b C"], v: Float[Tensor, "b C k"]
+    ) -> Float[Tensor, "b C k"]:
+        return v / self._deviation(outputs) ** 2
+
+    def gradient(
+        self, outputs: Float[Tensor, "b C"], y: Tensor
+    ) -> Float[Tensor, "b C"]:
+        error = (outputs - _targets(y, outputs)).unsqueeze(-1)
+        return self.hessian(outputs, error).squeeze(-1)
+
+    def residual(
+        self, outputs: Float[Tensor, "b C"], y: Tensor
+    ) -> Float[Tensor, "b C"]:
+        error = (_targets(y, outputs) - outputs).unsqueeze(-1)
+        return self.hessian_root(outputs, error).squeeze(-1)
+
+    def log_prob(
+        self, outputs: Float[Tensor, "b C k"], y: Tensor
+    ) -> Float[Tensor, "b k"]:
+        first = outputs[..., 0]
+        deviation = self._deviation(first)
+        z = (_targets(y, first).unsqueeze(-1) - outputs) / deviation
+        logs = (outputs.new_ones(outputs.shape[1], 1) * deviation).log().sum()
+        constant = logs + 0.5 * outputs.shape[1] * math.log(2 * math.pi)
+        return -0.5 * z.square().sum(1) - constant
+
+    def check_targets(self, y: Any, num_outputs: int) -> None:
+        _check_tensor(y)
+        if not y.is_floating_point():
+            raise TypeError(
+                f"y: Gaussian expects floating-point targets, found {y.dtype}"
+            )
+        if y.numel() == 0 or y.ndim == 0 or y[0].numel() != num_outputs:
+            raise ValueError(
+                f"y: Gaussian expects one target per output of the network, shape "
+                f"(b, {num_outputs}), found {tuple(y.shape)}"
+            )
+        check_finite("y", y)
+        variance = self.estimate if self.noise is None else self.noise
+        if isinstance(variance, tuple) and len(variance) != num_outputs:
+            raise ValueError(
+                f"noise: expected one variance per output, {num_outputs}, found "
+                f"{len(variance)}"
+            )
+
+    def _deviation(self, outputs: Tensor) -> float | Tensor:
+        """Sigma, to divide (b, C, k) by."""
+        variance = self.variance
+        if isinstance(variance, float):
+            return math.sqrt(variance)
+        return outputs.new_tensor(variance).sqrt().unsqueeze(-1)
+
+
+def _root_probabilities(outputs: Tensor) -> Tensor:
+    """Square roots of the probabilities (b, C), none of them zero."""
+    classes = outputs.shape[1]
+    floor = torch.finfo(outputs.dtype).eps / classes
+    return ((outputs.softmax(1) + floor) / (1 + classes * floor)).sqrt()
+
+
+def _top(root: Tensor) -> Tensor:
+    """Index of the likeliest class, as an axis to gather along."""
+    return root.argmax(1, keepdim=True)
+
+
+def _centred(root: Tensor, v: Tensor) -> Tensor:
+    """Subtract p^T v from v, with relative accuracy as p tends to a vertex."""
+    # Without the likeliest class's entry p^T v is a sum of terms with small p.
+    v = v - v.gather(1, _top(root).expand(-1, -1, v.shape[-1]))
+    return v - torch.einsum("bc,bck->bk", root.squeeze(-1).square(), v).unsqueeze(1)
+
+
+def _score(root: Tensor, y: Tensor) -> Tensor:
+    """One-hot targets minus probabilities; 1 - p as the sum of the other classes."""
+    p, top, y = root.square(), _top(root), _classes(y, root)
+    others = p.scatter(1, top, 0.0).sum(1, keepdim=True)
+    return (-p).scatter(1, y, torch.where(y == top, others, 1 - p.gather(1, y)))
+
+
+def _classes(y: Tensor, outputs: Tensor) -> Tensor:
+    """Class indices as an axis (b, 1) to gather along, on the outputs' device."""
+    return y.to(outputs.device, torch.long).unsqueeze(-1)
+
+
+def _targets(y: Tensor, outputs: Tensor) -> Tensor:
+    """Regression targets as (b, C) in the dtype and on the device of the outputs."""
+    return y.reshape(outputs.shape).to(outputs)
+
+
+def _check_tensor(y: Any) -> None:
+    if not isinstance(y, Tensor):
+        raise TypeError(f"y: expected a torch.Tensor, found {type(y).__name__}")

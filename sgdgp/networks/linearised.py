@@ -1,0 +1,291 @@
+"""From a trained network to a posterior over its functions."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, get_args
+
+import torch
+from torch import Tensor, nn
+
+from sgdgp.checks import check_count, check_positive
+from sgdgp.features.tangent import Tangent
+from sgdgp.features.weight_choice import Weights
+from sgdgp.networks.checkpoint import RunKeeper
+from sgdgp.networks.curvature import TangentData
+from sgdgp.networks.fitting import (
+    CurvatureAt,
+    Interrupted,
+    Run,
+    RunState,
+    Schedule,
+    columns_within,
+    start,
+)
+from sgdgp.networks.likelihoods import Likelihood
+from sgdgp.networks.posterior import LinearisedPosterior
+from sgdgp.networks.stream import Split, stream_of
+from sgdgp.networks.weight_priors import GPrior, PriorSettings
+from sgdgp.networks.weight_solvers import WeightCG, WeightSGD, WeightSolver
+from sgdgp.operators.memory import resolve_budget
+from sgdgp.posterior.progress import progress_bar
+from sgdgp.posterior.seeds import generator_of, seed_of
+from sgdgp.solvers.base import Callback
+
+STREAMED_FROM = 200_000
+"""From so many examples "auto" is stochastic gradient descent."""
+
+_SOLVERS: dict[str, Callable[[], WeightSolver]] = {"cg": WeightCG, "sgd": WeightSGD}
+
+
+def linearise(
+    network: nn.Module,
+    likelihood: Likelihood,
+    prior: PriorSettings | None = None,
+    *,
+    weights: Weights = None,
+    output: Callable[[Any], Tensor] | None = None,
+    curvature_at: CurvatureAt = "linear",
+    memory_budget: int | None = None,
+) -> LinearisedNetwork:
+    """Take a trained network as a linear model in its weights.
+
+    Args:
+        network: Any trained ``torch.nn.Module`` in evaluation mode. It is read, never
+            changed or copied, and has to stay as it is; buffers are constants.
+        likelihood: ``Categorical()`` or ``Gaussian(noise=...)``.
+        prior: ``GPrior()`` (default), ``Isotropic()``, ``Layerwise()`` or
+            ``Kronecker()``.
+        weights: Which weights are uncertain: None or "all", "last_layer", "no_norms",
+            patterns such as "layer4.*", or a function of name and parameter.
+        output: Takes what the network returns to a tensor (b, ...).
+        curvature_at: Outputs at which the likelihood's Hessian is taken: those of the
+            "linear" model, or of the "network" as in Antoran et al. (2023).
+        memory_budget: Bytes for temporaries. Default: half of what is free.
+
+    Returns:
+        The linearised network; ``fit`` it to the data that trained it.
+
+    Raises:
+        TypeError: An argument is of the wrong kind.
+        ValueError: The network cannot be linearised; names the layer in the way.
+
+    Example:
+        >>> posterior = sgdgp.networks.linearise(network, Categorical()).fit(loader)
+        >>> posterior.predict(x)
+    """
+    if not isinstance(likelihood, Likelihood):
+        raise TypeError(
+            "likelihood: expected Categorical() or Gaussian(), found "
+            f"{_what(likelihood)}"
+        )
+    prior = GPrior() if prior is None else prior
+    if not isinstance(prior, PriorSettings):
+        raise TypeError(
+            "prior: expected GPrior(), Isotropic(), Layerwise() or Kronecker(), found "
+            f"{_what(prior)}"
+        )
+    if curvature_at not in get_args(CurvatureAt):
+        raise ValueError(
+            f'curvature_at: expected "linear" or "network", found {curvature_at!r}'
+        )
+    tangent = Tangent(
+        network, weights=weights, output=output, memory_budget=memory_budget
+    )
+    return LinearisedNetwork(tangent, likelihood, prior, curvature_at)
+
+
+@dataclass(frozen=True)
+class LinearisedNetwork:
+    """A network as a linear model in its weights, before it has seen data.
+
+    Attributes:
+        tangent: Its Jacobian.
+        likelihood: Of the targets given the outputs.
+        prior: Settings of the weights' prior.
+        curvature_at: Outputs at which the likelihood's Hessian is taken.
+    """
+
+    tangent: Tangent
+    likelihood: Likelihood
+    prior: PriorSettings
+    curvature_at: CurvatureAt
+
+    def fit(
+        self,
+        loader: Any,
+        *,
+        num_samples: int = 8,
+        final_samples: int = 64,
+        steps: int = 6,
+        precision: float | None = None,
+        solver: WeightSolver | str = "auto",
+        seed: int | torch.Generator = 0,
+        split: Split | None = None,
+        progress: bool | None = None,
+        callback: Callback | None = None,
+        checkpoint: str | os.PathLike[str] | None = None,
+        every: int | float = 60,
+    ) -> LinearisedPosterior:
+        """Learn the prior precision (and noise), and draw posterior weights.
+
+        In a group of processes (torchrun) every process calls this with the same
+        loader; each passes over its share of the data.
+
+        Args:
+            loader: A ``DataLoader``, a ``Dataset``, or a collection of batches (inputs,
+                targets): the training data without augmentation. Order and
+                ``drop_last`` of a DataLoader do not matter: every example is used.
+            num_samples: Samples that learn the precision.
+            final_samples: Samples of the posterior.
+            steps: Most steps of expectation maximisation; fewer when it settles. With
+                0, ``precision`` is kept.
+            precision: Prior precision to start from. Default: the largest eigenvalue
+                of the curvature.
+            solver: ``WeightCG()``, ``WeightSGD()``, ``Dual(...)``, or "auto": CG, and
+                SGD from 200,000 examples.
+            seed: Seed or generator of everything random.
+            split: From what the loader yields to (inputs, targets).
+            progress: Show a progress bar. Default: on a terminal.
+            callback: Called as the solves advance, with relative errors in place of
+                residuals; returning True stops the fit.
+            checkpoint: File that keeps the fit. Calling again after the process was
+                killed goes on from there.
+            every: Seconds between two writes of the checkpoint, at least.
+
+        Returns:
+            The posterior. ``posterior.reason`` says whether the fit was interrupted,
+            ``posterior.history`` how the precision was learned.
+
+        Raises:
+            TypeError: Data or settings are of the wrong kind.
+            ValueError: Data or settings do not fit; says which and why.
+        """
+        check_count("num_samples", num_samples, 2)
+        check_count("final_samples", final_samples, 2)
+        check_count("steps", steps, 0)
+        if precision is not None:
+            check_positive("precision", precision)
+        elif steps == 0:
+            raise ValueError("precision: needed where steps=0 leaves it as it is")
+        tangent = self.tangent
+        stream = stream_of(loader, tangent.device, split)
+        schedule = Schedule(
+            num_samples=num_samples,
+            final_samples=final_samples,
+            steps=steps,
+            precision=precision,
+            solver=chosen_solver(solver, stream.num_examples),
+            seed=seed_of(generator_of(seed)),
+            columns=columns_within(
+                resolve_budget(tangent.memory_budget, tangent.device),
+                tangent.num_weights,
+                tangent.dtype.itemsize,
+            ),
+        )
+        data = TangentData(tangent, stream)
+        keeper, state = None, None
+        if checkpoint is not None:
+            keeper = RunKeeper(
+                checkpoint, every, tangent, self._identity(schedule, data)
+            )
+            state = keeper.load()
+        if state is None:
+            state = start(
+                data, self.likelihood, self.prior, schedule, self.curvature_at
+            )
+        reason = "finished"
+        with progress_bar(progress, "linearised Laplace", callback) as told:
+            run = Run(data, self.curvature_at, schedule, state, told)
+            try:
+                for reached in run.stages():
+                    if keeper is not None:
+                        keeper.keep(reached)
+            except Interrupted:
+                reason = "interrupted"
+            finally:
+                if keeper is not None:
+                    keeper.keep(run.state, now=True)
+        if keeper is not None and keeper.problem is not None:
+            run.state.warnings.append(keeper.problem)
+        return posterior_of(tangent, run.state, stream.num_examples, reason)
+
+    def _identity(self, schedule: Schedule, data: TangentData) -> dict[str, object]:
+        """What makes two fits the same one, by the names that users know."""
+        mark = torch.tensor([data.stream.mark], dtype=torch.float64)
+        mark = data.total(mark.to(data.targets.device))
+        return {
+            "likelihood": self.likelihood,
+            "prior": self.prior,
+            "curvature_at": self.curvature_at,
+            "num_samples": schedule.num_samples,
+            "steps": schedule.steps,
+            "precision": schedule.precision,
+            "seed": schedule.seed,
+            "number of examples": data.stream.num_examples,
+            "data": f"{float(mark[0]):.8g}",
+        }
+
+
+def chosen_solver(solver: WeightSolver | str, num_examples: int) -> WeightSolver:
+    """The solver itself, that of a name, or what "auto" stands for.
+
+    Raises:
+        TypeError: Neither a solver nor a name.
+        ValueError: No solver has that name.
+    """
+    if isinstance(solver, WeightSolver):
+        return solver
+    if not isinstance(solver, str):
+        raise TypeError(
+            "solver: expected WeightCG(), WeightSGD(), Dual() or a name, found "
+            f"{_what(solver)}"
+        )
+    if solver == "auto":
+        return WeightCG() if num_examples < STREAMED_FROM else WeightSGD()
+    if solver not in _SOLVERS:
+        raise ValueError(
+            f'solver: expected "auto", "cg" or "sgd", or a solver, found {solver!r}'
+        )
+    return _SOLVERS[solver]()
+
+
+def _what(found: object) -> str:
+    """What an argument is; a class was meant to be called."""
+    if isinstance(found, type):
+        return f"the class {found.__name__}: call it, {found.__name__}()"
+    return type(found).__name__
+
+
+def posterior_of(
+    tangent: Tangent, state: RunState, num_examples: int, reason: str
+) -> LinearisedPosterior:
+    """What a run has found, in weights."""
+    warnings = list(state.warnings)
+    if reason == "interrupted":
+        warnings.append(
+            "The fit was interrupted: "
+            + (
+                f"{state.finished} samples are final."
+                if state.is_learned
+                else "the precision is not learned and the samples are not final."
+            )
+        )
+    samples = state.samples
+    if 0 < state.finished < samples.shape[1]:
+        samples = samples[:, : state.finished]
+    return LinearisedPosterior(
+        tangent=tangent,
+        likelihood=state.likelihood,
+        prior=state.prior,
+        weight_samples=state.prior.root(samples),
+        weight_mean=state.prior.root(state.mean),
+        num_examples=num_examples,
+        reason=reason,
+        history=tuple(state.history),
+        passes=state.passes,
+        seconds=state.seconds,
+        warnings=tuple(warnings),
+    )

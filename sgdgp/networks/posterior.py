@@ -1,0 +1,274 @@
+"""The posterior of a linearised network: functions f(x) + J(x) (w - theta)."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, get_args
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from sgdgp.checks import check_count
+from sgdgp.features.tangent import Tangent
+from sgdgp.networks.calibration import Link, compare
+from sgdgp.networks.comparison import Comparison
+from sgdgp.networks.fitting import EMStep, noise_in_use
+from sgdgp.networks.likelihoods import Gaussian, Likelihood
+from sgdgp.networks.predictive import (
+    GaussianPrediction,
+    dyadic_joint_log_prob,
+    joint_log_prob,
+    monte_carlo,
+    probit,
+    variance_of,
+)
+from sgdgp.networks.processes import Processes
+from sgdgp.networks.stream import Split, stream_of
+from sgdgp.networks.weight_priors import WeightPrior
+from sgdgp.posterior.seeds import generator_of
+
+_KEPT_NUMBERS = 2**28
+PREDICTED_TOGETHER = 256
+"""Examples predicted at a time unless told otherwise."""
+
+
+@dataclass
+class LinearisedPosterior:
+    """Gaussian posterior over the functions of a linearised network.
+
+    Its mean is what the network says; sample k adds sqrt(scale) J(x) w_k, the product
+    of the Jacobian with a sampled change of the weights.
+
+    Attributes:
+        tangent: The network's Jacobian.
+        likelihood: Of the targets, with the noise learned.
+        prior: Of the weights, with the precisions learned.
+        weight_samples: w_k (D, K).
+        weight_mean: Optimum of the linear model without offset (D, 1).
+        num_examples: Training examples.
+        reason: "finished" or "interrupted".
+        history: How the precisions were learned.
+        passes: Passes over the training data.
+        seconds: Wall time of the fit.
+        warnings: Sentences that say what a user may want to do.
+        scale: Factor on all variances; ``calibrate`` sets it.
+    """
+
+    tangent: Tangent
+    likelihood: Likelihood
+    prior: WeightPrior
+    weight_samples: Float[Tensor, "D K"] = field(repr=False)
+    weight_mean: Float[Tensor, "D 1"] = field(repr=False)
+    num_examples: int
+    reason: str = "finished"
+    history: tuple[EMStep, ...] = field(default=(), repr=False)
+    passes: float = 0.0
+    seconds: float = 0.0
+    warnings: tuple[str, ...] = ()
+    scale: float = 1.0
+
+    @property
+    def num_samples(self) -> int:
+        """Posterior samples K."""
+        return self.weight_samples.shape[1]
+
+    @property
+    def precisions(self) -> Float[Tensor, " G"]:
+        """Learned prior precision of each group of weights (G,)."""
+        return self.prior.precisions
+
+    @property
+    def noise(self) -> float | tuple[float, ...] | None:
+        """Noise variance of a Gaussian likelihood, None for others."""
+        return noise_in_use(self.likelihood)
+
+    @property
+    def effective_dimension(self) -> float | None:
+        """How many weights the data determine; None where nothing was learned."""
+        return sum(self.history[-1].effective_dimension) if self.history else None
+
+    @torch.no_grad()
+    def network_outputs(self, x: Any) -> Float[Tensor, "b C"]:
+        """What the network itself says (b, C)."""
+        return torch.cat([self.tangent.outputs(part) for part in _parts(x)])
+
+    @torch.no_grad()
+    def linear_mean(self, x: Any) -> Float[Tensor, "b C"]:
+        """The mean of the linear model without offset, J(x) w (b, C).
+
+        It is what learning compares the prior with; predictions have the network's.
+        """
+        found = [self.tangent.at(part).jvp(self.weight_mean) for part in _parts(x)]
+        return torch.cat(found)[..., 0]
+
+    @torch.no_grad()
+    def fluctuations(
+        self, x: Any, *, batch_size: int = PREDICTED_TOGETHER
+    ) -> tuple[Float[Tensor, "b C"], Float[Tensor, "b C K"]]:
+        """The network's outputs (b, C), and what the samples add to them (b, C, K)."""
+        outputs, added = [], []
+        for part in _parts(x, batch_size):
+            at = self.tangent.at(part)
+            outputs.append(at.outputs)
+            added.append(at.jvp(self.weight_samples) * self.scale**0.5)
+        return torch.cat(outputs), torch.cat(added)
+
+    def samples(
+        self, x: Any, *, batch_size: int = PREDICTED_TOGETHER
+    ) -> Float[Tensor, "K b C"]:
+        """Outputs of all sample functions at x (K, b, C)."""
+        outputs, added = self.fluctuations(x, batch_size=batch_size)
+        return (outputs.unsqueeze(-1) + added).permute(2, 0, 1)
+
+    def predict(
+        self, x: Any, link: Link = "probit", *, batch_size: int = PREDICTED_TOGETHER
+    ) -> Float[Tensor, "b C"] | GaussianPrediction:
+        """Class probabilities (b, C), or mean and variance of a regression.
+
+        Args:
+            x: Inputs as the network takes them; a tensor (b, ...) of any length.
+            link: "probit", which needs variances only, or "monte_carlo" over the
+                samples. Regression has neither.
+            batch_size: Examples predicted at a time.
+
+        Raises:
+            ValueError: No such link.
+        """
+        _check_link(link)
+        found: list[Tensor] = []
+        means: list[Tensor] = []
+        for part in _parts(x, batch_size):
+            outputs, added = self.fluctuations(part, batch_size=batch_size)
+            if isinstance(self.likelihood, Gaussian):
+                means.append(outputs)
+                found.append(variance_of(added))
+            elif link == "probit":
+                found.append(probit(outputs, variance_of(added)))
+            else:
+                found.append(monte_carlo(outputs, added))
+        if isinstance(self.likelihood, Gaussian):
+            return GaussianPrediction(
+                torch.cat(means), torch.cat(found), self.likelihood.variance
+            )
+        return torch.cat(found)
+
+    def joint_log_prob(
+        self,
+        x: Any,
+        y: Tensor,
+        *,
+        dyadic: bool = False,
+        seed: int | torch.Generator = 0,
+        batch_size: int = PREDICTED_TOGETHER,
+    ) -> float:
+        """Log probability of all targets together, log mean_k prod_n p_k(y_n).
+
+        Args:
+            x: Inputs.
+            y: Their targets.
+            dyadic: Instead the mean over random pairs of inputs with ten labels in
+                all, per label: comparable between data sets of different sizes.
+            seed: Draws the pairs.
+            batch_size: Examples predicted at a time.
+        """
+        outputs, added = self.fluctuations(x, batch_size=batch_size)
+        self.likelihood.check_targets(y, outputs.shape[1])
+        if len(y) != len(outputs):
+            raise ValueError(
+                f"y: expected {len(outputs)} targets, one for each of x, found {len(y)}"
+            )
+        log_probs = self.likelihood.log_prob(outputs.unsqueeze(-1) + added, y)
+        if dyadic:
+            return dyadic_joint_log_prob(log_probs, generator_of(seed))
+        return joint_log_prob(log_probs)
+
+    @torch.no_grad()
+    def calibrate(
+        self,
+        loader: Any,
+        *,
+        link: Link = "probit",
+        split: Split | None = None,
+        seed: int | torch.Generator = 0,
+    ) -> Comparison:
+        """Set ``scale`` by held-out examples, and compare with the network alone.
+
+        The evidence may leave too much or too little variance, and a network that is
+        well calibrated already may be better off without a posterior: the comparison
+        says so.
+
+        Args:
+            loader: Held-out examples, as ``fit`` takes its data; not those of training.
+            link: From logits to probabilities, for classes.
+            split: From what the loader yields to (inputs, targets).
+            seed: Pairs examples for the joint log-likelihood.
+
+        Returns:
+            Scores of the network alone, of that with a fitted temperature (or noise),
+            of the posterior by evidence and calibrated, and a recommendation;
+            ``print`` it.
+        """
+        _check_link(link)
+        stream = stream_of(loader, self.tangent.device, split, Processes())
+        outputs, targets, variances, kept = [], [], [], []
+        numbers = stream.num_examples * self.num_samples
+        for batch in stream:
+            at = self.tangent.at(batch.x)
+            self.likelihood.check_targets(batch.y, at.outputs.shape[1])
+            added = at.jvp(self.weight_samples)
+            outputs.append(at.outputs)
+            targets.append(batch.y)
+            variances.append(variance_of(added))
+            if numbers * added.shape[1] <= _KEPT_NUMBERS:
+                kept.append(added)
+            elif link == "monte_carlo":
+                raise ValueError(
+                    f"loader: {stream.num_examples} examples with {added.shape[1]} "
+                    f"outputs and {self.num_samples} samples are too many to keep; use "
+                    'link="probit" or fewer examples'
+                )
+        comparison = compare(
+            self.likelihood,
+            torch.cat(outputs),
+            torch.cat(targets),
+            fluctuations=torch.cat(kept) if kept else None,
+            variance=torch.cat(variances),
+            link=link,
+            generator=generator_of(seed),
+        )
+        self.scale = comparison.scale
+        self.warnings = (*self.warnings, *comparison.warnings)
+        return comparison
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the posterior to a file; ``sgdgp.networks.load`` reads it.
+
+        The network is not in it, a fingerprint of its weights is.
+        """
+        from sgdgp.networks.storage import save
+
+        save(self, path)
+
+
+def _parts(x: Any, size: int = PREDICTED_TOGETHER) -> Iterator[Any]:
+    """A tensor of inputs in parts; anything else as it is."""
+    check_count("batch_size", size, 1)
+    if not isinstance(x, Tensor):
+        if not isinstance(x, Mapping | tuple):
+            raise TypeError(
+                "x: expected a tensor, or a tuple or dict of them as the network takes "
+                f"it, found {type(x).__name__}"
+            )
+        yield x
+        return
+    if x.ndim == 0 or len(x) == 0:
+        raise ValueError(f"x: expected inputs, found shape {tuple(x.shape)}")
+    yield from x.split(size)
+
+
+def _check_link(link: str) -> None:
+    if link not in get_args(Link):
+        raise ValueError(f'link: expected "probit" or "monte_carlo", found {link!r}')

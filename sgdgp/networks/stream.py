@@ -1,0 +1,396 @@
+"""A data set that is passed over many times: the same examples, numbered, every time.
+
+Noise is drawn per example and targets are looked up per example, so every pass has to
+meet the same examples in the same order. A shuffling DataLoader over an indexed data
+set is rebuilt in order; anything else that can be iterated again is taken as it comes,
+and its first batch is compared from pass to pass.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.utils.data import (
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    default_collate,
+)
+from torch.utils.data.distributed import DistributedSampler
+
+from sgdgp.checks import check_finite
+from sgdgp.networks.processes import Processes, current_processes
+
+DEFAULT_BATCH = 128
+"""Examples per batch of a data set that comes without a loader."""
+
+KEPT_BYTES = 2**30
+"""A data set of up to so many bytes is read once and kept."""
+
+Split: TypeAlias = Callable[[Any], tuple[Any, Tensor]]
+"""From what the loader yields to (inputs, targets)."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Some examples.
+
+    Attributes:
+        rows: Their places among the examples of this process (b,).
+        examples: Their numbers in the whole data set (b,).
+        x: Inputs, as the network takes them.
+        y: Targets, (b,) or (b, ...).
+    """
+
+    rows: Tensor
+    examples: Tensor
+    x: Any
+    y: Tensor
+
+
+class Stream(ABC):
+    """Numbered batches of (inputs, targets), those of this process only.
+
+    Attributes:
+        num_examples: Examples in the whole data set.
+        num_rows: Examples of this process.
+        num_batches: Batches of this process in a pass.
+        processes: Who shares the data.
+    """
+
+    num_examples: int
+    num_rows: int
+    num_batches: int
+    processes: Processes
+
+    @abstractmethod
+    def __iter__(self) -> Iterator[Batch]:
+        """One pass, in the order of the data."""
+
+    @property
+    @abstractmethod
+    def mark(self) -> float:
+        """A number that other data would not have; known after the first pass."""
+
+    @abstractmethod
+    def shuffled(self, generator: torch.Generator) -> Iterator[Batch]:
+        """One pass in random order; streams without an index keep theirs."""
+
+    @abstractmethod
+    def take(self, rows: Tensor) -> Batch:
+        """The examples of this process at ``rows`` (b,).
+
+        Raises:
+            TypeError: The data set cannot be indexed.
+        """
+
+
+def stream_of(
+    source: Any,
+    device: torch.device,
+    split: Split | None = None,
+    processes: Processes | None = None,
+) -> IndexedStream | RepeatedStream:
+    """The stream behind whatever a user trains with.
+
+    Args:
+        source: A ``DataLoader``, an indexed ``Dataset``, or a collection of batches.
+        device: Where batches are moved.
+        split: From a batch to (inputs, targets). Default: the batch is that pair.
+        processes: Who shares the data. Default: the group that torchrun started.
+
+    Raises:
+        TypeError: ``source`` cannot be iterated twice.
+        ValueError: It is empty, or draws examples with replacement.
+    """
+    split = split or _pair
+    processes = current_processes() if processes is None else processes
+    if isinstance(source, DataLoader) and not isinstance(
+        source.dataset, IterableDataset
+    ):
+        if source.batch_sampler is None:
+            raise ValueError(
+                "loader: expected batches, found a DataLoader with batch_size=None"
+            )
+        return IndexedStream(source, _examples_of(source), device, split, processes)
+    if isinstance(source, Dataset) and not isinstance(source, IterableDataset):
+        loader: DataLoader[Any] = DataLoader(source, batch_size=DEFAULT_BATCH)
+        return IndexedStream(loader, _examples_of(loader), device, split, processes)
+    if not isinstance(source, Iterable) or isinstance(source, Tensor):
+        raise TypeError(
+            "loader: expected a DataLoader, a Dataset or a collection of (inputs, "
+            f"targets) batches, found {type(source).__name__}"
+        )
+    if isinstance(source, Iterator):
+        raise TypeError(
+            f"loader: found {type(source).__name__}, which can be iterated only once; "
+            "give a DataLoader or a list of batches"
+        )
+    return RepeatedStream(source, device, split, processes)
+
+
+class IndexedStream(Stream):
+    """The examples of a map-style data set, read by their index.
+
+    Args:
+        loader: Gives data set, batch size, collate function and workers.
+        examples: Indices to use, in order.
+        device: Where batches are moved.
+        split: From a batch to (inputs, targets).
+        processes: Each takes a contiguous share of the batches.
+    """
+
+    def __init__(
+        self,
+        loader: DataLoader[Any],
+        examples: Sequence[int],
+        device: torch.device,
+        split: Split,
+        processes: Processes,
+    ) -> None:
+        if len(examples) == 0:
+            raise ValueError("loader: the data set is empty")
+        self._loader = loader
+        self._device = device
+        self._split = split
+        self.processes = processes
+        self._batch = loader.batch_size or DEFAULT_BATCH
+        self.num_examples = len(examples)
+        # Whole batches, so that they are the same however many processes there are.
+        share = processes.share(-(-len(examples) // self._batch))
+        start = share.start * self._batch
+        stop = min(len(examples), share.stop * self._batch)
+        self._first = start
+        self._examples = list(examples[start:stop])
+        self.num_rows = len(self._examples)
+        self.num_batches = len(share)
+        self._seen = _Marks()
+        self._kept: list[Batch] = []
+
+    def __iter__(self) -> Iterator[Batch]:
+        if self._kept:
+            yield from self._kept
+            return
+        kept: list[Batch] | None = []
+        for batch in self._in_order(torch.arange(self.num_rows)):
+            self._seen.check(batch)
+            if kept is not None:
+                kept.append(batch)
+            if _size(batch) * self.num_batches > KEPT_BYTES:
+                kept = None
+            yield batch
+        self._kept = kept or []
+
+    @property
+    def mark(self) -> float:
+        """A number that other data would not have."""
+        return self._seen.total
+
+    def shuffled(self, generator: torch.Generator) -> Iterator[Batch]:
+        """One pass in random order."""
+        order = torch.randperm(
+            self.num_rows, generator=generator, device=generator.device
+        )
+        yield from self._in_order(order.cpu())
+
+    def take(self, rows: Tensor) -> Batch:
+        """The examples at ``rows`` (b,)."""
+        collate = self._loader.collate_fn or default_collate
+        data = self._loader.dataset
+        found = collate([data[self._examples[int(row)]] for row in rows])
+        return self._batch_of(found, rows)
+
+    def _in_order(self, rows: Tensor) -> Iterator[Batch]:
+        source = self._loader
+        loader: DataLoader[Any] = DataLoader(
+            source.dataset,
+            batch_size=self._batch,
+            sampler=[self._examples[row] for row in rows.tolist()],
+            num_workers=source.num_workers,
+            collate_fn=source.collate_fn,
+            pin_memory=source.pin_memory,
+            worker_init_fn=source.worker_init_fn,
+        )
+        for found, part in zip(loader, rows.split(self._batch), strict=True):
+            yield self._batch_of(found, part)
+
+    def _batch_of(self, found: Any, rows: Tensor) -> Batch:
+        x, y = _moved(self._split(found), self._device)
+        if len(y) != len(rows):
+            raise ValueError(
+                f"loader: a batch of {len(rows)} examples has {len(y)} targets"
+            )
+        rows = rows.to(self._device)
+        return Batch(rows, rows + self._first, x, y)
+
+
+class RepeatedStream(Stream):
+    """Batches that come in the order of their source, the same in every pass.
+
+    Args:
+        source: Anything that can be iterated again and again.
+        device: Where batches are moved.
+        split: From a batch to (inputs, targets).
+        processes: They take turns.
+    """
+
+    def __init__(
+        self,
+        source: Iterable[Any],
+        device: torch.device,
+        split: Split,
+        processes: Processes,
+    ) -> None:
+        self._source = source
+        self._device = device
+        self._split = split
+        self.processes = processes
+        self._seen = _Marks()
+        self._counted = False
+        self.num_examples = self.num_rows = self.num_batches = 0
+        for batch in self._batches():
+            self.num_rows += len(batch.y)
+            self.num_batches += 1
+        if self.num_examples == 0:
+            raise ValueError("loader: it yields no examples")
+        self._counted = True
+
+    def __iter__(self) -> Iterator[Batch]:
+        yield from self._batches()
+
+    @property
+    def mark(self) -> float:
+        """A number that other data would not have."""
+        return self._seen.total
+
+    def shuffled(self, generator: torch.Generator) -> Iterator[Batch]:
+        """One pass in the order of the source."""
+        yield from self._batches()
+
+    def take(self, rows: Tensor) -> Batch:
+        """Not possible here."""
+        raise TypeError(
+            "loader: the dual solver reads examples by their index; give a DataLoader "
+            "over a data set with an index"
+        )
+
+    def _batches(self) -> Iterator[Batch]:
+        seen = mine = 0
+        for turn, found in enumerate(self._source):
+            x, y = _moved(self._split(found), self._device)
+            first, seen = seen, seen + len(y)
+            if turn % self.processes.size != self.processes.rank:
+                continue
+            here = torch.arange(len(y), device=self._device)
+            batch = Batch(mine + here, first + here, x, y)
+            self._seen.check(batch)
+            mine += len(y)
+            yield batch
+        if not self._counted:
+            self.num_examples = seen
+        elif seen != self.num_examples:
+            raise ValueError(
+                f"loader: it gave {self.num_examples} examples at first and {seen} "
+                "now; every pass must give the same"
+            )
+
+
+class _Marks:
+    """Notices data that change from pass to pass, and data that are no numbers."""
+
+    def __init__(self) -> None:
+        self._seen: dict[int, tuple[float, ...]] = {}
+
+    @property
+    def total(self) -> float:
+        """One number for all that was seen."""
+        return sum(sum(marks) for marks in self._seen.values())
+
+    def check(self, batch: Batch) -> None:
+        leaves = list(_leaves((batch.x, batch.y)))
+        marks = tuple(float(leaf.double().sum()) for leaf in leaves)
+        first = int(batch.rows[0])
+        if first not in self._seen:
+            for leaf in leaves:
+                check_finite("loader", leaf)
+            self._seen[first] = marks
+        elif self._seen[first] != marks:
+            raise ValueError(
+                f"loader: the batch from example {int(batch.examples[0])} on differs "
+                "from that of an earlier pass; switch shuffling and random "
+                "augmentation off"
+            )
+
+
+def _examples_of(loader: DataLoader[Any]) -> Sequence[int]:
+    """Indices that a loader reads in an epoch, in the order of the data."""
+    sampler = getattr(loader.batch_sampler, "sampler", None)
+    length = len(loader.dataset)  # type: ignore[arg-type]
+    # The processes share the examples themselves.
+    if isinstance(sampler, SequentialSampler | DistributedSampler):
+        return range(length)
+    if (
+        isinstance(sampler, RandomSampler)
+        and not sampler.replacement
+        and sampler.num_samples == length
+    ):
+        return range(length)
+    if sampler is None:
+        found = [int(index) for batch in loader.batch_sampler or () for index in batch]
+    else:
+        found = [int(index) for index in sampler]
+    if len(set(found)) != len(found):
+        raise ValueError(
+            f"loader: its {type(sampler or loader.batch_sampler).__name__} draws "
+            "examples more than once; the posterior counts each example once"
+        )
+    return sorted(found)
+
+
+def _size(batch: Batch) -> int:
+    return sum(leaf.numel() * leaf.itemsize for leaf in _leaves((batch.x, batch.y)))
+
+
+def _pair(batch: Any) -> tuple[Any, Tensor]:
+    if (
+        isinstance(batch, list | tuple)
+        and len(batch) == 2
+        and isinstance(batch[1], Tensor)
+    ):
+        return batch[0], batch[1]
+    kind = type(batch).__name__
+    if isinstance(batch, list | tuple):
+        kind = f"{kind} of {', '.join(type(part).__name__ for part in batch)}"
+    raise TypeError(
+        f"loader: expected batches (inputs, targets), found {kind}; give split=, a "
+        "function from a batch to that pair"
+    )
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(device, non_blocking=True)
+    if isinstance(value, Mapping):
+        moved = {key: _moved(part, device) for key, part in value.items()}
+        return moved if type(value) is dict else type(value)(moved)  # type: ignore[call-arg]
+    if isinstance(value, list | tuple):
+        return type(value)(_moved(part, device) for part in value)
+    return value
+
+
+def _leaves(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for part in value.values():
+            yield from _leaves(part)
+    elif isinstance(value, list | tuple):
+        for part in value:
+            yield from _leaves(part)

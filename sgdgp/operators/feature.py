@@ -1,0 +1,337 @@
+"""K = phi(X1) phi(X2)^T for an exact feature map: no kernel entry is ever needed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from sgdgp.features import FeatureMap
+from sgdgp.features.pairs import point_of_rows
+from sgdgp.operators.arguments import (
+    check_vectors,
+    index_length,
+    piece,
+    points_behind,
+    resolve_index,
+    take,
+)
+from sgdgp.operators.base import KernelOperator, RowIndex, row_slices
+from sgdgp.operators.check import check_kernel
+from sgdgp.operators.feature_kernel import CastFeatures, FeatureKernel, exact_map
+from sgdgp.operators.memory import resolve_budget
+from sgdgp.operators.moving import Move, MovingVectors
+from sgdgp.operators.quadratic_form import generic_quadratic_form
+from sgdgp.operators.tile_kernels import tile_kernel
+from sgdgp.operators.tiled import TiledOperator
+
+if TYPE_CHECKING:
+    from gpytorch.kernels import Kernel
+
+_FEW_COLUMNS = 8
+
+
+class FeatureOperator(KernelOperator):
+    """K(X1, X2) = phi(X1) phi(X2)^T, by products with the features of an exact map.
+
+    A product is one adjoint over the columns' points and one forward over the rows':
+    the work of 2 n M instead of n^2, and one evaluation of a network's Jacobian instead
+    of n. Solvers that change V on blocks carry U = phi^T V along (``moving``): then a
+    block costs an adjoint and a forward on itself, and no other row is looked at.
+
+    The map is read at construction, with the kernel's parameters of that time.
+
+    Args:
+        kernel: A GPyTorch kernel with an exact map, such as ``NeuralTangentKernel``,
+            ``LinearKernel`` and sums, products and multiples of such.
+        x: Column inputs X2 (n, d).
+        x_rows: Row inputs X1 (m, d). Default: ``x``.
+        memory_budget: Bytes for features, where entries of K are asked for. Default:
+            half of what is free. The map bounds the memory of products.
+
+    Raises:
+        ValueError: The kernel has no exact map, or none in the dtype of x.
+
+    Example:
+        >>> operator = FeatureOperator(LinearKernel(), torch.ones(9, 2))
+        >>> operator.matmul(torch.ones(9, 1)).shape
+        torch.Size([9, 1])
+    """
+
+    name = "features"
+    has_images = True
+
+    def __init__(
+        self,
+        kernel: Kernel,
+        x: Float[Tensor, "n d"],
+        x_rows: Float[Tensor, "m d"] | None = None,
+        *,
+        memory_budget: int | None = None,
+    ) -> None:
+        super().__init__(kernel, x, x_rows)
+        check_kernel(kernel)
+        features = exact_map(kernel, self.x)
+        if features is None:
+            raise ValueError(
+                f"{type(kernel).__name__} has no exact feature map; use the tiled or "
+                "row_blocks operator, or register_features"
+            )
+        outputs = int(kernel.num_outputs_per_input(self.x[:1], self.x[:1]))
+        self._use(features, outputs, memory_budget)
+
+    @classmethod
+    def of_map(
+        cls,
+        features: FeatureMap,
+        x: Float[Tensor, "n d"],
+        *,
+        outputs: int = 1,
+        memory_budget: int | None = None,
+    ) -> FeatureOperator:
+        """The operator of an exact map that belongs to no kernel of GPyTorch's.
+
+        Args:
+            features: The map; row i C + c is output c of point i.
+            x: Points (n, d), in the map's dtype.
+            outputs: C.
+            memory_budget: Bytes for features. Default: half of what is free.
+        """
+        kernel = FeatureKernel(features, x.dtype, outputs)
+        return cls(kernel, x, memory_budget=memory_budget)
+
+    def _use(
+        self, features: FeatureMap, outputs: int, memory_budget: int | None
+    ) -> None:
+        self.features = features
+        self.outputs_per_input = outputs
+        self.memory_budget = resolve_budget(memory_budget, self.device)
+        # The map cuts a sweep into chunks; cut twice, it would sweep too often.
+        self.rows_per_step = max(1, self.shape[0])
+        self._last = _LastImage()
+
+    @torch.no_grad()
+    def moving(self, v: Float[Tensor, "n k"]) -> MovingVectors:
+        """See ``KernelOperator.moving``."""
+        check_vectors(v, self.shape[1], self.dtype)
+        if bool(v.any()):
+            return MovingVectors(v.clone(), self.features.adjoint(self.x, v))
+        image = v.new_zeros(v.shape[1], self.features.num_features).mT
+        return MovingVectors(v.clone(), image)
+
+    @torch.no_grad()
+    def move(self, rows: RowIndex, values: Float[Tensor, "b k"]) -> Move:
+        """See ``KernelOperator.move``."""
+        index = resolve_index(rows, self.shape[1])
+        return Move(index, values, self._adjoint(index, values))
+
+    @torch.no_grad()
+    def rows_of_product(self, rows: RowIndex, v: MovingVectors) -> Float[Tensor, "b k"]:
+        """See ``KernelOperator.rows_of_product``."""
+        assert v.image is not None
+        return self.rows_of_weights(rows, v.image)
+
+    @torch.no_grad()
+    def rows_of_weights(
+        self, rows: RowIndex, weights: Float[Tensor, "M k"]
+    ) -> Float[Tensor, "b k"]:
+        """phi(x_rows) W for any weights."""
+        return self._forward(resolve_index(rows, self.shape[0]), weights)
+
+    def random_order(self, generator: torch.Generator) -> Int[Tensor, " n"]:
+        """The rows in random order; those evaluated together stay beside each other."""
+        numbers = point_of_rows(self.features, self.x)
+        if numbers is None or not len(numbers):
+            return super().random_order(generator)
+        count = int(numbers[-1]) + 1
+        place = torch.randperm(count, generator=generator, device=generator.device)
+        return place.to(self.device)[numbers].argsort(stable=True)
+
+    @torch.no_grad()
+    def _rows_matmul(
+        self, index: RowIndex, v: Float[Tensor, "n k"]
+    ) -> Float[Tensor, "b k"]:
+        check_vectors(v, self.shape[1], self.dtype)
+        index = resolve_index(index, self.shape[0])
+        return self._forward(index, self._image(v))
+
+    @torch.no_grad()
+    def _columns_matmul(
+        self, index: RowIndex, v: Float[Tensor, "b k"]
+    ) -> Float[Tensor, "m k"]:
+        image = self._adjoint(resolve_index(index, self.shape[1]), v)
+        return self.features.forward(self.x_rows, image)
+
+    def product_at(
+        self, x_new: Float[Tensor, "m d"], v: Float[Tensor, "n k"]
+    ) -> Float[Tensor, "m k"]:
+        """K(x_new, X) v, differentiable in x_new."""
+        with torch.no_grad():
+            image = self._last.of(v, lambda: self.features.adjoint(self.x, v))
+        return self.features.forward(x_new, image)
+
+    def _image(self, v: Tensor) -> Tensor:
+        """phi(X2)^T v; kept for predictions, which ask for the same v again."""
+        if self.is_square:
+            return self.features.adjoint(self.x, v)
+        return self._last.of(v, lambda: self.features.adjoint(self.x, v))
+
+    def _forward(self, index: Tensor | slice, image: Tensor) -> Tensor:
+        """phi(x_index) U."""
+        if index_length(index) == 0:
+            return image.new_zeros(0, image.shape[1])
+        points, rows = points_behind(index, self.outputs_per_input)
+        found = self.features.forward(take(self.x_rows, points), image)
+        return found if rows is None else take(found, rows)
+
+    def _adjoint(self, index: Tensor | slice, v: Tensor) -> Tensor:
+        """phi(x_index)^T v, over the columns' points."""
+        points, rows = points_behind(index, self.outputs_per_input)
+        x = take(self.x, points)
+        if rows is not None:
+            whole = v.new_zeros(len(x) * self.outputs_per_input, v.shape[1])
+            if isinstance(rows, slice):
+                whole[rows] = v
+            else:
+                whole.index_add_(0, rows, v)
+            v = whole
+        return self.features.adjoint(x, v)
+
+    @torch.no_grad()
+    def block(self, i: RowIndex, j: RowIndex) -> Float[Tensor, "a b"]:
+        """The dense block K[i, j], from features within the budget."""
+        i = resolve_index(i, self.shape[0], "i")
+        j = resolve_index(j, self.shape[1], "j")
+        if index_length(i) < index_length(j):
+            return self._block(self.x, j, self.x_rows, i).mT
+        return self._block(self.x_rows, i, self.x, j)
+
+    def _block(
+        self, x: Tensor, i: Tensor | slice, other: Tensor, j: Tensor | slice
+    ) -> Tensor:
+        """K(x_i, other_j), with j the shorter of the two."""
+        out = x.new_empty(index_length(i), index_length(j))
+        few = index_length(j) <= _FEW_COLUMNS * self.outputs_per_input
+        same = x is other and _are_same(i, j)
+        for columns, right in self._features_of(other, j):
+            if same and len(right) == len(out):
+                torch.mm(right, right.mT, out=out)
+            elif few:
+                points, rows = points_behind(i, self.outputs_per_input)
+                found = self.features.forward(take(x, points), right.mT)
+                out[:, columns] = found if rows is None else take(found, rows)
+            else:
+                for rows_i, left in self._features_of(x, i):
+                    out[rows_i, columns] = left @ right.mT
+        return out
+
+    def _features_of(
+        self, x: Tensor, index: Tensor | slice
+    ) -> Iterator[tuple[slice, Tensor]]:
+        """Pieces of the rows ``index``, and their features (s, M)."""
+        outputs = self.outputs_per_input
+        row = self.features.num_features * x.element_size()
+        affordable = max(1, self.memory_budget // (4 * row))
+        if affordable < outputs:
+            # Not even the outputs of one point: columns of phi^T one by one.
+            for rows in row_slices(index_length(index), affordable):
+                points, inner = points_behind(piece(index, rows), outputs)
+                found = take(x, points)
+                unit = x.new_zeros(len(found) * outputs, rows.stop - rows.start)
+                unit[inner] = torch.eye(unit.shape[1]).to(x)
+                yield rows, self.features.adjoint(found, unit).mT
+            return
+        step = affordable // outputs
+        if isinstance(index, slice):
+            step *= outputs
+        for rows in row_slices(index_length(index), step):
+            points, inner = points_behind(piece(index, rows), outputs)
+            found = self.features.features(take(x, points))
+            yield rows, found if inner is None else take(found, inner)
+
+    @torch.no_grad()
+    def diagonal(self) -> Float[Tensor, " n"]:
+        """Squared norms of the features."""
+        if not self.is_square:
+            raise ValueError("diagonal needs a square operator, this one is a cross")
+        everything = slice(0, self.shape[0])
+        parts = (f.square().sum(1) for _, f in self._features_of(self.x, everything))
+        return torch.cat([self.x.new_zeros(0), *parts])
+
+    @torch.no_grad()
+    def small_blocks(self, index: Int[Tensor, "m k"]) -> Float[Tensor, "m k k"]:
+        """The blocks K[index[i], index[i]], each from its own features."""
+        out = self.x.new_empty(*index.shape, index.shape[1])
+        for rows, block in zip(index, out, strict=True):
+            block.copy_(self.block(rows, rows))
+        return out
+
+    def _quadratic_form(self, a: Tensor, b: Tensor, x: Tensor | None) -> Tensor:
+        if tile_kernel(self.kernel) is not None:
+            tiled = TiledOperator(self.kernel, self.x, memory_budget=self.memory_budget)
+            return tiled._quadratic_form(a, b, x)
+        return generic_quadratic_form(self, a, b, x, self.memory_budget)
+
+    def _rebuilt(
+        self, x: Tensor, x_rows: Tensor | None, kernel: Kernel | None = None
+    ) -> FeatureOperator:
+        other = object.__new__(FeatureOperator)
+        KernelOperator.__init__(other, kernel or self.kernel, x, x_rows)
+        features = self.features
+        if kernel is not None:
+            features = self._features_as(kernel, x)
+        other._use(features, self.outputs_per_input, self.memory_budget)
+        if kernel is None and x is self.x:
+            other._last = self._last
+        return other
+
+    def _features_as(self, kernel: Kernel, x: Tensor) -> FeatureMap:
+        """The map of the kernel in the dtype of x, or this one cast to it."""
+        try:
+            found = exact_map(kernel, x)
+        except ValueError:
+            found = None
+        return CastFeatures(self.features, self.dtype) if found is None else found
+
+
+class _LastImage:
+    """phi(X)^T v of the last v: predictions in batches ask for the same one."""
+
+    def __init__(self) -> None:
+        self._of: Tensor | None = None
+        self._key: tuple[object, ...] = ()
+        self._image: Tensor | None = None
+
+    def of(self, v: Tensor, compute) -> Tensor:  # type: ignore[no-untyped-def]
+        """The image of v, computed unless v is the tensor of the last call."""
+        if v.is_inference():
+            return compute()
+        # v is kept, so that no other tensor can have its place in memory.
+        key = (v.data_ptr(), tuple(v.shape), v.stride(), v._version)
+        if self._image is None or key != self._key:
+            self._of, self._key, self._image = v, key, compute()
+        return self._image
+
+
+def _are_same(i: Tensor | slice, j: Tensor | slice) -> bool:
+    if isinstance(i, slice) or isinstance(j, slice):
+        return isinstance(i, slice) and isinstance(j, slice) and i == j
+    return torch.equal(i, j)
+
+
+def features_operator(
+    kernel: Kernel,
+    x: Float[Tensor, "n d"],
+    x_rows: Float[Tensor, "m d"] | None = None,
+    memory_budget: int | None = None,
+) -> FeatureOperator | None:
+    """The operator of a kernel's exact features; None if it has none of this dtype."""
+    try:
+        if exact_map(kernel, x) is None:
+            return None
+    except ValueError:
+        return None
+    return FeatureOperator(kernel, x, x_rows, memory_budget=memory_budget)
