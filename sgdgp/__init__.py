@@ -1,4 +1,9 @@
-"""sgdgp: Gaussian processes by stochastic optimisation of one linear solve."""
+"""sgdgp: Gaussian processes by stochastic optimisation of one linear solve.
+
+Rooms of their own: ``sgdgp.networks`` (posteriors of trained networks),
+``sgdgp.kernels``, ``sgdgp.features``, ``sgdgp.operators``, ``sgdgp.solvers``,
+``sgdgp.training``.
+"""
 
 import contextlib
 import io
@@ -7,7 +12,7 @@ import io
 with contextlib.redirect_stdout(io.StringIO()):
     import gpytorch as _gpytorch  # noqa: F401
 
-from sgdgp import metrics
+from sgdgp import kernels, metrics, networks  # noqa: F401
 from sgdgp.features import (
     FeatureMap,
     NoRandomFeatures,

@@ -50,14 +50,14 @@ def test_folders_without_images_are_refused(tmp_path):
 
 
 QUICK = (
-    "--classes 4 --size 32 --batch 8 --samples 2 --final-samples 3 --steps 1 "
-    "--uncertain fc.*"
+    "--classes 4 --size 32 --batch 8 --samples 2 --final-samples 3 "
+    "--uncertain fc.* --precision 1e5 --steps "
 )
 
 
 def test_imagenet_runs_on_random_images(tmp_path, capsys):
     path = tmp_path / "posterior.safetensors"
-    posterior = main(f"--random 8 --save {path} {QUICK}".split())
+    posterior = main(f"--random 8 --save {path} {QUICK} 1".split())
     said = capsys.readouterr().out
     assert "8 training, 8 calibration and 8 test images; 1 processes" in said
     assert "Recommended" in said
@@ -73,8 +73,7 @@ def test_imagenet_runs_on_a_folder_with_trained_weights(folder, tmp_path, capsys
 
     weights = tmp_path / "weights.pth"
     torch.save(resnet50(classes=4).state_dict(), weights)
-    kept = "--steps 0 --precision 1e5"
-    main(f"{folder} --weights {weights} --limit 5 {QUICK} {kept}".split())
+    main(f"{folder} --weights {weights} --limit 5 {QUICK} 0".split())
     said = capsys.readouterr().out
     assert "5 training, 4 calibration and 4 test images" in said
     assert "precision [100000.0], effective dimension not learned of 8196" in said

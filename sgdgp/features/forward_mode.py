@@ -48,8 +48,10 @@ def differentiable_layers(network: nn.Module) -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         if any(isinstance(module, nn.RNNBase) for module in network.modules()):
-            stack.enter_context(torch.backends.mkldnn.flags(enabled=False))
-            stack.enter_context(torch.backends.cudnn.flags(enabled=False))
+            for backend in (torch.backends.mkldnn, torch.backends.cudnn):
+                # Its context manager would set (and warn about) other flags as well.
+                stack.callback(setattr, backend, "enabled", backend.enabled)
+                setattr(backend, "enabled", False)  # noqa: B010
         fast = torch.backends.mha.get_fastpath_enabled()
         torch.backends.mha.set_fastpath_enabled(False)
         stack.callback(torch.backends.mha.set_fastpath_enabled, fast)

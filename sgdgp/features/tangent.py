@@ -7,6 +7,7 @@ forward-mode sweep, those of its transpose one reverse-mode sweep.
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -15,7 +16,8 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.func import jacrev, vmap
+from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 from sgdgp.checks import check_finite
 from sgdgp.features.chunks import check_product, slices, tracks_gradient
@@ -28,6 +30,9 @@ from sgdgp.features.forward_mode import (
 from sgdgp.features.weight_choice import Weights
 from sgdgp.features.weight_function import WeightFunction
 from sgdgp.operators.memory import resolve_budget
+
+MOST_EXAMPLES = 256
+"""Most examples in one pass, where the caller leaves it open."""
 
 CPU_ELEMENTS = 2**23
 """Elements of one layer's derivatives together on a CPU."""
@@ -76,6 +81,15 @@ class Tangent(WeightFunction):
         """The Jacobian at a batch."""
         return TangentBatch(self, x)
 
+    def examples_at_once(self) -> int:
+        """Examples whose graph fits into the memory budget."""
+        if not self._width:
+            return 8  # not known before the first pass
+        budget = resolve_budget(self.memory_budget, self.device)
+        # A network of a hundred layers keeps about forty times its widest tensor.
+        found = budget // (40 * self._width * self.dtype.itemsize)
+        return min(max(1, found), MOST_EXAMPLES)
+
     def columns_at_once(self, x: Any) -> int:
         """Directions whose derivatives at x fit into the memory budget."""
         budget = resolve_budget(self.memory_budget, self.device)
@@ -94,16 +108,30 @@ class Tangent(WeightFunction):
         return max(1, examples * self._width)
 
 
+def _recorded(method: Callable[..., Any]) -> Callable[..., Any]:
+    """The same method, also where a caller has forbidden all derivatives."""
+
+    @functools.wraps(method)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if not torch.is_inference_mode_enabled():
+            return method(*args, **kwargs)
+        with torch.inference_mode(False), torch.no_grad():
+            return method(*args, **kwargs)
+
+    return call
+
+
 class TangentBatch:
     """J(x) for one batch x; all of its products share one forward pass.
 
     A product is differentiable in x and in the vector where these need a gradient.
     """
 
+    @_recorded
     def __init__(self, tangent: Tangent, x: Any) -> None:
         self._tangent = tangent
-        self._x = x
-        self._function = tangent.function(x)
+        self._x = tree_map_only(Tensor, _ordinary, x)
+        self._function = tangent.function(self._x)
         self._leaves = {
             n: p.detach().requires_grad_() for n, p in tangent._theta.items()
         }
@@ -114,6 +142,7 @@ class TangentBatch:
         """The network's own outputs."""
         return self._run().detach()
 
+    @_recorded
     def jvp(self, w: Float[Tensor, "D k"]) -> Float[Tensor, "b C k"]:
         """J(x) w.
 
@@ -130,6 +159,7 @@ class TangentBatch:
         self._check_reverse()
         return self._reverse_twice(w)
 
+    @_recorded
     def vjp(
         self, u: Float[Tensor, "b C k"], out: Float[Tensor, "D k"] | None = None
     ) -> Float[Tensor, "D k"]:
@@ -156,18 +186,37 @@ class TangentBatch:
                 total[columns, t.slices[name]].add_(flat)
         return total.mT
 
+    @_recorded
     def jacobian(self) -> Float[Tensor, "b C D"]:
-        """J(x) itself, example by example, for small networks."""
+        """J(x) itself, for small networks."""
+        try:
+            return self._jacobian_together()
+        except (RuntimeError, NotImplementedError, ValueError, TypeError):
+            pass  # a layer that torch.func cannot batch over examples
         b, c = self._run().shape
         eye = torch.eye(c, dtype=self._tangent.dtype, device=self._tangent.device)
-        examples = (
-            tree_map_only(Tensor, operator.itemgetter(slice(i, i + 1)), self._x)
-            for i in range(b)
-        )
-        return torch.stack(
-            [self._tangent.at(example).vjp(eye[None]).mT for example in examples]
-        )
+        rows = []
+        for i in range(b):
+            take = operator.itemgetter(slice(i, i + 1))
+            example = self._tangent.at(tree_map_only(Tensor, take, self._x))
+            rows.append(example.vjp(eye[None]).mT)
+        return torch.stack(rows)
 
+    def _jacobian_together(self) -> Tensor:
+        t = self._tangent
+        outputs = self._run().shape[1]
+
+        def jacobian(x: Any) -> Tensor:
+            example = tree_map_only(Tensor, operator.itemgetter(None), x)
+            blocks = jacrev(t.function(example))(t._theta)
+            return torch.cat([blocks[n][0].flatten(1) for n in t.names], dim=1)
+
+        axes = tree_map(lambda leaf: 0 if isinstance(leaf, Tensor) else None, self._x)
+        together = max(1, CPU_ELEMENTS // (outputs * max(t._width, t.num_weights)))
+        with differentiable_layers(t.network):
+            return vmap(jacobian, in_dims=(axes,), chunk_size=together)(self._x)
+
+    @_recorded
     def _run(self, mode: ForwardMode | None = None) -> Tensor:
         """Outputs with the graph of the reverse mode; with a mode, once more."""
         if self._graph is None or mode is not None:
@@ -263,12 +312,18 @@ class TangentBatch:
         u = u.cos().reshape_as(graph)
         gradients = self._pull(u)
         norms = torch.stack([g.double().norm() for g in gradients])
-        scales = norms.clamp_min(1e-3 * norms.max()).square().clamp_min(1e-300)
+        top = norms.max()
+        if top == 0:
+            return True
+        sizes = norms.clamp_min(1e-3 * top)
         w = torch.cat(
-            [(g / s.to(g)).flatten() for g, s in zip(gradients, scales, strict=True)]
+            [
+                (g / size.to(g) * (top / size).to(g)).flatten()
+                for g, size in zip(gradients, sizes, strict=True)
+            ]
         )
-        found = (product(w[:, None])[0] * u).sum()
-        expected = (norms.square() / scales).sum()
+        found = (product(w[:, None])[0] * u).double().sum() / top
+        expected = (norms / sizes).square().sum()
         return bool((found - expected).abs() <= 0.05 + 1e-3 * expected)
 
     def _reverse_twice(self, w: Tensor, *, create_graph: bool = False) -> Tensor:
@@ -295,3 +350,7 @@ class TangentBatch:
 
 def _tensors(x: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(x) if isinstance(leaf, Tensor)]
+
+
+def _ordinary(tensor: Tensor) -> Tensor:
+    return tensor.clone() if tensor.is_inference() else tensor

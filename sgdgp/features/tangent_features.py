@@ -12,8 +12,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sgdgp.features.base import FeatureMap
-from sgdgp.features.chunks import check_product, slices
+from sgdgp.features.chunks import check_product
 from sgdgp.features.tangent import Tangent
+from sgdgp.operators.memory import resolve_budget
 
 
 @runtime_checkable
@@ -109,12 +110,24 @@ class TangentFeatures(FeatureMap):
         return x.reshape(-1, *self.input_shape)
 
     def features(self, x: Float[Tensor, "n d"]) -> Float[Tensor, "nC D"]:
-        """J(x) R itself, for small networks."""
-        parts = []
-        for rows in self._rows(x, 1):
-            jacobian = self.tangent.at(self.inputs(x[rows])).jacobian()
-            parts.append(self.root.root_adjoint(jacobian.flatten(0, 1).mT).mT)
-        return torch.cat(parts) if parts else x.new_zeros(0, self.num_features)
+        """J(x) R itself, for small networks.
+
+        Raises:
+            ValueError: It does not fit into the memory budget.
+        """
+        if not len(x):
+            return x.new_zeros(0, self.num_features)
+        rows = len(x) * self.num_outputs(x)
+        needed = rows * self.num_features * x.dtype.itemsize
+        budget = resolve_budget(self.tangent.memory_budget, x.device)
+        if needed > budget:
+            raise ValueError(
+                f"x: the Jacobian of {rows} outputs in {self.num_features} weights "
+                f"needs {needed / 1e9:.1f} GB, more than the memory budget of "
+                f"{budget / 1e9:.1f} GB; sgdgp.condition does without it"
+            )
+        jacobian = self.tangent.at(self.inputs(x)).jacobian()
+        return self.root.root_adjoint(jacobian.flatten(0, 1).mT).mT
 
     def forward(
         self, x: Float[Tensor, "n d"], w: Float[Tensor, "D k"]
@@ -124,7 +137,7 @@ class TangentFeatures(FeatureMap):
         w = self.root.root(w)
         parts = [
             self.tangent.at(self.inputs(x[rows])).jvp(w).flatten(0, 1)
-            for rows in self._rows(x, w.shape[1])
+            for rows in self._rows(x)
         ]
         return torch.cat(parts) if parts else x.new_zeros(0, w.shape[1])
 
@@ -138,9 +151,14 @@ class TangentFeatures(FeatureMap):
         check_product("v", v, len(x) * outputs)
         u = v.unflatten(0, (len(x), outputs))
         total = x.new_zeros(v.shape[1], self.num_features).mT
-        for rows in self._rows(x, v.shape[1]):
+        for rows in self._rows(x):
             total = self.tangent.at(self.inputs(x[rows])).vjp(u[rows], out=total)
         return self.root.root_adjoint(total)
 
-    def _rows(self, x: Tensor, columns: int) -> Iterator[slice]:
-        return slices(len(x), 64)
+    def _rows(self, x: Tensor) -> Iterator[slice]:
+        """Rows in parts that fit the memory budget; the first tells how many do."""
+        start = 0
+        while start < len(x):
+            stop = start + self.tangent.examples_at_once()
+            yield slice(start, stop)
+            start = stop

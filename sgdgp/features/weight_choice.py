@@ -20,7 +20,6 @@ NORMS = (
     nn.LocalResponseNorm,
     nn.RMSNorm,
 )
-_NORMS = NORMS
 _BY_MODE = (nn.modules.batchnorm._NormBase, nn.modules.dropout._DropoutNd, nn.RNNBase)
 _WRAPPERS = {
     "DistributedDataParallel": "network.module",

@@ -82,12 +82,10 @@ class NeuralTangentKernel(Kernel):
         """K (..., n C, m C), or its diagonal (..., n C)."""
         if last_dim_is_batch:
             raise ValueError("a network has no kernel for each of its inputs' columns")
-        left = self._features(x1)
-        if diag:
-            right = left if torch.equal(x1, x2) else self._features(x2)
-            return (left * right).sum(-1)
         same = x1.shape == x2.shape and torch.equal(x1, x2)
-        return left @ (left if same else self._features(x2)).mT
+        left = self._features(x1)
+        right = left if same else self._features(x2)
+        return (left * right).sum(-1) if diag else left @ right.mT
 
     def _features(self, x: Tensor) -> Tensor:
         phi = self.feature_map.features(x.flatten(0, -2))

@@ -1,7 +1,7 @@
-"""Spectral estimates of K = phi phi^T from products on a few rows, without entries.
+"""Spectral estimates of K = phi phi^T from a random subset of rows.
 
-An entry of a network's kernel costs a Jacobian; a product with a vector two sweeps. So
-the leading eigenvalues come from Lanczos iterations on a random subset of rows.
+From the subset's features where they fit the memory; else, for the largest networks, by
+Lanczos iterations: products with single vectors.
 """
 
 from __future__ import annotations
@@ -19,14 +19,6 @@ _SUBSET = 512
 _ITERATIONS = 30
 _PROBES = 16
 _MOST_OUTPUTS = 32
-
-
-def has_dear_features(operator: KernelOperator) -> bool:
-    """Whether entries cost so much more than products that they are to be avoided."""
-    return (
-        isinstance(operator, FeatureOperator)
-        and operator.features.num_features > _SUBSET
-    )
 
 
 def scale_diagonal(
@@ -68,9 +60,23 @@ def leading_eigenvalues(
     size = min(n, outputs * max(1, math.ceil(_SUBSET / outputs)))
     rows = operator.random_order(generator)[:size]
     part, scale = operator.permuted(rows), scale[rows]
+    needed = 2 * size * operator.features.num_features * scale.element_size()
+    if needed <= operator.memory_budget:
+        block = part.block(slice(0, size), slice(0, size)) * scale * scale.mT
+        values = torch.linalg.eigvalsh(block).double().clamp_min(0.0)
+        return values * (n / size), 0.5 * size / n
+    values, sweeps = _lanczos(part, scale, generator)
+    return values * (n / size), sweeps * size / n
+
+
+def _lanczos(
+    part: KernelOperator, scale: Tensor, generator: torch.Generator
+) -> tuple[Tensor, int]:
+    """Leading eigenvalues of S K S, ascending, and the products that it took."""
+    size = len(scale)
     vector = torch.randn(
-        size, 1, generator=generator, device=generator.device, dtype=operator.dtype
-    ).to(operator.device)
+        size, 1, generator=generator, device=generator.device, dtype=part.dtype
+    ).to(part.device)
     basis = vector.new_zeros(min(_ITERATIONS, size) + 1, size)
     basis[0] = vector[:, 0] / vector.norm()
     diagonal: list[float] = []
@@ -87,5 +93,5 @@ def leading_eigenvalues(
     matrix = torch.diag(torch.tensor(diagonal, dtype=torch.float64))
     beside = torch.tensor(off[: len(diagonal) - 1], dtype=torch.float64)
     matrix += torch.diag(beside, 1) + torch.diag(beside, -1)
-    values = torch.linalg.eigvalsh(matrix).clamp_min(0.0) * (n / size)
-    return values.to(operator.device), len(diagonal) * size / n
+    values = torch.linalg.eigvalsh(matrix).clamp_min(0.0)
+    return values.to(part.device), len(diagonal)

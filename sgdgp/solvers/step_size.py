@@ -30,11 +30,7 @@ import torch
 from torch import Tensor
 
 from sgdgp.operators.feature import FeatureOperator
-from sgdgp.solvers.feature_spectrum import (
-    has_dear_features,
-    leading_eigenvalues,
-    scale_diagonal,
-)
+from sgdgp.solvers.feature_spectrum import leading_eigenvalues, scale_diagonal
 from sgdgp.solvers.system import System
 
 _SUBSET = 1000
@@ -91,8 +87,8 @@ def estimate_spectrum(system: System, generator: torch.Generator) -> Spectrum:
     are taken to be zero, so that H has the noise there.
     """
     operator = system.operator
-    if isinstance(operator, FeatureOperator) and has_dear_features(operator):
-        return _spectrum_from_products(system, operator, generator)
+    if isinstance(operator, FeatureOperator):
+        return _spectrum_from_features(system, operator, generator)
     n = system.n
     size = min(n, _SUBSET)
     subset = torch.randperm(n, generator=generator, device=generator.device)[:size]
@@ -111,10 +107,10 @@ def estimate_spectrum(system: System, generator: torch.Generator) -> Spectrum:
     )
 
 
-def _spectrum_from_products(
+def _spectrum_from_features(
     system: System, operator: FeatureOperator, generator: torch.Generator
 ) -> Spectrum:
-    """The same without entries of K."""
+    """The same from as few features as possible."""
     prior, swept = scale_diagonal(operator, generator)
     diagonal = prior.unsqueeze(1) + system.noise
     leading, passes = leading_eigenvalues(operator, diagonal.rsqrt(), generator)

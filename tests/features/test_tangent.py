@@ -59,6 +59,14 @@ def test_products_equal_those_of_the_dense_jacobian(problem):
     assert torch.allclose(batch.jacobian(), jacobian, rtol=0, atol=1e-10)
 
 
+@pytest.mark.parametrize("kind", sorted(set(KINDS) - {"lstm"}))
+def test_jacobians_of_all_examples_are_made_together(kind):
+    network, _ = network_of(kind)
+    x = inputs_of(kind, 3)
+    found = Tangent(network).at(x)._jacobian_together()
+    assert torch.allclose(found, dense_jacobian(network, x), rtol=0, atol=1e-10)
+
+
 def test_products_are_adjoint_in_single_precision(problem):
     network, x, _ = problem
     tangent = Tangent(copy.deepcopy(network).float())
@@ -118,6 +126,21 @@ def test_products_are_differentiable_in_inputs_and_vectors():
     u = normal(2, 3, 2).requires_grad_()
     assert torch.autograd.gradcheck(lambda x, w: tangent.at(x).jvp(w), (x, w))
     assert torch.autograd.gradcheck(lambda x, u: tangent.at(x).vjp(u), (x, u))
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_products_do_not_need_autograd(mode):
+    network, _ = network_of("resnet")
+    tangent = Tangent(network)
+    w = normal(1, tangent.num_weights).mT.requires_grad_()
+    expected = dense_jacobian(network, inputs_of("resnet", 2)) @ w
+    with mode():
+        batch = tangent.at(inputs_of("resnet", 2))
+        images = batch.jvp(w)
+        assert torch.allclose(images, expected)
+        assert torch.allclose(batch.jacobian() @ w, expected)
+        assert batch.vjp(images).shape == w.shape
+    assert not images.requires_grad
 
 
 def test_the_network_stays_as_it_was():
@@ -282,7 +305,7 @@ def in_place_and_mixed(h):
     left, right = out.chunk(2, 1)
     with torch.no_grad():
         gate = (h > 0).double() + h
-    joined = torch.cat([nn.functional.silu(left), (right + 0).clamp_(min=0.1)], 1)
+    joined = torch.cat([nn.functional.silu(left), (right + 0).sigmoid_()], 1)
     return joined * gate + h.detach().exp() * h
 
 
@@ -315,7 +338,9 @@ def test_a_layer_that_stands_in_the_way_is_named():
     network = Applies(Once.apply).double().eval()
     tangent = Tangent(network)
     w = normal(1, tangent.num_weights).mT
-    with pytest.raises(NotImplementedError, match=r"OnceBackward.*layer 'second'.*differ"):
+    with pytest.raises(
+        NotImplementedError, match=r"OnceBackward.*layer 'second'.*differ"
+    ):
         tangent.at(normal(3, 4)).jvp(w)
 
 

@@ -20,9 +20,33 @@ from sgdgp.networks.processes import (
     started,
 )
 
-CHILD = """
-import json
+FIT = """
 import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+from sgdgp.networks import Categorical, WeightCG, linearise
+
+def fitted():
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(30, 3, generator=g).double()
+    y = (x.sum(1) > 0).long()
+    network = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 2)).double()
+    for p in network.parameters():
+        p.data.normal_(generator=g)
+    return linearise(network.eval(), Categorical()).fit(
+        DataLoader(TensorDataset(x, y), batch_size=8, shuffle=True),
+        num_samples=3,
+        final_samples=4,
+        steps=2,
+        solver=WeightCG(tolerance=1e-6),
+        progress=False,
+    )
+"""
+
+CHILD = (
+    FIT
+    + """
+import json
 from torch import nn
 from sgdgp.features.tangent import Tangent
 from sgdgp.networks import processes as room
@@ -61,10 +85,14 @@ with room.started() as processes:
         prior = setting.build(tangent, lambda count: (b.mT for b in mine))
         root = prior.root(torch.eye(8).double())
         found["priors"].append(root.tolist())
+    posterior = fitted()
+    found["fit"] = posterior.predict(torch.ones(4, 3).double().cumsum(0)).tolist()
+    found["precisions"] = posterior.precisions.tolist()
     processes.barrier()
 found["after"] = room.current_processes().size
 print(json.dumps(found))
 """
+)
 
 
 @pytest.fixture(scope="module")
@@ -146,6 +174,17 @@ def test_priors_of_shared_data_are_those_of_all_data(pair):
         for found in pair:
             there = torch.tensor(found["priors"][i], dtype=torch.float64)
             torch.testing.assert_close(there, root, rtol=1e-10, atol=1e-10)
+
+
+def test_a_fit_of_shared_data_is_that_of_one_process(pair):
+    namespace: dict = {}
+    exec(FIT, namespace)
+    alone = namespace["fitted"]()
+    predictions = alone.predict(torch.ones(4, 3).double().cumsum(0))
+    for found in pair:
+        there = torch.tensor(found["fit"], dtype=torch.float64)
+        torch.testing.assert_close(there, predictions, rtol=1e-7, atol=1e-9)
+        assert found["precisions"] == pytest.approx(alone.precisions.tolist())
 
 
 @given(st.integers(0, 1000), st.integers(1, 50))

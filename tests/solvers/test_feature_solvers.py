@@ -22,7 +22,7 @@ from sgdgp.solvers.feature_spectrum import leading_eigenvalues, scale_diagonal
 from sgdgp.solvers.system import as_system, rounding_level
 
 N, M = 120, 40
-NOISE = 0.5
+NOISE = 5.0
 
 
 class Counting(FeatureMap):
@@ -82,7 +82,7 @@ def test_every_solver_finds_the_solution(name, outputs):
     solution = solver.solve(operator, NOISE, rhs)
     assert solution.reason == "converged"
     assert solution.operator == "features"
-    tolerance = getattr(solver, "tolerance", 1e-8)
+    tolerance = getattr(solver, "tolerance", None) or 1e-8
     error = (solution.weights - truth).norm(dim=0)
     assert bool((error <= tolerance * rhs.norm(dim=0) / NOISE).all())
 
@@ -90,7 +90,7 @@ def test_every_solver_finds_the_solution(name, outputs):
 @pytest.mark.parametrize("name", ["sdd", "sgd", "ap", "adasap"])
 def test_noise_may_differ_and_a_start_is_gone_on_from(name):
     operator, _, rhs, _ = problem()
-    noise = torch.linspace(0.3, 2.0, N, dtype=torch.float64)
+    noise = torch.linspace(3.0, 20.0, N, dtype=torch.float64)
     everything = slice(0, N)
     system = operator.block(everything, everything) + noise.diag()
     truth = torch.linalg.solve(system, rhs)
@@ -99,7 +99,7 @@ def test_noise_may_differ_and_a_start_is_gone_on_from(name):
     solution = solver.solve(operator, noise, rhs, initial=near)
     assert solution.reason == "converged"
     error = (solution.weights - truth).norm(dim=0)
-    assert bool((error <= solver.tolerance * rhs.norm(dim=0) / 0.3).all())
+    assert bool((error <= solver.tolerance * rhs.norm(dim=0) / 3.0).all())
     cold = solver.solve(operator, noise, rhs)
     assert solution.passes < cold.passes
     there = solver.solve(operator, noise, rhs, initial=truth)
@@ -155,7 +155,7 @@ def test_projections_visit_blocks_in_random_order():
 
 def test_sgd_recovers_from_a_step_that_is_too_large():
     operator, _, rhs, truth = problem()
-    solver = SGD(tolerance=1e-3, block_size=24, step_size=0.5)
+    solver = SGD(tolerance=1e-3, block_size=24, step_size=0.1)
     solution = solver.solve(operator, NOISE, rhs)
     assert solution.reason == "converged"
     assert solution.settings["restarts"] > 0
@@ -164,15 +164,16 @@ def test_sgd_recovers_from_a_step_that_is_too_large():
     assert any("halved its step size" in warning for warning in solution.warnings)
 
 
-def test_leading_eigenvalues_come_from_products(generator):
+@pytest.mark.parametrize("budget", [2**30, 2**10])
+def test_leading_eigenvalues_come_from_features_or_from_products(budget, generator):
     operator, _, _, _ = problem(3)
+    operator.memory_budget = budget
     scale = torch.linspace(0.5, 1.5, N, dtype=torch.float64).unsqueeze(1)
     everything = slice(0, N)
     dense = scale * operator.block(everything, everything) * scale.mT
-    truth = torch.linalg.eigvalsh(dense)
     found, passes = leading_eigenvalues(operator, scale, generator)
-    torch.testing.assert_close(found[-3:], truth[-3:])
-    assert passes <= 30.0
+    torch.testing.assert_close(found[-3:], torch.linalg.eigvalsh(dense)[-3:])
+    assert passes <= (0.5 if budget == 2**30 else 30.0)
 
 
 def test_the_scale_of_many_outputs_is_the_mean_of_a_point(generator):

@@ -43,7 +43,7 @@ def regression():
 def test_updates_reach_the_stationary_point_of_the_evidence(regression, start):
     features, y = regression
     update, alpha = PrecisionUpdate(), torch.tensor([start], dtype=torch.float64)
-    for steps in range(30):
+    for steps in range(30):  # noqa: B007
         gamma, squares = ridge(float(alpha), features, y)
         alpha = update(alpha, gamma.reshape(1), squares.reshape(1))
         if update.has_settled:
@@ -61,7 +61,7 @@ def test_swinging_maps_are_damped():
     # alpha -> alpha^-0.9: plain iteration needs dozens of steps to settle at one.
     update, alpha = PrecisionUpdate(), torch.tensor([50.0], dtype=torch.float64)
     one = torch.ones(1, dtype=torch.float64)
-    for steps in range(20):
+    for steps in range(20):  # noqa: B007
         alpha = update(alpha, alpha**-1.9 * one, one)
         if update.has_settled:
             break

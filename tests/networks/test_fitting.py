@@ -1,0 +1,218 @@
+"""A fit that is stopped goes on where it was, and ends where it would have ended."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from sgdgp.networks import Categorical, Gaussian, Isotropic, WeightCG, linearise
+from sgdgp.networks.checkpoint import RunKeeper
+from sgdgp.networks.curvature import example_noise
+from sgdgp.networks.fitting import prior_draws, rewhitened
+from sgdgp.networks.prior_roots import DiagonalPrior
+from sgdgp.posterior.checkpoint_file import CheckpointError
+
+SETTINGS = {
+    "num_samples": 4,
+    "final_samples": 6,
+    "steps": 2,
+    "solver": WeightCG(tolerance=1e-3),
+    "progress": False,
+}
+
+
+class Killed(BaseException):
+    """The process ends here."""
+
+
+@pytest.fixture(scope="module")
+def data() -> TensorDataset:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(60, 4, generator=generator, dtype=torch.float64)
+    return TensorDataset(x, x[:, :3].argmax(1))
+
+
+@pytest.fixture(scope="module")
+def loader(data) -> DataLoader:
+    return DataLoader(data, batch_size=60)
+
+
+@pytest.fixture(scope="module")
+def network() -> nn.Module:
+    generator = torch.Generator().manual_seed(1)
+    network = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3)).double()
+    for parameter in network.parameters():
+        parameter.data = torch.randn(
+            parameter.shape, generator=generator, dtype=torch.float64
+        )
+    return network.eval()
+
+
+@pytest.fixture(scope="module")
+def whole(network, loader):
+    """The fit without an interruption."""
+    return linearise(network, Categorical(), Isotropic()).fit(loader, **SETTINGS)
+
+
+def assert_same(found, expected, tolerance: float = 1e-2) -> None:
+    """Equal up to what the solver's tolerance leaves open, or a stricter bound."""
+    assert found.reason == "finished"
+    assert len(found.history) == len(expected.history)
+    ratios = found.precisions / expected.precisions
+    assert float((ratios - 1).abs().max()) < tolerance
+    for name in ("weight_samples", "weight_mean"):
+        value, truth = getattr(found, name), getattr(expected, name)
+        assert float((value - truth).norm()) < tolerance * float(truth.norm())
+
+
+def stop_after(passes: float):
+    return lambda progress: progress.passes > passes
+
+
+@pytest.mark.parametrize("share", [0.3, 0.98])
+def test_an_interrupted_fit_resumes_to_the_same_posterior(
+    network, loader, whole, tmp_path, share: float
+):
+    path = tmp_path / "fit.safetensors"
+    linear = linearise(network, Categorical(), Isotropic())
+    stop = stop_after(share * whole.passes)
+    first = linear.fit(loader, **SETTINGS, checkpoint=path, callback=stop)
+    assert first.reason == "interrupted"
+    assert path.exists()
+    second = linear.fit(loader, **SETTINGS, checkpoint=path)
+    assert_same(second, whole)
+    assert second.passes > first.passes
+
+
+@pytest.mark.parametrize("written", [1, 2])
+def test_a_killed_fit_resumes_from_the_last_file(
+    network, loader, whole, tmp_path, monkeypatch, written: int
+):
+    """Only the writes between stages count: nothing is written when it dies."""
+    path = tmp_path / "fit.safetensors"
+    linear = linearise(network, Categorical(), Isotropic())
+    keep, count = RunKeeper.keep, 0
+
+    def keep_then_die(self, state, *, now=False):
+        nonlocal count
+        if count == written:
+            raise Killed
+        count += 1
+        keep(self, state, now=True)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunKeeper, "keep", keep_then_die)
+        with pytest.raises(Killed):
+            linear.fit(loader, **SETTINGS, checkpoint=path)
+    assert path.exists()
+    assert_same(linear.fit(loader, **SETTINGS, checkpoint=path), whole, 1e-9)
+
+
+def test_a_finished_fit_is_read_and_not_repeated(network, loader, whole, tmp_path):
+    path = tmp_path / "fit.safetensors"
+    linear = linearise(network, Categorical(), Isotropic())
+    first = linear.fit(loader, **SETTINGS, checkpoint=path)
+    calls = []
+    second = linear.fit(
+        loader, **SETTINGS, checkpoint=path, callback=lambda p: bool(calls.append(p))
+    )
+    assert not calls
+    assert torch.equal(first.weight_samples, second.weight_samples)
+    assert_same(second, whole, 1e-9)
+
+
+def test_more_samples_are_drawn_after_a_finished_fit(network, loader, whole, tmp_path):
+    path = tmp_path / "fit.safetensors"
+    linear = linearise(network, Categorical(), Isotropic())
+    linear.fit(loader, **SETTINGS, checkpoint=path)
+    more = linear.fit(loader, **{**SETTINGS, "final_samples": 9}, checkpoint=path)
+    assert more.num_samples == 9
+    torch.testing.assert_close(
+        more.weight_samples[:, :6], whole.weight_samples, rtol=0, atol=1e-2
+    )
+
+
+def test_a_learned_noise_resumes_too(network, data, tmp_path):
+    x, y = data.tensors
+    batches = [(x, torch.nn.functional.one_hot(y, 3).double())]
+    linear = linearise(network, Gaussian(per_output=True), Isotropic())
+    path = tmp_path / "fit.safetensors"
+    expected = linear.fit(batches, **SETTINGS)
+    stop = stop_after(0.4 * expected.passes)
+    linear.fit(batches, **SETTINGS, checkpoint=path, callback=stop)
+    found = linear.fit(batches, **SETTINGS, checkpoint=path)
+    assert_same(found, expected)
+    assert found.noise == pytest.approx(expected.noise, rel=1e-2)
+
+
+@pytest.mark.parametrize(
+    "changed", [{"seed": 5}, {"num_samples": 5}, {"precision": 2.0}], ids=str
+)
+def test_a_file_of_another_fit_is_refused(network, loader, tmp_path, changed):
+    path = tmp_path / "fit.safetensors"
+    linear = linearise(network, Categorical(), Isotropic())
+    linear.fit(loader, **SETTINGS, checkpoint=path, callback=stop_after(12))
+    before = path.read_bytes()
+    with pytest.raises(CheckpointError, match="belongs to another fit"):
+        linear.fit(loader, **{**SETTINGS, **changed}, checkpoint=path)
+    assert path.read_bytes() == before
+
+
+def test_batches_and_their_order_do_not_matter(network, data, whole):
+    shuffled = DataLoader(data, batch_size=22, shuffle=True, drop_last=True)
+    found = linearise(network, Categorical(), Isotropic()).fit(shuffled, **SETTINGS)
+    assert_same(found, whole)
+
+
+def test_a_tuple_of_batches_is_fitted_as_the_loader_is(network, data, whole):
+    x, y = data.tensors
+    batches = tuple(zip(x.split(32), y.split(32), strict=True))
+    found = linearise(network, Categorical(), Isotropic()).fit(batches, **SETTINGS)
+    assert_same(found, whole)
+
+
+def test_noise_of_an_example_depends_on_its_number_and_the_sample_only():
+    numbers = torch.tensor([3, 40, 41, 100])
+    all_at_once = example_noise(numbers, 5, range(20), seed=7)
+    assert all_at_once.shape == (4, 5, 20)
+    one = example_noise(numbers[2:3], 5, range(9, 11), seed=7)
+    assert torch.equal(one[0], all_at_once[2, :, 9:11])
+    turned = example_noise(numbers.flip(0), 5, range(20), seed=7)
+    assert torch.equal(turned.flip(0), all_at_once)
+    other = example_noise(numbers, 5, range(20), seed=8)
+    assert not (other == all_at_once).any()
+
+
+def test_noise_is_standard_normal_and_independent():
+    n, k = 400, 16
+    noise = example_noise(torch.arange(n), 3, range(k), seed=0).double()
+    assert abs(float(noise.mean())) < 4 / noise.numel() ** 0.5
+    assert abs(float(noise.var()) - 1) < 4 * (2 / noise.numel()) ** 0.5
+    for matrix in (noise.flatten(0, 1).mT, noise.flatten(1).mT):
+        columns = matrix.shape[1]
+        correlation = matrix @ matrix.mT / columns
+        off = correlation - correlation.diagonal().diag()
+        assert float(off.abs().max()) < 4.5 / columns**0.5
+
+
+def test_prior_draws_are_those_of_their_numbers():
+    like = torch.zeros(50, 1, dtype=torch.float64)
+    draws = prior_draws(like, range(6), seed=3)
+    assert draws.shape == (50, 6)
+    assert torch.equal(prior_draws(like, range(4, 6), seed=3), draws[:, 4:])
+    assert not torch.equal(prior_draws(like, range(6), seed=4), draws)
+
+
+def test_rewhitened_weights_are_the_same_weights():
+    scales = torch.rand(6, dtype=torch.float64) + 0.5
+    groups = (slice(0, 2), slice(2, 6))
+    old, new = (
+        DiagonalPrior(
+            6, torch.tensor(p, dtype=torch.float64), groups=groups, scales=scales
+        )
+        for p in ([2.0, 3.0], [5.0, 0.7])
+    )
+    v = torch.randn(6, 3, generator=torch.Generator().manual_seed(0)).double()
+    torch.testing.assert_close(new.root(rewhitened(v, old, new)), old.root(v))
