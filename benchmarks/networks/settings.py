@@ -62,7 +62,8 @@ class Setting:
 def _digits(
     name: str, title: str, train: int, epochs: int, wrong_labels: float = 0.0
 ) -> Setting:
-    recipe = Recipe(epochs, batch=100 if train > 1000 else 25)
+    batch = 50 if train > 1000 else 25
+    recipe = Recipe(epochs, batch, learning_rate=0.1, weight_decay=1e-4)
     return Setting(
         name,
         title,
@@ -78,8 +79,8 @@ def _digits(
 SETTINGS = {
     setting.name: setting
     for setting in (
-        _digits("mnist", "MNIST, 7,000 images", 7000, 8),
-        _digits("noise", "MNIST, 20 % wrong labels", 7000, 8, wrong_labels=0.2),
+        _digits("mnist", "MNIST, 7,000 images", 7000, 20),
+        _digits("noise", "MNIST, 20 % wrong labels", 7000, 20, wrong_labels=0.2),
         _digits("small", "MNIST, 500 images", 500, 30),
         Setting(
             "cifar",
@@ -90,8 +91,8 @@ SETTINGS = {
             1017,
             Recipe(epochs=16, batch=50, learning_rate=0.1),
             stem=(3, 2),
-            widths=(16, 32),
-            strides=(1, 2),
+            widths=(8, 16, 24),
+            strides=(1, 2, 1),
         ),
         Setting(
             "mlp",

@@ -17,7 +17,6 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import jvp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -25,8 +24,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from torch.utils.weak import WeakTensorKeyDictionary
 
-Chunks = list[Tensor]
-"""Derivatives of a tensor in k directions: parts (c, *shape) of them."""
+from sgdgp.features.forward_rules import RULES, Chunks
 
 _IN_PLACE = {"__iadd__", "__isub__", "__imul__", "__itruediv__", "__setitem__"}
 
@@ -134,9 +132,9 @@ class ForwardMode(TorchFunctionMode):
         always: Tensor | None = None,
     ) -> Sequence[Tensor | tuple[Tensor, ...]]:
         """Those of the outputs, by a rule if there is one that fits."""
-        if func in _RULES:
+        if func in RULES:
             with torch.no_grad():
-                found = _RULES[func](self, func, *args, **kwargs)
+                found = RULES[func](self.of, func, *args, **kwargs)
             if found is not None:
                 return found
         return self._generic(func, args, kwargs, always)
@@ -238,7 +236,7 @@ def _out_of_place(func: Callable[..., Any]) -> Callable[..., Any]:
     same = getattr(Tensor, {"truediv": "div"}.get(name, name), None)
     if callable(same):
         return same
-    return func if func in _RULES else functools.partial(_on_copy, func)
+    return func if func in RULES else functools.partial(_on_copy, func)
 
 
 def _on_copy(func: Callable[..., Any], *args: Any, **kwargs: Any) -> Tensor:
@@ -251,100 +249,33 @@ def _on_copy(func: Callable[..., Any], *args: Any, **kwargs: Any) -> Tensor:
     return copy
 
 
-def _addition(
-    mode: ForwardMode, func: Callable[..., Tensor], *args: Any, **kwargs: Any
-) -> Chunks | None:
-    """Residual connections."""
-    both = [mode.of(a) for a in args]
-    if len(both) != 2 or kwargs or None in both or args[0].shape != args[1].shape:
-        return None
-    return [a + b for a, b in zip(*both, strict=True)]
+def agrees_with_gradients(
+    product: Callable[[Tensor], Tensor],
+    outputs: Tensor,
+    pull: Callable[[Tensor], Sequence[Tensor]],
+) -> bool:
+    """Whether <J w, u> = <w, J^T u> for one u and one w that shows what is missing.
 
+    The direction w is made of the gradients themselves, each tensor's scaled to count
+    as much as the others'.
 
-def _rectifier(
-    mode: ForwardMode, func: Callable[..., Tensor], input: Tensor, inplace: bool = False
-) -> Chunks | None:
-    inputs = mode.of(input)
-    if inputs is None:
-        return None
-    return [torch.ops.aten.threshold_backward(t, input.detach(), 0) for t in inputs]
-
-
-def _convolution(
-    mode: ForwardMode,
-    func: Callable[..., Tensor],
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    stride: Any = 1,
-    padding: Any = 0,
-    dilation: Any = 1,
-    groups: int = 1,
-) -> Chunks | None:
-    """Directions become examples for the input's part, channels for the weights'."""
-    inputs, weights, biases = mode.of(input), mode.of(weight), mode.of(bias)
-    if input.ndim != weight.ndim or groups != 1:
-        return None
-    x, w = input.detach(), weight.detach()
-    rest = (None, stride, padding, dilation, groups)
-    out = []
-    for j in range(mode._parts):
-        total = None
-        if inputs is not None:
-            shape = inputs[j].shape[:2]
-            total = func(inputs[j].flatten(0, 1), w, *rest).unflatten(0, shape)
-        if weights is not None:
-            found = func(x, weights[j].flatten(0, 1), *rest)
-            found = found.unflatten(1, (-1, w.shape[0])).transpose(0, 1)
-            total = found.contiguous() if total is None else total.add_(found)
-        if total is None:
-            return None
-        if biases is not None:
-            total.add_(biases[j].unflatten(1, (-1,) + (1,) * (x.ndim - 2))[:, None])
-        out.append(total)
-    return out
-
-
-def _batch_norm(
-    mode: ForwardMode,
-    func: Callable[..., Tensor],
-    input: Tensor,
-    running_mean: Tensor,
-    running_var: Tensor,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    training: bool = False,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-) -> Chunks | None:
-    """With constant statistics: a scale and a shift of each channel."""
-    inputs, weights, biases = mode.of(input), mode.of(weight), mode.of(bias)
-    if training or inputs is None:
-        return None
-    shape = (-1,) + (1,) * (input.ndim - 2)
-    scale = (running_var + eps).rsqrt()
-    if weights is not None:
-        normed = torch.addcmul(
-            (-running_mean * scale).view(shape), input.detach(), scale.view(shape)
-        )
-    if weight is not None:
-        scale = scale * weight.detach()
-    out = []
-    for j in range(mode._parts):
-        total = inputs[j] * scale.view(shape)
-        if weights is not None:
-            total.addcmul_(normed, weights[j].unflatten(1, shape)[:, None])
-        if biases is not None:
-            total.add_(biases[j].unflatten(1, shape)[:, None])
-        out.append(total)
-    return out
-
-
-_RULES: dict[Callable[..., Any], Callable[..., Chunks | None]] = {
-    torch.conv1d: _convolution,
-    torch.conv2d: _convolution,
-    torch.conv3d: _convolution,
-    F.batch_norm: _batch_norm,
-    **dict.fromkeys((torch.add, Tensor.add, Tensor.__add__), _addition),
-    **dict.fromkeys((F.relu, torch.relu, Tensor.relu), _rectifier),
-}
+    Args:
+        product: J w as (1, b, C), for w (D, 1).
+        outputs: Where the gradients are taken (b, C).
+        pull: Gradients of each weight for a cotangent (b, C).
+    """
+    u = torch.linspace(-1, 1.5, outputs.numel(), device=outputs.device).to(outputs)
+    u = u.cos().reshape_as(outputs)
+    gradients = pull(u)
+    norms = torch.stack([g.double().norm() for g in gradients])
+    top = norms.max()
+    if top == 0:
+        return True
+    sizes = norms.clamp_min(1e-3 * top)
+    w = [
+        (g / size.to(g) * (top / size).to(g)).flatten()
+        for g, size in zip(gradients, sizes, strict=True)
+    ]
+    found = (product(torch.cat(w)[:, None])[0] * u).double().sum() / top
+    expected = (norms / sizes).square().sum()
+    return bool((found - expected).abs() <= 0.05 + 1e-3 * expected)

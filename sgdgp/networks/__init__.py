@@ -1,6 +1,7 @@
 """Posteriors of trained networks: linearised Laplace at any size."""
 
 from sgdgp.networks.comparison import Comparison
+from sgdgp.networks.dual_solver import Dual
 from sgdgp.networks.likelihoods import Categorical, Gaussian, Likelihood
 from sgdgp.networks.linearised import LinearisedNetwork, linearise
 from sgdgp.networks.posterior import LinearisedPosterior
@@ -12,6 +13,7 @@ from sgdgp.networks.weight_solvers import WeightCG, WeightSGD
 __all__ = [
     "Categorical",
     "Comparison",
+    "Dual",
     "GPrior",
     "Gaussian",
     "GaussianPrediction",

@@ -15,6 +15,7 @@ from sgdgp.features.tangent import Tangent
 from sgdgp.features.weight_choice import Weights
 from sgdgp.networks.checkpoint import RunKeeper
 from sgdgp.networks.curvature import TangentData
+from sgdgp.networks.dual_solver import Dual
 from sgdgp.networks.fitting import (
     CurvatureAt,
     Interrupted,
@@ -37,7 +38,11 @@ from sgdgp.solvers.base import Callback
 STREAMED_FROM = 200_000
 """From so many examples "auto" is stochastic gradient descent."""
 
-_SOLVERS: dict[str, Callable[[], WeightSolver]] = {"cg": WeightCG, "sgd": WeightSGD}
+_SOLVERS: dict[str, Callable[[], WeightSolver]] = {
+    "cg": WeightCG,
+    "sgd": WeightSGD,
+    "dual": Dual,
+}
 
 
 def linearise(
@@ -214,8 +219,10 @@ class LinearisedNetwork:
 
     def _identity(self, schedule: Schedule, data: TangentData) -> dict[str, object]:
         """What makes two fits the same one, by the names that users know."""
-        mark = torch.tensor([data.stream.mark], dtype=torch.float64)
-        mark = data.total(mark.to(data.targets.device))
+        # Reading the targets is a pass over the data, which leaves the mark.
+        device = data.targets.device
+        mark = torch.tensor([data.stream.mark], dtype=torch.float64, device=device)
+        mark = data.total(mark)
         return {
             "likelihood": self.likelihood,
             "prior": self.prior,
@@ -247,7 +254,8 @@ def chosen_solver(solver: WeightSolver | str, num_examples: int) -> WeightSolver
         return WeightCG() if num_examples < STREAMED_FROM else WeightSGD()
     if solver not in _SOLVERS:
         raise ValueError(
-            f'solver: expected "auto", "cg" or "sgd", or a solver, found {solver!r}'
+            'solver: expected "auto", "cg", "sgd", "dual" or a solver, found '
+            f"{solver!r}"
         )
     return _SOLVERS[solver]()
 

@@ -311,7 +311,7 @@ class _Marks:
     @property
     def total(self) -> float:
         """One number for all that was seen."""
-        return sum(sum(marks) for marks in self._seen.values())
+        return float(sum(sum(marks) for marks in self._seen.values()))
 
     def check(self, batch: Batch) -> None:
         leaves = list(_leaves((batch.x, batch.y)))

@@ -18,7 +18,8 @@ SETTINGS = {
     "num_samples": 4,
     "final_samples": 6,
     "steps": 2,
-    "solver": WeightCG(tolerance=1e-3),
+    "precision": 5.0,
+    "solver": WeightCG(tolerance=1e-2),
     "progress": False,
 }
 
@@ -30,19 +31,19 @@ class Killed(BaseException):
 @pytest.fixture(scope="module")
 def data() -> TensorDataset:
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(60, 4, generator=generator, dtype=torch.float64)
-    return TensorDataset(x, x[:, :3].argmax(1))
+    x = torch.randn(16, 4, generator=generator, dtype=torch.float64)
+    return TensorDataset(x, (x[:, 0] > 0).long())
 
 
 @pytest.fixture(scope="module")
 def loader(data) -> DataLoader:
-    return DataLoader(data, batch_size=60)
+    return DataLoader(data, batch_size=16)
 
 
 @pytest.fixture(scope="module")
 def network() -> nn.Module:
     generator = torch.Generator().manual_seed(1)
-    network = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3)).double()
+    network = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 2)).double()
     for parameter in network.parameters():
         parameter.data = torch.randn(
             parameter.shape, generator=generator, dtype=torch.float64
@@ -56,7 +57,7 @@ def whole(network, loader):
     return linearise(network, Categorical(), Isotropic()).fit(loader, **SETTINGS)
 
 
-def assert_same(found, expected, tolerance: float = 1e-2) -> None:
+def assert_same(found, expected, tolerance: float = 0.05) -> None:
     """Equal up to what the solver's tolerance leaves open, or a stricter bound."""
     assert found.reason == "finished"
     assert len(found.history) == len(expected.history)
@@ -130,21 +131,22 @@ def test_more_samples_are_drawn_after_a_finished_fit(network, loader, whole, tmp
     more = linear.fit(loader, **{**SETTINGS, "final_samples": 9}, checkpoint=path)
     assert more.num_samples == 9
     torch.testing.assert_close(
-        more.weight_samples[:, :6], whole.weight_samples, rtol=0, atol=1e-2
+        more.weight_samples[:, :6], whole.weight_samples, rtol=0, atol=0.1
     )
 
 
 def test_a_learned_noise_resumes_too(network, data, tmp_path):
     x, y = data.tensors
-    batches = [(x, torch.nn.functional.one_hot(y, 3).double())]
+    batches = [(x, torch.nn.functional.one_hot(y, 2).double())]
     linear = linearise(network, Gaussian(per_output=True), Isotropic())
     path = tmp_path / "fit.safetensors"
-    expected = linear.fit(batches, **SETTINGS)
-    stop = stop_after(0.4 * expected.passes)
-    linear.fit(batches, **SETTINGS, checkpoint=path, callback=stop)
-    found = linear.fit(batches, **SETTINGS, checkpoint=path)
+    settings = {**SETTINGS, "final_samples": 4}
+    expected = linear.fit(batches, **settings)
+    stop = stop_after(0.6 * expected.passes)
+    linear.fit(batches, **settings, checkpoint=path, callback=stop)
+    found = linear.fit(batches, **settings, checkpoint=path)
     assert_same(found, expected)
-    assert found.noise == pytest.approx(expected.noise, rel=1e-2)
+    assert found.noise == pytest.approx(expected.noise, rel=0.05)
 
 
 @pytest.mark.parametrize(
@@ -153,24 +155,35 @@ def test_a_learned_noise_resumes_too(network, data, tmp_path):
 def test_a_file_of_another_fit_is_refused(network, loader, tmp_path, changed):
     path = tmp_path / "fit.safetensors"
     linear = linearise(network, Categorical(), Isotropic())
-    linear.fit(loader, **SETTINGS, checkpoint=path, callback=stop_after(12))
+    linear.fit(loader, **SETTINGS, checkpoint=path, callback=stop_after(8))
     before = path.read_bytes()
     with pytest.raises(CheckpointError, match="belongs to another fit"):
         linear.fit(loader, **{**SETTINGS, **changed}, checkpoint=path)
     assert path.read_bytes() == before
 
 
-def test_batches_and_their_order_do_not_matter(network, data, whole):
-    shuffled = DataLoader(data, batch_size=22, shuffle=True, drop_last=True)
-    found = linearise(network, Categorical(), Isotropic()).fit(shuffled, **SETTINGS)
-    assert_same(found, whole)
-
-
-def test_a_tuple_of_batches_is_fitted_as_the_loader_is(network, data, whole):
+def test_a_file_of_other_data_is_refused(network, loader, data, tmp_path):
+    path = tmp_path / "fit.safetensors"
+    linear = linearise(network, Categorical(), Isotropic())
+    linear.fit(loader, **SETTINGS, checkpoint=path, callback=stop_after(8))
     x, y = data.tensors
-    batches = tuple(zip(x.split(32), y.split(32), strict=True))
-    found = linearise(network, Categorical(), Isotropic()).fit(batches, **SETTINGS)
-    assert_same(found, whole)
+    other = DataLoader(TensorDataset(x, 1 - y), batch_size=16)
+    with pytest.raises(CheckpointError, match="belongs to another fit"):
+        linear.fit(other, **SETTINGS, checkpoint=path)
+
+
+@pytest.mark.parametrize("kind", ["shuffled", "tuple"])
+def test_batches_and_their_order_do_not_matter(network, data, kind: str):
+    x, y = data.tensors
+    sources = {
+        "shuffled": DataLoader(data, batch_size=10, shuffle=True, drop_last=True),
+        "tuple": ((x[:9], y[:9]), (x[9:], y[9:])),
+        "whole": data,
+    }
+    settings = {**SETTINGS, "steps": 0}
+    linear = linearise(network, Categorical(), Isotropic())
+    fits = [linear.fit(sources[name], **settings) for name in (kind, "whole")]
+    assert_same(*fits, 1e-6)
 
 
 def test_noise_of_an_example_depends_on_its_number_and_the_sample_only():

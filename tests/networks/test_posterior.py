@@ -21,7 +21,13 @@ from sgdgp.networks import (
 from sgdgp.networks.posterior import PREDICTED_TOGETHER
 
 C, N, K = 3, 40, 12
-QUICK = {"num_samples": 4, "final_samples": K, "steps": 2, "progress": False}
+QUICK = {
+    "num_samples": 4,
+    "final_samples": K,
+    "steps": 1,
+    "precision": 5.0,
+    "progress": False,
+}
 
 
 class TwoInputs(nn.Module):

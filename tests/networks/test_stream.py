@@ -9,6 +9,7 @@ from torch.utils.data import (
     BatchSampler,
     DataLoader,
     Dataset,
+    DistributedSampler,
     IterableDataset,
     RandomSampler,
     Subset,
@@ -48,6 +49,12 @@ SOURCES = {
     ),
     "a subset of all, at random": DataLoader(
         DATA, batch_size=5, sampler=SubsetRandomSampler(range(N))
+    ),
+    "one process's part, as DDP has it": DataLoader(
+        DATA, batch_size=5, sampler=DistributedSampler(DATA, num_replicas=2, rank=1)
+    ),
+    "batches of an own kind": DataLoader(
+        DATA, batch_sampler=[*torch.arange(N).split(5)]
     ),
     "data set": DATA,
     "subset": Subset(DATA, range(N)),
@@ -114,6 +121,12 @@ def test_a_sampled_subset_is_all_there_is():
     found = list(stream_of(loader, CPU))
     assert torch.cat([b.y for b in found]).tolist() == [4, 9, 20]
     assert torch.cat([b.examples for b in found]).tolist() == [0, 1, 2]
+
+
+def test_batches_of_an_own_kind_may_leave_examples_out():
+    loader = DataLoader(DATA, batch_sampler=[[20, 4], [9]])
+    found = list(stream_of(loader, CPU))
+    assert torch.cat([b.y for b in found]).tolist() == [4, 9, 20]
 
 
 def test_a_split_takes_batches_apart_and_dicts_go_through():
