@@ -55,13 +55,14 @@ class Task:
     Attributes:
         setting: Which of ``SETTINGS``.
         seed: Of the split, the wrong labels, and everything that follows.
-        train: Training images; some labels may be wrong.
+        train: Training images. Some labels of all three sets may be wrong.
         calibration: Images for choosing one number of a method.
         test: Test images.
+        clean_y: Their right classes.
         ood: Images of clothes: no class is right.
         rotated: Test digits at each of ``ANGLES``, one set after the other
             (angles * r, c, h, w); None where there are no digits.
-        rotated_y: Their classes (r,).
+        rotated_y: Their right classes (r,).
     """
 
     setting: Setting
@@ -69,6 +70,7 @@ class Task:
     train: Images
     calibration: Images
     test: Images
+    clean_y: Int[Tensor, " n"]
     ood: Float[Tensor, "m c h w"]
     rotated: Float[Tensor, "a c h w"] | None
     rotated_y: Int[Tensor, " r"]
@@ -116,12 +118,18 @@ def load_task(
     digits = setting.source == "mnist_10k"
     some = _take(test, torch.arange(min(num_rotated, len(test))))
     turned = torch.cat([rotate(some.x, angle) for angle in ANGLES]) if digits else None
+
+    def prepared(images: Images) -> Images:
+        y = _flipped(images.y, setting.wrong_labels, generator)
+        return Images(scaled(images.x), y)
+
     return Task(
         setting,
         seed,
-        Images(scaled(train.x), _flipped(train.y, setting.wrong_labels, generator)),
-        Images(scaled(calibration.x), calibration.y),
-        Images(scaled(test.x), test.y),
+        prepared(train),
+        prepared(calibration),
+        prepared(test),
+        test.y,
         scaled(clothes(train.x.shape[1:], num_ood)),
         None if turned is None else scaled(turned),
         some.y,

@@ -80,6 +80,7 @@ def score(task: Task, fitted: Fitted) -> dict[str, dict[str, Any]]:
             "auroc": auroc(_doubt(found), _doubt(ood[name])),
             "test_images": len(task.test),
             "seconds_per_image": seconds,
+            **_clean(task, torch.cat(found.probabilities)),
             **_rotation(turned.get(name), task.rotated_y),
         }
         for name, found in test.items()
@@ -100,6 +101,14 @@ def class_scores(p: Float[Tensor, "n C"], y: Int[Tensor, " n"]) -> dict[str, Any
             "counts": diagram.counts.tolist(),
         },
     }
+
+
+def _clean(task: Task, p: Float[Tensor, "n C"]) -> Mapping[str, Any]:
+    """Scores against the right classes, where some labels are wrong."""
+    if not task.setting.wrong_labels:
+        return {}
+    scores = class_scores(p, task.clean_y)
+    return {"clean": {k: scores[k] for k in ("nll", "ece", "brier", "accuracy")}}
 
 
 def _rotation(turned: Collected | None, y: Int[Tensor, " r"]) -> Mapping[str, Any]:

@@ -14,12 +14,15 @@ class Recipe:
         batch: Images of a step.
         learning_rate: Its peak.
         weight_decay: Of all weights.
+        shift: Pixels by which a batch is moved at most; with any, images are mirrored
+            at random too.
     """
 
     epochs: int
     batch: int = 100
     learning_rate: float = 0.2
     weight_decay: float = 5e-4
+    shift: int = 0
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,7 @@ class Setting:
         stem: Kernel size and stride of the residual network's first layer.
         widths: Channels of its blocks, or hidden units of the perceptron.
         strides: Strides of its blocks.
-        wrong_labels: Fraction of the training labels replaced by another class.
+        wrong_labels: Fraction of all labels replaced by another class.
         pool: Side of the squares of pixels that are averaged first.
         prior: Of sgdgp's weights, "g" or "isotropic".
     """
@@ -89,10 +92,10 @@ SETTINGS = {
             4085,
             1000,
             1017,
-            Recipe(epochs=16, batch=50, learning_rate=0.1),
+            Recipe(epochs=24, batch=50, learning_rate=0.1, shift=3),
             stem=(3, 2),
-            widths=(8, 16, 24),
-            strides=(1, 2, 1),
+            widths=(16, 32),
+            strides=(2, 2),
         ),
         Setting(
             "mlp",

@@ -36,14 +36,14 @@ def read_result(folder: Path, setting: str, seed: int) -> Result:
 
 
 def read_results(folder: Path) -> list[Result]:
-    """All results of a folder, by setting and seed.
+    """All results of a folder, by setting and seed; other files may lie beside them.
 
     Raises:
         ValueError: No such folder, or a JSON file that is no result.
     """
     if not folder.is_dir():
         raise ValueError(f"results: found {str(folder)!r}, expected a folder")
-    results = [_read(path) for path in folder.glob("*.json")]
+    results = [_read(path) for path in folder.glob("*-[0-9]*.json")]
     return sorted(results, key=lambda result: (result["setting"], result["seed"]))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from benchmarks.networks.settings import SETTINGS
@@ -19,6 +19,7 @@ COLUMNS = {
     "seconds": ("seconds", 0),
     "peak MB": ("peak_rss_mb", 0),
 }
+CLEAN_COLUMNS = {name: COLUMNS[name] for name in ("NLL", "ECE", "Brier", "accuracy")}
 _PLAIN = ("seconds", "peak_rss_mb")
 _ANGLES = (30, 60, 90, 180)
 
@@ -32,6 +33,9 @@ def summary(results: Sequence[Result]) -> str:
         group = [result for result in results if result["setting"] == setting]
         seeds = ", ".join(str(result["seed"]) for result in group)
         parts.append(f"**{title(setting)}** (seeds {seeds})\n\n" + table(group))
+        if clean := _clean(group):
+            name = f"**{title(setting)}, against the clean labels** (seeds {seeds})"
+            parts.append(f"{name}\n\n" + table(clean, CLEAN_COLUMNS))
     turned = rotated_table(results)
     if turned:
         parts.append("**NLL of rotated digits**\n\n" + turned)
@@ -43,9 +47,27 @@ def title(setting: str) -> str:
     return SETTINGS[setting].title if setting in SETTINGS else setting
 
 
-def table(results: Sequence[Result]) -> str:
+def _clean(results: Sequence[Result]) -> list[Result]:
+    """The scores against clean labels in the place of the others, where there are."""
+    found = [
+        {
+            **result,
+            "methods": {
+                name: one["clean"]
+                for name, one in result["methods"].items()
+                if "clean" in one
+            },
+        }
+        for result in results
+    ]
+    return [result for result in found if result["methods"]]
+
+
+def table(
+    results: Sequence[Result], columns: Mapping[str, tuple[str, int]] = COLUMNS
+) -> str:
     """One setting: a row for each variant of each method."""
-    rows = [["", *COLUMNS], ["---", *("---:" for _ in COLUMNS)]]
+    rows = [["", *columns], ["---", *("---:" for _ in columns)]]
     for variant in variants(results):
         found = [
             result["methods"][variant]
@@ -54,7 +76,7 @@ def table(results: Sequence[Result]) -> str:
         ]
         cells = [
             _cell(found, key, digits, error=key not in _PLAIN)
-            for key, digits in COLUMNS.values()
+            for key, digits in columns.values()
         ]
         missing = len(results) - len(found)
         rows.append([variant + (f" ({missing} missing)" if missing else ""), *cells])

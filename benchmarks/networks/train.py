@@ -36,7 +36,7 @@ def trained(task: Task, member: int = 0) -> nn.Module:
 def train(
     network: nn.Module, images: Images, recipe: Recipe, generator: torch.Generator
 ) -> nn.Module:
-    """Train a network on images, without augmentation.
+    """Train a network on images.
 
     Returns:
         The network itself, in eval mode.
@@ -58,11 +58,23 @@ def train(
         order = torch.randperm(len(images), generator=generator)
         for rows in order[: steps * batch].split(batch):
             optimiser.zero_grad()
-            loss = functional.cross_entropy(network(images.x[rows]), images.y[rows])
+            x = images.x[rows]
+            if recipe.shift:
+                x = moved(x, recipe.shift, generator)
+            loss = functional.cross_entropy(network(x), images.y[rows])
             loss.backward()
             optimiser.step()
             schedule.step()
     return network.eval().requires_grad_(True)
+
+
+def moved(
+    x: Float[Tensor, "b c h w"], most: int, generator: torch.Generator
+) -> Float[Tensor, "b c h w"]:
+    """Images mirrored at random, and moved together by up to ``most`` pixels."""
+    mirror = torch.rand(len(x), 1, 1, 1, generator=generator) < 0.5
+    shifts = torch.randint(-most, most + 1, (2,), generator=generator).tolist()
+    return torch.where(mirror, x.flip(3), x).roll(shifts, (2, 3))
 
 
 @torch.no_grad()

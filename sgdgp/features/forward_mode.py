@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.func import jvp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from sgdgp.features.forward_rules import RULES, Chunks
@@ -90,8 +90,34 @@ class ForwardMode(TorchFunctionMode):
         found = self._known.get(tensor)
         if found is None:
             source = tensor.grad_fn.name() if tensor.grad_fn is not None else "a weight"
-            raise NoForwardRule(f"no forward derivative of {source}{self._layer()}")
+            raise NoForwardRule(
+                f"no forward derivative of {source}, which is used{self._layer()}"
+            )
         return found
+
+    def __enter__(self) -> ForwardMode:
+        """Also watch what layers return: the first unknown derivative names one."""
+        hook = torch.nn.modules.module.register_module_forward_hook(self._watch)
+        self._handle = hook
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        """No longer."""
+        self._handle.remove()
+        super().__exit__(*error)
+
+    def _watch(self, module: nn.Module, inputs: Any, output: Any) -> None:
+        name = self._names.get(id(module))
+        if name is None:
+            return
+        for tensor in tree_leaves(output):
+            if _varies(tensor) and tensor not in self._known:
+                source = tensor.grad_fn.name() if tensor.grad_fn is not None else ""
+                raise NoForwardRule(
+                    f"no forward derivative of {source} (in layer {name!r}, "
+                    f"{type(module).__name__})"
+                )
 
     def __torch_function__(
         self,
@@ -155,18 +181,9 @@ class ForwardMode(TorchFunctionMode):
         ]
         chunks = [self.of(leaves[i]) for i in moving]
 
-        def value(*inputs: Tensor) -> Any:
-            replaced = list(leaves)
-            for i, tensor in zip(moving, inputs, strict=True):
-                replaced[i] = tensor
-            inner_args, inner_kwargs = tree_unflatten(replaced, spec)
-            return _numbers(func(*inner_args, **inner_kwargs))
-
         point = tuple(leaves[i].detach() for i in moving)
-
-        def push(*tangents: Tensor) -> Any:
-            return jvp(value, point, tangents)[1]
-
+        value = functools.partial(_value, func, leaves, spec, moving)
+        push = functools.partial(_push, value, point)
         known = next(c for c in chunks if c is not None)
         parts = [
             [
@@ -202,6 +219,27 @@ def light_graph() -> Iterator[None]:
 
 def _itself(tensor: Tensor) -> Tensor:
     return tensor
+
+
+def _value(
+    func: Callable[..., Any],
+    leaves: list[Any],
+    spec: TreeSpec,
+    moving: list[int],
+    *inputs: Tensor,
+) -> tuple[Tensor, ...]:
+    """The function's tensors, with other ones in some places of its arguments."""
+    replaced = list(leaves)
+    for i, tensor in zip(moving, inputs, strict=True):
+        replaced[i] = tensor
+    args, kwargs = tree_unflatten(replaced, spec)
+    return _numbers(func(*args, **kwargs))
+
+
+def _push(
+    value: Callable[..., Any], point: tuple[Tensor, ...], *tangents: Tensor
+) -> tuple[Tensor, ...]:
+    return jvp(value, point, tangents)[1]
 
 
 def _varies(value: Any) -> bool:

@@ -76,6 +76,27 @@ def _convolution(
     return out
 
 
+def _linear(
+    of: Known,
+    func: Callable[..., Tensor],
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+) -> Chunks | None:
+    inputs, weights, biases = of(input), of(weight), of(bias)
+    if weights is None or input.ndim < 2:
+        return None
+    x, w = input.detach(), weight.detach()
+    out = []
+    for j, directions in enumerate(weights):
+        total = x.flatten(0, -2) @ directions.mT
+        if biases is not None:
+            total.add_(biases[j][:, None])
+        total = total.unflatten(1, x.shape[:-1])
+        out.append(total if inputs is None else total.add_(func(inputs[j], w)))
+    return out
+
+
 def _batch_norm(
     of: Known,
     func: Callable[..., Tensor],
@@ -115,6 +136,7 @@ RULES: dict[Callable[..., Any], Callable[..., Chunks | None]] = {
     torch.conv1d: _convolution,
     torch.conv2d: _convolution,
     torch.conv3d: _convolution,
+    F.linear: _linear,
     F.batch_norm: _batch_norm,
     **dict.fromkeys((torch.add, Tensor.add, Tensor.__add__), _addition),
     **dict.fromkeys((F.relu, torch.relu, Tensor.relu), _rectifier),

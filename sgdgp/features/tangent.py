@@ -222,7 +222,7 @@ class TangentBatch:
             return torch.cat([blocks[n][0].flatten(1) for n in t.names], dim=1)
 
         axes = tree_map(lambda leaf: 0 if isinstance(leaf, Tensor) else None, self._x)
-        together = max(1, CPU_ELEMENTS // (outputs * max(t._width, t.num_weights)))
+        together = max(1, 8 * CPU_ELEMENTS // (outputs * t.num_weights))
         with differentiable_layers(t.network):
             return vmap(jacobian, in_dims=(axes,), chunk_size=together)(self._x)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -62,16 +63,7 @@ class WeightFunction:
             ValueError: The network is no longer in evaluation mode.
         """
         self._check_unchanged()
-        positional = tuple(x) if isinstance(x, tuple | list) else (x,)
-        args, kwargs = ((), x) if isinstance(x, dict) else (positional, {})
-
-        def outputs(theta: dict[str, Tensor]) -> Tensor:
-            values = {**self._rest, **theta}
-            out = functional_call(self.network, values, args, kwargs)
-            out = out if self.output is None else self.output(out)
-            return self._as_matrix(out, x)
-
-        return outputs
+        return functools.partial(self._outputs_at, x)
 
     @torch.no_grad()
     def outputs(self, x: Any) -> Float[Tensor, "b C"]:
@@ -86,6 +78,12 @@ class WeightFunction:
             name: rows[:, self.slices[name]].reshape(-1, *shape)
             for name, shape in zip(self.names, self.shapes, strict=True)
         }
+
+    def _outputs_at(self, x: Any, theta: dict[str, Tensor]) -> Tensor:
+        positional = tuple(x) if isinstance(x, tuple | list) else (x,)
+        args, kwargs = ((), x) if isinstance(x, dict) else (positional, {})
+        out = functional_call(self.network, {**self._rest, **theta}, args, kwargs)
+        return self._as_matrix(out if self.output is None else self.output(out), x)
 
     def _tensors(self) -> list[tuple[str, Tensor]]:
         return [*self._theta.items(), *self._rest.items()]

@@ -7,6 +7,7 @@ them know the same: process 0 writes, and every process reads.
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections.abc import Mapping
 
@@ -26,6 +27,8 @@ from sgdgp.posterior.safe_file import (
 )
 
 KIND = FileKind("sgdgp.networks.fit", 1, "checkpoint of a network's fit")
+
+_ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 
 
 class RunKeeper:
@@ -66,7 +69,8 @@ class RunKeeper:
         self._components = {
             **network_fingerprint(tangent.network),
             "setting weights": str(list(tangent.names)),
-            **{f"setting {name}": str(value) for name, value in settings.items()},
+            # A function's address is another one in every process.
+            **{f"setting {k}": _ADDRESS.sub("", str(v)) for k, v in settings.items()},
         }
 
     def load(self) -> RunState | None:

@@ -130,11 +130,13 @@ class WeightSystem:
     def product(self, v: Float[Tensor, "D k"]) -> Float[Tensor, "D k"]:
         """phi^T phi v, one pass over the data."""
         w = self.prior.root(v)
-
-        def pull(batch: Batch, at: TangentBatch) -> Tensor:
-            return self.likelihood.hessian(self.outputs[batch.rows], at.jvp(w))
-
-        return self.prior.root_adjoint(self.data.adjoint(pull, v.shape[1]))
+        images = self.data.adjoint(
+            lambda batch, at: self.likelihood.hessian(
+                self.outputs[batch.rows], at.jvp(w)
+            ),
+            v.shape[1],
+        )
+        return self.prior.root_adjoint(images)
 
     @torch.no_grad()
     def batch_product(
@@ -152,22 +154,26 @@ class WeightSystem:
         An example's draws depend on the seed, its number and the sample's only: not
         on batches or processes, nor on where the likelihood is linearised.
         """
+        images = self.data.adjoint(
+            lambda batch, at: self._noise_at(batch, samples, seed), len(samples)
+        )
+        return self.prior.root_adjoint(images)
 
-        def pull(batch: Batch, at: TangentBatch) -> Tensor:
-            outputs = self.outputs[batch.rows]
-            noise = example_noise(batch.examples, outputs.shape[1], samples, seed)
-            return self.likelihood.hessian_root(outputs, noise.to(outputs))
-
-        return self.prior.root_adjoint(self.data.adjoint(pull, len(samples)))
+    def _noise_at(self, batch: Batch, samples: range, seed: int) -> Tensor:
+        """L eps of a batch (b, C, s)."""
+        outputs = self.outputs[batch.rows]
+        noise = example_noise(batch.examples, outputs.shape[1], samples, seed)
+        return self.likelihood.hessian_root(outputs, noise.to(outputs))
 
     def slope(self) -> Float[Tensor, "D 1"]:
         """R^T J^T g with g the gradient of the loss at ``outputs``, one pass."""
-
-        def pull(batch: Batch, at: TangentBatch) -> Tensor:
-            outputs = self.outputs[batch.rows]
-            return self.likelihood.gradient(outputs, batch.y).unsqueeze(-1)
-
-        return self.prior.root_adjoint(self.data.adjoint(pull, 1))
+        images = self.data.adjoint(
+            lambda batch, at: self.likelihood.gradient(
+                self.outputs[batch.rows], batch.y
+            ).unsqueeze(-1),
+            1,
+        )
+        return self.prior.root_adjoint(images)
 
     def loss(self, outputs: Float[Tensor, "r C m"]) -> Float[Tensor, " m"]:
         """Negative log-likelihood of the targets at m tables of outputs."""

@@ -21,7 +21,6 @@ from sgdgp.operators.arguments import (
     check_vectors,
     index_length,
     resolve_index,
-    whole_points,
 )
 from sgdgp.operators.evaluation import detached_copy
 from sgdgp.operators.memory import resolve_budget
@@ -237,12 +236,8 @@ class KernelOperator(ABC):
         return (points.unsqueeze(1) * outputs + rows).flatten()
 
     def permuted(self, order: Int[Tensor, " m"]) -> KernelOperator:
-        """The square operator over the rows ``order``, in that order.
-
-        Raises:
-            ValueError: The rows of a point are torn apart, or in another order.
-        """
-        return self._rebuilt(self.x[whole_points(order, self.outputs_per_input)], None)
+        """The square operator over the points ``x[order]``."""
+        return self._rebuilt(self.x[order], None)
 
     def unfilled(self) -> KernelOperator:
         """The same operator without entries it may have stored (itself, mostly)."""

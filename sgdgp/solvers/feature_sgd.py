@@ -69,7 +69,8 @@ def solve_with_features(
         generator: Source of all randomness.
         record: History of the solve.
     """
-    size = settings.block_size or default_block_size(given.n)
+    outputs = given.operator.outputs_per_input
+    size = settings.block_size or outputs * default_block_size(given.n // outputs)
     data = shuffle(given, size, generator)
     system, n = data.system, given.n
     first = torch.zeros_like(system.rhs) if start is None else start[data.order]

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from sgdgp.operators.arguments import whole_points
 from sgdgp.operators.base import KernelOperator
 from sgdgp.operators.feature import FeatureOperator
 
@@ -59,7 +60,7 @@ def leading_eigenvalues(
     n, outputs = operator.shape[0], operator.outputs_per_input
     size = min(n, outputs * max(1, math.ceil(_SUBSET / outputs)))
     rows = operator.random_order(generator)[:size]
-    part, scale = operator.permuted(rows), scale[rows]
+    part, scale = operator.permuted(whole_points(rows, outputs)), scale[rows]
     needed = 2 * size * operator.features.num_features * scale.element_size()
     if needed <= operator.memory_budget:
         block = part.block(slice(0, size), slice(0, size)) * scale * scale.mT

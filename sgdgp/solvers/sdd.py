@@ -121,8 +121,9 @@ class SDD(Solver):
         order = operator.random_order(generator)
         shuffled = system.permuted(order)
         spectrum = estimate_spectrum(shuffled, generator)
-        size = self.block_size or default_block_size(n)
-        blocks = partition(n, size, operator.outputs_per_input)
+        outputs = operator.outputs_per_input
+        size = self.block_size or outputs * default_block_size(n // outputs)
+        blocks = partition(n, size, outputs)
 
         start = start[order]
         residual = shuffled.rhs.double()
@@ -231,7 +232,7 @@ class SDD(Solver):
 
 
 def default_block_size(n: int) -> int:
-    """Coordinates per step when none are asked for."""
+    """Points per step when none are asked for, of n."""
     return min(512, max(64, n // 64))
 
 

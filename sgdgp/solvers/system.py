@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sgdgp.checks import check_finite, check_same
+from sgdgp.operators.arguments import whole_points
 from sgdgp.operators.base import KernelOperator, row_slices
 from sgdgp.operators.feature import FeatureOperator
 from sgdgp.operators.feature_kernel import CastFeatures
@@ -64,8 +65,9 @@ class System:
         Raises:
             ValueError: The rows of a point with several are torn apart.
         """
+        points = whole_points(order, self.operator.outputs_per_input)
         return System(
-            self.operator.permuted(order),
+            self.operator.permuted(points),
             self.noise[order],
             self.rhs[order],
             self.scale,

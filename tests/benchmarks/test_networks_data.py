@@ -11,7 +11,7 @@ import torch
 from benchmarks.networks import data
 from benchmarks.networks.data import ANGLES, load_task, rotate
 from benchmarks.networks.settings import SETTINGS
-from benchmarks.networks.train import outputs, trained
+from benchmarks.networks.train import moved, outputs, trained
 from benchmarks.uci.download import DamagedFileError, DataUnavailableError
 from tests.benchmarks.networks_helpers import TINY, write_images
 
@@ -49,15 +49,16 @@ def test_images_are_scaled_by_the_training_images(
     assert float(x.std()) == pytest.approx(1.0, abs=1e-5)
 
 
-def test_a_fifth_of_the_training_labels_is_wrong_and_no_other(
+def test_a_fifth_of_all_labels_is_wrong_and_the_right_ones_are_kept(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     clean = load_task("mlp", 0)
     monkeypatch.setitem(SETTINGS, "mlp", replace(TINY, wrong_labels=0.2))
     noisy = load_task("mlp", 0)
     assert int((clean.train.y != noisy.train.y).sum()) == 12
-    assert torch.equal(clean.test.y, noisy.test.y)
-    assert torch.equal(clean.calibration.y, noisy.calibration.y)
+    assert int((clean.calibration.y != noisy.calibration.y).sum()) == 4
+    assert int((clean.test.y != noisy.test.y).sum()) == 6
+    assert torch.equal(clean.test.y, noisy.clean_y)
 
 
 def test_a_quarter_turn_is_rot90_and_no_turn_nothing() -> None:
@@ -94,6 +95,15 @@ def test_training_is_repeatable_and_learns(monkeypatch: pytest.MonkeyPatch) -> N
     assert torch.equal(f, outputs(same, task.train.x))
     assert float((f.argmax(1) == task.train.y).float().mean()) > 0.8
     assert not torch.equal(f, outputs(trained(task, member=1), task.train.x))
+
+
+def test_moved_images_are_the_same_pixels_in_other_places() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.rand(3, 2, 6, 6, generator=generator)
+    found = moved(x, 2, generator)
+    assert not torch.equal(found, x)
+    sorted_pixels = x.flatten(2).sort().values
+    torch.testing.assert_close(found.flatten(2).sort().values, sorted_pixels)
 
 
 def test_missing_images_are_said_to_be_missing(

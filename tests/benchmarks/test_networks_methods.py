@@ -219,3 +219,21 @@ def test_settings_without_digits_have_no_curve(task: Task, network: nn.Module) -
     assert (
         "rotated" not in score(plain, fit_network(network, task.calibration))["network"]
     )
+
+
+def test_wrong_labels_have_scores_against_the_right_ones_too(
+    task: Task, network: nn.Module
+) -> None:
+    wrong = (task.test.y + 1) % 10
+    noisy = replace(
+        task,
+        setting=replace(task.setting, wrong_labels=0.5),
+        test=Images(task.test.x, wrong),
+        clean_y=task.test.y,
+    )
+    before = score(task, fit_network(network, task.calibration))["network"]
+    after = score(noisy, fit_network(network, task.calibration))["network"]
+    assert "clean" not in before
+    assert after["clean"]["nll"] == before["nll"]
+    assert after["clean"]["accuracy"] == before["accuracy"]
+    assert after["nll"] > before["nll"]

@@ -198,6 +198,14 @@ def test_the_table_says_what_is_missing() -> None:
     assert "| network (1 missing) | 0.1000 |" in text
 
 
+def test_scores_against_clean_labels_are_a_table_of_their_own() -> None:
+    clean = {"nll": 0.7, "ece": 0.1, "brier": 0.2, "accuracy": 0.9}
+    text = summary([_stored(0, 0.1, clean=clean)])
+    assert "**MNIST, 500 images, against the clean labels** (seeds 0)" in text
+    assert "| network | 0.7000 | 0.1000 | 0.2000 | 0.9000 |" in text
+    assert "against the clean" not in summary([_stored(0, 0.1)])
+
+
 def test_the_curve_is_a_table_too() -> None:
     curve = {
         "angle": [0, 30, 60, 90, 180],
@@ -228,6 +236,7 @@ def test_figures_are_small_files(tmp_path: Path) -> None:
 
 def test_a_result_that_is_none_is_refused(tmp_path: Path) -> None:
     write_result(tmp_path, _stored(0, 0.1))
+    (tmp_path / "resnet50.json").write_text("{}")
     assert len(read_results(tmp_path)) == 1
     for content in ("{}", "no json", json.dumps({**_stored(1, 0.1), "format": 7})):
         (tmp_path / "small-1.json").write_text(content)

@@ -239,6 +239,53 @@ def test_tied_weights_are_counted_once():
     assert torch.allclose((batch.vjp(u) * w).sum(0), (batch.jvp(w) * u).sum((0, 1)))
 
 
+class Decoder(nn.Module):
+    """Layers of image-to-image networks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.ConvTranspose2d(1, 3, 2, 2)
+        self.norms = nn.Sequential(
+            nn.GroupNorm(3, 3), nn.InstanceNorm2d(3, affine=True)
+        )
+        self.last = nn.Conv2d(3, 1, 3, padding=1, padding_mode="reflect")
+
+    def forward(self, x):
+        h = nn.functional.interpolate(self.up(x), scale_factor=2, mode="bilinear")
+        return self.last(self.norms(h))
+
+
+class Tokens(nn.Module):
+    """Layers of language models, fused attention among them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.mix = nn.Embedding(5, 4), nn.Linear(4, 12)
+        self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+        self.norm, self.recurrent = nn.RMSNorm(4), nn.GRU(4, 4, batch_first=True)
+
+    def forward(self, x):
+        h = self.embed(x)
+        heads = [a.unsqueeze(1) for a in self.mix(h).chunk(3, -1)]
+        fused = nn.functional.scaled_dot_product_attention(*heads, is_causal=True)
+        h = self.norm(h + fused[:, 0])
+        h = h + self.attention(h, h, h, need_weights=False)[0]
+        return self.recurrent(h)[0][:, -1].log_softmax(-1)
+
+
+@pytest.mark.parametrize(
+    ("network", "x"),
+    [(Decoder(), normal(2, 1, 2, 2)), (Tokens(), torch.tensor([[0, 3, 1], [2, 2, 4]]))],
+    ids=["decoder", "tokens"],
+)
+def test_other_layers_have_forward_rules(network, x):
+    tangent = Tangent(network.double().eval())
+    w = normal(2, tangent.num_weights).mT
+    batch = tangent.at(x)
+    assert torch.allclose(batch.jvp(w), batch.jacobian() @ w, rtol=0, atol=1e-10)
+    assert tangent._obstacle is None
+
+
 class Rounded(torch.autograd.Function):
     """A user's function of the old style: no rule for forward mode or torch.func."""
 

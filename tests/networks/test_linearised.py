@@ -9,8 +9,10 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from sgdgp import CG
 from sgdgp.networks import (
     Categorical,
+    Dual,
     Gaussian,
     GPrior,
     Isotropic,
@@ -252,6 +254,28 @@ def test_sgd_and_cg_agree_with_the_same_noise(small_mlp, digits):
     exact, found = (fit.weight_samples for fit in fits)
     assert not fits[1].warnings
     assert float((found - exact).norm()) < 0.03 * float(exact.norm())
+
+
+def test_primal_and_dual_agree_with_the_same_noise(mlp, digits):
+    primal, dual = (
+        linearise(mlp, Categorical(), Isotropic()).fit(
+            train(digits),
+            steps=0,
+            precision=20.0,
+            num_samples=2,
+            final_samples=4,
+            solver=solver,
+        )
+        for solver in (
+            WeightCG(tolerance=1e-8),
+            Dual(CG(tolerance=1e-10, preconditioner=None), tolerance=1e-8),
+        )
+    )
+    for found, exact in (
+        (dual.weight_samples, primal.weight_samples),
+        (dual.weight_mean, primal.weight_mean),
+    ):
+        assert float((found - exact).norm()) < 1e-6 * float(exact.norm())
 
 
 @pytest.fixture(scope="module")

@@ -22,6 +22,7 @@ from sgdgp.networks.stored_values import (
     encoded,
     register_stored_class,
 )
+from sgdgp.networks.weight_priors import Layerwise
 from sgdgp.posterior.checkpoint_file import CheckpointError
 from sgdgp.posterior.storage import StorageError
 from sgdgp.training.expectation_maximisation import PrecisionUpdate
@@ -249,6 +250,18 @@ def test_a_run_goes_on_where_it_was(tmp_path, tangent):
     moved = found.update(*arguments)
     assert torch.equal(run.update(*arguments), moved)
     assert not torch.equal(PrecisionUpdate()(*arguments), moved)
+
+
+def test_a_function_among_the_settings_is_the_same_in_another_process(
+    tmp_path, tangent
+):
+    path = tmp_path / "fit.safetensors"
+    first, second = (Layerwise(groups=lambda name: name) for _ in range(2))
+    assert str(first) != str(second)
+    RunKeeper(path, 60, tangent, {"prior": first}).keep(_run(tangent), now=True)
+    assert RunKeeper(path, 60, tangent, {"prior": second}).load() is not None
+    with pytest.raises(CheckpointError, match="setting 'prior' is Layerwise"):
+        RunKeeper(path, 60, tangent, {"prior": Layerwise()}).load()
 
 
 def test_a_run_is_written_when_it_is_time(tmp_path, tangent, monkeypatch):

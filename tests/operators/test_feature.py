@@ -25,6 +25,7 @@ from sgdgp.operators import (
     operator_by_name,
 )
 from sgdgp.operators.choose import FEW_FEATURES, FILL_UP_TO
+from sgdgp.solvers.system import as_system
 
 D = 3
 
@@ -188,7 +189,7 @@ def test_random_orders_keep_the_outputs_of_a_point_together(outputs, generator):
     assert sorted(order.tolist()) == list(range(operator.shape[0]))
     assert order.tolist() != sorted(order.tolist())
     assert len((order // 2).unique_consecutive()) == 7
-    permuted = operator.permuted(order)
+    permuted = operator.permuted(order[::2] // 2 if outputs == 2 else order)
     truth = operator.block(slice(0, len(order)), slice(0, len(order)))
     v = torch.ones(len(order), 1, dtype=torch.float64)
     torch.testing.assert_close(permuted.matmul(v), truth[order][:, order] @ v)
@@ -196,8 +197,9 @@ def test_random_orders_keep_the_outputs_of_a_point_together(outputs, generator):
 
 def test_rows_of_a_point_are_not_torn_apart():
     operator = FeatureOperator.of_map(OutputFeatures(), points(3), outputs=2)
+    system = as_system(operator, 1.0, torch.ones(6, 1, dtype=torch.float64))
     with pytest.raises(ValueError, match="the 2 rows of each point beside each other"):
-        operator.permuted(torch.tensor([0, 2, 1, 3, 4, 5]))
+        system.permuted(torch.tensor([0, 2, 1, 3, 4, 5]))
 
 
 def test_pairs_evaluate_adjacent_rows_of_a_point_once():

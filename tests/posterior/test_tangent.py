@@ -17,7 +17,10 @@ from gpytorch.models import ExactGP
 from torch import nn
 
 import sgdgp
+from sgdgp.gpytorch_adapter import pairs_of
+from sgdgp.gpytorch_adapter.pairs import pairs_kernel
 from sgdgp.kernels import NeuralTangentKernel
+from sgdgp.operators import operator_by_name
 from sgdgp.solvers import CG, SDD
 
 NOISE, SCALE = 0.5, 0.5
@@ -247,3 +250,22 @@ def test_new_data_update_the_posterior():
     torch.testing.assert_close(
         posterior.mean(case.x_new), whole.mean(case.x_new), rtol=0, atol=1e-3
     )
+
+
+@pytest.mark.parametrize("operator", ["features", "row_blocks"])
+def test_the_kernel_over_pairs_is_the_kernel_of_all_outputs(operator):
+    case = Case(2, n=7)
+    pairs = pairs_of(case.x, 2)
+    kernel = pairs_kernel(case.model.kernel, 2)
+    j = case.jacobian(case.x)
+    truth = SCALE * j @ j.mT
+    order = torch.tensor([3, 0, 1, 12, 5])
+    with torch.no_grad():
+        found = kernel(pairs[order], pairs).to_dense()
+        diagonal = kernel(pairs[order], diag=True)
+    torch.testing.assert_close(found, truth[order])
+    torch.testing.assert_close(diagonal, truth.diagonal()[order])
+    over = operator_by_name(operator, kernel, pairs)
+    torch.testing.assert_close(over.diagonal(), truth.diagonal())
+    v = torch.ones(14, 1, dtype=torch.float64)
+    torch.testing.assert_close(over.rows(order).matmul(v), truth[order] @ v)

@@ -1,0 +1,107 @@
+"""Passes over the data against dense features."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from sgdgp.networks.curvature import curvature_probes, example_noise
+from tests.networks.dense import CLASSES, EXAMPLES, columns, tiny_system
+
+
+@pytest.mark.parametrize("batch", [1, 7, 23])
+def test_products_are_those_of_the_dense_features(batch):
+    system, features, _, _ = tiny_system(batch)
+    v = columns(system.num_weights, 3)
+    torch.testing.assert_close(system.product(v), features.T @ (features @ v))
+
+
+def test_batches_of_examples_add_up_to_the_whole():
+    system, features, _, _ = tiny_system(batch=5)
+    v = columns(system.num_weights, 2)
+    total = sum(system.batch_product(batch, v) for batch in system.data.stream)
+    torch.testing.assert_close(total, features.T @ (features @ v))
+
+
+def test_forward_and_adjoint_are_transposes():
+    system, _, _, _ = tiny_system()
+    w = columns(system.num_weights, 2)
+    u = columns(EXAMPLES * CLASSES, 2).unflatten(0, (EXAMPLES, CLASSES))
+    forward = system.data.forward(w)
+    adjoint = system.data.adjoint(lambda batch, at: u[batch.rows], 2)
+    torch.testing.assert_close((forward * u).sum((0, 1)), (adjoint * w).sum(0))
+
+
+def test_the_slope_is_the_gradient_of_the_loss():
+    system, _, jacobian, y = tiny_system()
+    v = columns(system.num_weights, 1).requires_grad_()
+    outputs = (jacobian @ v)[..., 0]
+    loss = torch.nn.functional.cross_entropy(outputs, y, reduction="sum")
+    (gradient,) = torch.autograd.grad(loss, v)
+    here = system.at(outputs.detach())
+    torch.testing.assert_close(here.slope(), gradient)
+    tables = torch.stack([outputs, 2 * outputs], 2).detach()
+    doubled = torch.nn.functional.cross_entropy(2 * outputs, y, reduction="sum")
+    torch.testing.assert_close(
+        system.loss(tables), torch.stack([loss, doubled]).detach()
+    )
+
+
+def test_noise_depends_on_examples_and_samples_only():
+    coarse, fine = tiny_system(batch=23)[0], tiny_system(batch=3)[0]
+    expected = coarse.noise(range(20), seed=4)
+    torch.testing.assert_close(fine.noise(range(20), seed=4), expected)
+    torch.testing.assert_close(fine.noise(range(5, 11), seed=4), expected[:, 5:11])
+    assert not torch.allclose(fine.noise(range(20), seed=3), expected)
+
+
+def test_noise_has_the_covariance_of_the_curvature():
+    system, features, _, _ = tiny_system()
+    count = 4000
+    noise = system.noise(range(count), seed=0)
+    exact = features.T @ features
+    found = noise @ noise.T / count
+    # Entrywise standard error of a sample covariance.
+    error = ((exact.square() + exact.diagonal().outer(exact.diagonal())) / count).sqrt()
+    assert float(((found - exact) / error).abs().max()) < 5
+
+
+def test_squares_of_probes_estimate_the_diagonal_of_the_curvature():
+    system, _, jacobian, _ = tiny_system()
+    count = 3000
+    squares = sum(
+        probe.square().mean(1)
+        for probe in curvature_probes(
+            system.data, system.likelihood, system.outputs, count, seed=1
+        )
+    )
+    root = system.prior.root(torch.ones(system.num_weights, 1).double())
+    plain = system.likelihood.hessian_root_transpose(
+        system.outputs, jacobian / root[:, 0]
+    )
+    exact = plain.flatten(0, 1).square().sum(0)
+    # Four batches: a relative standard error of at most sqrt(2 / 3000) each.
+    assert float((squares / exact - 1).abs().max()) < 5 * (2 / count) ** 0.5
+
+
+def test_example_noise_is_standard_normal_and_independent():
+    noise = example_noise(torch.arange(300), 4, range(16), seed=9).flatten(0, 1)
+    count = noise.numel()
+    assert abs(float(noise.mean())) < 4 / count**0.5
+    assert abs(float(noise.var()) - 1) < 4 * (2 / count) ** 0.5
+    correlation = torch.corrcoef(noise.T) - torch.eye(16)
+    assert float(correlation.abs().max()) < 5 / 1200**0.5
+
+
+def test_targets_that_do_not_match_the_inputs_are_refused():
+    system, _, _, _ = tiny_system()
+    stream = system.data.stream
+    x, y = next(iter(stream)).x, next(iter(stream)).y
+    from sgdgp.networks.curvature import TangentData
+    from sgdgp.networks.stream import stream_of
+
+    data = TangentData(
+        system.data.tangent, stream_of([(x, y[:-2])], system.outputs.device)
+    )
+    with pytest.raises(ValueError, match="5 targets.* 7 outputs"):
+        data.network_outputs()

@@ -1,0 +1,145 @@
+"""Solvers of the posterior precision against dense solutions."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from sgdgp.networks import WeightCG, WeightSGD
+from sgdgp.networks.linear_model import optimise
+from sgdgp.networks.weight_solvers import (
+    largest_batch_eigenvalue,
+    relative_errors,
+    true_residual,
+)
+from tests.networks.dense import columns, tiny_system
+
+SOLVERS = [
+    WeightCG(tolerance=1e-5),
+    WeightSGD(tolerance=0.02, max_passes=2000.0),
+    WeightSGD(tolerance=0.02, max_passes=2000.0, step_size=1.0),
+]
+
+
+def exact(features, rhs):
+    matrix = features.T @ features
+    matrix.diagonal().add_(1.0)
+    return torch.linalg.solve(matrix, rhs)
+
+
+@pytest.mark.parametrize("solver", SOLVERS, ids=["cg", "sgd", "sgd, steps too long"])
+def test_solutions_are_as_near_as_they_claim(solver):
+    system, features, _, _ = tiny_system()
+    prior = columns(system.num_weights, 4)
+    rhs = system.noise(range(4), seed=0) + prior
+    found = solver.solve(system, rhs, prior, seed=1)
+    assert found.reason == "converged"
+    truth = exact(features, rhs)
+    wrong = (found.weights - truth).norm(dim=0)
+    assert bool((wrong <= 1.001 * found.residuals.norm(dim=0)).all())
+    assert bool((wrong <= solver.tolerance * found.weights.norm(dim=0)).all())
+    outputs = (features @ (found.weights - truth)).norm(dim=0)
+    scale = (features @ found.weights).norm(dim=0)
+    assert bool((outputs <= 0.5 * solver.tolerance * scale * 1.001).all())
+    torch.testing.assert_close(
+        found.residuals, true_residual(system, rhs, found.weights)
+    )
+    torch.testing.assert_close(
+        found.images(rhs), features.T @ (features @ found.weights)
+    )
+
+
+def test_errors_are_measured_against_the_smaller_of_weights_and_outputs():
+    system, features, _, _ = tiny_system()
+    v = columns(system.num_weights, 2)
+    rhs = columns(system.num_weights, 2, seed=8)
+    residuals = rhs - v - features.T @ (features @ v)
+    expected = residuals.norm(dim=0) / torch.minimum(
+        v.norm(dim=0), (features @ v).norm(dim=0)
+    )
+    torch.testing.assert_close(relative_errors(rhs, v, residuals), expected)
+
+
+def test_a_solution_costs_nothing_more():
+    system, features, _, _ = tiny_system()
+    rhs = columns(system.num_weights, 2)
+    found = WeightCG().solve(system, rhs, exact(features, rhs))
+    assert found.passes == 1.0
+    assert found.reason == "converged"
+
+
+@pytest.mark.parametrize(
+    "solver",
+    [
+        WeightCG(tolerance=1e-9, max_passes=3.0),
+        WeightSGD(tolerance=1e-9, max_passes=9.0),
+    ],
+)
+def test_budgets_are_kept_and_reported(solver):
+    system, _, _, _ = tiny_system()
+    rhs = columns(system.num_weights, 2)
+    found = solver.solve(system, rhs, torch.zeros_like(rhs))
+    assert found.reason == "budget"
+    assert found.passes <= solver.max_passes
+
+
+@pytest.mark.parametrize("solver", SOLVERS[:2], ids=["cg", "sgd"])
+def test_watching_can_stop_a_solve(solver):
+    system, _, _, _ = tiny_system()
+    rhs = columns(system.num_weights, 2)
+    seen = []
+
+    def watch(passes, errors, weights):
+        seen.append((passes, errors.shape, weights().shape))
+        return True
+
+    found = solver.solve(system, rhs, torch.zeros_like(rhs), watch=watch)
+    assert found.reason == "interrupted"
+    assert seen == [(seen[0][0], (2,), rhs.shape)]
+
+
+def test_the_step_size_is_safe_for_every_batch():
+    system, features, _, _ = tiny_system(batch=23)
+    largest = largest_batch_eigenvalue(system, torch.Generator().manual_seed(0))
+    truth = float(torch.linalg.matrix_norm(features, 2) ** 2)
+    assert 0.9 * truth < largest <= truth * (1 + 1e-9)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"tolerance": 0.0}, "tolerance"),
+        ({"max_passes": -1.0}, "max_passes"),
+        ({"momentum": 1.0}, "momentum"),
+        ({"step_size": 0.0}, "step_size"),
+    ],
+)
+def test_bad_settings_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        WeightSGD(**arguments)
+
+
+def test_newton_finds_the_optimum_of_the_linear_model():
+    system, _, jacobian, y = tiny_system(precision=0.05)
+    start = torch.zeros(1, system.num_weights, dtype=torch.float64).mT
+    found = optimise(system, start, WeightCG(tolerance=1e-6))
+    assert found.converged
+
+    v = torch.zeros(system.num_weights, dtype=torch.float64, requires_grad=True)
+    search = torch.optim.LBFGS(
+        [v], max_iter=500, tolerance_grad=1e-10, line_search_fn="strong_wolfe"
+    )
+
+    def objective():
+        search.zero_grad()
+        outputs = jacobian @ v
+        loss = torch.nn.functional.cross_entropy(outputs, y, reduction="sum")
+        loss = loss + 0.5 * v.square().sum()
+        loss.backward()
+        return loss
+
+    search.step(objective)
+    torch.testing.assert_close(found.mean[:, 0], v.detach(), rtol=0.0, atol=1e-4)
+    torch.testing.assert_close(
+        found.system.outputs, (jacobian @ v).detach(), rtol=0.0, atol=1e-4
+    )
