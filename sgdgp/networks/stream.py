@@ -314,6 +314,7 @@ class _Marks:
         return float(sum(sum(marks) for marks in self._seen.values()))
 
     def check(self, batch: Batch) -> None:
+        """Refuse a batch that has NaN, or differs from that of an earlier pass."""
         leaves = list(_leaves((batch.x, batch.y)))
         marks = tuple(float(leaf.double().sum()) for leaf in leaves)
         first = int(batch.rows[0])

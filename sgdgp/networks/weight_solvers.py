@@ -27,6 +27,8 @@ from sgdgp.networks.stream import Batch
 from sgdgp.solvers.base import Reason
 from sgdgp.solvers.block_recurrence import BlockRecurrence
 
+_STEP = 0.1
+
 Watch: TypeAlias = Callable[[float, Tensor, Callable[[], Tensor]], bool]
 """Told of passes, relative errors (k,) and how to get the weights; True stops."""
 
@@ -186,8 +188,9 @@ class WeightSGD(WeightSolver):
     Every few epochs the true residual is found, and from there on what is left is
     descended on: the noise is then that of the change alone and falls with it, which is
     variance reduction by an anchor (Johnson and Zhang, NeurIPS 2013), and the residual
-    falls geometrically instead of as 1 / sqrt(t). The step size is half of what the
-    curvature of single batches allows, and is halved should it diverge.
+    falls geometrically instead of as 1 / sqrt(t). The step size is a tenth of what the
+    curvature of single batches allows without momentum; it is halved where the residual
+    grows, and where it falls slowly whatever the number of epochs.
 
     Attributes:
         tolerance: Relative error that every column must reach.
@@ -224,9 +227,9 @@ class WeightSGD(WeightSolver):
         errors = relative_errors(rhs, best, residual)
         passes, step = 1.0, self.step_size
         if step is None:
-            step = 0.5 / (1.0 + largest_batch_eigenvalue(system, generator))
+            step = _STEP / (1.0 + largest_batch_eigenvalue(system, generator))
             passes += 3.0 * 8.0 / max(3.0, _steps_per_epoch(system))
-        epochs, halvings = 2, 0
+        epochs, halvings, slow = 2, 0, 0
         reason: Reason | None = None
         while reason is None:
             if not bool((errors > self.tolerance).any()):
@@ -247,7 +250,9 @@ class WeightSGD(WeightSolver):
                 reason = "diverged" if halvings > 20 else None
                 continue
             if float(found.norm()) > 0.5 * float(residual.norm()):
-                epochs *= 2
+                # Too short a way, or steps that are only just not too long.
+                slow += 1
+                epochs, step = (2 * epochs, step) if slow % 4 else (epochs, step / 4.0)
             better = found.norm(dim=0) < residual.norm(dim=0)
             best = torch.where(better, candidate, best)
             residual = torch.where(better, found, residual)

@@ -103,5 +103,5 @@ def test_targets_that_do_not_match_the_inputs_are_refused():
     data = TangentData(
         system.data.tangent, stream_of([(x, y[:-2])], system.outputs.device)
     )
-    with pytest.raises(ValueError, match="5 targets.* 7 outputs"):
+    with pytest.raises(ValueError, match=r"5 targets.* 7 outputs"):
         data.network_outputs()

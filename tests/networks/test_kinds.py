@@ -10,7 +10,6 @@ from torch.utils.data import TensorDataset
 from sgdgp.networks import Categorical, WeightCG, linearise
 from tests.networks.kinds import CLASSES, KINDS, inputs_of, network_of
 
-
 CASES = [*((kind, torch.float64) for kind in KINDS), ("resnet", torch.float32)]
 
 

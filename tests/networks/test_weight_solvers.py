@@ -16,8 +16,8 @@ from tests.networks.dense import columns, tiny_system
 
 SOLVERS = [
     WeightCG(tolerance=1e-5),
-    WeightSGD(tolerance=0.02, max_passes=2000.0),
-    WeightSGD(tolerance=0.02, max_passes=2000.0, step_size=1.0),
+    WeightSGD(tolerance=0.1, max_passes=500.0),
+    WeightSGD(tolerance=0.2, max_passes=500.0, step_size=0.1),
 ]
 
 
