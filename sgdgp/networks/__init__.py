@@ -6,6 +6,7 @@ from sgdgp.networks.likelihoods import Categorical, Gaussian, Likelihood
 from sgdgp.networks.linearised import LinearisedNetwork, linearise
 from sgdgp.networks.posterior import LinearisedPosterior
 from sgdgp.networks.predictive import GaussianPrediction
+from sgdgp.networks.processes import started
 from sgdgp.networks.storage import load
 from sgdgp.networks.weight_priors import GPrior, Isotropic, Kronecker, Layerwise
 from sgdgp.networks.weight_solvers import WeightCG, WeightSGD
@@ -27,4 +28,5 @@ __all__ = [
     "WeightSGD",
     "linearise",
     "load",
+    "started",
 ]

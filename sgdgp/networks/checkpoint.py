@@ -14,8 +14,8 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from sgdgp.features.tangent import Tangent
-from sgdgp.networks.fitting import RunState
 from sgdgp.networks.processes import Processes, current_processes
+from sgdgp.networks.run_state import RunState
 from sgdgp.networks.storage import differences, in_words, network_fingerprint
 from sgdgp.networks.stored_values import decoded, encoded
 from sgdgp.posterior.checkpoint_file import CheckpointError, checked_place

@@ -19,8 +19,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sgdgp.features.tangent import Tangent, TangentBatch
+from sgdgp.networks.batches import Batch
 from sgdgp.networks.likelihoods import Likelihood
-from sgdgp.networks.stream import Batch, Stream
+from sgdgp.networks.stream import Stream
 from sgdgp.networks.weight_priors import WeightPrior
 
 _EXAMPLES, _SAMPLES = 32, 8

@@ -16,8 +16,8 @@ Deviations from the paper:
    linear model has it; at the network's own it nearly vanishes wherever the network
    fits its training data, and the posterior stays at the prior.
 2. Everything is in whitened weights v = R^-1 w, so that every prior is the same code.
-3. The first precision is the largest eigenvalue of the curvature: well above one, and
-   within a factor of ten of the fixed points we have seen.
+3. The first precision is the largest eigenvalue of the curvature: too large mostly,
+   which makes the first systems easy ones.
 4. gamma is v^T (phi^T phi) v, which the solver's residual already holds: no pass more.
 """
 
@@ -25,112 +25,32 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import Literal, TypeAlias
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sgdgp.networks.curvature import TangentData, WeightSystem, curvature_probes
+from sgdgp.networks.curvature import TangentData, WeightSystem
+from sgdgp.networks.first_state import prior_draws
 from sgdgp.networks.likelihoods import Gaussian, Likelihood
 from sgdgp.networks.linear_model import LinearOptimum, optimise
-from sgdgp.networks.weight_priors import PriorSettings, WeightPrior
+from sgdgp.networks.run_state import (
+    CurvatureAt,
+    EMStep,
+    RunState,
+    Schedule,
+    noise_in_use,
+    warn_once,
+)
+from sgdgp.networks.weight_priors import WeightPrior
 from sgdgp.networks.weight_solvers import WeightSolution, WeightSolver
-from sgdgp.posterior.seeds import derived_generator
 from sgdgp.solvers.base import Callback, Progress
 from sgdgp.training.expectation_maximisation import (
     EffectiveDimension,
-    PrecisionUpdate,
     effective_dimension,
 )
 
-CurvatureAt: TypeAlias = Literal["linear", "network"]
-"""Outputs at which the likelihood's Hessian is taken."""
-
-_POWER_STEPS = 5
 _LIVE_COLUMNS = 12
-
-
-@dataclass(frozen=True)
-class EMStep:
-    """One step of expectation maximisation.
-
-    Attributes:
-        precisions: alpha before the step, one for each group.
-        effective_dimension: gamma, one for each group.
-        standard_error: Of gamma's sum.
-        noise: Noise variance before the step; None for other likelihoods.
-        loss: Negative log-likelihood of the linear model, summed over the data.
-        errors: Bounds on the relative errors of mean and samples.
-        passes: Passes over the data so far.
-        seconds: Wall time so far.
-    """
-
-    precisions: tuple[float, ...]
-    effective_dimension: tuple[float, ...]
-    standard_error: float
-    noise: float | tuple[float, ...] | None
-    loss: float
-    errors: tuple[float, ...]
-    passes: float
-    seconds: float
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """How much is done.
-
-    Attributes:
-        num_samples: Samples that learn the precisions.
-        final_samples: Samples of the posterior.
-        steps: Most steps of expectation maximisation; 0 keeps the precision.
-        precision: Where it starts. Default: see this module.
-        solver: For all linear systems.
-        seed: Of everything random.
-        columns: Most samples solved for together.
-    """
-
-    num_samples: int
-    final_samples: int
-    steps: int
-    precision: float | None
-    solver: WeightSolver
-    seed: int
-    columns: int
-
-
-@dataclass
-class RunState:
-    """What a run knows between two stages; all that a checkpoint has to hold.
-
-    Attributes:
-        prior: With the precisions as they are.
-        likelihood: With the noise as it is.
-        mean: vbar, whitened (D, 1).
-        samples: v, whitened (D, k).
-        step: Steps of expectation maximisation that are done.
-        is_learned: Whether learning has ended.
-        finished: Columns of ``samples`` that are final.
-        update: The damping so far.
-        history: One entry a step.
-        passes: Passes over the data so far.
-        seconds: Wall time so far.
-        warnings: Sentences a user can act on.
-    """
-
-    prior: WeightPrior
-    likelihood: Likelihood
-    mean: Float[Tensor, "D 1"]
-    samples: Float[Tensor, "D k"]
-    step: int = 0
-    is_learned: bool = False
-    finished: int = 0
-    update: PrecisionUpdate = field(default_factory=PrecisionUpdate)
-    history: list[EMStep] = field(default_factory=list)
-    passes: float = 0.0
-    seconds: float = 0.0
-    warnings: list[str] = field(default_factory=list)
 
 
 class Interrupted(Exception):
@@ -208,7 +128,7 @@ class Run:
         state.passes += optimum.passes
         state.mean = optimum.mean
         if not optimum.converged and not self._asked:
-            _warn_once(
+            warn_once(
                 state,
                 f"The linear model's mean has not converged after {optimum.passes:.0f} "
                 "passes: give the solver more passes (max_passes), or a larger "
@@ -332,80 +252,6 @@ class Run:
             raise Interrupted
 
 
-def start(
-    data: TangentData,
-    likelihood: Likelihood,
-    settings: PriorSettings,
-    schedule: Schedule,
-    curvature_at: CurvatureAt,
-) -> RunState:
-    """The state before the first step: prior, noise and precision to start from."""
-    passes = 2.0
-    outputs = data.network_outputs()
-    likelihood.check_targets(data.targets, outputs.shape[1])
-    if isinstance(likelihood, Gaussian) and likelihood.learns_noise:
-        likelihood = _first_noise(data, likelihood, outputs)
-    if curvature_at == "linear":
-        outputs = torch.zeros_like(outputs)
-    seed = schedule.seed
-    prior = settings.build(
-        data.tangent,
-        lambda count: curvature_probes(data, likelihood, outputs, count, seed),
-    )
-    system = WeightSystem(data, prior, likelihood, outputs)
-    precision = schedule.precision
-    if precision is None:
-        precision = _largest_eigenvalue(system, seed)
-        passes += 1.0 + _POWER_STEPS
-    prior = prior.with_precisions(torch.full_like(prior.precisions, precision))
-    empty = data.zeros(1)
-    samples = prior_draws(empty, range(schedule.num_samples), seed)
-    return RunState(prior, likelihood, empty, samples, passes=passes)
-
-
-def _first_noise(
-    data: TangentData, likelihood: Gaussian, outputs: Float[Tensor, "r C"]
-) -> Gaussian:
-    """The noise the network itself leaves, not below 1e-4 of the targets' scale."""
-    errors = data.total(likelihood.squared_error(outputs, data.targets))
-    nothing = torch.zeros_like(outputs)
-    squares = data.total(likelihood.squared_error(nothing, data.targets))
-    floor = 1e-4 * squares.clamp_min(torch.finfo(outputs.dtype).tiny)
-    if not bool(squares.any()):
-        raise ValueError(
-            "loader: all targets are zero, so there is no noise to learn; give it as "
-            "Gaussian(noise=...)"
-        )
-    return likelihood.update_noise(errors.maximum(floor), data.stream.num_examples, 0.0)
-
-
-def _largest_eigenvalue(system: WeightSystem, seed: int) -> float:
-    """Largest eigenvalue of phi^T phi, by power iteration from a noise draw."""
-    v = system.noise(range(1), seed)
-    value = float(v.norm())
-    for _ in range(_POWER_STEPS):
-        if not value > 0:
-            break
-        v = system.product(v / value)
-        value = float(v.norm())
-    if not 0 < value < float("inf"):
-        raise ValueError(
-            "network: its Jacobian in the chosen weights is zero or not finite on the "
-            f"training data (largest eigenvalue of the curvature: {value})"
-        )
-    return value
-
-
-def prior_draws(
-    like: Float[Tensor, "D k"], columns: range, seed: int
-) -> Float[Tensor, "D c"]:
-    """theta_0 ~ N(0, I) of the samples with these numbers (D, c), like ``like``."""
-    rows = torch.empty(len(columns), like.shape[0], dtype=like.dtype)
-    for row, column in zip(rows, columns, strict=True):
-        row.normal_(generator=derived_generator(seed, "prior weights", column))
-    return rows.to(like.device).mT
-
-
 def rewhitened(
     v: Float[Tensor, "D k"], old: WeightPrior, new: WeightPrior
 ) -> Float[Tensor, "D k"]:
@@ -425,11 +271,6 @@ def _is_near(one: Likelihood, other: Likelihood) -> bool:
     return bool((ratio.log().abs() < 0.05).all())
 
 
-def noise_in_use(likelihood: Likelihood) -> float | tuple[float, ...] | None:
-    """Noise variance of a Gaussian likelihood, None for others."""
-    return likelihood.variance if isinstance(likelihood, Gaussian) else None
-
-
 def columns_within(budget: int, num_weights: int, element_size: int) -> int:
     """How many columns a solver can work on together within a memory budget."""
     return max(1, min(64, budget // (_LIVE_COLUMNS * num_weights * element_size)))
@@ -440,17 +281,10 @@ def _warn(
 ) -> None:
     if solution.reason in ("converged", "interrupted"):
         return
-    _warn_once(
+    warn_once(
         state,
         f"{type(solver).__name__} stopped ({solution.reason}) at {where} with a "
         f"relative error of up to {float(solution.errors.max()):.2e}, the tolerance "
         f"is {solver.tolerance:g}: give it more passes (max_passes) or a larger "
         "tolerance.",
     )
-
-
-def _warn_once(state: RunState, sentence: str) -> None:
-    """Keep the last sentence of each kind only."""
-    kind = sentence.split(maxsplit=3)[:3]
-    others = [kept for kept in state.warnings if kept.split(maxsplit=3)[:3] != kind]
-    state.warnings = [*others, sentence]

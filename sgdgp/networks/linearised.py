@@ -16,17 +16,11 @@ from sgdgp.features.weight_choice import Weights
 from sgdgp.networks.checkpoint import RunKeeper
 from sgdgp.networks.curvature import TangentData
 from sgdgp.networks.dual_solver import Dual
-from sgdgp.networks.fitting import (
-    CurvatureAt,
-    Interrupted,
-    Run,
-    RunState,
-    Schedule,
-    columns_within,
-    start,
-)
+from sgdgp.networks.first_state import start
+from sgdgp.networks.fitting import Interrupted, Run, columns_within
 from sgdgp.networks.likelihoods import Likelihood
 from sgdgp.networks.posterior import LinearisedPosterior
+from sgdgp.networks.run_state import CurvatureAt, RunState, Schedule
 from sgdgp.networks.stream import Split, stream_of
 from sgdgp.networks.weight_priors import GPrior, PriorSettings
 from sgdgp.networks.weight_solvers import WeightCG, WeightSGD, WeightSolver
@@ -225,7 +219,7 @@ class LinearisedNetwork:
         mark = data.total(mark)
         return {
             "likelihood": self.likelihood,
-            "prior": self.prior,
+            "prior": self.prior.identity(),
             "curvature_at": self.curvature_at,
             "num_samples": schedule.num_samples,
             "steps": schedule.steps,

@@ -15,7 +15,6 @@ from sgdgp.checks import check_count
 from sgdgp.features.tangent import Tangent
 from sgdgp.networks.calibration import Link, compare
 from sgdgp.networks.comparison import Comparison
-from sgdgp.networks.fitting import EMStep, noise_in_use
 from sgdgp.networks.likelihoods import Gaussian, Likelihood
 from sgdgp.networks.predictive import (
     GaussianPrediction,
@@ -26,6 +25,7 @@ from sgdgp.networks.predictive import (
     variance_of,
 )
 from sgdgp.networks.processes import Processes
+from sgdgp.networks.run_state import EMStep, noise_in_use
 from sgdgp.networks.stream import Split, stream_of
 from sgdgp.networks.weight_priors import WeightPrior
 from sgdgp.posterior.seeds import generator_of

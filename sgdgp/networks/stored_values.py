@@ -14,9 +14,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from sgdgp.networks.fitting import EMStep, RunState
 from sgdgp.networks.likelihoods import Categorical, Gaussian
 from sgdgp.networks.prior_roots import WeightPrior, prior_from
+from sgdgp.networks.run_state import EMStep, RunState
 from sgdgp.training.expectation_maximisation import PrecisionUpdate
 
 C = TypeVar("C", bound=type)

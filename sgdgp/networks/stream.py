@@ -9,8 +9,7 @@ and its first batch is compared from pass to pass.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -25,7 +24,7 @@ from torch.utils.data import (
 )
 from torch.utils.data.distributed import DistributedSampler
 
-from sgdgp.checks import check_finite
+from sgdgp.networks.batches import Batch, Marks, moved_to, size_of
 from sgdgp.networks.processes import Processes, current_processes
 
 DEFAULT_BATCH = 128
@@ -36,23 +35,6 @@ KEPT_BYTES = 2**30
 
 Split: TypeAlias = Callable[[Any], tuple[Any, Tensor]]
 """From what the loader yields to (inputs, targets)."""
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Some examples.
-
-    Attributes:
-        rows: Their places among the examples of this process (b,).
-        examples: Their numbers in the whole data set (b,).
-        x: Inputs, as the network takes them.
-        y: Targets, (b,) or (b, ...).
-    """
-
-    rows: Tensor
-    examples: Tensor
-    x: Any
-    y: Tensor
 
 
 class Stream(ABC):
@@ -171,7 +153,7 @@ class IndexedStream(Stream):
         self._examples = list(examples[start:stop])
         self.num_rows = len(self._examples)
         self.num_batches = len(share)
-        self._seen = _Marks()
+        self._seen = Marks()
         self._kept: list[Batch] = []
 
     def __iter__(self) -> Iterator[Batch]:
@@ -183,7 +165,7 @@ class IndexedStream(Stream):
             self._seen.check(batch)
             if kept is not None:
                 kept.append(batch)
-            if _size(batch) * self.num_batches > KEPT_BYTES:
+            if size_of(batch) * self.num_batches > KEPT_BYTES:
                 kept = None
             yield batch
         self._kept = kept or []
@@ -222,7 +204,7 @@ class IndexedStream(Stream):
             yield self._batch_of(found, part)
 
     def _batch_of(self, found: Any, rows: Tensor) -> Batch:
-        x, y = _moved(self._split(found), self._device)
+        x, y = moved_to(self._split(found), self._device)
         if len(y) != len(rows):
             raise ValueError(
                 f"loader: a batch of {len(rows)} examples has {len(y)} targets"
@@ -252,7 +234,7 @@ class RepeatedStream(Stream):
         self._device = device
         self._split = split
         self.processes = processes
-        self._seen = _Marks()
+        self._seen = Marks()
         self._counted = False
         self.num_examples = self.num_rows = self.num_batches = 0
         for batch in self._batches():
@@ -284,7 +266,7 @@ class RepeatedStream(Stream):
     def _batches(self) -> Iterator[Batch]:
         seen = mine = 0
         for turn, found in enumerate(self._source):
-            x, y = _moved(self._split(found), self._device)
+            x, y = moved_to(self._split(found), self._device)
             first, seen = seen, seen + len(y)
             if turn % self.processes.size != self.processes.rank:
                 continue
@@ -299,34 +281,6 @@ class RepeatedStream(Stream):
             raise ValueError(
                 f"loader: it gave {self.num_examples} examples at first and {seen} "
                 "now; every pass must give the same"
-            )
-
-
-class _Marks:
-    """Notices data that change from pass to pass, and data that are no numbers."""
-
-    def __init__(self) -> None:
-        self._seen: dict[int, tuple[float, ...]] = {}
-
-    @property
-    def total(self) -> float:
-        """One number for all that was seen."""
-        return float(sum(sum(marks) for marks in self._seen.values()))
-
-    def check(self, batch: Batch) -> None:
-        """Refuse a batch that has NaN, or differs from that of an earlier pass."""
-        leaves = list(_leaves((batch.x, batch.y)))
-        marks = tuple(float(leaf.double().sum()) for leaf in leaves)
-        first = int(batch.rows[0])
-        if first not in self._seen:
-            for leaf in leaves:
-                check_finite("loader", leaf)
-            self._seen[first] = marks
-        elif self._seen[first] != marks:
-            raise ValueError(
-                f"loader: the batch from example {int(batch.examples[0])} on differs "
-                "from that of an earlier pass; switch shuffling and random "
-                "augmentation off"
             )
 
 
@@ -355,10 +309,6 @@ def _examples_of(loader: DataLoader[Any]) -> Sequence[int]:
     return sorted(found)
 
 
-def _size(batch: Batch) -> int:
-    return sum(leaf.numel() * leaf.itemsize for leaf in _leaves((batch.x, batch.y)))
-
-
 def _pair(batch: Any) -> tuple[Any, Tensor]:
     if (
         isinstance(batch, list | tuple)
@@ -373,25 +323,3 @@ def _pair(batch: Any) -> tuple[Any, Tensor]:
         f"loader: expected batches (inputs, targets), found {kind}; give split=, a "
         "function from a batch to that pair"
     )
-
-
-def _moved(value: Any, device: torch.device) -> Any:
-    if isinstance(value, Tensor):
-        return value.to(device, non_blocking=True)
-    if isinstance(value, Mapping):
-        moved = {key: _moved(part, device) for key, part in value.items()}
-        return moved if type(value) is dict else type(value)(moved)  # type: ignore[call-arg]
-    if isinstance(value, list | tuple):
-        return type(value)(_moved(part, device) for part in value)
-    return value
-
-
-def _leaves(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for part in value.values():
-            yield from _leaves(part)
-    elif isinstance(value, list | tuple):
-        for part in value:
-            yield from _leaves(part)

@@ -34,6 +34,7 @@ from sgdgp.networks.probe_moments import (
     floored_squares,
     given_blocks,
 )
+from sgdgp.posterior.fingerprint import digest
 
 __all__ = [
     "GPrior",
@@ -64,6 +65,10 @@ class PriorSettings(ABC):
             tangent: The tangent model.
             probes: Passes over this process's share of the data, see ``Probes``.
         """
+
+    def identity(self) -> str:
+        """Text that is the same for the same settings, tensors included."""
+        return repr(self)
 
 
 @dataclass(frozen=True)
@@ -165,6 +170,16 @@ class Kronecker(PriorSettings):
         check_count("probes", self.probes, 1)
         check_positive("floor", self.floor)
         _check_grouping(_grouping(self.layerwise))
+
+    def identity(self) -> str:
+        """The settings, with hashes of the factors."""
+        found = [
+            (name, digest(factor))
+            for name, given in sorted((self.factors or {}).items())
+            for pair in ((given,) if isinstance(given[0], Tensor) else given)
+            for factor in pair
+        ]
+        return f"{self!r} {found}"
 
     def build(self, tangent: Tangent, probes: Probes) -> WeightPrior:
         """R = sqrt(tr A) B^-1/2 . A^-1/2 in each matrix.

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from sgdgp.features.tangent import Tangent
 from sgdgp.networks.checkpoint import RunKeeper
-from sgdgp.networks.fitting import EMStep, RunState
 from sgdgp.networks.likelihoods import Categorical, Gaussian
 from sgdgp.networks.posterior import LinearisedPosterior
 from sgdgp.networks.prior_roots import DiagonalPrior
+from sgdgp.networks.run_state import EMStep, RunState
 from sgdgp.networks.storage import load, load_fields, save, save_fields
 from sgdgp.networks.stored_values import (
     NotStorableError,
