@@ -35,4 +35,12 @@ model = ExactGP(x, torch.sin(6 * x[:, 0]), gpytorch.likelihoods.GaussianLikeliho
 posterior = sgdgp.condition(model, num_samples=4, seed=0)
 assert posterior.samples(x[:5]).shape == (4, 5)
 assert posterior.variance(x).ge(0).all()
+
+network = torch.nn.Sequential(
+    torch.nn.Linear(1, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1)
+)
+uncertain = sgdgp.networks.linearise(network.eval(), sgdgp.networks.Gaussian()).fit(
+    [(x, torch.sin(6 * x))], steps=1, final_samples=4
+)
+assert uncertain.predict(x[:5]).variance.gt(0).all()
 print(f"sgdgp {sgdgp.__version__} from {package}: {posterior.solution.reason}")
