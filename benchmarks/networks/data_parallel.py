@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
+from benchmarks.json_file import plain, write_json
 from benchmarks.networks.network import SmallResNet
-from benchmarks.uci.store import plain
 from sgdgp.features.tangent import Tangent
 from sgdgp.networks import Categorical, Isotropic, WeightCG, linearise
 from sgdgp.networks.curvature import TangentData, WeightSystem
@@ -155,7 +155,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     result = compare(options.examples, options.repeats)
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(plain(result), indent=1) + "\n")
+    write_json(options.out, result)
     print(json.dumps(plain(result), indent=1))
     print(f"targets: {FASTER:g} times the speed, the same to {CLOSE:g}")
 

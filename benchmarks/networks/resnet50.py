@@ -10,7 +10,6 @@ per example and sample; published code needs about five.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import platform
 import time
@@ -20,9 +19,9 @@ from typing import Any
 
 import torch
 
+from benchmarks.json_file import write_json
 from benchmarks.networks.resnet import resnet50
 from benchmarks.uci.memory import peak_rss_mb
-from benchmarks.uci.store import plain
 from sgdgp.features.tangent import Tangent
 from sgdgp.networks.curvature import TangentData, WeightSystem
 from sgdgp.networks.likelihoods import Categorical
@@ -146,7 +145,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         device=options.device,
     )
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(plain(result), indent=1) + "\n")
+    write_json(options.out, result)
     print(in_words(result))
 
 

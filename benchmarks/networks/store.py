@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from benchmarks.uci.store import plain
+from benchmarks.json_file import write_json
 
 Result: TypeAlias = dict[str, Any]
 FORMAT = 1
@@ -49,17 +47,7 @@ def read_results(folder: Path) -> list[Result]:
 
 def write_result(folder: Path, result: Mapping[str, Any]) -> Path:
     """Write a result atomically; NaN and infinities become null."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = result_path(folder, result["setting"], result["seed"])
-    handle, name = tempfile.mkstemp(dir=folder, prefix=".", suffix=".part")
-    try:
-        with os.fdopen(handle, "w") as file:
-            file.write(json.dumps(plain(result), indent=1, allow_nan=False) + "\n")
-        Path(name).chmod(0o644)
-        Path(name).replace(path)
-    finally:
-        Path(name).unlink(missing_ok=True)
-    return path
+    return write_json(result_path(folder, result["setting"], result["seed"]), result)
 
 
 def _read(path: Path) -> Result:

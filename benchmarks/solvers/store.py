@@ -3,32 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from benchmarks.json_file import plain, write_json
 from benchmarks.solvers.request import RaceRequest
-from benchmarks.uci.store import plain
 
 
 def write_result(folder: Path, request: RaceRequest, result: Mapping[str, Any]) -> Path:
     """Write a result atomically; NaN and infinities become null."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{request.stem}.json"
-    text = json.dumps(
-        plain({**result, "request": request.to_dict()}), indent=1, allow_nan=False
-    )
-    handle, name = tempfile.mkstemp(dir=folder, prefix=".", suffix=".part")
-    try:
-        with os.fdopen(handle, "w") as file:
-            file.write(text + "\n")
-        Path(name).chmod(0o644)
-        Path(name).replace(path)
-    finally:
-        Path(name).unlink(missing_ok=True)
-    return path
+    content = {**result, "request": request.to_dict()}
+    return write_json(folder / f"{request.stem}.json", content)
 
 
 def read_result(folder: Path, request: RaceRequest) -> dict[str, Any] | None:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import math
-import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from benchmarks.json_file import write_json
 from benchmarks.uci.request import RunRequest
 
 
@@ -20,33 +18,7 @@ def result_path(folder: Path, request: RunRequest) -> Path:
 
 def write_result(folder: Path, request: RunRequest, result: Mapping[str, Any]) -> Path:
     """Write a result atomically; NaN and infinities become null."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = result_path(folder, request)
-    text = json.dumps(plain(result), indent=1, allow_nan=False)
-    handle, name = tempfile.mkstemp(dir=folder, prefix=".", suffix=".part")
-    try:
-        with os.fdopen(handle, "w") as file:
-            file.write(text + "\n")
-        Path(name).chmod(0o644)
-        Path(name).replace(path)
-    finally:
-        Path(name).unlink(missing_ok=True)
-    return path
-
-
-def plain(value: Any) -> Any:
-    """The value made of what JSON knows."""
-    if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(item) for item in value]
-    if value is None or isinstance(value, (bool, int, str)):
-        return value
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if hasattr(value, "tolist"):
-        return plain(value.tolist())
-    return str(value)
+    return write_json(result_path(folder, request), result)
 
 
 def read_result(folder: Path, request: RunRequest) -> dict[str, Any] | None:
