@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, get_args
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from jaxtyping import Float
@@ -20,7 +20,10 @@ from sgdgp.networks.predictive import (
     GaussianPrediction,
     dyadic_joint_log_prob,
     joint_log_prob,
+    logit_variance,
     monte_carlo,
+    mutual_information,
+    predictive_entropy,
     probit,
     variance_of,
 )
@@ -31,6 +34,10 @@ from sgdgp.networks.weight_priors import WeightPrior
 from sgdgp.posterior.seeds import generator_of
 
 _KEPT_NUMBERS = 2**28
+
+Score: TypeAlias = Literal["entropy", "mutual_information", "variance"]
+"""What tells strange inputs from usual ones."""
+
 PREDICTED_TOGETHER = 256
 """Examples predicted at a time unless told otherwise."""
 
@@ -184,6 +191,40 @@ class LinearisedPosterior:
         if dyadic:
             return dyadic_joint_log_prob(log_probs, generator_of(seed))
         return joint_log_prob(log_probs)
+
+    def out_of_distribution_score(
+        self, x: Any, score: Score = "entropy", *, batch_size: int = PREDICTED_TOGETHER
+    ) -> Float[Tensor, " b"]:
+        """How unlike the training data inputs are (b,); higher is stranger.
+
+        Args:
+            x: Inputs.
+            score: "entropy" of the probit prediction, doubt of any kind;
+                "mutual_information", what the label would tell about the weights;
+                "variance" of the outputs. Regression has variances only.
+            batch_size: Examples at a time.
+
+        Raises:
+            ValueError: No such score, or one that regression has not.
+        """
+        if score not in get_args(Score):
+            raise ValueError(
+                f"score: expected one of {', '.join(get_args(Score))}, found {score!r}"
+            )
+        if isinstance(self.likelihood, Gaussian) and score != "variance":
+            raise ValueError(f'score: regression has "variance" only, found {score!r}')
+        found = []
+        for part in _parts(x, batch_size):
+            outputs, added = self.fluctuations(part, batch_size=batch_size)
+            if score == "entropy":
+                found.append(predictive_entropy(probit(outputs, variance_of(added))))
+            elif score == "mutual_information":
+                found.append(mutual_information(outputs, added))
+            elif isinstance(self.likelihood, Gaussian):
+                found.append(variance_of(added).mean(1))
+            else:
+                found.append(logit_variance(added))
+        return torch.cat(found)
 
     @torch.no_grad()
     def calibrate(

@@ -19,6 +19,7 @@ from sgdgp.networks import (
     load,
 )
 from sgdgp.networks.posterior import PREDICTED_TOGETHER
+from sgdgp.networks.predictive import predictive_entropy
 
 C, N, K = 3, 40, 12
 QUICK = {
@@ -239,3 +240,21 @@ def test_too_many_numbers_for_the_monte_carlo_link_are_refused(
     assert math.isnan(found.scores["posterior (calibrated)"]["joint"])
     with pytest.raises(ValueError, match="7 examples with 3 outputs and 12 samples"):
         posterior.calibrate([(inputs, y)], link="monte_carlo")
+
+
+def test_scores_of_strange_inputs_are_those_of_the_predictions(classes, inputs):
+    probabilities = classes.predict(inputs)
+    torch.testing.assert_close(
+        classes.out_of_distribution_score(inputs),
+        predictive_entropy(probabilities),
+    )
+    for score in ("mutual_information", "variance"):
+        near = classes.out_of_distribution_score(inputs, score, batch_size=3)
+        torch.testing.assert_close(
+            near, classes.out_of_distribution_score(inputs, score)
+        )
+    # The Jacobian in the first layer's weights grows with the inputs.
+    strange = classes.out_of_distribution_score(10 * inputs, "variance")
+    assert float(strange.mean()) > float(near.mean())
+    with pytest.raises(ValueError, match="score"):
+        classes.out_of_distribution_score(inputs, "temperature")
