@@ -19,7 +19,11 @@ from sgdgp.networks import (
     load,
 )
 from sgdgp.networks.posterior import PREDICTED_TOGETHER
-from sgdgp.networks.predictive import predictive_entropy
+from sgdgp.networks.predictive import (
+    logit_variance,
+    mutual_information,
+    predictive_entropy,
+)
 
 C, N, K = 3, 40, 12
 QUICK = {
@@ -248,13 +252,20 @@ def test_scores_of_strange_inputs_are_those_of_the_predictions(classes, inputs):
         classes.out_of_distribution_score(inputs),
         predictive_entropy(probabilities),
     )
-    for score in ("mutual_information", "variance"):
-        near = classes.out_of_distribution_score(inputs, score, batch_size=3)
-        torch.testing.assert_close(
-            near, classes.out_of_distribution_score(inputs, score)
-        )
-    # The Jacobian in the first layer's weights grows with the inputs.
-    strange = classes.out_of_distribution_score(10 * inputs, "variance")
-    assert float(strange.mean()) > float(near.mean())
+    outputs, added = classes.fluctuations(inputs)
+    for score, expected in (
+        ("mutual_information", mutual_information(outputs, added)),
+        ("variance", logit_variance(added)),
+    ):
+        found = classes.out_of_distribution_score(inputs, score, batch_size=3)
+        torch.testing.assert_close(found, expected)
     with pytest.raises(ValueError, match="score"):
         classes.out_of_distribution_score(inputs, "temperature")
+
+
+def test_regressions_are_scored_by_their_variance(targets, inputs):
+    found = targets.out_of_distribution_score(inputs, "variance")
+    prediction = targets.predict(inputs)
+    torch.testing.assert_close(found, prediction.variance.mean(1))
+    with pytest.raises(ValueError, match="regression"):
+        targets.out_of_distribution_score(inputs)
