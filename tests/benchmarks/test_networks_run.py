@@ -99,7 +99,8 @@ def test_a_failed_run_is_named_and_the_others_are_shown(
 ) -> None:
     _measure(folder, "network")
     monkeypatch.setattr(command, "execute", lambda job, folder: int(job.seed == 1))
-    assert command.main(_arguments(folder, "--seeds", "1", "2")) == 1
+    wanted = ("--seeds", "1", "2", "--methods", "ensemble")
+    assert command.main(_arguments(folder, *wanted)) == 1
     printed = capsys.readouterr()
     assert printed.err == "failed: mlp 1\n"
     assert "| network | " in printed.out
