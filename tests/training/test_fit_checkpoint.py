@@ -116,8 +116,19 @@ def test_control_c_at_any_moment_leaves_a_file_to_go_on_from(tmp_path):
         if entry.step == 3:
             timer.start()
 
-    with pytest.raises(KeyboardInterrupt):
-        fit(rbf_model(), steps=10**6, plateau=None, checkpoint=path, callback=callback)
+    # Processes in the background may have been started to ignore it.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            fit(
+                rbf_model(),
+                steps=10**6,
+                plateau=None,
+                checkpoint=path,
+                callback=callback,
+            )
+    finally:
+        signal.signal(signal.SIGINT, before)
     model = rbf_model()
     fitted = fit(
         model, steps=10**6, plateau=None, checkpoint=path, callback=lambda entry: True
