@@ -44,13 +44,6 @@ class TangentData:
     stream: Stream
 
     @functools.cached_property
-    def num_outputs(self) -> int:
-        """Outputs of the network per example, C."""
-        for batch in self.stream:
-            return self.tangent.outputs(batch.x).shape[1]
-        raise ValueError(_NO_EXAMPLES)
-
-    @functools.cached_property
     def targets(self) -> Tensor:
         """Targets of this process's examples (r, ...), a table; one pass at first."""
         return self._table((b, b.y) for b in self.stream)

@@ -17,13 +17,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sgdgp.checks import check_positive
 from sgdgp.networks.curvature import WeightSystem
 from sgdgp.networks.dual import solve_dual
 from sgdgp.networks.weight_solvers import (
     Watch,
     WeightSolution,
     WeightSolver,
+    first_residual,
     relative_errors,
     true_residual,
 )
@@ -97,8 +97,7 @@ class Dual(WeightSolver):
     batch_size: int = field(default=64, kw_only=True)
 
     def __post_init__(self) -> None:
-        check_positive("tolerance", self.tolerance)
-        check_positive("max_passes", self.max_passes)
+        super().__post_init__()
         if not isinstance(self.solver, Solver):
             raise TypeError(f"solver: expected SDD(), found {self.solver!r}")
 
@@ -124,10 +123,8 @@ class Dual(WeightSolver):
                 "WeightCG() or WeightSGD()"
             )
         rows, generator = DataRows(system), torch.Generator().manual_seed(seed)
-        weights, residual, passes = initial, rhs, 0.0
-        if bool(initial.any()):
-            residual = true_residual(system, rhs, initial)
-            passes = 1.0
+        weights = initial
+        residual, passes = first_residual(system, rhs, initial)
         errors = relative_errors(rhs, weights, residual)
         inner, reason = 0.1 * self.tolerance, self._verdict(errors, passes)
         rounds = 0

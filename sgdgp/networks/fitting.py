@@ -106,20 +106,12 @@ class Run:
         while state.finished < self._schedule.final_samples:
             yield from self._draw()
 
-    def _system(self) -> WeightSystem:
-        """Before any linearisation: outputs of the linear model at zero."""
-        outputs = torch.zeros(
-            self.data.stream.num_rows,
-            self.data.num_outputs,
-            dtype=self.data.tangent.dtype,
-            device=self.data.tangent.device,
-        )
-        return WeightSystem(self.data, self.state.prior, self.state.likelihood, outputs)
-
     def _optimum(self) -> LinearOptimum:
         state = self.state
         optimum = optimise(
-            self._system(),
+            self.data,
+            state.prior,
+            state.likelihood,
             state.mean,
             self._schedule.solver,
             seed=self._schedule.seed,

@@ -18,7 +18,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sgdgp.networks.curvature import WeightSystem
+from sgdgp.networks.curvature import TangentData, WeightSystem
+from sgdgp.networks.likelihoods import Likelihood
+from sgdgp.networks.weight_priors import WeightPrior
 from sgdgp.networks.weight_solvers import Watch, WeightSolver
 
 _LENGTHS = (1.0, 0.5, 0.25, 0.1, 0.02)
@@ -48,7 +50,9 @@ class LinearOptimum:
 
 
 def optimise(
-    system: WeightSystem,
+    data: TangentData,
+    prior: WeightPrior,
+    likelihood: Likelihood,
     mean: Float[Tensor, "D 1"],
     solver: WeightSolver,
     *,
@@ -58,17 +62,18 @@ def optimise(
     """Newton's method from ``mean``, with a line search on the true objective.
 
     Args:
-        system: Data, prior and likelihood; where it is linearised does not matter.
+        data: The data set.
+        prior: R.
+        likelihood: Of the targets.
         mean: Starting point, whitened (D, 1).
         solver: For the linear systems. Its tolerance is also the relative change of
             the mean that ends the search, five times its passes are all there are.
         seed: Seed of everything random in the solver.
         watch: Told of the solver's advance.
     """
-    data, prior = system.data, system.prior
     loose = replace(solver, tolerance=max(solver.tolerance, _FORCING))
     outputs = data.forward(prior.root(mean))[..., 0]
-    system = system.at(outputs)
+    system = WeightSystem(data, prior, likelihood, outputs)
     loss = float(system.loss(outputs.unsqueeze(-1))[0])
     objective = loss + 0.5 * float(mean.double().square().sum())
     passes, steps, converged = 1.0, 0, False

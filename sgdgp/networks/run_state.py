@@ -50,7 +50,7 @@ class Schedule:
         num_samples: Samples that learn the precisions.
         final_samples: Samples of the posterior.
         steps: Most steps of expectation maximisation; 0 keeps the precision.
-        precision: Where it starts. Default: see this module.
+        precision: Where it starts. Default: the curvature's largest eigenvalue.
         solver: For all linear systems.
         seed: Of everything random.
         columns: Most samples solved for together.

@@ -68,6 +68,10 @@ class WeightSolver(ABC):
     tolerance: float
     max_passes: float
 
+    def __post_init__(self) -> None:
+        check_positive("tolerance", self.tolerance)
+        check_positive("max_passes", self.max_passes)
+
     @abstractmethod
     def solve(
         self,
@@ -119,10 +123,6 @@ class WeightCG(WeightSolver):
     tolerance: float = 0.05
     max_passes: float = 100.0
 
-    def __post_init__(self) -> None:
-        check_positive("tolerance", self.tolerance)
-        check_positive("max_passes", self.max_passes)
-
     def solve(
         self,
         system: WeightSystem,
@@ -133,10 +133,7 @@ class WeightCG(WeightSolver):
         watch: Watch | None = None,
     ) -> WeightSolution:
         """Solve (phi^T phi + I) V = B; see ``WeightSolver.solve``."""
-        residual, passes = rhs.clone(), 0.0
-        if bool(initial.any()):
-            residual = true_residual(system, rhs, initial)
-            passes = 1.0
+        residual, passes = first_residual(system, rhs, initial)
         errors = relative_errors(rhs, initial, residual)
         run = BlockRecurrence(
             lambda v: system.product(v).add_(v),
@@ -172,6 +169,15 @@ class WeightCG(WeightSolver):
         return WeightSolution(run.weights, run.residual, errors, passes, reason)
 
 
+def first_residual(
+    system: WeightSystem, rhs: Float[Tensor, "D k"], initial: Float[Tensor, "D k"]
+) -> tuple[Tensor, float]:
+    """The residual of a starting point and the passes it took: none from zero."""
+    if not bool(initial.any()):
+        return rhs.clone(), 0.0
+    return true_residual(system, rhs, initial), 1.0
+
+
 def true_residual(
     system: WeightSystem, rhs: Float[Tensor, "D k"], v: Float[Tensor, "D k"]
 ) -> Float[Tensor, "D k"]:
@@ -205,8 +211,7 @@ class WeightSGD(WeightSolver):
     step_size: float | None = None
 
     def __post_init__(self) -> None:
-        check_positive("tolerance", self.tolerance)
-        check_positive("max_passes", self.max_passes)
+        super().__post_init__()
         if not 0 <= self.momentum < 1:
             raise ValueError(f"momentum: expected [0, 1), found {self.momentum}")
         if self.step_size is not None:
@@ -223,9 +228,10 @@ class WeightSGD(WeightSolver):
     ) -> WeightSolution:
         """Solve (phi^T phi + I) V = B; see ``WeightSolver.solve``."""
         generator = torch.Generator().manual_seed(seed)
-        best, residual = initial, true_residual(system, rhs, initial)
+        best = initial
+        residual, passes = first_residual(system, rhs, initial)
         errors = relative_errors(rhs, best, residual)
-        passes, step = 1.0, self.step_size
+        step = self.step_size
         if step is None:
             step = _STEP / (1.0 + largest_batch_eigenvalue(system, generator))
             passes += 3.0 * 8.0 / max(3.0, _steps_per_epoch(system))

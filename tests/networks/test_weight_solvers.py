@@ -122,7 +122,9 @@ def test_bad_settings_are_refused(arguments, message):
 def test_newton_finds_the_optimum_of_the_linear_model():
     system, _, jacobian, y = tiny_system(precision=0.05)
     start = torch.zeros(1, system.num_weights, dtype=torch.float64).mT
-    found = optimise(system, start, WeightCG(tolerance=1e-6))
+    found = optimise(
+        system.data, system.prior, system.likelihood, start, WeightCG(tolerance=1e-6)
+    )
     assert found.converged
 
     v = torch.zeros(system.num_weights, dtype=torch.float64, requires_grad=True)
