@@ -9,7 +9,7 @@ from sgdgp.features.dispatch import (
     random_features,
     register_features,
 )
-from sgdgp.features.exact_draws import ExactDraws
+from sgdgp.features.exact_draws import ExactDraws, SelectedDraws
 from sgdgp.features.finite import (
     ConstantFeatures,
     LinearFeatures,
@@ -31,6 +31,7 @@ __all__ = [
     "NoRandomFeatures",
     "PolynomialFeatures",
     "PriorDraws",
+    "SelectedDraws",
     "TaskFeatures",
     "add",
     "draw_prior",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from copy import deepcopy
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -128,6 +130,14 @@ class ExactDraws:
             order = torch.tensor([self._index[key] for key in keys], dtype=torch.long)
             return self._values[order.to(self.device)].to(self.dtype)
 
+    def each(self, x: Float[Tensor, "s q d"]) -> Float[Tensor, "s q"]:
+        """Values of every function at points of its own, as (s, q)."""
+        return own_values(self, x)
+
+    def subset(self, index: Sequence[int]) -> SelectedDraws:
+        """The functions with these numbers, in this order; the same functions."""
+        return SelectedDraws(self, tuple(index))
+
     def _reveal(self, points: Tensor) -> None:
         """Extend L by the rows [A^T, chol(C)] of the new points, and f by theirs."""
         old, count = self.num_points, points.shape[0]
@@ -171,6 +181,44 @@ class ExactDraws:
                 f"would need exact draws at {count} points, more than "
                 f"max_points={self.max_points}",
             )
+
+
+@dataclass(frozen=True, eq=False)
+class SelectedDraws:
+    """Some functions of exact draws; all of them remember what one has visited.
+
+    Args:
+        draws: All functions.
+        index: Numbers of these.
+    """
+
+    draws: ExactDraws
+    index: tuple[int, ...]
+
+    @property
+    def num_samples(self) -> int:
+        """Number of functions."""
+        return len(self.index)
+
+    def __call__(self, x: Float[Tensor, "n d"]) -> Float[Tensor, "n s"]:
+        """Values of these functions at x (n, d), as (n, s)."""
+        return self.draws(x)[:, list(self.index)]
+
+    def each(self, x: Float[Tensor, "s q d"]) -> Float[Tensor, "s q"]:
+        """Values of every function at points of its own, as (s, q)."""
+        return own_values(self, x)
+
+    def subset(self, index: Sequence[int]) -> SelectedDraws:
+        """The functions with these numbers among these."""
+        return SelectedDraws(self.draws, tuple(self.index[i] for i in index))
+
+
+def own_values(
+    draws: ExactDraws | SelectedDraws, x: Float[Tensor, "s q d"]
+) -> Float[Tensor, "s q"]:
+    """The diagonal of all functions at all points."""
+    values = draws(x.reshape(-1, x.shape[-1]))
+    return values.reshape(*x.shape[:2], -1).diagonal(dim1=0, dim2=2).mT
 
 
 def _cholesky(covariance: Tensor, scale: float) -> Tensor:

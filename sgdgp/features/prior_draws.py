@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,10 +12,14 @@ from torch import Tensor
 
 from sgdgp.checks import check_count
 from sgdgp.features.base import FeatureMap
+from sgdgp.features.chunks import recomputed, slices
 from sgdgp.features.dispatch import random_features
 
 if TYPE_CHECKING:
     from gpytorch.kernels import Kernel
+
+_FEATURES = 2**21
+"""Features held at once where every function has points of its own."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,6 +37,27 @@ class DrawGroup:
     def __call__(self, x: Float[Tensor, "n d"]) -> Float[Tensor, "n g"]:
         """The values of the functions at x."""
         return self.feature_map.forward(x, self.weights)
+
+    def each(self, x: Float[Tensor, "g q d"]) -> Float[Tensor, "g q"]:
+        """The values of every function at points of its own."""
+        count, own, dim = x.shape
+        at_once = max(1, _FEATURES // max(1, own * len(self.weights)))
+
+        def values(part: Tensor, weights: Tensor) -> Tensor:
+            phi = self.feature_map.features(part.reshape(-1, dim))
+            phi = phi.view(*part.shape[:2], len(self.weights))
+            return (phi @ weights.unsqueeze(-1)).squeeze(-1)
+
+        columns = self.weights.mT
+        parts = [
+            recomputed(values, x[rows], columns[rows])
+            for rows in slices(count, at_once)
+        ]
+        return torch.cat(parts) if parts else x.new_zeros(count, own)
+
+    def subset(self, index: Sequence[int]) -> DrawGroup:
+        """The functions with these numbers, in this order."""
+        return replace(self, weights=self.weights[:, list(index)])
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,6 +90,36 @@ class PriorDraws:
         if not self.groups:
             return x.new_zeros(x.shape[0], 0)
         return torch.cat([group(x) for group in self.groups], 1)
+
+    def each(self, x: Float[Tensor, "s q d"]) -> Float[Tensor, "s q"]:
+        """Values of every function at points of its own, as (s, q)."""
+        sizes = [group.weights.shape[1] for group in self.groups]
+        parts = [
+            group.each(own)
+            for group, own in zip(self.groups, x.split(sizes), strict=True)
+        ]
+        return torch.cat(parts) if parts else x.new_zeros(x.shape[:2])
+
+    def subset(self, index: Sequence[int]) -> PriorDraws:
+        """The functions with these numbers, in this order."""
+        found: list[tuple[DrawGroup, list[int]]] = []
+        for number in index:
+            group, column = self._place(number)
+            if found and found[-1][0] is group:
+                found[-1][1].append(column)
+            else:
+                found.append((group, [column]))
+        return replace(
+            self, groups=tuple(group.subset(columns) for group, columns in found)
+        )
+
+    def _place(self, number: int) -> tuple[DrawGroup, int]:
+        """The group of a function, and its column there."""
+        for group in self.groups:
+            if number < group.weights.shape[1]:
+                return group, number
+            number -= group.weights.shape[1]
+        raise IndexError(f"expected a number below {self.num_samples}")
 
     def __iter__(self) -> Iterator[DrawGroup]:
         return iter(self.groups)

@@ -8,8 +8,8 @@ with v_y = H^-1 (y - m(X)), v_s = H^-1 (phi(X) w_s + eps_s), H = K + Sigma
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
 import torch
@@ -17,9 +17,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sgdgp.checks import check_finite, check_same
+from sgdgp.features import ExactDraws, PriorDraws, SelectedDraws
 from sgdgp.gpytorch_adapter import Prior
 from sgdgp.operators.base import KernelOperator, row_slices
 from sgdgp.posterior.cross import cross_product
+from sgdgp.posterior.each import own_products
 from sgdgp.solvers.base import Solution
 
 Points: TypeAlias = (
@@ -45,9 +47,24 @@ class ConditionedPaths:
 
     prior: Prior
     operator: KernelOperator = field(repr=False)
-    draws: Callable[[Tensor], Tensor] = field(repr=False)
+    draws: PriorDraws | ExactDraws | SelectedDraws = field(repr=False)
     weights: Float[Tensor, "n k"] = field(repr=False)
     dim: int
+
+    def subset(self, index: Sequence[int]) -> ConditionedPaths:
+        """The functions with these numbers, in this order, around the same mean."""
+        columns = [0, *(1 + number for number in index)]
+        return replace(
+            self, draws=self.draws.subset(index), weights=self.weights[:, columns]
+        )
+
+    def each(self, x: Float[Tensor, "s q d"]) -> Float[Tensor, "s q"]:
+        """Values of function i at its own points x[i], in the model's units."""
+        prior_mean, inputs = self.prior.evaluate(x.reshape(-1, x.shape[-1]))
+        own = inputs.reshape(*x.shape[:2], inputs.shape[-1])
+        weights = self.weights[:, :1] - self.weights[:, 1:]
+        update = own_products(self.operator, own, weights)
+        return prior_mean.reshape(x.shape[:2]) + self.draws.each(own) + update
 
     def mean_and_deviations(
         self, x: Float[Tensor, "n d"], num_deviations: int | None = None
@@ -116,3 +133,69 @@ class SampleFunctions:
         units = self.paths.prior.target_scale
         values = units.shift + units.scale * (mean.unsqueeze(1) + deviations)
         return values.mT.reshape(values.shape[1], *shape)
+
+    def each(self, x: Float[Tensor, "s q d"]) -> Float[Tensor, "s q"]:
+        """Every function at points of its own: entry (i, j) is f_i(x[i, j]).
+
+        Costs s q kernel rows with one column each, where ``self(x)`` would take s
+        columns for all of them.
+
+        Args:
+            x: Points (s, q, d), one set for each function.
+
+        Returns:
+            Values (s, q), in the units of the targets, differentiable in x.
+
+        Raises:
+            ValueError: Shape, dtype, device or values of x do not fit.
+        """
+        check_own_points(x, self.num_functions, self.paths.dim)
+        flat, _ = self.paths.flattened(x)
+        units = self.paths.prior.target_scale
+        return units.shift + units.scale * self.paths.each(flat.reshape(x.shape))
+
+    def subset(self, index: Sequence[int]) -> SampleFunctions:
+        """Some of the functions, by their numbers, in this order.
+
+        Args:
+            index: Numbers from 0 to s - 1.
+
+        Raises:
+            IndexError: There is no such function.
+        """
+        check_numbers(index, self.num_functions)
+        return replace(self, paths=self.paths.subset(index))
+
+    @property
+    def num_functions(self) -> int:
+        """Number of functions s."""
+        return self.paths.weights.shape[1] - 1
+
+
+def check_own_points(x: Tensor, count: int, dim: int) -> None:
+    """Refuse points that are not one set (q, d) for each function.
+
+    Raises:
+        TypeError: Not a tensor.
+        ValueError: Not of shape (count, q, dim).
+    """
+    if not torch.is_tensor(x):
+        raise TypeError(f"x: expected a torch.Tensor, found {type(x)}")
+    if x.ndim != 3 or x.shape[0] != count or x.shape[2] != dim:
+        raise ValueError(
+            f"x: expected shape ({count}, q, {dim}), points of each of {count} "
+            f"functions, found {tuple(x.shape)}"
+        )
+
+
+def check_numbers(index: Sequence[int], count: int) -> None:
+    """Refuse numbers of functions that do not exist.
+
+    Raises:
+        IndexError: A number is outside 0 ... count - 1.
+    """
+    wrong = [number for number in index if not 0 <= number < count]
+    if wrong:
+        raise IndexError(
+            f"index: expected numbers from 0 to {count - 1}, found {wrong[0]}"
+        )
