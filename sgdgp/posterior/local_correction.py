@@ -10,6 +10,11 @@ S begins with the new rows and their most correlated old ones. It grows by the r
 whose residual is largest, until the tolerance holds in all rows: what the correction
 does outside of S falls roughly exponentially in the size of S.
 
+With directions D of an earlier solve whose images Q = H D are known (D^T H D = I), the
+correction is exact on S and in the span of D, at no further product:
+
+    (H[S, S] - Q[S] Q[S]^T) E = R[S] - Q[S] D^T R,   V <- V + E + D (D^T R - Q[S]^T E).
+
 In terms of Gaussian processes: a regression of what the new data add, on the part of
 the data that screens the rest from it (the screening effect; Stein, 2002).
 """
@@ -25,6 +30,7 @@ from torch import Tensor
 
 from sgdgp.operators.base import KernelOperator, row_slices
 from sgdgp.solvers.base import Callback, Reason, Recorder, Solution
+from sgdgp.solvers.recycling import Carried, Directions
 from sgdgp.solvers.system import (
     System,
     as_system,
@@ -41,6 +47,7 @@ _LARGEST_PART = 0.85
 _TILE_ENTRIES = 2**22
 _REFINEMENTS = 3
 _ROUNDS_TO_JUDGE = 3
+_PART_WITH_KNOWN = 5
 _SURPLUS = 1.08
 
 # Seconds, on 2 cores, of a factorisation per cubed row and of a pass per entry, and per
@@ -75,6 +82,9 @@ class LocalCorrection:
         *,
         memory_budget: int,
         callback: Callback | None = None,
+        residual: Float[Tensor, "n k"] | None = None,
+        known: Directions | None = None,
+        passes: float = 0.0,
     ) -> Solution:
         """Corrected weights, with their true residual and what they cost.
 
@@ -86,6 +96,11 @@ class LocalCorrection:
             num_new: New rows.
             memory_budget: Bytes that may be used.
             callback: Called after every size of S; True stops ("interrupted").
+            residual: That of ``old``, in the scale of ``rhs`` (n, k). Default: a pass
+                finds it.
+            known: Directions whose images are known. S stays small with them: what
+                is left is for conjugate gradients that know them too.
+            passes: What it took to find these two.
 
         Returns:
             A solution; "converged", "interrupted", or "budget" where S would become
@@ -97,10 +112,17 @@ class LocalCorrection:
         record = Recorder(callback)
         first = initial_weights(system, old)
         weights = first
-        base = true_residual(system, weights)
-        residual, passes = base, 1.0
+        if residual is None:
+            base = true_residual(system, weights)
+            passes += 1.0
+        else:
+            base = residual.double() / system.scale
+        residual = base
         norms = residual.norm(dim=0)
         most = largest_block(system, memory_budget, self.worth_passes)
+        judged = _ROUNDS_TO_JUDGE
+        if known is not None:
+            most, judged = min(most, max(1, system.n // _PART_WITH_KNOWN)), 2
         sizes: list[tuple[int, float]] = []
         rows = torch.empty(0, dtype=torch.long, device=rhs.device)
         reason: Reason | None = None
@@ -116,7 +138,7 @@ class LocalCorrection:
                 reason = "converged"
             elif (
                 len(rows) >= most
-                or _needed(sizes, self.tolerance) > most
+                or _needed(sizes, self.tolerance, judged) > most
                 or passes + 1.0 >= self.max_passes
                 or record.is_past(self.max_seconds)
             ):
@@ -128,19 +150,22 @@ class LocalCorrection:
                 else:
                     rows = _around_new_rows(system, base, num_new, most)
                     passes += num_new / system.n
-                change = _solved_on(system, rows, base[rows])
+                change = _solved_on(system, rows, base, known)
                 part = len(rows) / system.n
                 passes += part + part**2
                 if change is None:
                     weights, norms, reason = first, base.norm(dim=0), "budget"
+                    residual = base
                     break
-                weights = first.index_add(0, rows, change)
-                residual = base - _effect(system, rows, change)
+                weights, effect = _applied(system, rows, change, base, known)
+                weights += first
+                residual = base - effect
                 norms = residual.norm(dim=0)
                 sizes.append((len(rows), float(norms.max())))
         if reason == "interrupted":
             better = norms < base.norm(dim=0)
             weights = torch.where(better, weights, first)
+            residual = torch.where(better, residual, base)
             norms = torch.where(better, norms, base.norm(dim=0))
         if reason == "converged" and rounding_shows(system, weights, norms):
             norms = float64_residual(system, weights).norm(dim=0)
@@ -157,13 +182,14 @@ class LocalCorrection:
             reason=reason,
             history=tuple(record.history),
             settings={"rows": len(rows)},
+            carried=Carried((residual * system.scale).to(rhs.dtype), None, ()),
         )
 
     def _next_size(self, sizes: list[tuple[int, float]]) -> int:
         """Rows of the next S: a growth, or less if less seems to be enough."""
         now = sizes[-1][0]
         size = _GROWTH * now
-        needed = _SURPLUS * _needed(sizes, _MARGIN * self.tolerance)
+        needed = _SURPLUS * _needed(sizes, _MARGIN * self.tolerance, _ROUNDS_TO_JUDGE)
         return int(min(size, needed) if needed > now else size)
 
 
@@ -182,9 +208,9 @@ def largest_block(system: System, memory_budget: int, worth_passes: float) -> in
     return max(1, int(min(_LARGEST_PART * n, affordable, fitting)))
 
 
-def _needed(sizes: list[tuple[int, float]], tolerance: float) -> float:
+def _needed(sizes: list[tuple[int, float]], tolerance: float, rounds: int) -> float:
     """Size of S that would do, going by how the residual fell in the last round."""
-    if len(sizes) < _ROUNDS_TO_JUDGE:
+    if len(sizes) < rounds:
         return 0.0
     (size, norm), (next_size, next_norm) = sizes[-2:]
     if next_norm >= norm:
@@ -225,25 +251,51 @@ def _grown(rows: Int[Tensor, " s"], residual: Tensor, size: int) -> Int[Tensor, 
     return torch.cat([rows, score.topk(size - len(rows)).indices])
 
 
-def _solved_on(system: System, rows: Tensor, residual: Tensor) -> Tensor | None:
-    """H[S, S]^-1 of the residual (s, k), by Cholesky and a few refinements.
+def _solved_on(
+    system: System, rows: Tensor, residual: Tensor, known: Directions | None
+) -> Tensor | None:
+    """The correction E of the rows S (s, k), by Cholesky and a few refinements.
 
     None where even float64 finds no factor.
     """
     block = system.operator.block(rows, rows).clone()
     block.diagonal().add_(system.noise[rows, 0])
+    left = residual[rows]
+    if known is not None:
+        images = known.images[rows]
+        block.addmm_(images, images.mT, alpha=-1.0)
+        inner = known.directions.mT @ residual.to(images.dtype)
+        left = left - (images @ inner).double()
     factor, info = torch.linalg.cholesky_ex(block)
     if bool(info):
         block = block.double()
         factor, info = torch.linalg.cholesky_ex(block)
     if bool(info):
         return None
-    solved = torch.zeros_like(residual)
-    left = residual
+    solved = torch.zeros_like(left)
+    wanted = left
     for _ in range(_REFINEMENTS):
         solved += torch.cholesky_solve(left.to(factor.dtype), factor).double()
-        left = residual - (block @ solved.to(block.dtype)).double()
+        left = wanted - (block @ solved.to(block.dtype)).double()
     return solved.to(system.rhs.dtype) if bool(torch.isfinite(solved).all()) else None
+
+
+def _applied(
+    system: System,
+    rows: Tensor,
+    change: Tensor,
+    residual: Tensor,
+    known: Directions | None,
+) -> tuple[Float[Tensor, "n k"], Float[Tensor, "n k"]]:
+    """What is added to the weights, and H times it in float64."""
+    step = torch.zeros_like(system.rhs).index_add_(0, rows, change)
+    effect = _effect(system, rows, change)
+    if known is not None:
+        inner = known.directions.mT @ residual.to(change.dtype)
+        inner -= known.images[rows].mT @ change
+        step.addmm_(known.directions, inner)
+        effect += known.images @ inner
+    return step, effect
 
 
 def _effect(system: System, rows: Tensor, change: Tensor) -> Float[Tensor, "n k"]:

@@ -17,6 +17,7 @@ from sgdgp.posterior.checkpoint import Checkpoint
 from sgdgp.posterior.functions import ConditionedPaths, SampleFunctions
 from sgdgp.posterior.progress import progress_bar
 from sgdgp.solvers.base import Callback, Solution, Solver
+from sgdgp.solvers.recycling import keeping
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,13 @@ class Problem:
                 whatever the solve stores of K goes with it.
         """
         return self._solve(
-            self.rhs, self.noise_draws, generator, initial, keeper, filled
+            self.rhs,
+            self.noise_draws,
+            generator,
+            initial,
+            keeper,
+            filled,
+            for_updates=True,
         )
 
     def redraw(
@@ -128,12 +135,16 @@ class Problem:
         start: Tensor | None = None,
         keeper: Checkpoint | None = None,
         filled: KernelOperator | None = None,
+        *,
+        for_updates: bool = False,
     ) -> Solution:
         operator = self.operator.unfilled() if filled is None else filled
 
         def attempt(
             solver: Solver, initial: Tensor | None, callback: Callback | None
         ) -> Solution:
+            if for_updates:
+                solver = keeping(solver, rhs, self.settings.memory_budget)
             return solver.solve(
                 operator,
                 self.noise,

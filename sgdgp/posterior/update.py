@@ -7,7 +7,6 @@ old one as a block, and its solution is the old one but for what the new data ch
 
 from __future__ import annotations
 
-import math
 import time
 from dataclasses import replace
 
@@ -20,11 +19,11 @@ from sgdgp.gpytorch_adapter import has_fixed_noise
 from sgdgp.operators.choose import operator_by_name
 from sgdgp.posterior.accounts import continued, with_what_is_left
 from sgdgp.posterior.functions import Points
-from sgdgp.posterior.local_correction import LocalCorrection
 from sgdgp.posterior.pathwise import PathwisePosterior
 from sgdgp.posterior.problem import Problem, right_hand_sides, sample_targets
 from sgdgp.posterior.progress import progress_bar
 from sgdgp.posterior.seeds import derived_generator
+from sgdgp.posterior.warm_start import warm_start
 from sgdgp.solvers.auto import DIRECT_ROWS, Auto
 from sgdgp.solvers.base import Callback, Solution, Solver, told_of
 from sgdgp.solvers.cholesky import Cholesky
@@ -123,41 +122,27 @@ def solved(problem: Problem, before: Solution) -> Solution:
         torch.no_grad(),
         progress_bar(settings.progress, "update", settings.callback) as callback,
     ):
-        local = LocalCorrection(
-            tolerance,
-            worth_passes=_WORTH * from_zero,
-            max_passes=getattr(problem.solver, "max_passes", math.inf),
-            max_seconds=getattr(problem.solver, "max_seconds", None),
-        ).start(
-            operator,
-            problem.noise,
-            problem.rhs,
-            initial,
-            num_new,
-            memory_budget=settings.memory_budget,
-            callback=callback,
+        solution = warm_start(
+            problem, operator, before, initial, _WORTH * from_zero, callback
         )
-    solution = local
-    if local.reason not in ("converged", "interrupted"):
+    if solution.reason not in ("converged", "interrupted"):
         rest = replace(
             problem,
-            solver=with_what_is_left(problem.solver, local.passes, local.seconds),
+            solver=with_what_is_left(problem.solver, solution.passes, solution.seconds),
             settings=replace(
                 settings,
-                callback=told_of(local.passes, local.seconds, settings.callback),
+                callback=told_of(solution.passes, solution.seconds, settings.callback),
             ),
         )
-        solution = rest.solve(generator, initial=local.weights, filled=operator)
+        last = rest.solve(generator, initial=solution.weights, filled=operator)
         solution = replace(
-            continued(local, solution), solver=f"{local.solver}+{solution.solver}"
+            continued(solution, last),
+            solver=f"{solution.solver}+{last.solver}",
+            settings={**solution.settings, **last.settings},
         )
     return replace(
         solution,
-        settings={
-            **solution.settings,
-            "local_rows": local.settings["rows"],
-            _FROM_ZERO: from_zero,
-        },
+        settings={**solution.settings, _FROM_ZERO: from_zero},
     )
 
 

@@ -140,6 +140,7 @@ class Auto(Solver):
         max_seconds: Budget in seconds. Default: none.
         memory_budget: Bytes that the solver may use. Default: half of what is free.
         stages: The plan. Default: that of ``plan``.
+        recycle: Directions that CG keeps for the same matrix with more rows.
     """
 
     tolerance: float = 1e-3
@@ -147,6 +148,7 @@ class Auto(Solver):
     max_seconds: float | None = None
     memory_budget: int | None = field(default=None, repr=False)
     stages: tuple[Stage, ...] | None = None
+    recycle: int = field(default=0, repr=False)
 
     name = "auto"
 
@@ -211,6 +213,8 @@ class Auto(Solver):
             limits["max_seconds"] = self.max_seconds - seconds
         if not all(hasattr(stage.solver, name) for name in limits):
             return stage.solver  # a direct solve: no budget, a tolerance of its own
+        if hasattr(stage.solver, "recycle"):
+            limits["recycle"] = self.recycle
         return replace(stage.solver, **limits)  # type: ignore[type-var]
 
     def _spent(self, done: Sequence[Solution]) -> bool:
@@ -258,6 +262,7 @@ def _merged(done: Sequence[Solution], tolerance: float) -> Solution:
         reason=reason,
         history=tuple(history),
         warnings=(f"auto went on from {earlier} to {last.solver}.", *last.warnings),
+        carried=None,
         settings={
             **last.settings,
             "stages": tuple((s.solver, s.reason, dict(s.settings)) for s in done),

@@ -10,7 +10,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import torch
 from jaxtyping import Float
@@ -18,6 +18,9 @@ from torch import Tensor
 
 from sgdgp.checks import check_positive
 from sgdgp.operators.base import KernelOperator
+
+if TYPE_CHECKING:
+    from sgdgp.solvers.recycling import Carried
 
 Reason: TypeAlias = Literal[
     "converged", "budget", "stagnated", "diverged", "interrupted"
@@ -91,6 +94,8 @@ class Solution:
         history: Residuals against passes and seconds.
         warnings: Sentences that say what a user may want to do about it.
         settings: Everything the solver chose by itself (step size, block size, ...).
+        carried: What a solve of the same matrix with more rows may start from; held
+            in memory only.
     """
 
     solver: str
@@ -103,6 +108,7 @@ class Solution:
     history: tuple[HistoryEntry, ...] = field(default=(), repr=False)
     warnings: tuple[str, ...] = ()
     settings: Mapping[str, Any] = field(default_factory=dict)
+    carried: Carried | None = field(default=None, repr=False, compare=False)
 
 
 class Solver(ABC):

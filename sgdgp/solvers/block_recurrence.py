@@ -11,6 +11,7 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from sgdgp.solvers.preconditioners import Inverse
+    from sgdgp.solvers.recycling import Directions
 
 
 class BlockRecurrence:
@@ -22,10 +23,13 @@ class BlockRecurrence:
         residual: B - H V (n, k); it is updated in place.
         inverse: Preconditioner, if there is one.
         active: Mask of the columns to work on (k,).
+        known: Directions whose images are known: the residual is kept orthogonal to
+            them, and new directions conjugate.
 
     Attributes:
         weights: V (n, k), all columns.
         norms: Norms of the residuals (k,), recursive or true.
+        is_fresh: Whether the last step evaluated the residuals anew.
     """
 
     def __init__(
@@ -35,17 +39,21 @@ class BlockRecurrence:
         residual: Float[Tensor, "n k"],
         inverse: Inverse | None,
         active: Tensor,
+        known: Directions | None = None,
     ) -> None:
         self.weights = weights.clone()
-        self.norms = residual.norm(dim=0)
         self._product = product
         self._residual = residual
         self._inverse = inverse
+        self._known = known
+        self._stay_orthogonal(slice(None))
+        self.norms = self._residual.norm(dim=0)
         self._columns = active.nonzero()[:, 0]
         eps = torch.finfo(weights.dtype).eps
         self._dependent = 16.0 * eps
         self._directions = self._preconditioned()
         self._last: tuple[Tensor, Tensor] | None = None
+        self.is_fresh = False
 
     @property
     def is_done(self) -> bool:
@@ -57,14 +65,44 @@ class BlockRecurrence:
         """B - H V as the recursion knows it."""
         return self._residual
 
+    @property
+    def last(self) -> tuple[Tensor, Tensor] | None:
+        """The latest H-orthonormal directions (n, c), and their images (n, c)."""
+        return self._last
+
     def _preconditioned(self) -> Tensor:
         active = self._residual[:, self._columns]
-        return active if self._inverse is None else self._inverse(active)
+        found = active if self._inverse is None else self._inverse(active)
+        return found if self._known is None else self._known.conjugate(found)
 
-    def step(self) -> None:
-        """One iteration: one product for all active columns."""
+    def _stay_orthogonal(self, columns: Tensor | slice) -> None:
+        """Take what rounding brings back of the known directions out of residuals.
+
+        New directions are conjugate to them, so nothing else ever would.
+        """
+        if self._known is not None:
+            inner = self._known.directions.mT @ self._residual[:, columns]
+            self.weights[:, columns] += self._known.directions @ inner
+            self._residual[:, columns] -= self._known.images @ inner
+
+    def step(self, rhs: Float[Tensor, "n k"] | None = None) -> None:
+        """One iteration: one product for all active columns.
+
+        Args:
+            rhs: B, if the residuals of all columns are to be evaluated anew: their
+                product shares the entries of H with that of the directions. What they
+                are behind the step is then true but for the step itself.
+        """
         directions = self._directions
-        images = self._product(directions)
+        if rhs is None:
+            images = self._product(directions)
+        else:
+            both = self._product(torch.cat([directions, self.weights], dim=1))
+            images = both[:, : directions.shape[1]]
+            torch.sub(rhs, both[:, directions.shape[1] :], out=self._residual)
+            self._stay_orthogonal(slice(None))
+            self.norms = self._residual.norm(dim=0)
+        self.is_fresh = rhs is not None
         # H-orthonormal directions: M = D^T H D, scaled to unit diagonal, inverted on
         # the part that rounding leaves of its spectrum.
         curvature = (directions.mT @ images).double()
@@ -88,6 +126,7 @@ class BlockRecurrence:
         step = directions.mT @ self._residual[:, self._columns]
         self.weights[:, self._columns] += directions @ step
         self._residual[:, self._columns] -= images @ step
+        self._stay_orthogonal(self._columns)
         self.norms[self._columns] = self._residual[:, self._columns].norm(dim=0)
         self._turn()
 

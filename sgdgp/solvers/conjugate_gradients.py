@@ -15,8 +15,9 @@ Deviations from the textbook:
    block is no breakdown.
 2. The recursive residual drifts from the true one in finite precision: it is
    replaced by the true residual at regular intervals, and before convergence is
-   claimed; the directions are kept. Where rounding shows in it, the true residual is
-   evaluated in float64: that refines what float32 alone could not.
+   claimed; the directions are kept. Where convergence is expected, it shares the
+   kernel entries of the last iteration. Where rounding shows in it, the true residual
+   is evaluated in float64: that refines what float32 alone could not.
 3. Columns that claim to be done leave the product at once, and come back should the
    true residual disagree. The directions they leave stay conjugate.
 4. The best iterate of every column is what is returned, so that a column that
@@ -42,6 +43,7 @@ from sgdgp.solvers.base import (
 )
 from sgdgp.solvers.block_recurrence import BlockRecurrence
 from sgdgp.solvers.preconditioners import Inverse, Preconditioner
+from sgdgp.solvers.recycling import Carried, Collector, Directions
 from sgdgp.solvers.system import (
     System,
     as_system,
@@ -53,6 +55,8 @@ from sgdgp.solvers.system import (
 from sgdgp.solvers.two_level import TwoLevel
 
 _REPLACE_EVERY = 50
+_FIRST_FALL = 0.3
+_NEAR = 2.0
 _STALLED_CHECKS = 4
 _STALLED_GAIN = 1e-5
 
@@ -67,12 +71,15 @@ class CG(Solver):
         max_seconds: Budget in seconds. Default: none.
         preconditioner: ``TwoLevel()`` (default), ``PivotedCholesky()``,
             ``Nystrom()`` or None.
+        recycle: Directions to keep in ``Solution.carried``, with preconditioner and
+            residuals, for the same matrix with more rows. Default: none of that.
     """
 
     tolerance: float = 1e-2
     max_passes: float = 1000.0
     max_seconds: float | None = None
     preconditioner: Preconditioner | None = field(default_factory=TwoLevel)
+    recycle: int = field(default=0, repr=False)
 
     name = "cg"
 
@@ -94,32 +101,84 @@ class CG(Solver):
         generator = generator or torch.Generator().manual_seed(0)
         system = as_system(operator, noise, rhs)
         record = Recorder(callback)
-        best = initial_weights(system, initial)
+        weights = initial_weights(system, initial)
         residual = system.rhs.clone()
         passes = 0.0
         if initial is not None:
-            residual, passes = _true_residual(system, best)
-        norms = residual.norm(dim=0)
+            residual, passes = _true_residual(system, weights)
 
         inverse: Inverse | None = None
-        reason: Reason | None = None
-        if float(norms.max()) <= self.tolerance:
-            reason = "converged"
-        elif self.preconditioner is not None and (
+        solved = float(residual.norm(dim=0).max()) <= self.tolerance
+        if (
+            not solved
+            and self.preconditioner is not None
             # What is left must pay for an iteration and the true residual behind it.
-            self.preconditioner.cost(system.n) + passes + 2.0 <= self.max_passes
+            and self.preconditioner.cost(system.n) + passes + 2.0 <= self.max_passes
         ):
             inverse = self.preconditioner.prepare(system, generator)
             passes += inverse.passes
+        return self._iterate(system, weights, residual, inverse, None, passes, record)
+
+    def resume(
+        self,
+        system: System,
+        weights: Float[Tensor, "n k"],
+        residual: Float[Tensor, "n k"],
+        inverse: Inverse | None,
+        known: Directions | None,
+        callback: Callback | None = None,
+    ) -> Solution:
+        """Go on from weights whose residual is known; no recipe, no product for it.
+
+        Args:
+            system: The system.
+            weights: V in the system's scale (n, k).
+            residual: B - H V of them (n, k).
+            inverse: Preconditioner.
+            known: Directions to stay conjugate to.
+            callback: Called as the solve advances; True stops it.
+        """
+        record = Recorder(callback)
+        weights, residual = weights.clone(), residual.to(weights.dtype).clone()
+        return self._iterate(system, weights, residual, inverse, known, 0.0, record)
+
+    def _iterate(
+        self,
+        system: System,
+        best: Tensor,
+        residual: Tensor,
+        inverse: Inverse | None,
+        known: Directions | None,
+        passes: float,
+        record: Recorder,
+    ) -> Solution:
+        """Iterate until every column is done; ``best`` becomes the solution."""
+        norms = residual.norm(dim=0)
+        left = residual.clone() if self.recycle else None
+        reason: Reason | None = None
+        if float(norms.max()) <= self.tolerance:
+            reason = "converged"
+        collector = Collector(self.recycle, known)
         run = BlockRecurrence(
-            system.product, best, residual, inverse, norms > self.tolerance
+            system.product,
+            best,
+            residual,
+            inverse,
+            norms > self.tolerance,
+            known,
         )
 
         stalled = 0
         while reason is None:
             before = run.energy_gained(system.rhs)
+            fall = _FIRST_FALL
             for _ in range(_REPLACE_EVERY):
-                run.step()
+                largest = float(run.norms.max())
+                near = largest * fall <= _NEAR * self.tolerance
+                last = passes + 2.0 > self.max_passes
+                run.step(system.rhs if near or last else None)
+                fall = min(1.0, float(run.norms.max()) / largest)
+                collector.add(run.last)
                 passes += 1.0
                 run.release(run.norms > self.tolerance)
                 if record(
@@ -132,7 +191,7 @@ class CG(Solver):
                 if (
                     reason
                     or run.is_done
-                    or passes + 1.0 >= self.max_passes
+                    or passes + 1.0 > self.max_passes
                     or record.is_past(self.max_seconds)
                 ):
                     break
@@ -144,21 +203,26 @@ class CG(Solver):
             passes += _replace_residual(run, system, norms > self.tolerance)
             better = run.norms < norms
             best[:, better] = run.weights[:, better]
+            if left is not None:
+                left[:, better] = run.residual[:, better]
             norms = torch.where(better, run.norms, norms)
             if record(passes, norms, exact=True, weights=lambda: best * system.scale):
                 reason = "interrupted"
             stalled = 0 if moves or bool(better.any()) else stalled + 1
             if float(norms.max()) <= self.tolerance:
                 reason = "converged"
-            elif passes >= self.max_passes or record.is_past(self.max_seconds):
+            elif passes + 1.0 > self.max_passes or record.is_past(self.max_seconds):
                 reason = reason or "budget"
             elif stalled >= _STALLED_CHECKS:
                 reason = reason or "stagnated"
             if reason is None:
                 passes += _readmit(run, system, norms > self.tolerance, best)
+        carried = None
+        if left is not None:
+            carried = Carried(left * system.scale, inverse, collector.pairs)
         return Solution(
             solver=self.name,
-            operator=operator.name,
+            operator=system.operator.name,
             weights=best * system.scale,
             residuals=norms,
             passes=passes,
@@ -170,6 +234,7 @@ class CG(Solver):
                 "preconditioner": repr(self.preconditioner),
                 **({} if inverse is None else inverse.settings),
             },
+            carried=carried,
         )
 
 
@@ -181,6 +246,8 @@ def _replace_residual(run: BlockRecurrence, system: System, unsolved: Tensor) ->
         system: Its system.
         unsolved: Mask of the columns to do it for (k,).
     """
+    if run.is_fresh and not rounding_shows(system, run.weights, run.norms):
+        return 0.0
     columns = unsolved.nonzero()[:, 0]
     weights = run.weights[:, columns]
     residual, passes = _true_residual(

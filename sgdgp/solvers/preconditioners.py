@@ -34,10 +34,13 @@ class Inverse(ABC):
     Attributes:
         passes: Kernel entries that it took to build, divided by n^2.
         settings: What was chosen while it was built.
+        magnitude: How many times as large as the inverse it stands for; no matter to
+            conjugate gradients.
     """
 
     passes: float
     settings: Mapping[str, Any]
+    magnitude: float = 1.0
 
     @abstractmethod
     def __call__(self, r: Float[Tensor, "n k"]) -> Float[Tensor, "n k"]:
@@ -180,6 +183,7 @@ class LowRankInverse(Inverse):
     basis: Float[Tensor, "n r"]
     shrinkage: Float[Tensor, "r 1"]
     passes: float = 0.0
+    magnitude: float = 1.0
 
     @property
     def settings(self) -> Mapping[str, Any]:  # type: ignore[override]
@@ -205,7 +209,13 @@ def inverse_of(
     basis, squares = left_singular(factor)
     dtype = system.rhs.dtype
     shrinkage = (1.0 - (1.0 + squares[:1]) / (1.0 + squares)).unsqueeze(1)
-    return LowRankInverse(scale.to(dtype), basis.to(dtype), shrinkage.to(dtype), passes)
+    return LowRankInverse(
+        scale.to(dtype),
+        basis.to(dtype),
+        shrinkage.to(dtype),
+        passes,
+        1.0 + float(squares[:1].sum()),
+    )
 
 
 def left_singular(

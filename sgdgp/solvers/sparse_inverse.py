@@ -61,37 +61,88 @@ def nearest_earlier(
         count: Neighbours k.
         generator: Source of the order.
     """
-    n = system.n
-    device = system.rhs.device
-    rank = torch.randperm(n, generator=generator, device=generator.device).to(device)
-    index = torch.empty(n, count, dtype=torch.long, device=device)
-    known = torch.empty(n, count, dtype=torch.bool, device=device)
+    rank = torch.randperm(system.n, generator=generator, device=generator.device)
+    return _nearest(system, rank.to(system.rhs.device), 0, count)
+
+
+def _nearest(
+    system: System, rank: Int[Tensor, " n"], first: int, count: int
+) -> Neighbours:
+    """Most correlated rows of lower rank, for the rows from ``first`` on."""
+    n, device = system.n, system.rhs.device
+    index = torch.empty(n - first, count, dtype=torch.long, device=device)
+    known = torch.empty(n - first, count, dtype=torch.bool, device=device)
     scale = system.operator.diagonal().clamp_min(torch.finfo(system.rhs.dtype).tiny)
     scale = scale.rsqrt_()
     everything = slice(0, n)
-    for rows in row_slices(n, max(1, _TILE_ENTRIES // n)):
+    for part in row_slices(n - first, max(1, _TILE_ENTRIES // n)):
+        rows = slice(first + part.start, first + part.stop)
         score = (system.operator.block(rows, everything) * scale).abs_()
         score.masked_fill_(rank >= rank[rows].unsqueeze(1), -1.0)
-        values, index[rows] = score.topk(count, dim=1, sorted=False)
-        known[rows] = values >= 0.0
+        values, index[part] = score.topk(count, dim=1, sorted=False)
+        known[part] = values >= 0.0
     return Neighbours(index, known)
+
+
+def appended_rows(system: System, num_new: int, count: int) -> Tensor:
+    """Rows of G for the last ``num_new`` rows, which come last in the order too.
+
+    Whatever stands for the inverse of the earlier rows' matrix, P^-1 with these rows
+    is [[P^-1, 0], [0, 0]] + G^T G: the new ones given the old, as Vecchia has it.
+
+    Args:
+        system: The system, its new rows last.
+        num_new: New rows m.
+        count: Neighbours of each.
+
+    Returns:
+        G in compressed rows (m, n).
+    """
+    n, first = system.n, system.n - num_new
+    count = min(count, n - 1)
+    nearest = _nearest(system, torch.arange(n, device=system.rhs.device), first, count)
+    nothing = system.rhs.new_zeros(n, 0)
+    values, _ = _regressions(system, nothing, nearest, first)
+    own, known, columns = _with_own(nearest, first)
+    rows = (own - first).expand_as(known)[known]
+    return _csr(rows, columns[known], values[known], (num_new, n))
 
 
 def sparse_factor(
     system: System, factor: Float[Tensor, "n r"], neighbours: Neighbours
 ) -> SparseFactor:
     """G for given neighbours; regressions in float64."""
-    n, count = neighbours.index.shape
-    values = system.rhs.new_empty(n, count + 1)
+    values, explained = _regressions(system, factor, neighbours, 0)
+    own, known, columns = _with_own(neighbours, 0)
+    columns, rows = columns[known], own.expand_as(known)[known]
+    shape = (system.n, system.n)
+    return SparseFactor(
+        _csr(rows, columns, values[known], shape),
+        _csr(columns, rows, values[known], shape),
+        explained,
+    )
+
+
+def _regressions(
+    system: System, factor: Tensor, neighbours: Neighbours, first: int
+) -> tuple[Tensor, float]:
+    """Entries of G, neighbours before the row itself, for the rows from ``first`` on.
+
+    Returns:
+        (n - first, k + 1), and what ``SparseFactor.explained`` says of these rows.
+    """
+    num_rows, count = neighbours.index.shape
+    values = system.rhs.new_empty(num_rows, count + 1)
     factor = factor.to(system.rhs.dtype).contiguous()
     diagonal = system.operator.diagonal().double()
     # Rounding of K's entries must not make a block of near-duplicates indefinite.
     jitter = 8.0 * torch.finfo(system.rhs.dtype).eps * diagonal
     explained = 0.0
     per_row = (count + 1) * max(count + 1, factor.shape[1])
-    for rows in row_slices(n, max(1, _BLOCK_ENTRIES // per_row)):
+    for rows in row_slices(num_rows, max(1, _BLOCK_ENTRIES // per_row)):
         index, known = neighbours.index[rows], neighbours.known[rows]
         own = torch.arange(rows.start, rows.stop, device=index.device).unsqueeze(1)
+        own += first
         both = torch.cat([index, own], dim=1)
         block = system.operator.small_blocks(both)
         if factor.shape[1]:
@@ -108,37 +159,33 @@ def sparse_factor(
         corner, info = torch.linalg.cholesky_ex(inner)
         regression = torch.cholesky_solve(cross.unsqueeze(2), corner).squeeze(2)
         left = own_variance - (regression * cross).sum(1)
-        floor = 0.5 * system.noise[rows, 0].double()
+        floor = 0.5 * system.noise[own[:, 0], 0].double()
         failed = (info != 0) | ~torch.isfinite(left)
         regression = torch.where(failed.unsqueeze(1), 0.0, regression)
         left = torch.where(failed, own_variance, left).clamp_min(floor)
         explained += float((own_variance.clamp_min(floor) / left).log().sum())
         root = left.rsqrt().unsqueeze(1)
         values[rows] = torch.cat([-regression * root, root], dim=1).to(values.dtype)
-    return _compressed(values, neighbours, explained / n)
+    return values, explained / max(1, num_rows)
 
 
-def _compressed(
-    values: Tensor, neighbours: Neighbours, explained: float
-) -> SparseFactor:
-    n = len(values)
-    own = torch.arange(n, device=values.device)
-    known = torch.cat([neighbours.known, neighbours.known.new_ones(n, 1)], dim=1)
-    columns = torch.cat([neighbours.index, own.unsqueeze(1)], dim=1)[known]
-    rows = own.unsqueeze(1).expand_as(known)[known]
-    values = values[known]
-    return SparseFactor(
-        _csr(rows, columns, values, n), _csr(columns, rows, values, n), explained
-    )
+def _with_own(neighbours: Neighbours, first: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Numbers of the rows (r, 1); which entries there are, and their columns."""
+    num_rows = len(neighbours.index)
+    own = torch.arange(num_rows, device=neighbours.index.device).unsqueeze(1) + first
+    known = torch.cat([neighbours.known, neighbours.known.new_ones(num_rows, 1)], 1)
+    return own, known, torch.cat([neighbours.index, own], dim=1)
 
 
-def _csr(rows: Tensor, columns: Tensor, values: Tensor, n: int) -> Tensor:
-    order = torch.argsort(rows * n + columns)
-    counts = torch.bincount(rows, minlength=n)
+def _csr(
+    rows: Tensor, columns: Tensor, values: Tensor, shape: tuple[int, int]
+) -> Tensor:
+    order = torch.argsort(rows * shape[1] + columns)
+    counts = torch.bincount(rows, minlength=shape[0])
     starts = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
     with warnings.catch_warnings():
         # PyTorch announces on first use that compressed rows are in beta.
         warnings.simplefilter("ignore")
         return torch.sparse_csr_tensor(
-            starts, columns[order], values[order], (n, n), check_invariants=False
+            starts, columns[order], values[order], shape, check_invariants=False
         )

@@ -115,7 +115,7 @@ def test_with_one_column_it_is_the_textbook_recurrence():
     matrix, rhs = p.matrix, p.rhs
     weights, residual = torch.zeros_like(rhs), rhs.clone()
     direction = residual.clone()
-    for _ in range(12):
+    for _ in range(13):
         image = matrix @ direction
         step = residual.square().sum() / (direction * image).sum()
         weights = weights + step * direction

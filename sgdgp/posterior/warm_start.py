@@ -1,0 +1,143 @@
+"""Weights of a system that has gained rows: correct them locally, then iterate on.
+
+What the earlier solve left behind (``sgdgp.solvers.recycling``) is used where there is
+any: its residuals save the pass that would find them again, its preconditioner the
+passes that built it, and its leading directions most of the iterations.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from sgdgp.operators.base import KernelOperator
+from sgdgp.posterior.accounts import continued, with_what_is_left
+from sgdgp.posterior.local_correction import LocalCorrection
+from sgdgp.posterior.problem import Problem
+from sgdgp.solvers.auto import Auto
+from sgdgp.solvers.base import Callback, Solution, told_of
+from sgdgp.solvers.conjugate_gradients import CG
+from sgdgp.solvers.recycling import Carried, Directions, appended, keeping
+from sgdgp.solvers.system import System, as_system
+
+
+def warm_start(
+    problem: Problem,
+    operator: KernelOperator,
+    before: Solution,
+    initial: Float[Tensor, "n k"],
+    worth_passes: float,
+    callback: Callback | None,
+) -> Solution:
+    """A solution that starts from that of fewer rows; it may not have converged.
+
+    Args:
+        problem: The problem, its new rows last.
+        operator: Its operator, with entries it may have stored.
+        before: The solution of the old rows.
+        initial: Its weights, zero in the new rows (n, k).
+        worth_passes: Passes in whose time a part of the system may be factorised.
+        callback: Called as it advances; True stops it.
+    """
+    num_new = len(initial) - len(before.weights)
+    system = as_system(operator, problem.noise, problem.rhs)
+    left = before.carried
+    known, residual, passes = None, None, 0.0
+    if left is not None:
+        known, residual = _seen_from_new_rows(problem, operator, before, left)
+        passes = num_new / system.n
+    solver = problem.solver
+    local = LocalCorrection(
+        solver.tolerance,  # type: ignore[attr-defined]
+        worth_passes=worth_passes,
+        max_passes=getattr(solver, "max_passes", math.inf),
+        max_seconds=getattr(solver, "max_seconds", None),
+    ).start(
+        operator,
+        problem.noise,
+        problem.rhs,
+        initial,
+        num_new,
+        memory_budget=problem.settings.memory_budget,
+        callback=callback,
+        residual=residual,
+        known=known,
+        passes=passes,
+    )
+    local = replace(local, settings={"local_rows": local.settings["rows"]})
+    if left is None or not isinstance(solver, CG | Auto):
+        return replace(local, carried=None)
+    inverse = left.inverse
+    if inverse is not None:
+        inverse = appended(inverse, system, num_new)
+        if inverse is None:  # it is for the solver to build it again
+            return replace(local, carried=None)
+        local = replace(local, passes=local.passes + inverse.passes)
+    assert local.carried is not None
+    pairs = () if known is None else ((known.directions, known.images),)
+    local = replace(local, carried=Carried(local.carried.residual, inverse, pairs))
+    if local.reason != "budget":
+        return local
+    return _iterated(problem, system, local, known, callback)
+
+
+def _seen_from_new_rows(
+    problem: Problem, operator: KernelOperator, before: Solution, left: Carried
+) -> tuple[Directions | None, Float[Tensor, "n k"] | None]:
+    """Directions and residuals that were known, with the new rows K(new, old) adds.
+
+    The residuals are None where they belong to other columns.
+    """
+    first, columns = before.weights.shape
+    known = left.leading()
+    both = before.weights
+    if known is not None:
+        both = torch.cat([both, known.directions], dim=1)
+    new = slice(first, len(problem.rhs))
+    padded = torch.cat([both, both.new_zeros(new.stop - first, both.shape[1])])
+    rows = operator.rows(new).matmul(padded)
+    if known is not None:
+        known = known.extended(rows[:, columns:])
+    if left.residual.shape != before.weights.shape:
+        return known, None
+    return known, torch.cat([left.residual, problem.rhs[new] - rows[:, :columns]])
+
+
+def _iterated(
+    problem: Problem,
+    system: System,
+    local: Solution,
+    known: Directions | None,
+    callback: Callback | None,
+) -> Solution:
+    """Conjugate gradients with the earlier preconditioner and directions."""
+    carried = local.carried
+    assert carried is not None
+    options = with_what_is_left(problem.solver, local.passes, local.seconds)
+    solver = keeping(
+        CG(
+            tolerance=options.tolerance,  # type: ignore[attr-defined]
+            max_passes=options.max_passes,  # type: ignore[attr-defined]
+            max_seconds=options.max_seconds,  # type: ignore[attr-defined]
+            preconditioner=None,
+        ),
+        system.rhs,
+        problem.settings.memory_budget,
+    )
+    solution = solver.resume(
+        system,
+        local.weights / system.scale,
+        carried.residual / system.scale,
+        carried.inverse,
+        known,
+        told_of(local.passes, local.seconds, callback),
+    )
+    return replace(
+        continued(local, solution),
+        solver=f"{local.solver}+{solution.solver}",
+        settings={**local.settings, **solution.settings},
+    )
