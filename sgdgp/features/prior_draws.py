@@ -12,14 +12,11 @@ from torch import Tensor
 
 from sgdgp.checks import check_count
 from sgdgp.features.base import FeatureMap
-from sgdgp.features.chunks import recomputed, slices
 from sgdgp.features.dispatch import random_features
+from sgdgp.features.own_points import own_values
 
 if TYPE_CHECKING:
     from gpytorch.kernels import Kernel
-
-_FEATURES = 2**21
-"""Features held at once where every function has points of its own."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,24 +37,12 @@ class DrawGroup:
 
     def each(self, x: Float[Tensor, "g q d"]) -> Float[Tensor, "g q"]:
         """The values of every function at points of its own."""
-        count, own, dim = x.shape
-        at_once = max(1, _FEATURES // max(1, own * len(self.weights)))
-
-        def values(part: Tensor, weights: Tensor) -> Tensor:
-            phi = self.feature_map.features(part.reshape(-1, dim))
-            phi = phi.view(*part.shape[:2], len(self.weights))
-            return (phi @ weights.unsqueeze(-1)).squeeze(-1)
-
-        columns = self.weights.mT
-        parts = [
-            recomputed(values, x[rows], columns[rows])
-            for rows in slices(count, at_once)
-        ]
-        return torch.cat(parts) if parts else x.new_zeros(count, own)
+        return own_values(self.feature_map, x, self.weights.mT.contiguous())
 
     def subset(self, index: Sequence[int]) -> DrawGroup:
         """The functions with these numbers, in this order."""
-        return replace(self, weights=self.weights[:, list(index)])
+        # Stored column by column, as functions at points of their own read them.
+        return replace(self, weights=self.weights.mT[list(index)].mT)
 
 
 @dataclass(frozen=True, eq=False)

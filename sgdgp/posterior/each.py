@@ -3,20 +3,44 @@
 All functions at all points cost s columns for each kernel row; a function at its own
 points needs one, so that s functions at q points each cost s q rows of K(x, X) and of
 the features, and not s times as many products.
+
+For a function of a scaled squared distance, k = f(|z - z'|^2), the gradient of
+sum_j w_j k(x, X_j) is 2 sum_j w_j f'_j (z - Z_j): the same tiles give value and
+gradient in one sweep, and nothing of the size of a tile is kept for a backward pass.
 """
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn.functional import pad
 
 from sgdgp.features.chunks import recomputed, tracks_gradient
 from sgdgp.gpytorch_adapter import differentiable_block
 from sgdgp.operators.base import KernelOperator, row_slices
+from sgdgp.operators.distances import (
+    DIRECT_DIMENSIONS,
+    left_form,
+    right_form,
+    squared_distances,
+)
+from sgdgp.operators.gradient_terms import LiveStationary
+from sgdgp.operators.tile_gradients import live_tile
 
-_ENTRIES = 2**21
-"""Kernel entries held at once."""
+_ENTRIES_CPU = 2**17
+"""Entries of a tile: the four buffers of one stay in the cache."""
+
+_ENTRIES = 2**23
+"""Entries of a tile elsewhere."""
+
+_ROWS = 128
+"""Rows of a tile, about."""
+
+_BLOCK = 2**21
+"""Entries of a block that GPyTorch evaluates."""
 
 
 def own_products(
@@ -29,23 +53,120 @@ def own_products(
         x: Points of each column (s, q, d).
         v: Columns (n, s).
     """
-    count, own, dim = x.shape
-    graph = tracks_gradient(x)
-    points = operator.x
+    columns = v.mT.contiguous()
+    live = live_tile(operator.kernel)
+    if isinstance(live, LiveStationary):
+        wanted = tracks_gradient(x)
+        return _ClosedForm.apply(operator, live, x, columns, wanted)
+    return _by_blocks(operator, x, columns)
 
-    def product(part: Tensor, weights: Tensor) -> Tensor:
+
+class _ClosedForm(torch.autograd.Function):
+    """Values and gradients of a stationary kernel in one sweep."""
+
+    @staticmethod
+    def forward(ctx, operator, live, x, columns, wanted):  # type: ignore[no-untyped-def]
+        origin = operator.x.mean(0)
+        with torch.set_grad_enabled(wanted):
+            own = x.detach().requires_grad_(wanted)
+            z = live.tile.scaled(own.reshape(-1, own.shape[-1]), origin)
+        points = live.tile.scaled(operator.x, origin)
+        values, slopes = _sweep(
+            live,
+            z.detach().view(*x.shape[:2], z.shape[1]),
+            points,
+            columns,
+            wanted=wanted,
+        )
+        if wanted:
+            (gradient,) = torch.autograd.grad(z, own, slopes.view_as(z))
+            ctx.operator = operator
+            ctx.save_for_backward(x, columns, gradient)
+        return values
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        x, columns, gradient = ctx.saved_tensors
+        if not torch.is_grad_enabled():
+            return None, None, grad.unsqueeze(-1) * gradient, None, None
+        # Somebody differentiates the gradient: that of GPyTorch has a graph.
+        again = x.view_as(x)
+        values = _by_blocks(ctx.operator, again, columns)
+        (found,) = torch.autograd.grad(values, again, grad, create_graph=True)
+        return None, None, found, None, None
+
+
+def _sweep(
+    live: LiveStationary, z: Tensor, points: Tensor, columns: Tensor, *, wanted: bool
+) -> tuple[Tensor, Tensor]:
+    """Values (s, q) and, if wanted, slopes (s, q, p) at scaled points z (s, q, p)."""
+    count, own, width = z.shape
+    n = len(points)
+    values, slopes = z.new_zeros(count, own), z.new_zeros(width + 1, count * own)
+    right = _padded(right_form(points)[0])
+    displaced = torch.cat([points, torch.ones_like(points[:, :1])], 1).mT.contiguous()
+    entries = _ENTRIES_CPU if z.device.type == "cpu" else _ENTRIES
+    at_once = max(1, min(count, _ROWS // max(1, own)))
+    step = max(1, min(n, entries // max(1, at_once * own)))
+    # Squared distances below are rounding errors, of points that are the same.
+    error = 0.0 if width <= DIRECT_DIMENSIONS else torch.finfo(z.dtype).eps
+    buffers = z.new_empty(3, at_once * own * step)
+    for rows in row_slices(count, at_once):
+        flat = z[rows].reshape(-1, width)
+        left = _padded(left_form(flat)[0])
+        floor = (8 * error) * flat.square().sum(1, keepdim=True)
+        gradient = slopes[:, rows.start * own : rows.stop * own]
+        for cut in row_slices(n, step):
+            shape = (len(flat), cut.stop - cut.start)
+            value, derivative, scratch = (
+                buffer[: shape[0] * shape[1]].view(shape) for buffer in buffers
+            )
+            squared_distances(left, right[cut], value, (scratch,))
+            weights = columns[rows, cut].unsqueeze(1)
+            grouped = (-1, own, shape[1])
+            if wanted:
+                live.slope.evaluate(value, derivative, scratch, floor)
+                derivative.view(grouped).mul_(weights)
+                # Written transposed: a product with so few columns is slow.
+                gradient.addmm_(displaced[:, cut], derivative.mT)
+            else:
+                live.tile.profile(value, (scratch,))
+            values[rows].unsqueeze(-1).baddbmm_(value.view(grouped), weights.mT)
+    factor = float(live.factor)
+    scale = 2 * factor * live.slope.constant
+    slopes = slopes.mT.reshape(count, own, width + 1)
+    return values.mul_(factor), (z * slopes[..., -1:] - slopes[..., :-1]).mul_(scale)
+
+
+def _padded(form: Tensor) -> Tensor:
+    """Zero columns up to a multiple of four: products with fewer are slower."""
+    if form.shape[1] <= DIRECT_DIMENSIONS:
+        return form
+    return pad(form, (0, -form.shape[1] % 4))
+
+
+def _by_blocks(operator: KernelOperator, x: Tensor, columns: Tensor) -> Tensor:
+    """The same by kernel blocks of GPyTorch, evaluated again in a backward pass."""
+    count, own, dim = x.shape
+    n = operator.x.shape[0]
+    graph = tracks_gradient(x)
+
+    def product(part: Tensor, weights: Tensor, cut: slice) -> Tensor:
         flat = part.reshape(-1, dim)
         if graph:
-            block = differentiable_block(operator.kernel, flat, points)
+            block = differentiable_block(operator.kernel, flat, operator.x[cut])
         else:
-            block = operator.cross(flat).block(slice(0, len(flat)), slice(0, n))
-        return (block.view(*part.shape[:2], n) @ weights.unsqueeze(-1)).squeeze(-1)
+            block = operator.cross(flat).block(slice(0, len(flat)), cut)
+        return (block.view(*part.shape[:2], -1) @ weights.unsqueeze(-1)).squeeze(-1)
 
-    n = points.shape[0]
-    columns = v.mT.contiguous()
-    at_once = max(1, _ENTRIES // max(1, own * n))
-    parts = [
-        recomputed(product, x[rows], columns[rows])
-        for rows in row_slices(count, at_once)
-    ]
+    step = max(1, min(n, _BLOCK // max(1, own)))
+    at_once = max(1, _BLOCK // max(1, own * step))
+    parts = []
+    for rows in row_slices(count, at_once):
+        total = x.new_zeros(rows.stop - rows.start, own)
+        for cut in row_slices(n, step):
+            total = total + recomputed(
+                partial(product, cut=cut), x[rows], columns[rows, cut]
+            )
+        parts.append(total)
     return torch.cat(parts) if parts else x.new_zeros(count, own)

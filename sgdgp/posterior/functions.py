@@ -54,9 +54,9 @@ class ConditionedPaths:
     def subset(self, index: Sequence[int]) -> ConditionedPaths:
         """The functions with these numbers, in this order, around the same mean."""
         columns = [0, *(1 + number for number in index)]
-        return replace(
-            self, draws=self.draws.subset(index), weights=self.weights[:, columns]
-        )
+        # Stored column by column, as functions at points of their own read them.
+        weights = self.weights.mT[columns].mT
+        return replace(self, draws=self.draws.subset(index), weights=weights)
 
     def each(self, x: Float[Tensor, "s q d"]) -> Float[Tensor, "s q"]:
         """Values of function i at its own points x[i], in the model's units."""

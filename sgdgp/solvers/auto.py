@@ -9,6 +9,7 @@ measurements behind the rule.
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
@@ -30,7 +31,7 @@ from sgdgp.solvers.cholesky import Cholesky
 from sgdgp.solvers.conjugate_gradients import CG
 from sgdgp.solvers.preconditioners import PivotedCholesky, default_rank
 from sgdgp.solvers.sdd import SDD
-from sgdgp.solvers.system import as_system
+from sgdgp.solvers.system import System, as_system
 from sgdgp.solvers.two_level import TwoLevel, default_neighbours, far_rank
 
 DIRECT_ROWS = 2_000
@@ -49,6 +50,8 @@ _SEARCH = 0.3e-9
 _ENTRY_IN_MEMORY, _ENTRY_STREAMED = 0.2e-9, 0.6e-9
 _ENTRY_AND_COLUMN = 0.03e-9
 _WORTH_PASSES = 25.0
+_LEAST_PASSES = 6.0
+_TIMED_ROWS = 512
 _LARGE_NOISE = 0.1
 _CHOLESKY_ENTRY = 7e-12  # seconds per n^3
 
@@ -71,6 +74,7 @@ def plan(
     noise: Tensor | float,
     columns: int,
     memory_budget: int,
+    passes: float = math.inf,
 ) -> tuple[Stage, ...]:
     """Which solvers, in which order.
 
@@ -78,7 +82,8 @@ def plan(
     2. Else ``CG``, if the memory allows a preconditioner of rank 100: two-level where
        neighbours tell something (noise less than a tenth of the prior variance) and
        its setup costs less than 25 of the passes that it saves (many columns, many
-       rows or no K in memory), else pivoted Cholesky.
+       rows or no K in memory) and leaves seconds for at least six, else pivoted
+       Cholesky.
     3. Behind it ``Cholesky`` where its factor fits the budget, after the passes that
        cost twice as much as the factorisation, at least 50; else ``SDD``.
 
@@ -87,6 +92,7 @@ def plan(
         noise: Variances, a number or one per row (n,).
         columns: Right-hand sides k.
         memory_budget: Bytes that the solver may use.
+        passes: Passes that a budget in seconds is good for. Default: any number.
     """
     n = operator.shape[0]
     factor_fits = 8 * n * n <= memory_budget
@@ -102,7 +108,7 @@ def plan(
     if (
         operator.outputs_per_input == 1
         and not operator.streaming().has_images  # neighbours tell nothing there
-        and setup <= _WORTH_PASSES
+        and setup <= min(_WORTH_PASSES, passes - _LEAST_PASSES)
         and _noise_ratio(operator, noise) < _LARGE_NOISE
         and n
         * (_BYTES_PER_RANK * far_rank(n) + _BYTES_PER_NEIGHBOUR * default_neighbours(n))
@@ -120,6 +126,14 @@ def plan(
     elif operator.outputs_per_input == 1:
         stages.append(Stage(SDD()))
     return tuple(stages or (Stage(CG(preconditioner=None)),))
+
+
+def _seconds_of_a_pass(system: System) -> float:
+    """Measured on some rows, which takes a small part of one."""
+    rows = min(system.n, _TIMED_ROWS)
+    start = time.perf_counter()
+    system.operator.rows(slice(0, rows)).matmul(system.rhs)
+    return max(1e-9, (time.perf_counter() - start) * system.n / rows)
 
 
 def _noise_ratio(operator: KernelOperator, noise: Tensor | float) -> float:
@@ -174,7 +188,10 @@ class Auto(Solver):
         if stages is None:
             budget = resolve_budget(self.memory_budget, rhs.device)
             system = as_system(operator, noise, rhs)  # checks them before all else
-            stages = plan(operator, system.noise, rhs.shape[1], budget)
+            affordable = math.inf
+            if self.max_seconds is not None:
+                affordable = self.max_seconds / _seconds_of_a_pass(system)
+            stages = plan(operator, system.noise, rhs.shape[1], budget, affordable)
         done: list[Solution] = []
         for i, stage in enumerate(stages):
             passes = math.fsum(solution.passes for solution in done)

@@ -52,6 +52,14 @@ def test_the_plan_follows_size_and_memory(operator, columns, budget, expected):
     assert names(operator, columns, budget) == expected
 
 
+def test_seconds_for_a_few_passes_are_not_spent_on_neighbours():
+    def first(passes):
+        return plan(dense(5_000), 1e-4, 65, 10 * GB, passes)[0].solver
+
+    assert isinstance(first(30.0).preconditioner, TwoLevel)
+    assert isinstance(first(6.0).preconditioner, PivotedCholesky)
+
+
 def preconditioner(operator, columns, budget=10 * GB, noise=0.01):
     solver = plan(operator, noise, columns, budget)[0].solver
     assert isinstance(solver, CG)
