@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -12,7 +13,12 @@ from torch import Tensor
 from sgdgp.gpytorch_adapter import PairPrior, pairs_of
 from sgdgp.operators.base import row_slices
 from sgdgp.posterior.cross import cross_product
-from sgdgp.posterior.functions import ConditionedPaths, Points
+from sgdgp.posterior.functions import (
+    ConditionedPaths,
+    Points,
+    check_numbers,
+    check_own_points,
+)
 from sgdgp.solvers.base import Solution
 
 _ROWS = 4096
@@ -23,6 +29,24 @@ class OutputPaths(ABC):
     """Means and deviations of T outputs, in the units of the targets."""
 
     num_outputs: int
+
+    @property
+    @abstractmethod
+    def num_functions(self) -> int:
+        """Number of sample functions s."""
+
+    @property
+    @abstractmethod
+    def dim(self) -> int:
+        """Columns of the user's inputs."""
+
+    @abstractmethod
+    def subset(self, index: Sequence[int]) -> OutputPaths:
+        """The functions with these numbers, in this order."""
+
+    @abstractmethod
+    def each(self, x: Float[Tensor, "s q d"]) -> Float[Tensor, "s q t"]:
+        """Values of function i at its own points x[i], in the units of the targets."""
 
     @abstractmethod
     def flattened(self, x: Points) -> tuple[Tensor, torch.Size]:
@@ -55,26 +79,54 @@ class PairPaths(OutputPaths):
         """Number of tasks."""
         return self.paths.prior.num_outputs
 
+    @property
+    def num_functions(self) -> int:
+        """Number of sample functions."""
+        return self.paths.weights.shape[1] - 1
+
+    @property
+    def dim(self) -> int:
+        """Columns of the inputs, which are pairs without their task."""
+        return self.paths.dim - 1
+
     def flattened(self, x: Points) -> tuple[Tensor, torch.Size]:
         """Check inputs of the model, which are pairs without their task."""
-        return replace(self.paths, dim=self.paths.dim - 1).flattened(x)
+        return replace(self.paths, dim=self.dim).flattened(x)
+
+    def subset(self, index: Sequence[int]) -> PairPaths:
+        """The functions of these numbers."""
+        return PairPaths(self.paths.subset(index))
+
+    def each(self, x: Float[Tensor, "s q d"]) -> Float[Tensor, "s q t"]:
+        """All tasks at each function's own points."""
+        tasks = self.num_outputs
+        pairs = pairs_of(x.flatten(0, 1), tasks)
+        own = pairs.reshape(x.shape[0], x.shape[1] * tasks, pairs.shape[1])
+        shift, factor = self._units(x)
+        return shift + factor * self.paths.each(own).reshape(*x.shape[:2], tasks)
 
     def evaluate(
         self, x: Float[Tensor, "n d"], *, deviations: bool
     ) -> tuple[Float[Tensor, "n t"], Float[Tensor, "n t s"]]:
         """All tasks at each input, every task in its own units."""
-        prior = self.paths.prior
-        assert isinstance(prior, PairPrior)
         tasks = self.num_outputs
         mean, values = self.paths.mean_and_deviations(
             pairs_of(x, tasks), None if deviations else 0
         )
-        shift = x.new_tensor([scale.shift for scale in prior.target_scales])
-        factor = x.new_tensor([scale.scale for scale in prior.target_scales])
+        shift, factor = self._units(x)
         values = values.reshape(len(x), tasks, values.shape[1])
         return (
             shift + factor * mean.reshape(len(x), tasks),
             factor.unsqueeze(1) * values,
+        )
+
+    def _units(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Shift and factor (T,) of every task's targets."""
+        prior = self.paths.prior
+        assert isinstance(prior, PairPrior)
+        return (
+            like.new_tensor([scale.shift for scale in prior.target_scales]),
+            like.new_tensor([scale.scale for scale in prior.target_scales]),
         )
 
 
@@ -93,9 +145,29 @@ class ParallelPaths(OutputPaths):
         """Number of outputs."""
         return len(self.paths)
 
+    @property
+    def num_functions(self) -> int:
+        """Number of sample functions, of each output."""
+        return self.paths[0].weights.shape[1] - 1
+
+    @property
+    def dim(self) -> int:
+        """Columns of the inputs."""
+        return self.paths[0].dim
+
     def flattened(self, x: Points) -> tuple[Tensor, torch.Size]:
         """Check inputs of the model."""
         return self.paths[0].flattened(x)
+
+    def subset(self, index: Sequence[int]) -> ParallelPaths:
+        """The functions of these numbers, of every output."""
+        return ParallelPaths(tuple(path.subset(index) for path in self.paths))
+
+    def each(self, x: Float[Tensor, "s q d"]) -> Float[Tensor, "s q t"]:
+        """Output by output at each function's own points."""
+        scale = self.paths[0].prior.target_scale
+        values = torch.stack([path.each(x) for path in self.paths], dim=-1)
+        return scale.shift + scale.scale * values
 
     def evaluate(
         self, x: Float[Tensor, "n d"], *, deviations: bool
@@ -167,3 +239,36 @@ class OutputFunctions:
         mean, deviations = self.paths.evaluate(flat, deviations=True)
         values = (mean.unsqueeze(-1) + deviations).permute(2, 0, 1)
         return values.reshape(values.shape[0], *shape, values.shape[2])
+
+    def each(self, x: Float[Tensor, "s q d"]) -> Float[Tensor, "s q t"]:
+        """Every function at points of its own: entry (i, j) is f_i(x[i, j]).
+
+        Args:
+            x: Points (s, q, d), one set for each function.
+
+        Returns:
+            Values (s, q, T), in the units of the targets, differentiable in x.
+
+        Raises:
+            ValueError: Shape, dtype, device or values of x do not fit.
+        """
+        check_own_points(x, self.num_functions, self.paths.dim)
+        flat, _ = self.paths.flattened(x)
+        return self.paths.each(flat.reshape(x.shape))
+
+    def subset(self, index: Sequence[int]) -> OutputFunctions:
+        """Some of the functions, by their numbers, in this order.
+
+        Args:
+            index: Numbers from 0 to s - 1.
+
+        Raises:
+            IndexError: There is no such function.
+        """
+        check_numbers(index, self.num_functions)
+        return replace(self, paths=self.paths.subset(index))
+
+    @property
+    def num_functions(self) -> int:
+        """Number of functions s."""
+        return self.paths.num_functions

@@ -116,8 +116,7 @@ class PathwisePosterior:
             A callable x (n', d) -> (k, n'), differentiable in x.
         """
         check_count("k", k, 1)
-        mean_weights = self.solution.weights[:, :1]
-        return self._problem.redraw(k, generator_of_draws(seed), mean_weights)
+        return self._problem.redraw(k, generator_of_draws(seed), self.solution)
 
     def update(
         self,

@@ -16,8 +16,11 @@ from sgdgp.posterior import fingerprint
 from sgdgp.posterior.checkpoint import Checkpoint
 from sgdgp.posterior.functions import ConditionedPaths, SampleFunctions
 from sgdgp.posterior.progress import progress_bar
+from sgdgp.solvers.auto import Auto
 from sgdgp.solvers.base import Callback, Solution, Solver
-from sgdgp.solvers.recycling import keeping
+from sgdgp.solvers.conjugate_gradients import CG
+from sgdgp.solvers.recycling import Carried, keeping
+from sgdgp.solvers.system import as_system
 
 
 @dataclass(frozen=True)
@@ -105,15 +108,21 @@ class Problem:
         )
 
     def redraw(
-        self, k: int, generator: torch.Generator, mean_weights: Float[Tensor, "n 1"]
+        self, k: int, generator: torch.Generator, solved: Solution
     ) -> SampleFunctions:
-        """K new posterior functions around the same mean."""
+        """K new posterior functions around the same mean.
+
+        Args:
+            k: Number of functions.
+            generator: Source of their prior draws and noise.
+            solved: The solution of this problem; what it leaves is used again.
+        """
         draws = prior_draws(self.prior, self.operator, k, self.settings, generator)
         sampled, noise_draws = sample_targets(
             draws, self.operator.x, self.noise, generator
         )
-        solution = self._solve(sampled, noise_draws, generator)
-        weights = torch.cat([mean_weights, solution.weights], dim=1)
+        solution = self._solve_again(sampled, noise_draws, generator, solved.carried)
+        weights = torch.cat([solved.weights[:, :1], solution.weights], dim=1)
         return SampleFunctions(self.paths(weights, draws), solution)
 
     def paths(
@@ -126,6 +135,41 @@ class Problem:
         return ConditionedPaths(
             self.prior, self.operator, draws, weights, self.x.shape[1]
         )
+
+    def _solve_again(
+        self,
+        rhs: Tensor,
+        noise_draws: Tensor,
+        generator: torch.Generator,
+        left: Carried | None,
+    ) -> Solution:
+        """Other right-hand sides, with preconditioner and directions of a solve."""
+        shown, callback = self.settings.progress, self.settings.callback
+        if left is None or not isinstance(self.solver, CG | Auto):
+            return self._solve(rhs, noise_draws, generator)
+        solver = CG(
+            self.solver.tolerance,
+            self.solver.max_passes,
+            self.solver.max_seconds,
+            preconditioner=None,
+        )
+        operator = self.operator.unfilled()
+        system = as_system(operator, self.noise, rhs)
+        with (
+            torch.no_grad(),
+            progress_bar(shown, solver.name, callback) as callback,
+        ):
+            solution = solver.resume(
+                system,
+                torch.zeros_like(rhs),
+                system.rhs,
+                left.inverse,
+                left.leading(),
+                callback,
+            )
+        if solution.reason == "stagnated":
+            return self._solve(rhs, noise_draws, generator, solution.weights)
+        return solution
 
     def _solve(
         self,

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -79,11 +80,9 @@ def write_file(
     Raises:
         OSError: The file could not be written; the old one is untouched.
     """
-    # A copy of each: safetensors refuses tensors that share memory.
-    stored = {
-        name: tensor.detach().cpu().contiguous().clone()
-        for name, tensor in tensors.items()
-    }
+    # A copy of each: safetensors refuses tensors that share memory. One element that
+    # was expanded calls itself contiguous: only a new tensor has strides to rely on.
+    stored = {name: _copied(tensor.detach().cpu()) for name, tensor in tensors.items()}
     text = json.dumps(dict(state), default=str)
     metadata = {
         kind.mark: str(kind.version),
@@ -136,6 +135,10 @@ def read_file(path: Path, kind: FileKind) -> tuple[dict[str, Tensor], dict[str, 
             f"{path} is damaged, or not a {kind.words} of sgdgp ({error})"
         ) from error
     return tensors, state
+
+
+def _copied(tensor: Tensor) -> Tensor:
+    return torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor)
 
 
 def temporary_of(path: Path) -> Path:

@@ -50,7 +50,7 @@ _SEARCH = 0.3e-9
 _ENTRY_IN_MEMORY, _ENTRY_STREAMED = 0.2e-9, 0.6e-9
 _ENTRY_AND_COLUMN = 0.03e-9
 _WORTH_PASSES = 25.0
-_LEAST_PASSES = 6.0
+_LEAST_PASSES = 3.0
 _TIMED_ROWS = 512
 _LARGE_NOISE = 0.1
 _CHOLESKY_ENTRY = 7e-12  # seconds per n^3
@@ -82,7 +82,7 @@ def plan(
     2. Else ``CG``, if the memory allows a preconditioner of rank 100: two-level where
        neighbours tell something (noise less than a tenth of the prior variance) and
        its setup costs less than 25 of the passes that it saves (many columns, many
-       rows or no K in memory) and leaves seconds for at least six, else pivoted
+       rows or no K in memory) and leaves seconds for at least three, else pivoted
        Cholesky.
     3. Behind it ``Cholesky`` where its factor fits the budget, after the passes that
        cost twice as much as the factorisation, at least 50; else ``SDD``.

@@ -20,8 +20,9 @@ Deviations from the textbook:
    is evaluated in float64: that refines what float32 alone could not.
 3. Columns that claim to be done leave the product at once, and come back should the
    true residual disagree. The directions they leave stay conjugate.
-4. The best iterate of every column is what is returned, so that a column that
-   loses its conjugacy in float32 cannot end worse than it was.
+4. The best iterate of every column is what is returned, by its error in the norm of
+   H as far as the energy resolves it, so that a column that loses its conjugacy in
+   float32 cannot end worse than it was, and one out of budget keeps what it gained.
 """
 
 from __future__ import annotations
@@ -56,9 +57,11 @@ from sgdgp.solvers.two_level import TwoLevel
 
 _REPLACE_EVERY = 50
 _FIRST_FALL = 0.3
+_LAST_STEPS = 2.5  # this one, with its true residual, and half of another
 _NEAR = 2.0
 _STALLED_CHECKS = 4
 _STALLED_GAIN = 1e-5
+_CLEAR_GAIN = 1e-3
 
 
 @dataclass(frozen=True)
@@ -168,15 +171,20 @@ class CG(Solver):
             known,
         )
 
+        energy = run.energy_gained(system.rhs)
         stalled = 0
         while reason is None:
             before = run.energy_gained(system.rhs)
-            fall = _FIRST_FALL
+            fall, step_seconds = _FIRST_FALL, 0.0
             for _ in range(_REPLACE_EVERY):
-                largest = float(run.norms.max())
+                largest, began = float(run.norms.max()), record.seconds
                 near = largest * fall <= _NEAR * self.tolerance
-                last = passes + 2.0 > self.max_passes
+                last = passes + 2.0 > self.max_passes or (
+                    self.max_seconds is not None
+                    and began + _LAST_STEPS * step_seconds > self.max_seconds
+                )
                 run.step(system.rhs if near or last else None)
+                step_seconds = record.seconds - began
                 fall = min(1.0, float(run.norms.max()) / largest)
                 collector.add(run.last)
                 passes += 1.0
@@ -191,6 +199,7 @@ class CG(Solver):
                 if (
                     reason
                     or run.is_done
+                    or last
                     or passes + 1.0 > self.max_passes
                     or record.is_past(self.max_seconds)
                 ):
@@ -201,7 +210,9 @@ class CG(Solver):
             total = run.energy_gained(system.rhs).abs()
             moves = bool((gained > _STALLED_GAIN * total).any())
             passes += _replace_residual(run, system, norms > self.tolerance)
-            better = run.norms < norms
+            reached = run.energy_gained(system.rhs)
+            better = _better(run.norms, norms, reached, energy)
+            energy = torch.where(better, reached, energy)
             best[:, better] = run.weights[:, better]
             if left is not None:
                 left[:, better] = run.residual[:, better]
@@ -211,7 +222,11 @@ class CG(Solver):
             stalled = 0 if moves or bool(better.any()) else stalled + 1
             if float(norms.max()) <= self.tolerance:
                 reason = "converged"
-            elif passes + 1.0 > self.max_passes or record.is_past(self.max_seconds):
+            elif (
+                last
+                or passes + 1.0 > self.max_passes
+                or record.is_past(self.max_seconds)
+            ):
                 reason = reason or "budget"
             elif stalled >= _STALLED_CHECKS:
                 reason = reason or "stagnated"
@@ -236,6 +251,18 @@ class CG(Solver):
             },
             carried=carried,
         )
+
+
+def _better(norms: Tensor, old: Tensor, energy: Tensor, old_energy: Tensor) -> Tensor:
+    """Mask of the columns whose error has become smaller (k,).
+
+    That is measured in the norm of H, where the energy tells it apart; the residual
+    may be larger meanwhile. Close to the solution only the residual tells.
+    """
+    gain = energy - old_energy
+    clear = _CLEAR_GAIN * torch.maximum(energy.abs(), old_energy.abs())
+    by_residual = (norms < old) & (gain >= -clear)
+    return (by_residual | (gain > clear)) & torch.isfinite(norms)
 
 
 def _replace_residual(run: BlockRecurrence, system: System, unsolved: Tensor) -> float:

@@ -105,7 +105,7 @@ def appended_rows(system: System, num_new: int, count: int) -> Tensor:
     values, _ = _regressions(system, nothing, nearest, first)
     own, known, columns = _with_own(nearest, first)
     rows = (own - first).expand_as(known)[known]
-    return _csr(rows, columns[known], values[known], (num_new, n))
+    return compressed(rows, columns[known], values[known], (num_new, n))
 
 
 def sparse_factor(
@@ -117,8 +117,8 @@ def sparse_factor(
     columns, rows = columns[known], own.expand_as(known)[known]
     shape = (system.n, system.n)
     return SparseFactor(
-        _csr(rows, columns, values[known], shape),
-        _csr(columns, rows, values[known], shape),
+        compressed(rows, columns, values[known], shape),
+        compressed(columns, rows, values[known], shape),
         explained,
     )
 
@@ -177,9 +177,10 @@ def _with_own(neighbours: Neighbours, first: int) -> tuple[Tensor, Tensor, Tenso
     return own, known, torch.cat([neighbours.index, own], dim=1)
 
 
-def _csr(
+def compressed(
     rows: Tensor, columns: Tensor, values: Tensor, shape: tuple[int, int]
 ) -> Tensor:
+    """A matrix in compressed rows, of its entries in any order."""
     order = torch.argsort(rows * shape[1] + columns)
     counts = torch.bincount(rows, minlength=shape[0])
     starts = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
