@@ -18,6 +18,7 @@ from sgdgp.features.finite import (
 from sgdgp.features.fourier import FourierFeatures
 from sgdgp.features.index import IndexFeatures, TaskFeatures
 from sgdgp.features.prior_draws import DrawGroup, PriorDraws, draw_prior
+from sgdgp.features.tanimoto import TanimotoFeatures
 
 __all__ = [
     "ConstantFeatures",
@@ -32,6 +33,7 @@ __all__ = [
     "PolynomialFeatures",
     "PriorDraws",
     "SelectedDraws",
+    "TanimotoFeatures",
     "TaskFeatures",
     "add",
     "draw_prior",

@@ -41,7 +41,8 @@ def save_carried(path: str | os.PathLike[str], carried: Carried) -> None:
         OSError: The file could not be written.
         TypeError: A preconditioner that is not of this package.
     """
-    tensors, state = {"residual": carried.residual}, {}
+    tensors: dict[str, Tensor] = {"residual": carried.residual}
+    state: dict[str, Any] = {}
     known = carried.leading()
     if known is not None:
         tensors |= {"directions": known.directions, "images": known.images}
@@ -68,7 +69,7 @@ def load_carried(
     inverse = None
     if state:
         inverse = _inverse(_below("inverse.", tensors), state)
-    pairs = ()
+    pairs: tuple[tuple[Tensor, Tensor], ...] = ()
     if "directions" in tensors:
         pairs = ((tensors["directions"], tensors["images"]),)
     return Carried(tensors["residual"], inverse, pairs)

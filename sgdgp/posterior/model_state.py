@@ -66,7 +66,8 @@ def with_state(
             f"model: built otherwise than the one that was saved: "
             f"{'; '.join(different[:5])}{more}"
         )
-    own.load_state_dict(dict(state), strict=True, assign=True)
+    # Past BoTorch's own, which would transform targets again that nobody reads.
+    torch.nn.Module.load_state_dict(own, dict(state), strict=True, assign=True)
     return own.requires_grad_(False)
 
 

@@ -58,6 +58,15 @@ def save(posterior: Posterior, path: str | os.PathLike[str]) -> None:
         check_place_of(place)
     except UnusableFileError as error:
         raise StorageError(f"path: {error}") from error
+    write_file(place, KIND, *contents_of(posterior))
+
+
+def contents_of(posterior: Posterior) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What a file of a posterior holds: tensors by name, and everything else.
+
+    Raises:
+        NotStorableError: A feature map is not registered for storage.
+    """
     parts = (
         posterior._parts
         if isinstance(posterior, MultiOutputPosterior)
@@ -72,7 +81,7 @@ def save(posterior: Posterior, path: str | os.PathLike[str]) -> None:
         # Outputs that were observed in the same rows share what belongs to the rows.
         rows = systems.setdefault(id(part._problem.operator), index)
         stored.append(part_state(part, f"part.{index}", f"part.{rows}", tensors))
-    state = {
+    return tensors, {
         "kind": _kind_of(posterior),
         "versions": _versions(),
         "structure": structure_in_words(prior.model),
@@ -81,7 +90,6 @@ def save(posterior: Posterior, path: str | os.PathLike[str]) -> None:
         "dtypes": [_name_of(dtype) for dtype in prior.layout.dtypes],
         "parts": stored,
     }
-    write_file(place, KIND, tensors, state)
 
 
 def load(
@@ -129,7 +137,7 @@ def load(
     except UnusableFileError as error:
         raise StorageError(str(error)) from error
     try:
-        return _posterior(model, tensors, state, solver)
+        return posterior_from(model, tensors, state, solver)
     except OtherModelError as error:
         raise StorageError(f"{error}; the file is {place}") from error
     except (
@@ -149,12 +157,24 @@ def _kind_of(posterior: Posterior) -> str:
     return "single" if isinstance(posterior, PathwisePosterior) else "independent"
 
 
-def _posterior(
+def posterior_from(
     model: ExactGP,
     tensors: Mapping[str, Tensor],
     state: Mapping[str, Any],
-    solver: Solver | str | None,
+    solver: Solver | str | None = None,
 ) -> Posterior:
+    """The posterior behind ``contents_of``, on the model's device.
+
+    Args:
+        model: A model built like the one that was saved; it is copied.
+        tensors: Tensors by name.
+        state: Everything else.
+        solver: Solver of later solves. Default: the stored one.
+
+    Raises:
+        OtherModelError: The model is built otherwise.
+        KeyError: Something is missing; other errors where something does not fit.
+    """
     parameter = next(model.parameters(), None)
     device = torch.device("cpu") if parameter is None else parameter.device
     # Generators keep their state on the CPU.

@@ -231,7 +231,7 @@ def _by_conjugate_gradients(
     solver = CG(
         # Rounding the weights to the data's dtype comes on top.
         tolerance=0.5 * tolerance,
-        max_passes=steps + 1.0,
+        max_passes=max(1.0, float(steps)),
         preconditioner=_Factored(factor),
     )
     return solver.solve(

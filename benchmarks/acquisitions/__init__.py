@@ -1,0 +1,1 @@
+"""Bayesian optimisation by BoTorch's acquisitions, with two kinds of posterior."""

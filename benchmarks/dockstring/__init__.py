@@ -1,0 +1,1 @@
+"""Docking scores of molecules: DOCKSTRING with the Tanimoto kernel."""

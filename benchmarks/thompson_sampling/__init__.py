@@ -1,0 +1,1 @@
+"""Thompson sampling at scale: the papers' benchmark."""

@@ -1,0 +1,148 @@
+"""The command line of the benchmark; see README.md beside this file."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import fields
+from pathlib import Path
+
+from benchmarks.thompson_sampling.botorch_paths import check_fits
+from benchmarks.thompson_sampling.figure import draw
+from benchmarks.thompson_sampling.methods import DEFAULT_METHODS, METHODS
+from benchmarks.thompson_sampling.request import SETTINGS, Request
+from benchmarks.thompson_sampling.store import read_result, read_results
+from benchmarks.thompson_sampling.table import summary
+
+MEASURED = Path(__file__).parent / "measured"
+LENGTHSCALES = (0.1, 0.2, 0.3, 0.4, 0.5)
+_SECONDS = 4.0
+_ROOT = Path(__file__).resolve().parents[2]
+_INTERRUPTED = 130
+
+
+def parser() -> argparse.ArgumentParser:
+    """The options."""
+    result = argparse.ArgumentParser(
+        prog="python -m benchmarks.thompson_sampling",
+        description="Thompson sampling with each method's functions in equal seconds.",
+        epilog="Runs whose results are there already are not repeated.",
+    )
+    add = result.add_argument
+    add("--methods", nargs="+", default=list(DEFAULT_METHODS), help=", ".join(METHODS))
+    add("--lengthscales", nargs="+", type=float, default=list(LENGTHSCALES))
+    add("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
+    add(
+        "--seconds",
+        type=float,
+        default=_SECONDS,
+        help=f"budget of the solve in every step (default: {_SECONDS:g})",
+    )
+    add("--kept", action="store_true", help="keep the functions from step to step")
+    for field in fields(Request):
+        if field.name in SETTINGS:
+            add(
+                f"--{field.name.replace('_', '-')}",
+                type=type(field.default),
+                default=field.default,
+                help=f"(default: {field.default})",
+            )
+    add("--workers", type=int, default=2, help="processes of one thread (default: 2)")
+    add("--results", type=Path, default=MEASURED, metavar="DIR")
+    add("--overwrite", action="store_true", help="repeat what is there already")
+    add("--table", action="store_true", help="only print the tables of what is there")
+    add("--plot", action="store_true", help="also draw the figure into the results")
+    return result
+
+
+def requests(options: argparse.Namespace) -> list[Request]:
+    """What is asked for: seed by seed, every method on a problem before the next.
+
+    Raises:
+        ValueError: An unknown method, one that does not fit into memory, or numbers
+            that make no sense.
+    """
+    if options.workers < 1:
+        raise ValueError(f"workers: found {options.workers}, expected at least 1")
+    for name in options.methods:
+        if name not in METHODS:
+            raise ValueError(
+                f"methods: found {name!r}, expected some of {', '.join(METHODS)}"
+            )
+    if "botorch" in options.methods:
+        known = options.initial + (options.steps - 1) * options.batch
+        check_fits(options.batch, known)
+    settings = {name: getattr(options, name) for name in SETTINGS}
+    return [
+        Request(
+            method, seed, lengthscale, options.seconds, kept=options.kept, **settings
+        )
+        for seed in dict.fromkeys(options.seeds)
+        for lengthscale in dict.fromkeys(options.lengthscales)
+        for method in dict.fromkeys(options.methods)
+    ]
+
+
+def execute(request: Request, folder: Path) -> int:
+    """One run in a fresh process of one thread; its exit status."""
+    paths = [str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    command = [sys.executable, "-m", "benchmarks.thompson_sampling.run"]
+    return subprocess.run(
+        [*command, json.dumps(request.to_dict()), str(folder)],
+        env={
+            "PYKEOPS_VERBOSE": "0",  # GPyTorch imports KeOps, which reports on CUDA
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": os.pathsep.join(paths),
+        },
+        check=False,
+    ).returncode
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run what is missing, then print the tables.
+
+    Returns:
+        0; 1 if a run failed; 2 for arguments that cannot be used; 130 after Ctrl-C.
+    """
+    options = parser().parse_args(arguments)
+    try:
+        failed = [] if options.table else _run_all(requests(options), options)
+        results = read_results(options.results)
+        print(summary(results))
+        if options.plot:
+            for path in draw(results, options.results):
+                print(f"figure: {path}")
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\ninterrupted; finished runs are kept", file=sys.stderr)
+        return _INTERRUPTED
+    for request in failed:
+        print(f"failed: {request.command}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def _run_all(wanted: Sequence[Request], options: argparse.Namespace) -> list[Request]:
+    """Execute the runs without a result, some at a time; those that failed."""
+    folder = options.results
+    todo = [
+        request
+        for request in wanted
+        if options.overwrite or read_result(folder, request) is None
+    ]
+    print(f"{len(todo)} of {len(wanted)} runs to do, {options.workers} at a time")
+    folder.mkdir(parents=True, exist_ok=True)
+    with ThreadPoolExecutor(options.workers) as pool:
+        statuses = pool.map(lambda request: execute(request, folder), todo)
+        return [run for run, status in zip(todo, statuses, strict=True) if status]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

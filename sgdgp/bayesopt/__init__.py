@@ -1,0 +1,13 @@
+"""Bayesian optimisation with posterior sample functions.
+
+``maximise`` finds the maximum of every function at once; ``thompson_sampling`` is the
+loop around it.
+"""
+
+from sgdgp.bayesopt.functions import Functions
+from sgdgp.bayesopt.maximise import Maxima, maximise
+from sgdgp.bayesopt.record import Step
+from sgdgp.bayesopt.run import Result
+from sgdgp.bayesopt.thompson import thompson_sampling
+
+__all__ = ["Functions", "Maxima", "Result", "Step", "maximise", "thompson_sampling"]

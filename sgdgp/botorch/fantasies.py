@@ -1,0 +1,318 @@
+"""Models given observations that were not made: fantasies, in batches.
+
+Knowledge-gradient acquisitions ask what a model would say after observing y at u, for
+many y and u at once, and for the derivative in u. No posterior is solved again: the
+posterior moves by its gain (``gain``), from solves for the few points u alone.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from math import prod
+from typing import Any
+
+import torch
+from botorch.exceptions.errors import UnsupportedError
+from botorch.models.model import Model
+from botorch.posteriors.gpytorch import GPyTorchPosterior
+from botorch.sampling.base import MCSampler
+from gpytorch.distributions import MultitaskMultivariateNormal, MultivariateNormal
+from torch import Size, Tensor
+
+from sgdgp.botorch.evaluation import FunctionModel, chosen, standard_draws
+from sgdgp.botorch.gain import Gain
+from sgdgp.botorch.outputs import Outputs
+from sgdgp.botorch.posterior import Cursor, Evaluated
+from sgdgp.botorch.units import Units
+
+
+@dataclass(frozen=True, eq=False)
+class Site:
+    """Points u that are observed beside the data, for some outputs of one posterior.
+
+    Attributes:
+        outputs: The outputs.
+        u: Points (*b, q, d).
+        noise: Noise variances (*b, q, m) in the units of ``outputs.evaluate``.
+        seed: Of the noise of each sample function there.
+    """
+
+    outputs: Outputs
+    u: Tensor
+    noise: Tensor
+    seed: int
+
+    @property
+    def batch_shape(self) -> Size:
+        """The batches *b."""
+        return self.u.shape[:-2]
+
+    @cached_property
+    def mean(self) -> Tensor:
+        """Posterior mean at u (*b, q, m)."""
+        return self.outputs.evaluate(self.u, ())[0]
+
+    @cached_property
+    def gains(self) -> tuple[tuple[tuple[int, ...], Gain], ...]:
+        """Columns and gain of each group of correlated outputs."""
+        u = self.u.reshape(-1, *self.u.shape[-2:])
+        found = []
+        for block in self.outputs.blocks():
+            noise = self.noise.expand(*self.u.shape[:-1], self.noise.shape[-1])
+            own = noise[..., list(block.columns)].reshape(len(u), -1)
+            found.append((block.columns, Gain(block, u, own)))
+        return tuple(found)
+
+    def deviations(self, index: tuple[int, ...] | None) -> Tensor:
+        """f_s(u) + eps_s - mean(u) of every function (s, *b, q, m)."""
+        _, deviations = self.outputs.evaluate(self.u, index)
+        shape = (self.outputs.num_paths, self.u.shape[-2], self.noise.shape[-1])
+        draws = standard_draws(self.seed, "noise of fantasies", shape, self.u)
+        if index is not None:
+            draws = draws[list(index)]
+        between = (1,) * len(self.batch_shape)
+        draws = draws.reshape(len(draws), *between, *shape[1:])
+        return deviations + draws * self.noise.sqrt()
+
+
+@dataclass(frozen=True, eq=False)
+class FantasyOutputs(Evaluated):
+    """Outputs of one posterior, given observations at a site.
+
+    Attributes:
+        site: Where they were made.
+        residuals: y - mean(u) in the units of ``evaluate`` (*f, *b, q, m).
+        wanted: Which of the outputs, in this order.
+    """
+
+    site: Site
+    residuals: Tensor
+    wanted: tuple[int, ...]
+    _moves: dict[tuple[int, ...] | None, Tensor] = field(default_factory=dict)
+
+    @property
+    def num_paths(self) -> int:
+        """Number of sample functions."""
+        return self.site.outputs.num_paths
+
+    @property
+    def columns(self) -> tuple[int, ...]:  # type: ignore[override]
+        """One entry for each output."""
+        return self.wanted
+
+    @property
+    def units(self) -> Units:  # type: ignore[override]
+        """What values still have to pass through, where it is not affine."""
+        return self.site.outputs.units.subset(list(self.wanted))
+
+    @property
+    def scale(self) -> Tensor:
+        """Factors (m,) from the definition's units to those of ``evaluate``."""
+        return self.site.outputs.scale[list(self.wanted)]
+
+    def noise(self, x: Tensor) -> Tensor:
+        """Noise variances (*b, q, m) of the likelihood."""
+        return self.site.outputs.noise(x)[..., list(self.wanted)]
+
+    def subset(self, outputs: Sequence[int]) -> FantasyOutputs:
+        """Some of the outputs."""
+        return replace(self, wanted=tuple(self.wanted[i] for i in outputs))
+
+    def evaluate(
+        self, x: Tensor, index: tuple[int, ...] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Means (*f, *b, q', m), and what functions add to them (s, *f, *b, q', m).
+
+        Args:
+            x: Points (*b, q', d), shared by the fantasies, or (*f, *b, q', d).
+            index: Numbers of the functions. Default: all; () for none.
+        """
+        site, batch = self.site, self.site.batch_shape
+        before = self.residuals.shape[: -2 - len(batch)]
+        own: tuple[int, ...] = x.shape[: max(0, x.ndim - 2 - len(batch))]
+        # As many dimensions in front of the batches, of size one where shared.
+        ahead = max(len(own), len(before))
+        own = (*(1,) * (ahead - len(own)), *own)
+        x = x.expand(*own, *batch, *x.shape[-2:])
+        residuals = _padded(self.residuals, 0, ahead - len(before))
+        mean, deviations = site.outputs.evaluate(x, index)
+        moved = None
+        if index != ():
+            moved = _padded(self._moved(index), 1, ahead)
+        order: list[int] = []
+        changes, moves = [], []
+        for columns, gain in site.gains:
+            if not set(columns) & set(self.wanted):
+                continue
+            order.extend(columns)
+            matrix = _at(gain, x, len(batch))
+            changes.append(_applied(matrix, residuals[..., list(columns)]))
+            if moved is not None:
+                moves.append(_applied(matrix, moved[..., list(columns)]))
+        pick = [order.index(column) for column in self.wanted]
+        wanted = list(self.wanted)
+        mean = mean[..., wanted] + torch.cat(changes, dim=-1)[..., pick]
+        deviations = deviations[..., wanted]
+        if moves:
+            deviations = deviations - torch.cat(moves, dim=-1)[..., pick]
+        return mean, deviations.expand(len(deviations), *mean.shape)
+
+    def _moved(self, index: tuple[int, ...] | None) -> Tensor:
+        if index not in self._moves:
+            self._moves.clear()
+            self._moves[index] = self.site.deviations(index)
+        return self._moves[index]
+
+
+def _padded(values: Tensor, place: int, count: int) -> Tensor:
+    """With so many dimensions of size one more, from that place on."""
+    return values.reshape(*values.shape[:place], *(1,) * count, *values.shape[place:])
+
+
+def _at(gain: Gain, x: Tensor, batches: int) -> Tensor:
+    """G (*f, *b, rows of x, rows of u) at x (*f, *b, q', d)."""
+    ahead = x.ndim - 2 - batches
+    first = [ahead + i for i in range(batches)]
+    # Everything in front of a batch is points of that batch.
+    points = x.movedim(first, list(range(batches)))
+    matrix = gain.at(points.reshape(prod(points.shape[:batches]), -1, x.shape[-1]))
+    matrix = matrix.reshape(*points.shape[:-2], -1, matrix.shape[-1])
+    return matrix.movedim(list(range(batches)), first)
+
+
+def _applied(matrix: Tensor, values: Tensor) -> Tensor:
+    """G times values (..., q, T): (..., q', T)."""
+    product = (matrix @ values.flatten(-2).unsqueeze(-1)).squeeze(-1)
+    return product.unflatten(-1, (-1, values.shape[-1]))
+
+
+class FantasyModel(FunctionModel):
+    """A model given observations that were not made: y (*f, *b, q, m) at u (*b, q, d).
+
+    Mean and samples are those of the posterior of all data and these, exactly but for
+    the Monte-Carlo error of variances; hyperparameters stay. Differentiable in u and y.
+    """
+
+    def __init__(
+        self,
+        outputs: Sequence[Outputs],
+        u: Tensor,
+        y: Tensor | None,
+        noise: Tensor | None,
+        seed: int,
+        cursor: Cursor,
+        sampler: MCSampler | None = None,
+    ) -> None:
+        """Fantasies of the outputs of a model.
+
+        Args:
+            outputs: The outputs.
+            u: Points (*b, q, d).
+            y: Observations (*f, *b, q, m) in the user's units; None to draw them.
+            noise: Noise variances (*b, q, m) in the units after outcome transforms.
+                Default: the likelihood's.
+            seed: Of the noise of each sample function.
+            cursor: What ``rsample`` goes on from.
+            sampler: What draws them.
+        """
+        super().__init__()
+        self.seed = seed
+        self.cursor = cursor
+        sites = []
+        start = 0
+        for part in outputs:
+            own = slice(start, start + len(part.columns))
+            start = own.stop
+            variances = part.noise(u)
+            if noise is not None:
+                variances = part.scale**2 * noise[..., own].to(u)
+                variances = variances.expand(*u.shape[:-1], len(part.columns))
+            sites.append(Site(part, u, variances, seed))
+        mean = torch.cat([site.mean for site in sites], dim=-1)
+        if y is None:
+            assert sampler is not None
+            latent = _drawn(sites, mean, sampler)
+        else:
+            parts = y.split([len(part.columns) for part in outputs], dim=-1)
+            latent = torch.cat(
+                [
+                    part.units.latent(own, u) if not part.units.is_affine else own
+                    for part, own in zip(outputs, parts, strict=True)
+                ],
+                dim=-1,
+            )
+        residuals = latent - mean
+        self._batch_shape = residuals.shape[:-2]
+        widths = [len(part.columns) for part in outputs]
+        self._parts = tuple(
+            FantasyOutputs(site, own, tuple(range(own.shape[-1])))
+            for site, own in zip(sites, residuals.split(widths, dim=-1), strict=True)
+        )
+
+    @property
+    def num_outputs(self) -> int:
+        """Number of outputs m."""
+        return sum(len(part.columns) for part in self._parts)
+
+    @property
+    def batch_shape(self) -> Size:
+        """The fantasies *f and the batches *b."""
+        return self._batch_shape
+
+    def subset_output(self, idcs: list[int]) -> FantasyModel:
+        """A model of some of the outputs.
+
+        Args:
+            idcs: Numbers of the outputs.
+        """
+        other = copy.copy(self)
+        other._parts = chosen(self._parts, idcs)
+        return other
+
+    def condition_on_observations(self, X: Tensor, Y: Tensor, **kwargs: Any) -> Model:
+        """Not supported.
+
+        Raises:
+            UnsupportedError: Always.
+        """
+        raise UnsupportedError(_NO_MORE)
+
+    def fantasize(self, X: Tensor, sampler: MCSampler, **kwargs: Any) -> Model:
+        """Not supported.
+
+        Raises:
+            UnsupportedError: Always.
+        """
+        raise UnsupportedError(_NO_MORE)
+
+    def _evaluated(self) -> tuple[FantasyOutputs, ...]:
+        return self._parts
+
+
+_NO_MORE = (
+    "fantasies of fantasies are not supported; use one step of lookahead "
+    "(qKnowledgeGradient), or condition_on_observations with data that were made"
+)
+
+
+def _drawn(sites: Sequence[Site], mean: Tensor, sampler: MCSampler) -> Tensor:
+    """Observations (*f, *b, q, m) from the predictive distribution at u."""
+    points, width = mean.shape[-2:]
+    covariance = mean.new_zeros(*mean.shape[:-2], points * width, points * width)
+    start = 0
+    for site in sites:
+        for columns, gain in site.gains:
+            outputs = mean.new_tensor([start + column for column in columns]).long()
+            rows = torch.arange(points, device=mean.device) * width
+            rows = (rows.unsqueeze(1) + outputs).flatten()
+            own = gain.covariance.reshape(*site.batch_shape, len(rows), len(rows))
+            covariance[..., rows.unsqueeze(1), rows] = own
+        start += len(site.outputs.columns)
+    if width == 1:
+        normal = MultivariateNormal(mean.squeeze(-1), covariance)
+    else:
+        normal = MultitaskMultivariateNormal(mean, covariance)
+    return sampler(GPyTorchPosterior(normal))

@@ -1,0 +1,322 @@
+"""``PathwiseModel``: a BoTorch model whose posterior is made of functions."""
+
+from __future__ import annotations
+
+import copy
+import os
+from typing import Any, cast
+
+from botorch.models.transforms.input import InputTransform
+from botorch.models.transforms.outcome import OutcomeTransform
+from botorch.sampling.base import MCSampler
+from gpytorch.models import GP
+from torch import Tensor, nn
+
+from sgdgp.botorch.conditioned import (
+    Conditioned,
+    SolveSettings,
+    state_of,
+)
+from sgdgp.botorch.conditioned_model import ConditionedModel
+from sgdgp.botorch.definition import given_data, own_data, single_models
+from sgdgp.botorch.evaluation import FunctionModel
+from sgdgp.botorch.fantasies import FantasyModel
+from sgdgp.botorch.outputs import Outputs
+from sgdgp.botorch.sampler import PathSampler
+from sgdgp.botorch.update import all_columns, updated
+from sgdgp.checks import check_count
+from sgdgp.posterior import MultiOutputPosterior, PathwisePosterior
+from sgdgp.posterior.seeds import derived_generator, seed_of
+from sgdgp.solvers import Solver
+
+DEFAULT_FEATURES = 2048
+"""Random features of each group of 64 functions: they are evaluated very often."""
+
+
+class PathwiseModel(ConditionedModel):
+    """A Gaussian process for BoTorch that scales with the solvers of sgdgp.
+
+    Wraps a GPyTorch or BoTorch definition (kernel, mean, likelihood, transforms), whose
+    hyperparameters stay its own: fit it as usual. The first posterior conditions on the
+    data, later ones evaluate functions; after hyperparameters have changed the model
+    conditions again.
+
+    Posteriors, acquisition functions and Thompson sampling are BoTorch's own; so are
+    ``ModelList`` and fantasies. A ``MultiTaskGP`` is one output over inputs that have
+    their task column. Not supported: batches of models, fully Bayesian models, input
+    transforms that make several points of one.
+
+    Samples are the values of ``num_samples`` functions, and of their mirror images
+    around the mean. So 256 of them serve BoTorch's usual 512 Monte-Carlo samples.
+    A variance has a relative standard error of sqrt(2 / num_samples).
+
+    Attributes:
+        definition: The definition; a submodule, so that ``state_dict`` has it.
+        settings: How it is conditioned.
+
+    Example:
+        >>> definition = SingleTaskGP(train_X, train_Y)
+        >>> sgdgp.fit(definition)
+        >>> model = PathwiseModel(definition)
+        >>> acquisition = qLogExpectedImprovement(model, best_f=train_Y.max())
+        >>> candidates, value = optimize_acqf(acquisition, bounds, q=4, ...)
+        >>> model = model.condition_on_observations(candidates, objective(candidates))
+    """
+
+    def __init__(
+        self,
+        model: GP,
+        train_X: Tensor | None = None,
+        train_Y: Tensor | None = None,
+        *,
+        train_Yvar: Tensor | None = None,
+        outcome_transform: OutcomeTransform | None = None,
+        input_transform: InputTransform | None = None,
+        solver: Solver | str = "auto",
+        num_samples: int = 256,
+        num_features: int = DEFAULT_FEATURES,
+        seed: int = 0,
+        operator: str = "auto",
+        memory_budget: int | None = None,
+        progress: bool | None = False,
+    ) -> None:
+        """A model of the data of its definition, or of those given.
+
+        Args:
+            model: An ``ExactGP``, a BoTorch ``SingleTaskGP`` of one or more outputs, or
+                a ``ModelListGP``.
+            train_X: Inputs (n, d) before any transform. Default: the definition's.
+            train_Y: Targets (n, m) in your units. Several columns of a definition with
+                one output are independent outputs with its kernel and noise; NaN is a
+                target that was not observed.
+            train_Yvar: Known noise variances (n, m) in your units squared.
+            outcome_transform: Of a definition without one.
+            input_transform: Of a definition without one.
+            solver: A solver such as ``SDD()``, its name, or "auto".
+            num_samples: Sample functions S.
+            num_features: Random features of each group of 64 prior draws.
+            seed: Of everything random. Outputs with other targets have other draws.
+            operator: "auto", "dense", "tiled", "keops" or "row_blocks".
+            memory_budget: Bytes that operator and solver may use.
+            progress: Show progress bars of solves; None: on a terminal.
+
+        Raises:
+            TypeError: The definition or the data are of the wrong kind.
+            UnsupportedModelError: The definition is a batch, or fully Bayesian.
+            ValueError: Shapes or values do not fit, or a transform is given twice.
+        """
+        super().__init__()
+        check_count("num_samples", num_samples, 1)
+        check_count("seed", seed, 0)
+        models = single_models(model)
+        if train_X is not None:
+            data = given_data(train_X, train_Y, train_Yvar, models)
+        elif train_Y is not None or train_Yvar is not None:
+            raise ValueError("train_X, train_Y: expected both, found no train_X")
+        else:
+            data = tuple(own_data(part) for part in models)
+        self.build(
+            model,
+            data,
+            {
+                "input_transform": input_transform,
+                "outcome_transform": outcome_transform,
+            },
+            SolveSettings(
+                solver,
+                num_samples,
+                num_features,
+                seed,
+                operator,
+                memory_budget,
+                progress,
+            ),
+        )
+
+    @property
+    def likelihood(self) -> nn.Module:
+        """The definition's likelihood."""
+        return cast(nn.Module, self.definition.likelihood)
+
+    @property
+    def posteriors(self) -> tuple[PathwisePosterior | MultiOutputPosterior, ...]:
+        """The sgdgp posteriors behind the outputs; conditions if need be."""
+        return tuple(outputs.posterior for outputs in self._evaluated())
+
+    def subset_output(self, idcs: list[int]) -> PathwiseModel:
+        """A model of some of the outputs, that shares everything with this one.
+
+        Args:
+            idcs: Numbers of the outputs.
+
+        Raises:
+            ValueError: There is no such output, or none is wanted.
+        """
+        count = self.num_outputs
+        if not idcs or any(not -count <= i < count for i in idcs):
+            raise ValueError(
+                f"idcs: expected numbers from 0 to {count - 1}, found {idcs}"
+            )
+        columns = range(count) if self.columns is None else self.columns
+        other = self._sharing()
+        other.columns = tuple(columns[i] for i in idcs)
+        return other
+
+    def condition_on_observations(
+        self, X: Tensor, Y: Tensor, noise: Tensor | None = None, **kwargs: Any
+    ) -> FunctionModel:
+        """The model given more data, with the same functions; this one stays.
+
+        The solve starts from the old weights. Data in batches are fantasies, see
+        ``fantasize``.
+
+        Args:
+            X: New inputs (n', d).
+            Y: Their targets (n', m), NaN where there is none.
+            noise: Their noise variances (n', m), as everywhere in BoTorch in the units
+                after outcome transforms; needed where the likelihood does not know.
+            **kwargs: None are known.
+
+        Raises:
+            TypeError: Data are of the wrong kind.
+            ValueError: Shapes or values do not fit, or noise is needed.
+        """
+        if X.ndim > 2 or Y.ndim > 2:
+            return self._fantasies(X, Y, noise)
+        outputs = self.all_outputs()
+        count = sum(len(part.columns) for part in outputs)
+        Y = all_columns("Y", Y, self.columns, count)
+        if noise is not None:
+            noise = all_columns("noise", noise, self.columns, count)
+        parts = updated(
+            outputs,
+            self.observations,
+            self.definition,
+            X,
+            Y,
+            noise,
+            self.settings.progress,
+        )
+        other = self._sharing()
+        other._modules["definition"] = copy.deepcopy(self.definition)
+        other._modules["_data"] = nn.ModuleList(seen for _, seen in parts)
+        new = tuple(part for part, _ in parts)
+        other.keep(Conditioned(new, state_of(other)))
+        other.cursor = copy.copy(self.cursor)
+        return other
+
+    def fantasize(
+        self,
+        X: Tensor,
+        sampler: MCSampler,
+        observation_noise: Tensor | None = None,
+        **kwargs: Any,
+    ) -> FantasyModel:
+        """The model given observations at X that are drawn from its posterior.
+
+        Draws, mean and gradients are exact: they need solves for the points X, not the
+        sample functions, unless the sampler is a ``PathSampler``.
+
+        Args:
+            X: Points (*b, q, d).
+            sampler: Any sampler of BoTorch, with sample shape *f.
+            observation_noise: Noise variances (..., q or 1, m) in the units after
+                outcome transforms. Default: the likelihood's.
+            **kwargs: Ignored.
+
+        Returns:
+            A model of batch shape (*f, *b).
+        """
+        if isinstance(sampler, PathSampler):
+            noisy = True if observation_noise is None else observation_noise
+            values = sampler(self.posterior(X, observation_noise=noisy))
+            return self._fantasies(X, values, observation_noise)
+        return self._fantasies(X, None, observation_noise, sampler)
+
+    def _fantasies(
+        self,
+        x: Tensor,
+        y: Tensor | None,
+        noise: Tensor | None,
+        sampler: MCSampler | None = None,
+    ) -> FantasyModel:
+        return FantasyModel(
+            self._evaluated(), x, y, noise, self.seed, self.cursor, sampler
+        )
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the model into a file; ``PathwiseModel.load`` reads it.
+
+        The file (safetensors, with a checksum, no code) holds hyperparameters, data
+        and functions. A file in its place is replaced in one step.
+
+        Args:
+            path: The file; its directory must exist.
+
+        Raises:
+            NotStorableError: A feature map is not registered for storage.
+            OSError: The file could not be written.
+            StorageError: There is no such directory, or the path is one.
+        """
+        from sgdgp.botorch.storage import save
+
+        save(self, path)
+
+    @classmethod
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        model: GP,
+        *,
+        outcome_transform: OutcomeTransform | None = None,
+        input_transform: InputTransform | None = None,
+        solver: Solver | str | None = None,
+    ) -> PathwiseModel:
+        """Read a model that was saved: the same functions, without a solve.
+
+        Args:
+            path: The file.
+            model: A definition built like the one that was saved; it is copied, and
+                the file gives the parameters.
+            outcome_transform: As the model was made with.
+            input_transform: As the model was made with.
+            solver: Of later solves. Default: the one that was saved.
+
+        Raises:
+            StorageError: The file is missing, damaged or of another kind, or the
+                definition is built otherwise (a ValueError).
+        """
+        from sgdgp.botorch.storage import restored
+
+        empty = cls.__new__(cls)
+        FunctionModel.__init__(empty)
+        transforms = {
+            "input_transform": input_transform,
+            "outcome_transform": outcome_transform,
+        }
+        return restored(empty, path, model, transforms, solver)
+
+    def next_functions(self, count: int) -> tuple[tuple[Outputs, ...], tuple[int, ...]]:
+        """Outputs, and the numbers of functions that were not given out before.
+
+        After the last function comes the first again. More than there are are drawn
+        anew, by a solve.
+        """
+        outputs = self._evaluated()
+        numbers = self.cursor.take(count)
+        if count <= self.settings.num_samples:
+            return outputs, tuple(numbers.remainder(self.settings.num_samples).tolist())
+        drawn = tuple(
+            part.drawn(
+                count,
+                seed_of(derived_generator(self.seed, "draw", index, int(numbers[0]))),
+            )
+            for index, part in enumerate(outputs)
+        )
+        return drawn, tuple(range(count))
+
+    def _sharing(self) -> PathwiseModel:
+        """A model with the same modules and the same functions."""
+        other = copy.copy(self)
+        other._modules = dict(self._modules)
+        return other

@@ -1,0 +1,198 @@
+"""Outputs of a model that were conditioned by one posterior, as BoTorch shapes them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from sgdgp.botorch.gain import Block
+from sgdgp.botorch.inverse import Inverse
+from sgdgp.botorch.posterior import Evaluated
+from sgdgp.botorch.units import Units
+from sgdgp.gpytorch_adapter import has_fixed_noise
+from sgdgp.posterior import MultiOutputPosterior, PathwisePosterior
+from sgdgp.posterior.functions import ConditionedPaths, SampleFunctions
+from sgdgp.posterior.multitask import MultitaskPosterior
+from sgdgp.posterior.output_paths import OutputFunctions, OutputPaths
+
+
+@dataclass(frozen=True, eq=False)
+class Outputs(Evaluated):
+    """One or more outputs of one posterior.
+
+    Attributes:
+        posterior: The posterior of all of them.
+        columns: Which of the posterior's outputs, in this order.
+        units: Units on top of those that the posterior knows.
+        functions: Sample functions; the posterior's own, or others drawn from it.
+    """
+
+    posterior: PathwisePosterior | MultiOutputPosterior
+    columns: tuple[int, ...]
+    units: Units
+    functions: SampleFunctions | OutputFunctions
+    _subsets: dict[tuple[int, ...], ConditionedPaths | OutputPaths] = field(
+        default_factory=dict, repr=False
+    )
+    _inverses: dict[int, Inverse] = field(default_factory=dict, repr=False)
+
+    @property
+    def num_paths(self) -> int:
+        """Number of sample functions."""
+        return self.functions.num_functions
+
+    def evaluate(
+        self, x: Tensor, index: tuple[int, ...] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Means (*b, q, m), and what functions add to them (s, *b, q, m).
+
+        Of units that are not affine, both before them.
+
+        Args:
+            x: Inputs (*b, q, d).
+            index: Numbers of the functions. Default: all; () for none.
+        """
+        paths, wanted = self._paths(index or None), index != ()
+        flat, shape = paths.flattened(x)
+        if isinstance(paths, OutputPaths):
+            mean, deviations = paths.evaluate(flat, deviations=wanted)
+            mean, deviations = mean[:, self._own], deviations[:, self._own]
+        else:
+            scale = paths.prior.target_scale
+            mean, deviations = paths.mean_and_deviations(flat, None if wanted else 0)
+            mean = (scale.shift + scale.scale * mean).unsqueeze(1)
+            deviations = (scale.scale * deviations).unsqueeze(1)
+        deviations = deviations.permute(2, 0, 1)
+        mean = mean.reshape(*shape, mean.shape[-1])
+        deviations = deviations.reshape(len(deviations), *mean.shape)
+        if self.units.is_affine:
+            factor = self.units.factor
+            return self.units.shift + factor * mean, factor * deviations
+        return mean, deviations
+
+    def each(self, x: Tensor, index: tuple[int, ...]) -> Tensor:
+        """Function index[i] at its own points x[i]: (k, q, d) -> (k, q, m)."""
+        paths = self._paths(index)
+        flat, _ = paths.flattened(x)
+        values = paths.each(flat.reshape(x.shape))
+        if isinstance(paths, OutputPaths):
+            values = values[..., self._own]
+        else:
+            scale = paths.prior.target_scale
+            values = (scale.shift + scale.scale * values).unsqueeze(-1)
+        return self.units.values(values, x)
+
+    def noise(self, x: Tensor) -> Tensor:
+        """Noise variances (*b, q, m); the average one where they are only known."""
+        flat, shape = self._paths(None).flattened(x)
+        posterior = self.posterior
+        parts = (
+            posterior._parts
+            if isinstance(posterior, MultiOutputPosterior)
+            else (posterior,)
+        )
+        prior = parts[0]._problem.prior
+        with torch.no_grad():
+            if has_fixed_noise(prior.model.likelihood):
+                means = [
+                    (part._problem.noise - prior.nugget).mean()
+                    * part._problem.prior.target_scale.scale**2
+                    for part in parts
+                ]
+                noise = torch.stack(means).expand(len(flat), self._width)
+            elif isinstance(posterior, MultiOutputPosterior):
+                noise = posterior._likelihood_noise(flat)
+            else:
+                noise = prior.target_scale.scale**2 * prior.noise(flat)
+                noise = noise.unsqueeze(1)
+        own = noise[:, self._own].reshape(*shape, len(self.columns))
+        return self.units.factor**2 * own
+
+    def of(self, posterior: PathwisePosterior | MultiOutputPosterior) -> Outputs:
+        """The same outputs of another posterior."""
+        return Outputs(posterior, self.columns, self.units, posterior.functions)
+
+    def drawn(self, count: int, seed: int) -> Outputs:
+        """The same outputs with that many new functions; costs a solve."""
+        return replace(
+            self, functions=self.posterior.draw(count, seed=seed), _subsets={}
+        )
+
+    @property
+    def scale(self) -> Tensor:
+        """Factors (m,) from the definition's units to those of ``evaluate``."""
+        prior = self._first._problem.prior
+        scales = getattr(prior, "target_scales", (prior.target_scale,) * self._width)
+        factors = self.units.factor.new_tensor([scale.scale for scale in scales])
+        return factors[self._own] * self.units.factor
+
+    def subset(self, outputs: Sequence[int]) -> Outputs:
+        """Some of the outputs, counted from the first of these."""
+        chosen = list(outputs)
+        return replace(
+            self,
+            columns=tuple(self.columns[output] for output in chosen),
+            units=self.units.subset(chosen),
+        )
+
+    def blocks(self) -> tuple[Block, ...]:
+        """Groups of these outputs that are correlated, and how to solve for them."""
+        posterior = self.posterior
+        if isinstance(posterior, MultitaskPosterior):
+            inner = posterior._inner
+            everything = tuple(range(len(self.columns)))
+            return (
+                Block(
+                    inner, self._inverse(inner), everything, self.columns, self.scale
+                ),
+            )
+        parts = (
+            posterior._parts
+            if isinstance(posterior, MultiOutputPosterior)
+            else (posterior,)
+        )
+        return tuple(
+            Block(
+                parts[column],
+                self._inverse(parts[column]),
+                (output,),
+                None,
+                self.scale[output : output + 1],
+            )
+            for output, column in enumerate(self.columns)
+        )
+
+    def _inverse(self, part: PathwisePosterior) -> Inverse:
+        """Outputs over the same rows share one."""
+        key = id(part._problem.operator)
+        if key not in self._inverses:
+            self._inverses[key] = Inverse(part._problem)
+        return self._inverses[key]
+
+    @property
+    def _first(self) -> PathwisePosterior:
+        posterior = self.posterior
+        if isinstance(posterior, MultiOutputPosterior):
+            return posterior._parts[0]
+        return posterior
+
+    @property
+    def _width(self) -> int:
+        """Outputs of the posterior."""
+        return getattr(self.posterior, "num_outputs", 1)
+
+    @property
+    def _own(self) -> list[int]:
+        return list(self.columns)
+
+    def _paths(self, index: tuple[int, ...] | None) -> ConditionedPaths | OutputPaths:
+        """All functions, or some; those last asked for are kept."""
+        if index is None:
+            return self.functions.paths
+        if index not in self._subsets:
+            self._subsets.clear()
+            self._subsets[index] = self.functions.paths.subset(index)
+        return self._subsets[index]

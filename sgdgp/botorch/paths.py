@@ -1,0 +1,141 @@
+"""The functions of a ``PathwiseModel`` as BoTorch's sample paths.
+
+``PathwiseThompsonSampling``, ``get_matheron_path_model`` and
+``optimize_posterior_samples`` draw Matheron paths of a model; those of this model are
+there already, and were conditioned by its solver.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+from botorch.sampling.pathwise.paths import SamplePath
+from botorch.sampling.pathwise.posterior_samplers import DrawMatheronPaths
+from jaxtyping import Float
+from torch import Size, Tensor
+
+from sgdgp.botorch.model import PathwiseModel
+from sgdgp.botorch.outputs import Outputs
+
+
+@dataclass(frozen=True, eq=False)
+class PathFunctions:
+    """Some functions of all outputs: x (*b, q, d) -> (k, *b, q, m).
+
+    Attributes:
+        outputs: Where they come from.
+        numbers: Which ones.
+    """
+
+    outputs: tuple[Outputs, ...]
+    numbers: tuple[int, ...]
+
+    @property
+    def num_functions(self) -> int:
+        """Number of functions k."""
+        return len(self.numbers)
+
+    def __call__(self, x: Float[Tensor, "*b q d"]) -> Float[Tensor, "k *b q m"]:
+        """All functions at the same points."""
+        found = []
+        for output in self.outputs:
+            mean, deviations = output.evaluate(x, self.numbers)
+            values = mean + deviations
+            # Affine units are in there already.
+            if not output.units.is_affine:
+                values = output.units.values(values, x)
+            found.append(values)
+        return torch.cat(found, dim=-1)
+
+    def each(self, x: Float[Tensor, "k q d"]) -> Float[Tensor, "k q m"]:
+        """Function i at its own points x[i]."""
+        parts = [output.each(x, self.numbers) for output in self.outputs]
+        return torch.cat(parts, dim=-1)
+
+
+class PathwisePath(SamplePath):
+    """Sample functions with the shapes of BoTorch's Matheron paths.
+
+    Leading dimensions of x broadcast with the sample shape from the right, as BoTorch's
+    do: x (q, d) is shared by all functions, x (*b, *sample_shape, q, d) has points of
+    their own. Several outputs are one more dimension, between samples and points.
+    """
+
+    def __init__(self, functions: PathFunctions, sample_shape: Size, outputs: int):
+        """Paths of these functions.
+
+        Args:
+            functions: As many as the sample shape has.
+            sample_shape: Their arrangement.
+            outputs: Number of outputs.
+        """
+        super().__init__()
+        self.input_transform = None
+        self.output_transform = None
+        self.functions = functions
+        self.sample_shape = sample_shape
+        self.num_outputs = outputs
+
+    def forward(self, x: Tensor, **kwargs: Any) -> Tensor:
+        """Values (*b, *sample_shape, [m,] q) at x (*b, [1 or m,] q, d)."""
+        if self.num_outputs == 1:
+            return self._values(x).squeeze(-1)
+        if x.ndim == 2:
+            return self._values(x).movedim(-1, -2)
+        if x.shape[-3] == 1:
+            return self._values(x.squeeze(-3)).movedim(-1, -2)
+        # Every output at points of its own.
+        values = [
+            self._values(points)[..., output]
+            for output, points in enumerate(x.unbind(-3))
+        ]
+        return torch.stack(values, dim=-2)
+
+    def set_ensemble_as_batch(self, ensemble_as_batch: bool) -> None:
+        """Nothing to do: the model is no ensemble."""
+
+    def _values(self, x: Tensor) -> Tensor:
+        """Values (*b, *sample_shape, q, m) at x whose batch broadcasts with it."""
+        batch, joint = x.shape[:-2], x.shape[-2:]
+        outer = batch[: max(0, len(batch) - len(self.sample_shape))]
+        own = batch[len(outer) :]
+        if prod(own) == 1:
+            return self._shared(x.reshape(*outer, *joint))
+        if torch.broadcast_shapes(own, self.sample_shape) != self.sample_shape:
+            raise ValueError(
+                "x: expected a batch that broadcasts with the sample dimensions "
+                f"{tuple(self.sample_shape)}, found shape {tuple(x.shape)}"
+            )
+        points = x.expand(*outer, *self.sample_shape, *joint)
+        points = points.reshape(prod(outer), self.functions.num_functions, *joint)
+        # Functions first: (k, outer * q, d).
+        values = self.functions.each(points.transpose(0, 1).flatten(1, 2))
+        values = values.unflatten(1, (prod(outer), joint[0])).transpose(0, 1)
+        return values.reshape(*outer, *self.sample_shape, *values.shape[-2:])
+
+    def _shared(self, x: Tensor) -> Tensor:
+        """All functions at the same points (*b, q, d)."""
+        values = self.functions(x)
+        values = values.reshape(*self.sample_shape, *values.shape[1:])
+        samples = list(range(len(self.sample_shape)))
+        first = values.ndim - 2 - len(samples)
+        return values.movedim(samples, [first + i for i in samples])
+
+
+@DrawMatheronPaths.register(PathwiseModel)
+def draw_functions(
+    model: PathwiseModel, *, sample_shape: Size | Sequence[int], **_: Any
+) -> PathwisePath:
+    """The next functions of the model, in the shape of BoTorch's paths.
+
+    Consecutive calls give other functions until all have been given out. More than the
+    model has are drawn anew, which costs a solve. Samplers of the prior and update
+    strategies have no effect: prior draws and solver are the model's own.
+    """
+    shape = Size(sample_shape)
+    functions = PathFunctions(*model.next_functions(shape.numel()))
+    return PathwisePath(functions, shape, model.num_outputs)

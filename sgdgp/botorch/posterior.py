@@ -1,0 +1,324 @@
+"""A BoTorch posterior whose samples are the values of functions.
+
+The functions are numbered. Number i < S is sample function i; number S + i is its
+mirror image 2 mean - f_i, another draw of the same distribution, which makes averages
+over both exact in everything that is odd around the mean.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from botorch.acquisition.objective import (
+    ExpectationPosteriorTransform,
+    PosteriorTransform,
+    ScalarizedPosteriorTransform,
+)
+from botorch.posteriors.posterior import Posterior
+from torch import Tensor
+
+from sgdgp.botorch.units import Units
+
+_ONE = torch.Size([1])
+
+
+class Evaluated(ABC):
+    """One or more outputs that can be evaluated: ``Outputs``, or those of fantasies.
+
+    Attributes:
+        columns: One entry for each output.
+        units: What values still have to pass through, where it is not affine.
+    """
+
+    columns: tuple[int, ...]
+    units: Units
+
+    @property
+    @abstractmethod
+    def num_paths(self) -> int:
+        """Number of sample functions."""
+
+    @property
+    @abstractmethod
+    def scale(self) -> Tensor:
+        """Factors (m,) from the definition's units to those of ``evaluate``."""
+
+    @abstractmethod
+    def evaluate(
+        self, x: Tensor, index: tuple[int, ...] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Means (*b, q, m), and what functions add to them (s, *b, q, m).
+
+        Of units that are not affine, both before them.
+
+        Args:
+            x: Inputs (*b, q, d).
+            index: Numbers of the functions. Default: all; () for none.
+        """
+
+    @abstractmethod
+    def noise(self, x: Tensor) -> Tensor:
+        """Noise variances (*b, q, m); the average one where they are only known."""
+
+    @abstractmethod
+    def subset(self, outputs: Sequence[int]) -> Evaluated:
+        """Some of the outputs, counted from the first of these."""
+
+
+class Cursor:
+    """Which functions were given out already."""
+
+    def __init__(self) -> None:
+        """Start at the first one."""
+        self.position = 0
+
+    def take(self, count: int) -> Tensor:
+        """The next numbers (count,), to be taken modulo the number of functions."""
+        start = self.position
+        self.position += count
+        return torch.arange(start, start + count)
+
+
+@dataclass(frozen=True, eq=False)
+class Noise:
+    """Observation noise: variances (*b, q, m) and standard draws (S, q, m)."""
+
+    variances: Tensor
+    draws: Tensor
+
+    @property
+    def values(self) -> Tensor:
+        """Noise of every function (S, *b, q, m), alike in every t-batch."""
+        count, *joint = self.draws.shape
+        middle = (1,) * (self.variances.ndim - 2)
+        return self.draws.reshape(count, *middle, *joint) * self.variances.sqrt()
+
+
+class PathPosterior(Posterior):
+    """Posterior at x (*b, q, d): mean, variance and values of S functions.
+
+    Nothing is evaluated before it is asked for, and samplers that want fewer than S
+    functions evaluate only those. The mean carries no Monte-Carlo error, a variance
+    one of sqrt(2 / S) relative, unless an outcome transform is not affine: then both
+    are those of the values. A joint covariance has rank S at most.
+    """
+
+    def __init__(
+        self,
+        outputs: Sequence[Evaluated],
+        x: Tensor,
+        *,
+        batch_shape: torch.Size,
+        cursor: Cursor | None = None,
+        noise: Noise | None = None,
+        transform: PosteriorTransform | None = None,
+    ) -> None:
+        """A posterior of outputs side by side.
+
+        Args:
+            outputs: What to evaluate.
+            x: Inputs (*b, q, d).
+            batch_shape: Of the posterior; x may lack dimensions of it.
+            cursor: What ``rsample`` goes on from. Default: the first function.
+            noise: Observation noise on top.
+            transform: An affine posterior transform.
+        """
+        self._outputs = tuple(outputs)
+        self._x = x
+        self._cursor = Cursor() if cursor is None else cursor
+        self._noise = noise
+        self._transform = transform
+        width = sum(len(output.columns) for output in outputs)
+        self._shape = _after(transform, torch.Size([*batch_shape, x.shape[-2], width]))
+        self._mean: Tensor | None = None
+        self._all: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def num_paths(self) -> int:
+        """Number of sample functions S."""
+        return self._outputs[0].num_paths
+
+    @property
+    def device(self) -> torch.device:
+        """The device of all values."""
+        return self._x.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The data type of all values."""
+        return self._x.dtype
+
+    @property
+    def batch_shape(self) -> torch.Size:
+        """The t-batches *b."""
+        return self._shape[:-2]
+
+    @property
+    def base_sample_shape(self) -> torch.Size:
+        """Base samples are numbers of functions: one for each sample."""
+        return torch.Size()
+
+    @property
+    def batch_range(self) -> tuple[int, int]:
+        """No part of the base samples belongs to t-batches."""
+        return (0, 0)
+
+    def _extended_shape(
+        self,
+        sample_shape: torch.Size = torch.Size(),  # noqa: B008
+    ) -> torch.Size:
+        return torch.Size([*sample_shape, *self._shape])
+
+    @property
+    def mean(self) -> Tensor:
+        """Posterior mean (*b, q, m)."""
+        if self._mean is None:
+            if self._is_affine:
+                self._mean = self._applied(self._evaluated(())[0])
+            else:
+                self._mean = self._symmetric().mean(0)
+        return self._mean
+
+    @property
+    def variance(self) -> Tensor:
+        """Posterior variance (*b, q, m), from the functions."""
+        if not self._is_affine:
+            return (self._symmetric() - self.mean).square().mean(0)
+        mean, deviations = self._evaluated(None)
+        if self._transform is None:
+            variance = deviations.square().mean(0)
+            # Known, so that it need not be estimated.
+            return variance if self._noise is None else variance + self._noise.variances
+        return (self.values - self._applied(mean)).square().mean(0)
+
+    @property
+    def values(self) -> Tensor:
+        """Values of all sample functions (S, *b, q, m)."""
+        return self._values(None, mirrored=False)
+
+    def rsample(self, sample_shape: torch.Size | None = None) -> Tensor:
+        """Values (*sample_shape, *b, q, m) of functions that were not used before.
+
+        Every call goes on where the last one of the same model ended; all 2 S
+        functions (the mirror images last) are used before any of them repeats.
+
+        Args:
+            sample_shape: How many. Default: one.
+        """
+        shape = _ONE if not sample_shape else torch.Size(sample_shape)
+        return self._chosen(self._cursor.take(shape.numel())).reshape(
+            self._extended_shape(shape)
+        )
+
+    def rsample_from_base_samples(
+        self, sample_shape: torch.Size, base_samples: Tensor
+    ) -> Tensor:
+        """Values (*sample_shape, *b, q, m) of the functions with these numbers.
+
+        Args:
+            sample_shape: How many.
+            base_samples: Their numbers, modulo 2 S, in this shape; or the draws of one
+                of BoTorch's normal samplers, of which only the order is used.
+
+        Raises:
+            ValueError: The base samples do not have the sample shape.
+        """
+        if base_samples.shape[: len(sample_shape)] != sample_shape or (
+            base_samples.numel() != sample_shape.numel()
+        ):
+            raise ValueError(
+                f"base_samples: expected shape {tuple(sample_shape)}, found "
+                f"{tuple(base_samples.shape)}"
+            )
+        numbers = base_samples.flatten()
+        if numbers.is_floating_point():
+            numbers = numbers.argsort().argsort()
+        return self._chosen(numbers).reshape(self._extended_shape(sample_shape))
+
+    def quantile(self, value: Tensor) -> Tensor:
+        """Marginal quantiles (k, *b, q, m) at probabilities (k,)."""
+        if self._is_affine:
+            normal = torch.distributions.Normal(self.mean, self.variance.sqrt())
+            return normal.icdf(value.to(self.mean).reshape(-1, *(1,) * self.mean.ndim))
+        return torch.quantile(self._symmetric(), value.to(self.mean).flatten(), dim=0)
+
+    @property
+    def _is_affine(self) -> bool:
+        return all(output.units.is_affine for output in self._outputs)
+
+    def _chosen(self, numbers: Tensor) -> Tensor:
+        """Functions of these numbers (k,), each evaluated once."""
+        count = self.num_paths
+        numbers = numbers.remainder(2 * count)
+        functions = numbers.remainder(count)
+        mirrored = numbers >= count
+        index = None
+        wanted, position = functions.unique(return_inverse=True)
+        if self._all is None and 2 * len(wanted) <= count:
+            index, functions, count = tuple(wanted.tolist()), position, len(wanted)
+        values = self._values(index, mirrored=bool(mirrored.any()))
+        rows = (functions + count * mirrored).to(self.device)
+        return values.index_select(0, rows)
+
+    def _values(self, index: tuple[int, ...] | None, *, mirrored: bool) -> Tensor:
+        """Values of functions (k, *b, q, m), then those of their mirror images."""
+        mean, deviations = self._evaluated(index)
+        if self._noise is not None:
+            noise = self._noise.values
+            deviations = deviations + (noise if index is None else noise[list(index)])
+        values = mean + deviations
+        if mirrored:
+            values = torch.cat([values, mean - deviations])
+        return self._applied(values)
+
+    def _symmetric(self) -> Tensor:
+        return self._values(None, mirrored=True)
+
+    def _applied(self, latent: Tensor) -> Tensor:
+        """Units that are not affine, and the posterior transform."""
+        if not self._is_affine:
+            parts = latent.split([len(part.columns) for part in self._outputs], dim=-1)
+            latent = torch.cat(
+                [
+                    own if part.units.is_affine else part.units.values(own, self._x)
+                    for part, own in zip(self._outputs, parts, strict=True)
+                ],
+                dim=-1,
+            )
+        if self._transform is None:
+            return latent
+        value = self._transform.evaluate(latent, self._x)
+        scalar = isinstance(self._transform, ScalarizedPosteriorTransform)
+        return value.unsqueeze(-1) if scalar else value
+
+    def _evaluated(self, index: tuple[int, ...] | None) -> tuple[Tensor, Tensor]:
+        """Means and deviations of all outputs; of all functions kept."""
+        if self._all is not None and index in (None, ()):
+            return self._all
+        parts = [output.evaluate(self._x, index) for output in self._outputs]
+        found = (
+            torch.cat([mean for mean, _ in parts], dim=-1),
+            torch.cat([deviations for _, deviations in parts], dim=-1),
+        )
+        if index is None:
+            self._all = found
+        return found
+
+
+def is_affine(transform: PosteriorTransform) -> bool:
+    """Whether a posterior transform is known to be affine in the outcomes."""
+    return isinstance(
+        transform, ScalarizedPosteriorTransform | ExpectationPosteriorTransform
+    )
+
+
+def _after(transform: PosteriorTransform | None, shape: torch.Size) -> torch.Size:
+    """Shape of the mean after a posterior transform."""
+    if transform is None:
+        return shape
+    if isinstance(transform, ExpectationPosteriorTransform):
+        return torch.Size([*shape[:-2], shape[-2] // transform.n_w, shape[-1]])
+    return torch.Size([*shape[:-1], 1])

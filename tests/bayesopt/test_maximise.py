@@ -1,0 +1,189 @@
+"""Maxima of functions whose maxima are known, and of posterior functions."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from gpytorch.kernels import LinearKernel, MaternKernel, RBFKernel, ScaleKernel
+
+import sgdgp
+from sgdgp.bayesopt import maximise
+from tests.models import GP
+
+BOX = torch.tensor([[0.0, -1.0], [2.0, 1.0]], dtype=torch.float64)
+
+
+class Bumps:
+    """f_i(x) = i - |x - centre_i|^2, as functions of the protocol."""
+
+    def __init__(self, centres):
+        self.centres = centres
+        self.points = []
+
+    @property
+    def num_functions(self):
+        return len(self.centres)
+
+    def __call__(self, x):
+        self.points.append(x)
+        return self.each(x.expand(self.num_functions, -1, -1))
+
+    def each(self, x):
+        offsets = torch.arange(self.num_functions).to(x).unsqueeze(1)
+        return offsets - (x - self.centres.unsqueeze(1)).square().sum(-1)
+
+
+def posterior(n=150, num_samples=6, kernel=None, dtype=torch.float64, **settings):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.rand(n, 2, generator=generator, dtype=torch.float64).to(dtype)
+    x = BOX[0].to(dtype) + x * (BOX[1] - BOX[0]).to(dtype)
+    y = torch.sin(4 * x[:, 0]) * torch.cos(3 * x[:, 1])
+    model = GP(x, y, kernel or ScaleKernel(MaternKernel(nu=1.5))).to(dtype)
+    model.likelihood.noise = 1e-2
+    return sgdgp.condition(
+        model, num_samples=num_samples, num_features=256, progress=False, **settings
+    )
+
+
+def test_maxima_inside_the_box_are_found():
+    centres = torch.tensor([[0.3, 0.2], [1.7, -0.6], [1.0, 0.9]]).double()
+    maxima = maximise(Bumps(centres), BOX, 64, rounds=4)
+    torch.testing.assert_close(maxima.x, centres, rtol=0, atol=3e-3)
+    torch.testing.assert_close(
+        maxima.values, torch.arange(3).double(), rtol=0, atol=1e-5
+    )
+
+
+def test_maxima_outside_of_the_box_are_found_on_its_boundary():
+    centres = torch.tensor([[3.0, 0.5], [-1.0, -5.0]]).double()
+    maxima = maximise(Bumps(centres), BOX, 64, rounds=4)
+    expected = torch.tensor([[2.0, 0.5], [0.0, -1.0]]).double()
+    torch.testing.assert_close(maxima.x, expected, rtol=0, atol=3e-3)
+
+
+def test_maxima_of_posterior_functions_are_those_of_a_fine_grid():
+    given = posterior()
+    maxima = maximise(given, BOX, 256, rounds=5)
+    sides = [torch.linspace(*BOX[:, i].tolist(), 151).double() for i in range(2)]
+    grid = torch.cartesian_prod(*sides)
+    best = given.functions(grid).amax(1)
+    assert bool((maxima.values >= best - 5e-3).all())
+    # The functions are smooth on the scale of the grid.
+    assert bool((maxima.values <= best + 0.02).all())
+
+
+def test_values_are_those_of_the_functions_at_the_points():
+    given = posterior()
+    maxima = maximise(given, BOX, 64, rounds=2, steps=10)
+    values = given.functions.each(maxima.x.unsqueeze(1))[:, 0]
+    torch.testing.assert_close(maxima.values, values)
+
+
+@pytest.mark.parametrize("learning_rate", [0.2, 1e3])
+def test_no_maximum_is_below_its_best_candidate(learning_rate):
+    given = posterior()
+    maxima = maximise(given, BOX, 32, rounds=2, steps=7, learning_rate=learning_rate)
+    candidates = maximise(given, BOX, 32, rounds=2, steps=0)
+    torch.testing.assert_close(maxima.candidate_values, candidates.values)
+    assert bool((maxima.values >= maxima.candidate_values).all())
+    assert bool((maxima.x >= BOX[0]).all())
+    assert bool((maxima.x <= BOX[1]).all())
+
+
+def test_memory_and_seed_decide_what_they_should():
+    given = posterior(num_samples=9)
+    first = maximise(given, BOX, 200, rounds=2, steps=5, seed=3)
+    # 4,000 bytes: a few candidates and one function at a time.
+    frugal = maximise(given, BOX, 200, rounds=2, steps=5, seed=3, memory_budget=4000)
+    torch.testing.assert_close(frugal.x, first.x)
+    generator = torch.Generator().manual_seed(3)
+    again = maximise(given, BOX, 200, rounds=2, steps=5, seed=generator)
+    assert torch.equal(again.x, first.x)
+    other = maximise(given, BOX, 200, rounds=2, steps=5, seed=4)
+    assert not torch.equal(other.x, first.x)
+
+
+def test_candidates_are_evaluated_a_budget_at_a_time():
+    functions = Bumps(torch.rand(5, 2).double())
+    maximise(functions, BOX, 100, rounds=1, steps=0, memory_budget=2 * 8 * 5 * 8 * 10)
+    assert [len(points) for points in functions.points] == [10] * 10
+
+
+def test_more_starts_are_no_worse():
+    given = posterior()
+    one, three = (
+        maximise(given, BOX, 64, rounds=2, steps=0, starts=starts) for starts in (1, 3)
+    )
+    torch.testing.assert_close(one.values, three.values)
+
+
+def test_functions_drawn_later_and_some_of_them_can_be_maximised():
+    given = posterior()
+    settings = {"rounds": 2, "steps": 3, "nearby": 0.2}
+    data = {"x": given._problem.x, "y": given._problem.targets}
+    drawn = given.draw(3, seed=5)
+    assert maximise(drawn, BOX, 32, **settings, **data).x.shape == (3, 2)
+    some = maximise(given.functions.subset([4, 1]), BOX, 32, **settings, **data)
+    everything = maximise(given.functions, BOX, 32, **settings, **data)
+    torch.testing.assert_close(some.x, everything.x[[4, 1]])
+
+
+def test_float32_works():
+    maxima = maximise(posterior(dtype=torch.float32), BOX.float(), 64, rounds=2)
+    assert maxima.x.dtype == maxima.values.dtype == torch.float32
+
+
+def test_kernels_without_a_closed_form_work():
+    given = posterior(kernel=ScaleKernel(RBFKernel()) + LinearKernel())
+    maxima = maximise(given, BOX, 64, rounds=2, steps=10)
+    assert bool((maxima.values > maxima.candidate_values).any())
+
+
+class Refuses(Bumps):
+    """Functions without gradients."""
+
+    def each(self, x):
+        if x.requires_grad:
+            raise ValueError("no gradient")
+        return super().each(x)
+
+
+def test_functions_without_gradients_are_refused_before_any_work():
+    functions = Refuses(torch.rand(2, 2).double())
+    with pytest.raises(ValueError, match="no gradient"):
+        maximise(functions, BOX)
+    assert not functions.points
+    assert maximise(functions, BOX, 16, rounds=1, steps=0).x.shape == (2, 2)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"num_candidates": 0}, "num_candidates"),
+        ({"rounds": 0}, "rounds"),
+        ({"starts": 0}, "starts"),
+        ({"steps": -1}, "steps"),
+        ({"exploration": 1.1}, "exploration"),
+        ({"learning_rate": 0.0}, "learning_rate"),
+        ({"nearby": -1.0}, "nearby"),
+        ({"nearby": torch.ones(3)}, "nearby.*2 of them"),
+        ({"x": torch.zeros(3, 2).double()}, "both"),
+        ({"x": torch.zeros(3, 2), "y": torch.zeros(3)}, "dtype"),
+        ({"x": torch.zeros(3, 2).double(), "y": torch.zeros(4)}, r"\(3,\)"),
+        ({"bounds": BOX.flip(0)}, "lower <= upper"),
+        ({"bounds": BOX[:1]}, r"\(2, d\)"),
+        ({"bounds": BOX * torch.inf}, "finite"),
+        ({"memory_budget": 0}, "memory_budget"),
+    ],
+)
+def test_arguments_that_do_not_fit_are_named(settings, words):
+    functions = Bumps(torch.rand(2, 2).double())
+    with pytest.raises((TypeError, ValueError), match=words):
+        maximise(**{"posterior": functions, "bounds": BOX, **settings})
+
+
+def test_what_is_no_function_is_refused():
+    with pytest.raises(TypeError, match="num_functions"):
+        maximise(torch.sin, BOX)
+    with pytest.raises(ValueError, match="no samples"):
+        maximise(posterior(num_samples=0), BOX)

@@ -1,0 +1,152 @@
+"""``PathPosterior``: numbered functions, their mirror images, lazy evaluation."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from botorch.posteriors.ensemble import EnsemblePosterior
+from botorch.sampling.normal import IIDNormalSampler, SobolQMCNormalSampler
+
+from tests.botorch import problems
+from tests.botorch.problems import SAMPLES, inputs, pathwise
+
+X = inputs(5, 7, 3)
+
+
+@pytest.fixture(scope="module")
+def model():
+    """Two outputs."""
+    return pathwise(problems.batched())
+
+
+def _numbered(posterior, numbers):
+    index = torch.tensor(numbers)
+    return posterior.rsample_from_base_samples(index.shape, index)
+
+
+def test_functions_are_chosen_by_number(model):
+    values = model.posterior(X).values
+    for numbers in ([3, 0, 3], list(range(SAMPLES)), [SAMPLES - 1]):
+        # Few functions are evaluated alone, many together.
+        chosen = _numbered(model.posterior(X), numbers)
+        torch.testing.assert_close(chosen, values[numbers])
+    index = torch.tensor([[1, 2], [4, 1]])
+    chosen = model.posterior(X).rsample_from_base_samples(index.shape, index)
+    torch.testing.assert_close(chosen, values[index])
+
+
+def test_numbers_beyond_the_last_are_mirror_images(model):
+    posterior = model.posterior(X)
+    images = _numbered(posterior, [SAMPLES + 2, 2 * SAMPLES - 1])
+    expected = 2 * posterior.mean - posterior.values[[2, SAMPLES - 1]]
+    torch.testing.assert_close(images, expected)
+    torch.testing.assert_close(
+        _numbered(posterior, [2 * SAMPLES]), posterior.values[:1]
+    )
+    everything = _numbered(posterior, list(range(2 * SAMPLES)))
+    torch.testing.assert_close(everything.mean(0), posterior.mean)
+    torch.testing.assert_close(everything.var(0, correction=0), posterior.variance)
+
+
+def test_mirror_images_pass_through_the_transform():
+    posterior = pathwise(problems.single(log=True)).posterior(X)
+    image = _numbered(posterior, [SAMPLES + 2]).log()
+    own = posterior.values[2:3].log()
+    other = _numbered(posterior, [SAMPLES + 3]).log()
+    torch.testing.assert_close(
+        image + own, other + posterior.values[3:4].log(), rtol=1e-9, atol=1e-9
+    )
+
+
+def test_draws_walk_through_all_functions_before_any_repeats():
+    model = pathwise(problems.single())
+    draws = [
+        model.posterior(X).rsample(torch.Size([n])) for n in (1, 50, 2 * SAMPLES - 51)
+    ]
+    first = model.posterior(X).rsample()
+    everything = torch.cat(draws)
+    assert everything.shape[0] == 2 * SAMPLES
+    assert len(everything.flatten(1).unique(dim=0)) == 2 * SAMPLES
+    torch.testing.assert_close(first, everything[:1])
+    # Without gradients, and as many as asked for.
+    assert not model.posterior(X.clone().requires_grad_()).sample().requires_grad
+    assert model.posterior(X).rsample(torch.Size([300])).shape == (300, 3, 5, 1)
+
+
+def test_nothing_is_evaluated_before_it_is_asked_for(model):
+    wrong = model.posterior(X.float())
+    assert wrong._extended_shape(torch.Size([2])) == (2, 3, 5, 2)
+    with pytest.raises(ValueError, match="float64"):
+        _ = wrong.mean
+
+
+def test_every_sampler_of_botorch_gives_distinct_functions(model):
+    posterior = model.posterior(X)
+    for kind in (SobolQMCNormalSampler, IIDNormalSampler):
+        sampler = kind(torch.Size([2 * SAMPLES]), seed=3)
+        samples = sampler(posterior)
+        assert samples.shape == (2 * SAMPLES, 3, 5, 2)
+        assert len(samples.flatten(1).unique(dim=0)) == 2 * SAMPLES
+        torch.testing.assert_close(samples, sampler(model.posterior(X)))
+
+
+def test_gradients_are_those_of_finite_differences(model):
+    x = X[0, :2].clone().requires_grad_()
+    direction = torch.tensor([0.6, -0.8], dtype=torch.float64)
+    for value in (
+        lambda p: p.mean.sum(),
+        lambda p: p.variance.sum(),
+        lambda p: p.values[5].sum(),
+        lambda p: _numbered(p, [3]).sum(),
+    ):
+        (slope,) = torch.autograd.grad(value(model.posterior(x)), x)
+        step = 1e-5 * direction
+        with torch.no_grad():
+            up, down = (value(model.posterior(x + s)) for s in (step, -step))
+        torch.testing.assert_close(
+            (slope @ direction).sum(), (up - down) / 2e-5, rtol=1e-5, atol=1e-7
+        )
+
+
+def test_quantiles_are_those_of_the_distribution():
+    posterior = pathwise(problems.single()).posterior(X)
+    levels = torch.tensor([0.05, 0.5, 0.95], dtype=torch.float64)
+    low, middle, high = posterior.quantile(levels)
+    torch.testing.assert_close(middle, posterior.mean)
+    torch.testing.assert_close(
+        high - low, 2 * 1.6448536269514722 * posterior.variance.sqrt()
+    )
+    logged = pathwise(problems.single(log=True)).posterior(X)
+    median = logged.quantile(levels[1:2])[0]
+    latent = logged.values.log()
+    images = _numbered(logged, list(range(SAMPLES, 2 * SAMPLES))).log()
+    torch.testing.assert_close(
+        median.log(), (latent + images)[0] / 2, rtol=1e-2, atol=1e-2
+    )
+
+
+def test_base_samples_of_another_shape_are_refused(model):
+    with pytest.raises(ValueError, match="base_samples"):
+        model.posterior(X).rsample_from_base_samples(
+            torch.Size([3]), torch.zeros(2, dtype=torch.long)
+        )
+
+
+def test_it_answers_as_botorchs_ensemble_posterior_of_its_values(model):
+    posterior = model.posterior(X)
+    ensemble = EnsemblePosterior(posterior.values.movedim(0, -3))
+    for shape in (torch.Size(), torch.Size([2]), torch.Size([2, 3])):
+        assert posterior._extended_shape(shape) == ensemble._extended_shape(shape)
+    assert (posterior.device, posterior.dtype) == (ensemble.device, ensemble.dtype)
+    assert posterior.batch_shape == ensemble.batch_shape
+    # The ensemble's mean has a Monte-Carlo error of sd / 8.
+    error = (posterior.mean - ensemble.mean) / posterior.variance.sqrt()
+    assert error.abs().max() < 4 / SAMPLES**0.5
+    ratio = posterior.variance / ensemble.variance
+    assert ((ratio > 0.9) & (ratio < 1.3)).all()
+
+
+def test_no_points_have_no_values(model):
+    posterior = model.posterior(X[:, :0])
+    assert posterior.rsample(torch.Size([4])).shape == (4, 3, 0, 2)
+    assert posterior.mean.shape == (3, 0, 2)
