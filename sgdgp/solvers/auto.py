@@ -84,8 +84,9 @@ def plan(
        its setup costs less than 25 of the passes that it saves (many columns, many
        rows or no K in memory) and leaves seconds for at least three, else pivoted
        Cholesky.
-    3. Behind it ``Cholesky`` where its factor fits the budget, after the passes that
-       cost twice as much as the factorisation, at least 50; else ``SDD``.
+    3. Behind it ``Cholesky`` where its factor fits the budget, in seconds too, after
+       the passes that cost twice as much as the factorisation, at least 50; else
+       ``SDD``.
 
     Args:
         operator: The operator to solve with.
@@ -121,7 +122,7 @@ def plan(
             stages.append(
                 Stage(CG(preconditioner=PivotedCholesky(rank=max(1, rank))), share)
             )
-    if factor_fits:
+    if factor_fits and _CHOLESKY_ENTRY * n / entry <= passes:
         stages.append(Stage(Cholesky()))
     elif operator.outputs_per_input == 1:
         stages.append(Stage(SDD()))
@@ -212,7 +213,11 @@ class Auto(Solver):
                     raise
                 break
             done.append(solution)
-            if solution.reason in ("converged", "interrupted") or self._spent(done):
+            if (
+                solution.reason in ("converged", "interrupted")
+                or _stopped_by_the_clock(solution, solver)
+                or self._spent(done)
+            ):
                 break
         return _merged(done, self.tolerance)
 
@@ -239,6 +244,16 @@ class Auto(Solver):
         return math.fsum(s.passes for s in done) + 1.0 >= self.max_passes or (
             self.max_seconds is not None and seconds >= self.max_seconds
         )
+
+
+def _stopped_by_the_clock(solution: Solution, solver: Solver) -> bool:
+    """Whether a solver with a limit in seconds gave up with passes left to it."""
+    most = getattr(solver, "max_passes", math.inf)
+    return (
+        getattr(solver, "max_seconds", None) is not None
+        and solution.reason == "budget"
+        and solution.passes + 2.0 <= most
+    )
 
 
 def _carried(done: Sequence[Solution], initial: Tensor | None) -> Tensor | None:

@@ -60,6 +60,35 @@ def test_seconds_for_a_few_passes_are_not_spent_on_neighbours():
     assert isinstance(first(4.0).preconditioner, PivotedCholesky)
 
 
+def test_a_factorisation_that_outlasts_the_seconds_is_not_planned():
+    def last(passes):
+        return plan(dense(10_000), 1e-4, 65, 10 * GB, passes)[-1].solver
+
+    assert isinstance(last(1_000.0), Cholesky)
+    assert isinstance(last(10.0), SDD)
+
+
+def test_nothing_follows_a_stage_that_was_stopped_by_the_clock():
+    @dataclass(frozen=True)
+    class Late(Solver):
+        """Gives up after one of its many passes."""
+
+        tolerance: float = 1e-3
+        max_passes: float = 100.0
+        max_seconds: float | None = None
+        name = "late"
+
+        def solve(self, operator, noise, rhs, **settings):
+            found = CG(tolerance=1e-9, max_passes=3.0, preconditioner=None)
+            return found.solve(operator, noise, rhs)
+
+    p = problem("matern32", 100)
+    stages = (Stage(Late()), Stage(Cholesky()))
+    found = p.solve(Auto(max_seconds=100.0, stages=stages))
+    assert found.reason == "budget"
+    assert found.solver == "cg"
+
+
 def preconditioner(operator, columns, budget=10 * GB, noise=0.01):
     solver = plan(operator, noise, columns, budget)[0].solver
     assert isinstance(solver, CG)
