@@ -12,6 +12,7 @@ from torch import Tensor
 from sgdgp.posterior import PathwisePosterior
 from sgdgp.posterior.problem import prior_draws, right_hand_sides, sample_targets
 from sgdgp.posterior.update import extended
+from sgdgp.posterior.warm_start import renewed
 
 
 def with_new_functions(
@@ -25,7 +26,8 @@ def with_new_functions(
     """The posterior given new data as well, with functions drawn anew.
 
     The solve of the mean starts from the old one; those of the functions start from
-    zero, as nothing is known of them yet.
+    zero, as nothing is known of them yet; the old preconditioner and directions serve
+    all of them.
 
     Args:
         posterior: The posterior so far.
@@ -45,11 +47,13 @@ def with_new_functions(
     sampled = sample_targets(draws, problem.operator.x, problem.noise, generator)
     rhs, noise_draws = right_hand_sides(problem.targets, *sampled)
     problem = replace(problem, draws=draws, rhs=rhs, noise_draws=noise_draws)
-    mean = posterior.solution.weights[:, :1]
-    initial = rhs.new_zeros(rhs.shape)
-    initial[: len(mean), :1] = mean
     drawn = time.perf_counter()
-    solution = problem.solve(generator, initial=initial)
+    solution = renewed(problem, posterior.solution)
+    if solution is None or solution.reason == "stagnated":
+        mean = posterior.solution.weights[:, :1]
+        initial = rhs.new_zeros(rhs.shape)
+        initial[: len(mean), :1] = mean
+        solution = problem.solve(generator, initial=initial)
     timings = {"prior_draws": drawn - start, "solve": time.perf_counter() - drawn}
     return PathwisePosterior(
         solution, count, timings, problem.paths(solution.weights), problem

@@ -71,18 +71,84 @@ def warm_start(
     local = replace(local, settings={"local_rows": local.settings["rows"]})
     if left is None or not isinstance(solver, CG | Auto):
         return replace(local, carried=None)
+    assert local.carried is not None
+    started = _carrying(local, left, system, num_new, known, local.carried.residual)
+    if started is None or local.reason != "budget":
+        return replace(local, carried=None) if started is None else started
+    return _iterated(problem, system, started, known, callback)
+
+
+def renewed(
+    problem: Problem, before: Solution, callback: Callback | None = None
+) -> Solution | None:
+    """A solution whose columns are new but for the first, and perhaps some rows.
+
+    Nothing is known of the new columns, so there is nothing to correct locally; the
+    preconditioner and the directions serve them as well.
+
+    Args:
+        problem: The problem, its new rows last.
+        before: The solution of the old rows and columns.
+        callback: Called as it advances; True stops it.
+
+    Returns:
+        None where the earlier solve left nothing to start from.
+    """
+    left = before.carried
+    if (
+        left is None
+        or left.residual.shape != before.weights.shape
+        or not isinstance(problem.solver, CG | Auto)
+    ):
+        return None
+    rhs, operator = problem.rhs, problem.operator.unfilled()
+    num_new = len(rhs) - len(before.weights)
+    system = as_system(operator, problem.noise, rhs)
+    first = replace(
+        before,
+        weights=before.weights[:, :1],
+        carried=replace(left, residual=left.residual[:, :1]),
+    )
+    assert first.carried is not None
+    of_mean = replace(problem, rhs=rhs[:, :1])
+    with torch.no_grad():
+        known, residual = _seen_from_new_rows(of_mean, operator, first, first.carried)
+        assert residual is not None
+        weights = torch.zeros_like(rhs)
+        weights[: len(first.weights), :1] = first.weights
+        residual = torch.cat([residual, rhs[:, 1:]], dim=1)
+        start = Solution(
+            solver="renewed",
+            operator=operator.name,
+            weights=weights,
+            residuals=(residual / system.scale).norm(dim=0),
+            passes=num_new / system.n,
+            seconds=0.0,
+            reason="budget",
+        )
+        started = _carrying(start, left, system, num_new, known, residual)
+        if started is None:
+            return None
+        return _iterated(problem, system, started, known, callback)
+
+
+def _carrying(
+    start: Solution,
+    left: Carried,
+    system: System,
+    num_new: int,
+    known: Directions | None,
+    residual: Float[Tensor, "n k"],
+) -> Solution | None:
+    """A start with all it may go on from; None if its preconditioner is too old."""
     inverse = left.inverse
-    if inverse is not None:
+    if inverse is not None and num_new:
         inverse = appended(inverse, system, num_new)
         if inverse is None:  # it is for the solver to build it again
-            return replace(local, carried=None)
-        local = replace(local, passes=local.passes + inverse.passes)
-    assert local.carried is not None
+            return None
+        start = replace(start, passes=start.passes + inverse.passes)
     pairs = () if known is None else ((known.directions, known.images),)
-    local = replace(local, carried=Carried(local.carried.residual, inverse, pairs))
-    if local.reason != "budget":
-        return local
-    return _iterated(problem, system, local, known, callback)
+    return replace(start, carried=Carried(residual, inverse, pairs))
 
 
 def _seen_from_new_rows(
