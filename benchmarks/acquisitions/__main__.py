@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import os
-import subprocess
 import sys
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,10 +12,9 @@ from benchmarks.acquisitions.models import MODELS
 from benchmarks.acquisitions.problems import PROBLEMS, Objective
 from benchmarks.acquisitions.run import path_of
 from benchmarks.acquisitions.table import read_runs, summary
+from benchmarks.processes import exit_status, failures, run_module
 
 MEASURED = Path(__file__).parent / "measured"
-_ROOT = Path(__file__).resolve().parents[2]
-_INTERRUPTED = 130
 
 
 @dataclass(frozen=True)
@@ -69,48 +65,27 @@ def jobs(options: argparse.Namespace) -> list[Job]:
 
 
 def execute(job: Job, folder: Path) -> int:
-    """One job in a fresh process of one thread; its exit status."""
-    paths = [str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    """One job in a process of its own; its exit status."""
     arguments = [job.function, str(job.seed), job.model, str(folder)]
-    return subprocess.run(
-        [sys.executable, "-m", "benchmarks.acquisitions.run", *arguments],
-        env={
-            "PYKEOPS_VERBOSE": "0",  # GPyTorch imports KeOps, which reports on CUDA
-            **os.environ,
-            "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": os.pathsep.join(paths),
-        },
-        check=False,
-    ).returncode
+    return run_module("benchmarks.acquisitions.run", *arguments)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run what is missing, then print the table.
-
-    Returns:
-        0; 1 if a run failed; 2 for arguments that do not fit; 130 after Ctrl-C.
-    """
+    """Run what is missing, then print the table; see ``exit_status``."""
     options = parser().parse_args(arguments)
-    try:
-        failed = [] if options.table else _run_all(jobs(options), options)
+
+    def work() -> list[str]:
+        failed: list[Job] = []
+        if not options.table:
+            todo = jobs(options)
+            print(f"{len(todo)} runs, {options.workers} at a time", flush=True)
+            failed = failures(
+                todo, lambda job: execute(job, options.results), options.workers
+            )
         print(summary(read_runs(options.results)))
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\ninterrupted; finished runs are kept", file=sys.stderr)
-        return _INTERRUPTED
-    for job in failed:
-        print(f"failed: {job.function} {job.seed} {job.model}", file=sys.stderr)
-    return 1 if failed else 0
+        return [f"{job.function} {job.seed} {job.model}" for job in failed]
 
-
-def _run_all(todo: Sequence[Job], options: argparse.Namespace) -> list[Job]:
-    """Execute the jobs, some at a time; those that failed."""
-    print(f"{len(todo)} runs, {options.workers} at a time", flush=True)
-    with ThreadPoolExecutor(options.workers) as pool:
-        statuses = pool.map(lambda job: execute(job, options.results), todo)
-        return [job for job, status in zip(todo, statuses, strict=True) if status]
+    return exit_status(work, "finished runs")
 
 
 if __name__ == "__main__":

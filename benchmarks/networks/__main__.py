@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import os
-import subprocess
 import sys
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,10 +15,9 @@ from benchmarks.networks.methods import METHODS, NEEDS_LAPLACE, methods_for
 from benchmarks.networks.settings import SETTINGS
 from benchmarks.networks.store import read_result, read_results
 from benchmarks.networks.table import summary
+from benchmarks.processes import exit_status, failures, run_module
 
 MEASURED = Path(__file__).parent / "measured"
-_ROOT = Path(__file__).resolve().parents[2]
-_INTERRUPTED = 130
 
 
 @dataclass(frozen=True)
@@ -90,53 +86,31 @@ def jobs(options: argparse.Namespace) -> list[Job]:
 
 
 def execute(job: Job, folder: Path) -> int:
-    """One job in a fresh process of one thread; its exit status."""
-    paths = [str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    """One job in a process of its own; its exit status."""
     arguments = [job.setting, str(job.seed), str(job.samples), str(folder)]
-    return subprocess.run(
-        [sys.executable, "-m", "benchmarks.networks.run", *arguments, *job.methods],
-        env={
-            "PYKEOPS_VERBOSE": "0",  # GPyTorch imports KeOps, which reports on CUDA
-            **os.environ,
-            "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": os.pathsep.join(paths),
-        },
-        check=False,
-    ).returncode
+    return run_module("benchmarks.networks.run", *arguments, *job.methods)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run what is missing, then print the table.
-
-    Returns:
-        0; 1 if a run failed; 2 for arguments, data or packages that are missing; 130
-        after Ctrl-C.
-    """
+    """Run what is missing, then print the table; see ``exit_status``."""
     options = parser().parse_args(arguments)
-    try:
-        failed = [] if options.table else _run_all(jobs(options), options)
+
+    def work() -> list[str]:
+        failed: list[Job] = []
+        if not options.table:
+            todo = jobs(options)
+            print(f"{len(todo)} settings and seeds to run, {options.workers} at a time")
+            failed = failures(
+                todo, lambda job: execute(job, options.results), options.workers
+            )
         results = read_results(options.results)
         print(summary(results))
         if options.plot:
             for path in draw(results, options.results):
                 print(f"figure: {path}")
-    except (ValueError, OSError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\ninterrupted; finished methods are kept", file=sys.stderr)
-        return _INTERRUPTED
-    for job in failed:
-        print(f"failed: {job.setting} {job.seed}", file=sys.stderr)
-    return 1 if failed else 0
+        return [f"{job.setting} {job.seed}" for job in failed]
 
-
-def _run_all(todo: Sequence[Job], options: argparse.Namespace) -> list[Job]:
-    """Execute the jobs, some at a time; those that failed."""
-    print(f"{len(todo)} settings and seeds to run, {options.workers} at a time")
-    with ThreadPoolExecutor(options.workers) as pool:
-        statuses = pool.map(lambda job: execute(job, options.results), todo)
-        return [job for job, status in zip(todo, statuses, strict=True) if status]
+    return exit_status(work, "finished methods")
 
 
 if __name__ == "__main__":

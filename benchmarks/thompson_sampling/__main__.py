@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
 import sys
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
 from pathlib import Path
 
+from benchmarks.processes import exit_status, failures, run_module
 from benchmarks.thompson_sampling.botorch_paths import check_fits
 from benchmarks.thompson_sampling.figure import draw
 from benchmarks.thompson_sampling.methods import DEFAULT_METHODS, METHODS
@@ -22,8 +20,6 @@ from benchmarks.thompson_sampling.table import summary
 MEASURED = Path(__file__).parent / "measured"
 LENGTHSCALES = (0.1, 0.2, 0.3, 0.4, 0.5)
 _SECONDS = 4.0
-_ROOT = Path(__file__).resolve().parents[2]
-_INTERRUPTED = 130
 
 
 def parser() -> argparse.ArgumentParser:
@@ -89,44 +85,25 @@ def requests(options: argparse.Namespace) -> list[Request]:
 
 
 def execute(request: Request, folder: Path) -> int:
-    """One run in a fresh process of one thread; its exit status."""
-    paths = [str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    command = [sys.executable, "-m", "benchmarks.thompson_sampling.run"]
-    return subprocess.run(
-        [*command, json.dumps(request.to_dict()), str(folder)],
-        env={
-            "PYKEOPS_VERBOSE": "0",  # GPyTorch imports KeOps, which reports on CUDA
-            **os.environ,
-            "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": os.pathsep.join(paths),
-        },
-        check=False,
-    ).returncode
+    """One run in a process of its own; its exit status."""
+    text = json.dumps(request.to_dict())
+    return run_module("benchmarks.thompson_sampling.run", text, str(folder))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run what is missing, then print the tables.
-
-    Returns:
-        0; 1 if a run failed; 2 for arguments that cannot be used; 130 after Ctrl-C.
-    """
+    """Run what is missing, then print the tables; see ``exit_status``."""
     options = parser().parse_args(arguments)
-    try:
+
+    def work() -> list[str]:
         failed = [] if options.table else _run_all(requests(options), options)
         results = read_results(options.results)
         print(summary(results))
         if options.plot:
             for path in draw(results, options.results):
                 print(f"figure: {path}")
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\ninterrupted; finished runs are kept", file=sys.stderr)
-        return _INTERRUPTED
-    for request in failed:
-        print(f"failed: {request.command}", file=sys.stderr)
-    return 1 if failed else 0
+        return [request.command for request in failed]
+
+    return exit_status(work, "finished runs")
 
 
 def _run_all(wanted: Sequence[Request], options: argparse.Namespace) -> list[Request]:
@@ -139,9 +116,7 @@ def _run_all(wanted: Sequence[Request], options: argparse.Namespace) -> list[Req
     ]
     print(f"{len(todo)} of {len(wanted)} runs to do, {options.workers} at a time")
     folder.mkdir(parents=True, exist_ok=True)
-    with ThreadPoolExecutor(options.workers) as pool:
-        statuses = pool.map(lambda request: execute(request, folder), todo)
-        return [run for run, status in zip(todo, statuses, strict=True) if status]
+    return failures(todo, lambda request: execute(request, folder), options.workers)
 
 
 if __name__ == "__main__":

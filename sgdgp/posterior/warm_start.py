@@ -48,7 +48,7 @@ def warm_start(
     left = before.carried
     known, residual, passes = None, None, 0.0
     if left is not None:
-        known, residual = _seen_from_new_rows(problem, operator, before, left)
+        known, residual = _seen_from_new_rows(problem.rhs, operator, before, left)
         passes = num_new / system.n
     solver = problem.solver
     local = LocalCorrection(
@@ -110,9 +110,10 @@ def renewed(
         carried=replace(left, residual=left.residual[:, :1]),
     )
     assert first.carried is not None
-    of_mean = replace(problem, rhs=rhs[:, :1])
     with torch.no_grad():
-        known, residual = _seen_from_new_rows(of_mean, operator, first, first.carried)
+        known, residual = _seen_from_new_rows(
+            rhs[:, :1], operator, first, first.carried
+        )
         assert residual is not None
         weights = torch.zeros_like(rhs)
         weights[: len(first.weights), :1] = first.weights
@@ -152,7 +153,7 @@ def _carrying(
 
 
 def _seen_from_new_rows(
-    problem: Problem, operator: KernelOperator, before: Solution, left: Carried
+    rhs: Tensor, operator: KernelOperator, before: Solution, left: Carried
 ) -> tuple[Directions | None, Float[Tensor, "n k"] | None]:
     """Directions and residuals that were known, with the new rows K(new, old) adds.
 
@@ -163,14 +164,14 @@ def _seen_from_new_rows(
     both = before.weights
     if known is not None:
         both = torch.cat([both, known.directions], dim=1)
-    new = slice(first, len(problem.rhs))
+    new = slice(first, len(rhs))
     padded = torch.cat([both, both.new_zeros(new.stop - first, both.shape[1])])
     rows = operator.rows(new).matmul(padded)
     if known is not None:
         known = known.extended(rows[:, columns:])
     if left.residual.shape != before.weights.shape:
         return known, None
-    return known, torch.cat([left.residual, problem.rhs[new] - rows[:, :columns]])
+    return known, torch.cat([left.residual, rhs[new] - rows[:, :columns]])
 
 
 def _iterated(

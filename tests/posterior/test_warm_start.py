@@ -9,8 +9,10 @@ from gpytorch.kernels import MaternKernel, ScaleKernel
 from gpytorch.likelihoods import GaussianLikelihood
 
 import sgdgp
+from sgdgp.bayesopt.renewal import with_new_functions
 from sgdgp.features import draw_prior
 from sgdgp.posterior.local_correction import LocalCorrection
+from sgdgp.posterior.warm_start import renewed
 from sgdgp.solvers.recycling import Directions
 from tests.models import GP
 from tests.solvers.test_recycling import random_directions
@@ -121,3 +123,40 @@ def test_a_correction_with_known_directions_is_that_of_the_larger_subspace(dtype
     assert float((directions.mT @ left).abs().max()) < 1e-4 * size
     rows = found.settings["rows"]
     assert int((left.abs().amax(dim=1) < 1e-4 * size).sum()) >= rows
+
+
+def test_new_draws_use_what_the_solve_before_has_left():
+    model, x, y, x_new, y_new = thompson_data(0.3)
+    settings = {"num_samples": 16, "num_features": 512, "progress": False}
+    posterior = sgdgp.condition(model, x, y, **settings)
+    for step in range(2):
+        drawn = posterior.draw(16, seed=3)
+        assert drawn.solution.reason == "converged"
+        assert drawn.solution.passes < 0.7 * 15.0  # a solve from zero, measured
+        problem = posterior._problem
+        # Conditioned functions pass through the data, up to the noise draws.
+        at_data = drawn(problem.x).double().mT - problem.targets.unsqueeze(1).double()
+        assert float(at_data.abs().max()) < 0.05
+        if step == 0:
+            posterior = posterior.update(x_new, y_new, progress=False)
+
+
+def test_columns_that_are_new_start_with_the_old_preconditioner():
+    model, x, y, x_new, y_new = thompson_data(0.3)
+    settings = {"num_samples": 16, "num_features": 512, "progress": False}
+    posterior = sgdgp.condition(model, x, y, **settings)
+    generator = torch.Generator().manual_seed(9)
+    cold = posterior.solution.passes
+    for data in ((x_new, y_new), (x_new[:0], y_new[:0])):
+        posterior = with_new_functions(posterior, *data, generator)
+        assert posterior.solution.solver == "renewed+cg"
+        assert posterior.solution.passes < 0.75 * cold
+        assert largest_residual(posterior) < 1.02e-3
+
+
+def test_without_anything_left_nothing_is_renewed():
+    model, x, y, _, _ = thompson_data(0.3)
+    posterior = sgdgp.condition(
+        model, x, y, solver=sgdgp.SDD(1e-1), num_samples=2, num_features=64
+    )
+    assert renewed(posterior._problem, posterior.solution) is None
