@@ -50,7 +50,7 @@ _SEARCH = 0.3e-9
 _ENTRY_IN_MEMORY, _ENTRY_STREAMED = 0.2e-9, 0.6e-9
 _ENTRY_AND_COLUMN = 0.03e-9
 _WORTH_PASSES = 25.0
-_LEAST_PASSES = 3.0
+_FEW_PASSES = 15.0
 _TIMED_ROWS = 512
 _LARGE_NOISE = 0.1
 _CHOLESKY_ENTRY = 7e-12  # seconds per n^3
@@ -79,12 +79,13 @@ def plan(
     """Which solvers, in which order.
 
     1. Up to 2,000 rows, if 8 n^2 bytes fit the budget: ``Cholesky``.
-    2. Else ``CG``, if the memory allows a preconditioner of rank 100: two-level where
+    2. Else, where the seconds are good for less than 15 passes, ``SDD``: what it has by
+       then predicts better than the first iterates of CG.
+    3. Else ``CG``, if the memory allows a preconditioner of rank 100: two-level where
        neighbours tell something (noise less than a tenth of the prior variance) and
        its setup costs less than 25 of the passes that it saves (many columns, many
-       rows or no K in memory) and leaves seconds for at least three, else pivoted
-       Cholesky.
-    3. Behind it ``Cholesky`` where its factor fits the budget, in seconds too, after
+       rows or no K in memory), else pivoted Cholesky.
+    4. Behind it ``Cholesky`` where its factor fits the budget, in seconds too, after
        the passes that cost twice as much as the factorisation, at least 50; else
        ``SDD``.
 
@@ -99,6 +100,8 @@ def plan(
     factor_fits = 8 * n * n <= memory_budget
     if n <= DIRECT_ROWS and factor_fits:
         return (Stage(Cholesky()),)
+    if passes < _FEW_PASSES and operator.outputs_per_input == 1:
+        return (Stage(SDD()),)
     entry = _ENTRY_STREAMED if operator.streaming() is operator else _ENTRY_IN_MEMORY
     entry += _ENTRY_AND_COLUMN * columns
     setup = _REGRESSION / (n * entry) + _SEARCH / entry
@@ -109,7 +112,7 @@ def plan(
     if (
         operator.outputs_per_input == 1
         and not operator.streaming().has_images  # neighbours tell nothing there
-        and setup <= min(_WORTH_PASSES, passes - _LEAST_PASSES)
+        and setup <= _WORTH_PASSES
         and _noise_ratio(operator, noise) < _LARGE_NOISE
         and n
         * (_BYTES_PER_RANK * far_rank(n) + _BYTES_PER_NEIGHBOUR * default_neighbours(n))
