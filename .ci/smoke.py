@@ -43,4 +43,22 @@ uncertain = sgdgp.networks.linearise(network.eval(), sgdgp.networks.Gaussian()).
     [(x, torch.sin(6 * x))], steps=1, final_samples=4
 )
 assert uncertain.predict(x[:5]).variance.gt(0).all()
+
+result = sgdgp.bayesopt.thompson_sampling(
+    lambda x: torch.sin(6 * x[:, 0]),
+    torch.tensor([[0.0], [1.0]]),
+    initial=20,
+    steps=1,
+    batch=4,
+    model=model,
+    progress=False,
+)
+assert len(result.y) == 24
+
+try:
+    import sgdgp.botorch
+except ImportError as error:
+    assert "sgdgp[botorch]" in str(error)
+else:
+    raise AssertionError("BoTorch is here: this is not an environment without extras")
 print(f"sgdgp {sgdgp.__version__} from {package}: {posterior.solution.reason}")

@@ -1,8 +1,9 @@
 """sgdgp: Gaussian processes by stochastic optimisation of one linear solve.
 
 Rooms of their own: ``sgdgp.networks`` (posteriors of trained networks),
-``sgdgp.kernels``, ``sgdgp.features``, ``sgdgp.operators``, ``sgdgp.solvers``,
-``sgdgp.training``.
+``sgdgp.bayesopt`` (Thompson sampling), ``sgdgp.kernels``, ``sgdgp.features``,
+``sgdgp.operators``, ``sgdgp.solvers``, ``sgdgp.training``; with their extras installed,
+``sgdgp.botorch`` and ``sgdgp.sklearn``.
 """
 
 import contextlib
@@ -12,7 +13,7 @@ import io
 with contextlib.redirect_stdout(io.StringIO()):
     import gpytorch as _gpytorch  # noqa: F401
 
-from sgdgp import kernels, metrics, networks  # noqa: F401
+from sgdgp import bayesopt, kernels, metrics, networks  # noqa: F401
 from sgdgp.features import (
     FeatureMap,
     NoRandomFeatures,
