@@ -55,10 +55,10 @@ result = sgdgp.bayesopt.thompson_sampling(
 )
 assert len(result.y) == 24
 
+refused = ""
 try:
     import sgdgp.botorch
 except ImportError as error:
-    assert "sgdgp[botorch]" in str(error)
-else:
-    raise AssertionError("BoTorch is here: this is not an environment without extras")
+    refused = str(error)
+assert "sgdgp[botorch]" in refused, "BoTorch is no requirement, and was imported"
 print(f"sgdgp {sgdgp.__version__} from {package}: {posterior.solution.reason}")
