@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from gpytorch.kernels import Kernel
 
 _TILE_ROWS = 512
+_MEAN_ROWS = 4096
 _TILE_ENTRIES_CPU = 512 * 1024
 _TILE_ENTRIES_GPU = 1024 * 8192
 
@@ -214,4 +215,6 @@ def _buffers(flat: Tensor, rows: int, columns: int) -> tuple[Tensor, ...]:
 
 def _mean(x: Tensor) -> Tensor:
     """The mean point (d,), summed in float64."""
-    return x.mean(0, dtype=torch.float64).to(x.dtype)
+    # In parts, as each sum copies what it sums to float64.
+    parts = [part.sum(0, dtype=torch.float64) for part in x.split(_MEAN_ROWS)]
+    return (torch.stack(parts).sum(0) / max(1, len(x))).to(x.dtype)
