@@ -145,13 +145,13 @@ class Problem:
     ) -> Solution:
         """Other right-hand sides, with preconditioner and directions of a solve."""
         shown, callback = self.settings.progress, self.settings.callback
-        if left is None or not isinstance(self.solver, CG | Auto):
+        # A solver of the user's own is asked itself, even one derived from CG.
+        if left is None or type(self.solver) not in (CG, Auto):
             return self._solve(rhs, noise_draws, generator)
+        given = self.solver
+        assert isinstance(given, CG | Auto)
         solver = CG(
-            self.solver.tolerance,
-            self.solver.max_passes,
-            self.solver.max_seconds,
-            preconditioner=None,
+            given.tolerance, given.max_passes, given.max_seconds, preconditioner=None
         )
         operator = self.operator.unfilled()
         system = as_system(operator, self.noise, rhs)

@@ -69,7 +69,7 @@ def warm_start(
         passes=passes,
     )
     local = replace(local, settings={"local_rows": local.settings["rows"]})
-    if left is None or not isinstance(solver, CG | Auto):
+    if left is None or type(solver) not in (CG, Auto):
         return replace(local, carried=None)
     assert local.carried is not None
     started = _carrying(local, left, system, num_new, known, local.carried.residual)
@@ -98,7 +98,7 @@ def renewed(
     if (
         left is None
         or left.residual.shape != before.weights.shape
-        or not isinstance(problem.solver, CG | Auto)
+        or type(problem.solver) not in (CG, Auto)
     ):
         return None
     rhs, operator = problem.rhs, problem.operator.unfilled()
