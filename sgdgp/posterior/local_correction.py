@@ -47,7 +47,7 @@ _LARGEST_PART = 0.85
 _TILE_ENTRIES = 2**22
 _REFINEMENTS = 3
 _ROUNDS_TO_JUDGE = 3
-_PART_WITH_KNOWN = 5
+_PART_WITH_KNOWN = 0.42  # in all about a pass
 _SURPLUS = 1.08
 
 # Seconds, on 2 cores, of a factorisation per cubed row and of a pass per entry, and per
@@ -122,7 +122,8 @@ class LocalCorrection:
         most = largest_block(system, memory_budget, self.worth_passes)
         judged = _ROUNDS_TO_JUDGE
         if known is not None:
-            most, judged = min(most, max(1, system.n // _PART_WITH_KNOWN)), 2
+            most = max(1, min(most, int(_PART_WITH_KNOWN * system.n)))
+            judged = 2
         sizes: list[tuple[int, float]] = []
         rows = torch.empty(0, dtype=torch.long, device=rhs.device)
         reason: Reason | None = None
