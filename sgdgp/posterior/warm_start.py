@@ -21,7 +21,13 @@ from sgdgp.posterior.problem import Problem
 from sgdgp.solvers.auto import Auto
 from sgdgp.solvers.base import Callback, Solution, told_of
 from sgdgp.solvers.conjugate_gradients import CG
-from sgdgp.solvers.recycling import Carried, Directions, appended, keeping
+from sgdgp.solvers.recycling import (
+    Appended,
+    Carried,
+    Directions,
+    appended,
+    keeping,
+)
 from sgdgp.solvers.system import System, as_system
 
 
@@ -73,8 +79,10 @@ def warm_start(
         return replace(local, carried=None)
     assert local.carried is not None
     started = _carrying(local, left, system, num_new, known, local.carried.residual)
-    if started is None or local.reason != "budget":
-        return replace(local, carried=None) if started is None else started
+    if local.reason != "budget":
+        return started
+    if _is_outgrown(started):  # the solver will build a preconditioner again
+        return replace(started, carried=None)
     return _iterated(problem, system, started, known, callback)
 
 
@@ -128,7 +136,7 @@ def renewed(
             reason="budget",
         )
         started = _carrying(start, left, system, num_new, known, residual)
-        if started is None:
+        if _is_outgrown(started):
             return None
         return _iterated(problem, system, started, known, callback)
 
@@ -140,16 +148,20 @@ def _carrying(
     num_new: int,
     known: Directions | None,
     residual: Float[Tensor, "n k"],
-) -> Solution | None:
-    """A start with all it may go on from; None if its preconditioner is too old."""
+) -> Solution:
+    """A start with all it may go on from."""
     inverse = left.inverse
     if inverse is not None and num_new:
         inverse = appended(inverse, system, num_new)
-        if inverse is None:  # it is for the solver to build it again
-            return None
         start = replace(start, passes=start.passes + inverse.passes)
     pairs = () if known is None else ((known.directions, known.images),)
     return replace(start, carried=Carried(residual, inverse, pairs))
+
+
+def _is_outgrown(started: Solution) -> bool:
+    assert started.carried is not None
+    inverse = started.carried.inverse
+    return isinstance(inverse, Appended) and inverse.is_outgrown
 
 
 def _seen_from_new_rows(

@@ -91,6 +91,11 @@ class Appended(Inverse):
     passes: float
     settings: Mapping[str, Any]
 
+    @property
+    def is_outgrown(self) -> bool:
+        """Whether so many rows are new by now that it should be built again."""
+        return self.rows.shape[0] > _MOST_NEW * self.first
+
     def __call__(self, r: Float[Tensor, "n k"]) -> Float[Tensor, "n k"]:
         """The inverse times r."""
         out = torch.zeros_like(r)
@@ -99,18 +104,13 @@ class Appended(Inverse):
         return out.add_(self.rows.mT @ (self.rows @ r), alpha=size)
 
 
-def appended(inverse: Inverse, system: System, num_new: int) -> Inverse | None:
-    """The preconditioner of a system that has gained ``num_new`` rows at its end.
-
-    None where so many rows are new by now that it should be built again.
-    """
+def appended(inverse: Inverse, system: System, num_new: int) -> Appended:
+    """The preconditioner of a system that has gained ``num_new`` rows at its end."""
     first = system.n - num_new
     grown = appended_rows(system, num_new, default_neighbours(system.n))
     if isinstance(inverse, Appended):
         grown = _stacked(inverse.rows, grown)
         first, inverse = inverse.first, inverse.inverse
-    if system.n - first > _MOST_NEW * first:
-        return None
     entries = num_new * (system.n + (default_neighbours(system.n) + 1) ** 2)
     return Appended(inverse, first, grown, entries / system.n**2, inverse.settings)
 

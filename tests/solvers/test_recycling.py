@@ -160,9 +160,10 @@ def test_rows_appended_one_after_another_are_rows_appended_together(monkeypatch)
     torch.testing.assert_close(twice(p.rhs), once(p.rhs), rtol=1e-6, atol=1e-8)
 
 
-def test_a_preconditioner_that_has_gained_too_many_rows_is_given_up():
+def test_a_preconditioner_knows_when_it_is_outgrown():
     p, system = grown()
-    assert appended(Exactly(p.matrix[:40, :40]), system, N - 40) is None
+    assert appended(Exactly(p.matrix[:40, :40]), system, N - 40).is_outgrown
+    assert not appended(Exactly(p.matrix[:-NEW, :-NEW]), system, NEW).is_outgrown
 
 
 def test_what_appended_rows_cost_is_counted():
