@@ -22,12 +22,11 @@ from sgdgp.botorch.outputs import Outputs
 from sgdgp.posterior.safe_file import (
     FileKind,
     UnusableFileError,
-    check_place_of,
     read_file,
     write_file,
 )
 from sgdgp.posterior.solution_state import solver_from, solver_state
-from sgdgp.posterior.storage import StorageError, contents_of, posterior_from
+from sgdgp.posterior.storage import StorageError, contents_of, place_of, posterior_from
 from sgdgp.solvers import Solver
 
 if TYPE_CHECKING:
@@ -38,13 +37,7 @@ KIND = FileKind("sgdgp.botorch", 1, "PathwiseModel")
 
 def save(model: PathwiseModel, path: str | os.PathLike[str]) -> None:
     """Write a model into a file, in one step: see ``PathwiseModel.save``."""
-    if not isinstance(path, str | os.PathLike):
-        raise TypeError(f"path: expected a path, found {path!r}")
-    place = Path(path).resolve()
-    try:
-        check_place_of(place)
-    except UnusableFileError as error:
-        raise StorageError(f"path: {error}") from error
+    place = place_of(path)
     outputs = model.all_outputs()
     tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
     posteriors = []

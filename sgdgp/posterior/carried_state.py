@@ -19,7 +19,7 @@ from torch import Tensor
 from sgdgp.posterior.safe_file import FileKind, read_file, write_file
 from sgdgp.solvers.preconditioners import Inverse, LowRankInverse
 from sgdgp.solvers.recycling import Appended, Carried
-from sgdgp.solvers.sparse_inverse import SparseFactor, compressed
+from sgdgp.solvers.sparse_inverse import SparseFactor, compressed, compressed_rows
 from sgdgp.solvers.two_level import TwoLevelInverse
 
 KIND = FileKind("sgdgp_carried", 1, "solver state")
@@ -171,13 +171,8 @@ def _compressed_parts(matrix: Tensor) -> dict[str, Tensor]:
 
 
 def _compressed(tensors: Mapping[str, Tensor], columns: int) -> Tensor:
-    starts = tensors["starts"]
-    return torch.sparse_csr_tensor(
-        starts,
-        tensors["columns"],
-        tensors["values"],
-        (len(starts) - 1, columns),
-        check_invariants=False,
+    return compressed_rows(
+        tensors["starts"], tensors["columns"], tensors["values"], columns
     )
 
 

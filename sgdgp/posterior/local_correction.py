@@ -124,6 +124,9 @@ class LocalCorrection:
         if known is not None:
             most = max(1, min(most, int(_PART_WITH_KNOWN * system.n)))
             judged = 2
+            inner = known.directions.mT @ base.to(rhs.dtype)
+        else:
+            inner = rhs.new_zeros(0, rhs.shape[1])
         sizes: list[tuple[int, float]] = []
         rows = torch.empty(0, dtype=torch.long, device=rhs.device)
         reason: Reason | None = None
@@ -151,14 +154,14 @@ class LocalCorrection:
                 else:
                     rows = _around_new_rows(system, base, num_new, most)
                     passes += num_new / system.n
-                change = _solved_on(system, rows, base, known)
+                change = _solved_on(system, rows, base, known, inner)
                 part = len(rows) / system.n
                 passes += part + part**2
                 if change is None:
                     weights, norms, reason = first, base.norm(dim=0), "budget"
                     residual = base
                     break
-                weights, effect = _applied(system, rows, change, base, known)
+                weights, effect = _applied(system, rows, change, known, inner)
                 weights += first
                 residual = base - effect
                 norms = residual.norm(dim=0)
@@ -253,11 +256,15 @@ def _grown(rows: Int[Tensor, " s"], residual: Tensor, size: int) -> Int[Tensor, 
 
 
 def _solved_on(
-    system: System, rows: Tensor, residual: Tensor, known: Directions | None
+    system: System,
+    rows: Tensor,
+    residual: Tensor,
+    known: Directions | None,
+    inner: Tensor,
 ) -> Tensor | None:
     """The correction E of the rows S (s, k), by Cholesky and a few refinements.
 
-    None where even float64 finds no factor.
+    ``inner`` is D^T R. None where even float64 finds no factor.
     """
     block = system.operator.block(rows, rows).clone()
     block.diagonal().add_(system.noise[rows, 0])
@@ -265,7 +272,6 @@ def _solved_on(
     if known is not None:
         images = known.images[rows]
         block.addmm_(images, images.mT, alpha=-1.0)
-        inner = known.directions.mT @ residual.to(images.dtype)
         left = left - (images @ inner).double()
     factor, info = torch.linalg.cholesky_ex(block)
     if bool(info):
@@ -285,17 +291,16 @@ def _applied(
     system: System,
     rows: Tensor,
     change: Tensor,
-    residual: Tensor,
     known: Directions | None,
+    inner: Tensor,
 ) -> tuple[Float[Tensor, "n k"], Float[Tensor, "n k"]]:
     """What is added to the weights, and H times it in float64."""
     step = torch.zeros_like(system.rhs).index_add_(0, rows, change)
     effect = _effect(system, rows, change)
     if known is not None:
-        inner = known.directions.mT @ residual.to(change.dtype)
-        inner -= known.images[rows].mT @ change
-        step.addmm_(known.directions, inner)
-        effect += known.images @ inner
+        moved = inner - known.images[rows].mT @ change
+        step.addmm_(known.directions, moved)
+        effect += known.images @ moved
     return step, effect
 
 

@@ -16,9 +16,8 @@ from sgdgp.posterior import fingerprint
 from sgdgp.posterior.checkpoint import Checkpoint
 from sgdgp.posterior.functions import ConditionedPaths, SampleFunctions
 from sgdgp.posterior.progress import progress_bar
-from sgdgp.solvers.auto import Auto
+from sgdgp.solvers.auto import resuming
 from sgdgp.solvers.base import Callback, Solution, Solver
-from sgdgp.solvers.conjugate_gradients import CG
 from sgdgp.solvers.recycling import Carried, keeping
 from sgdgp.solvers.system import as_system
 
@@ -145,14 +144,9 @@ class Problem:
     ) -> Solution:
         """Other right-hand sides, with preconditioner and directions of a solve."""
         shown, callback = self.settings.progress, self.settings.callback
-        # A solver of the user's own is asked itself, even one derived from CG.
-        if left is None or type(self.solver) not in (CG, Auto):
+        solver = resuming(self.solver)
+        if left is None or solver is None:
             return self._solve(rhs, noise_draws, generator)
-        given = self.solver
-        assert isinstance(given, CG | Auto)
-        solver = CG(
-            given.tolerance, given.max_passes, given.max_seconds, preconditioner=None
-        )
         operator = self.operator.unfilled()
         system = as_system(operator, self.noise, rhs)
         with (

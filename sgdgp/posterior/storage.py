@@ -51,6 +51,16 @@ class StorageError(ValueError):
 
 def save(posterior: Posterior, path: str | os.PathLike[str]) -> None:
     """Write a posterior into a file, in one step: see ``PathwisePosterior.save``."""
+    write_file(place_of(path), KIND, *contents_of(posterior))
+
+
+def place_of(path: str | os.PathLike[str]) -> Path:
+    """Where a file is to be written, once that is known to be possible.
+
+    Raises:
+        StorageError: There is no such directory, or the path is one.
+        TypeError: No path.
+    """
     if not isinstance(path, str | os.PathLike):
         raise TypeError(f"path: expected a path, found {path!r}")
     place = Path(path).resolve()
@@ -58,7 +68,7 @@ def save(posterior: Posterior, path: str | os.PathLike[str]) -> None:
         check_place_of(place)
     except UnusableFileError as error:
         raise StorageError(f"path: {error}") from error
-    write_file(place, KIND, *contents_of(posterior))
+    return place
 
 
 def contents_of(posterior: Posterior) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -18,9 +18,8 @@ from sgdgp.operators.base import KernelOperator
 from sgdgp.posterior.accounts import continued, with_what_is_left
 from sgdgp.posterior.local_correction import LocalCorrection
 from sgdgp.posterior.problem import Problem
-from sgdgp.solvers.auto import Auto
+from sgdgp.solvers.auto import resuming
 from sgdgp.solvers.base import Callback, Solution, told_of
-from sgdgp.solvers.conjugate_gradients import CG
 from sgdgp.solvers.recycling import (
     Appended,
     Carried,
@@ -75,7 +74,7 @@ def warm_start(
         passes=passes,
     )
     local = replace(local, settings={"local_rows": local.settings["rows"]})
-    if left is None or type(solver) not in (CG, Auto):
+    if left is None or resuming(solver) is None:
         return replace(local, carried=None)
     assert local.carried is not None
     started = _carrying(local, left, system, num_new, known, local.carried.residual)
@@ -106,7 +105,7 @@ def renewed(
     if (
         left is None
         or left.residual.shape != before.weights.shape
-        or type(problem.solver) not in (CG, Auto)
+        or resuming(problem.solver) is None
     ):
         return None
     rhs, operator = problem.rhs, problem.operator.unfilled()
@@ -196,17 +195,9 @@ def _iterated(
     """Conjugate gradients with the earlier preconditioner and directions."""
     carried = local.carried
     assert carried is not None
-    options = with_what_is_left(problem.solver, local.passes, local.seconds)
-    solver = keeping(
-        CG(
-            tolerance=options.tolerance,  # type: ignore[attr-defined]
-            max_passes=options.max_passes,  # type: ignore[attr-defined]
-            max_seconds=options.max_seconds,  # type: ignore[attr-defined]
-            preconditioner=None,
-        ),
-        system.rhs,
-        problem.settings.memory_budget,
-    )
+    solver = resuming(with_what_is_left(problem.solver, local.passes, local.seconds))
+    assert solver is not None
+    solver = keeping(solver, system.rhs, problem.settings.memory_budget)
     solution = solver.resume(
         system,
         local.weights / system.scale,

@@ -132,6 +132,19 @@ def plan(
     return tuple(stages or (Stage(CG(preconditioner=None)),))
 
 
+def resuming(solver: Solver) -> CG | None:
+    """CG with the limits of a solver that it may go on for; None for others.
+
+    A solver of the user's own is asked itself, even one derived from CG.
+    """
+    if type(solver) not in (CG, Auto):
+        return None
+    assert isinstance(solver, CG | Auto)
+    return CG(
+        solver.tolerance, solver.max_passes, solver.max_seconds, preconditioner=None
+    )
+
+
 def _seconds_of_a_pass(system: System) -> float:
     """Measured on some rows, which takes a small part of one."""
     rows = min(system.n, _TIMED_ROWS)

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from sgdgp.operators.base import row_slices
 from sgdgp.solvers.preconditioners import Inverse
-from sgdgp.solvers.sparse_inverse import appended_rows
+from sgdgp.solvers.sparse_inverse import appended_rows, compressed_rows
 from sgdgp.solvers.two_level import default_neighbours
 
 if TYPE_CHECKING:
@@ -118,12 +118,11 @@ def appended(inverse: Inverse, system: System, num_new: int) -> Appended:
 def _stacked(above: Tensor, below: Tensor) -> Tensor:
     """Two compressed matrices, one above the other, as wide as the lower one."""
     starts = above.crow_indices()
-    return torch.sparse_csr_tensor(
+    return compressed_rows(
         torch.cat([starts, starts[-1] + below.crow_indices()[1:]]),
         torch.cat([above.col_indices(), below.col_indices()]),
         torch.cat([above.values(), below.values()]),
-        (len(starts) - 1 + below.shape[0], below.shape[1]),
-        check_invariants=False,
+        below.shape[1],
     )
 
 

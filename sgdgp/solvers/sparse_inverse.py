@@ -184,9 +184,17 @@ def compressed(
     order = torch.argsort(rows * shape[1] + columns)
     counts = torch.bincount(rows, minlength=shape[0])
     starts = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+    return compressed_rows(starts, columns[order], values[order], shape[1])
+
+
+def compressed_rows(
+    starts: Tensor, columns: Tensor, values: Tensor, width: int
+) -> Tensor:
+    """A matrix of its compressed rows, sorted already."""
+    shape = (len(starts) - 1, width)
     with warnings.catch_warnings():
         # PyTorch announces on first use that compressed rows are in beta.
         warnings.simplefilter("ignore")
         return torch.sparse_csr_tensor(
-            starts, columns[order], values[order], shape, check_invariants=False
+            starts, columns, values, shape, check_invariants=False
         )
