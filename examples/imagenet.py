@@ -23,13 +23,9 @@ from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 import sgdgp
 from benchmarks.networks.resnet import resnet50, torchvision_resnet50
 from examples.image_folder import ImageFolder
-from sgdgp.metrics import (
-    accuracy,
-    expected_calibration_error,
-    negative_log_likelihood,
-)
+from sgdgp.core.processes import Processes, local_device, started
+from sgdgp.metrics import accuracy, expected_calibration_error, negative_log_likelihood
 from sgdgp.networks import Categorical, GPrior, LinearisedPosterior, WeightSGD
-from sgdgp.networks.processes import Processes, local_device, started
 
 
 def main(arguments: Sequence[str] | None = None) -> LinearisedPosterior:

@@ -23,7 +23,7 @@ from benchmarks.dockstring.run import Problem, Settings, run
 from benchmarks.dockstring.targets import TARGETS, Target, target_named
 from benchmarks.json_file import write_json
 from benchmarks.uci.run import versions
-from sgdgp.checks import check_count
+from sgdgp.core.checks import check_count
 
 _TEST_SHARE = 0.2
 _INTERRUPTED = 130

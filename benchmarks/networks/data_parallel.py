@@ -23,12 +23,12 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from benchmarks.json_file import plain, write_json
 from benchmarks.networks.network import SmallResNet
-from sgdgp.features.tangent import Tangent
+from sgdgp.core.processes import started
 from sgdgp.networks import Categorical, Isotropic, WeightCG, linearise
 from sgdgp.networks.curvature import TangentData, WeightSystem
 from sgdgp.networks.prior_roots import DiagonalPrior
-from sgdgp.networks.processes import started
 from sgdgp.networks.stream import stream_of
+from sgdgp.tangent.jacobian import Tangent
 
 MEASURED = Path(__file__).parent / "measured" / "data_parallel.json"
 

@@ -22,11 +22,11 @@ import torch
 from benchmarks.json_file import write_json
 from benchmarks.networks.resnet import resnet50
 from benchmarks.uci.memory import peak_rss_mb
-from sgdgp.features.tangent import Tangent
 from sgdgp.networks.curvature import TangentData, WeightSystem
 from sgdgp.networks.likelihoods import Categorical
 from sgdgp.networks.prior_roots import DiagonalPrior
 from sgdgp.networks.stream import stream_of
+from sgdgp.tangent.jacobian import Tangent
 
 MEASURED = Path(__file__).parent / "measured" / "resnet50.json"
 

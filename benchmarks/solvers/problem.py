@@ -12,8 +12,8 @@ from gpytorch.kernels import Kernel, MaternKernel, RBFKernel, ScaleKernel
 from jaxtyping import Float
 from torch import Tensor
 
+from sgdgp.core.slices import slices
 from sgdgp.operators import TiledOperator
-from sgdgp.operators.base import row_slices
 
 _SLAB_ENTRIES = 2**25
 
@@ -106,7 +106,7 @@ class Problem:
         operator = TiledOperator(self.build_kernel(), self.x).to(torch.float64)
         v, rhs = weights.double(), self.rhs.double()
         squares = rhs.new_zeros(rhs.shape[1])
-        for rows in row_slices(self.n, operator.rows_per_step):
+        for rows in slices(self.n, operator.rows_per_step):
             product = operator.rows(rows).matmul(v).add_(v[rows], alpha=self.noise)
             squares += (rhs[rows] - product).square().sum(0)
         return squares.sqrt() / rhs.norm(dim=0)
@@ -142,6 +142,6 @@ class Problem:
 def dense_kernel(kernel: Kernel, x: Float[Tensor, "n d"]) -> Float[Tensor, "n n"]:
     """K from GPyTorch itself, a slab of rows at a time: no more memory than K."""
     entries = x.new_empty(len(x), len(x))
-    for rows in row_slices(len(x), max(1, _SLAB_ENTRIES // len(x))):
+    for rows in slices(len(x), max(1, _SLAB_ENTRIES // len(x))):
         entries[rows] = kernel(x[rows], x).to_dense()
     return entries

@@ -31,8 +31,8 @@ from torch import Tensor
 
 from benchmarks.solvers.off_the_clock import operator_of, run_method, unit_columns
 from benchmarks.solvers.task import Outcome, Task
+from sgdgp.core.slices import slices
 from sgdgp.operators import KernelOperator
-from sgdgp.operators.base import row_slices
 
 _POWER_ITERATIONS = 10
 _POWER_TOLERANCE = 1e-3
@@ -56,7 +56,7 @@ class PublishedAP:
         self.weights = torch.zeros_like(rhs)
         self.residual = rhs.clone()
         self._block_size = block_size
-        self._blocks = list(row_slices(n, block_size))
+        self._blocks = list(slices(n, block_size))
         self._factors = []
         self._entries = 0
         for block in self._blocks:

@@ -31,7 +31,7 @@ from benchmarks.solvers.task import Contender, Outcome, Task
 from benchmarks.solvers.trace import Trace
 from benchmarks.uci.memory import peak_rss_mb
 from benchmarks.uci.run import versions
-from sgdgp.operators.memory import resolve_budget
+from sgdgp.core.memory import resolve_budget
 
 _WARM_UP = 256
 _TIGHTENINGS = 2

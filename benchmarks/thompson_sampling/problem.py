@@ -21,8 +21,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from benchmarks.thompson_sampling.request import Request
+from sgdgp.core.seeds import derived_generator
 from sgdgp.features import PriorDraws, draw_prior
-from sgdgp.posterior.seeds import derived_generator
 
 
 class KnownGP(ExactGP):

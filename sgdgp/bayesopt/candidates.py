@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sgdgp.bayesopt.functions import Functions
-from sgdgp.operators.base import row_slices
+from sgdgp.core.slices import slices
 
 _BLOCK = 4096
 """Candidates drawn at a time: what is drawn depends on neither memory nor device."""
@@ -44,7 +44,7 @@ class Candidates:
         self, count: int, generator: torch.Generator
     ) -> Iterator[Float[Tensor, "b d"]]:
         """``count`` candidates, block by block, on the device of the bounds."""
-        for rows in row_slices(count, _BLOCK):
+        for rows in slices(count, _BLOCK):
             yield self._block(rows.stop - rows.start, generator)
 
     def _block(self, count: int, generator: torch.Generator) -> Tensor:

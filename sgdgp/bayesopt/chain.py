@@ -19,9 +19,9 @@ from sgdgp.bayesopt.kept import store_posterior, stored_posterior
 from sgdgp.bayesopt.maximise import Maxima
 from sgdgp.bayesopt.record import Step
 from sgdgp.bayesopt.renewal import with_new_functions
+from sgdgp.core.errors import CheckpointError
+from sgdgp.core.seeds import derived_generator
 from sgdgp.posterior import PathwisePosterior, condition
-from sgdgp.posterior.checkpoint_file import CheckpointError
-from sgdgp.posterior.seeds import derived_generator
 from sgdgp.solvers.base import Solver
 
 ModelMaker: TypeAlias = Callable[[Tensor, Tensor], ExactGP]

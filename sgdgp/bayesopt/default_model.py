@@ -14,7 +14,7 @@ from gpytorch.models import ExactGP
 from jaxtyping import Float
 from torch import Tensor
 
-from sgdgp.posterior.seeds import derived_generator
+from sgdgp.core.seeds import derived_generator
 from sgdgp.training.fit import fit
 
 _ROWS = 1000

@@ -13,10 +13,9 @@ from pathlib import Path
 
 from gpytorch.models import ExactGP
 
+from sgdgp.core.errors import CheckpointError, UnusableFileError
 from sgdgp.posterior import PathwisePosterior, load
 from sgdgp.posterior.carried_state import load_carried, save_carried, settled
-from sgdgp.posterior.checkpoint_file import CheckpointError
-from sgdgp.posterior.safe_file import UnusableFileError
 from sgdgp.solvers.base import Solver
 
 

@@ -18,11 +18,11 @@ from tqdm.auto import tqdm
 from sgdgp.bayesopt.ascent import Ascent, ascend, value_and_slope
 from sgdgp.bayesopt.candidates import Candidates, best_candidates, cumulated_scores
 from sgdgp.bayesopt.functions import Functions, Source, source_of
-from sgdgp.checks import check_count, check_finite, check_matrix, check_same
-from sgdgp.operators.base import row_slices
-from sgdgp.operators.memory import resolve_budget
+from sgdgp.core.checks import check_count, check_finite, check_matrix, check_same
+from sgdgp.core.memory import resolve_budget
+from sgdgp.core.seeds import generator_of
+from sgdgp.core.slices import slices
 from sgdgp.posterior import PathwisePosterior
-from sgdgp.posterior.seeds import generator_of
 
 _WIDEST = 0.25
 """Candidates near data are perturbed by at most this share of the box."""
@@ -236,4 +236,4 @@ def _groups(
     # Weights of functions, copied a few times.
     one = 8 * bounds.element_size() * (1 if x is None else len(x))
     most = _GROUP_CPU if bounds.device.type == "cpu" else _GROUP
-    yield from row_slices(count, max(1, min(most, budget // 2 // one)))
+    yield from slices(count, max(1, min(most, budget // 2 // one)))

@@ -15,13 +15,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sgdgp.posterior.checkpoint_file import CheckpointError
-from sgdgp.posterior.safe_file import (
-    FileKind,
-    UnusableFileError,
-    read_file,
-    write_file,
-)
+from sgdgp.core.errors import CheckpointError, UnusableFileError
+from sgdgp.core.files import FileKind, read_file, write_file
 
 KIND = FileKind("sgdgp.thompson_sampling", 1, "record of a Thompson sampling run")
 

@@ -16,8 +16,8 @@ from tqdm.auto import tqdm
 import sgdgp.bayesopt.record as records
 from sgdgp.bayesopt.chain import Chain, Options
 from sgdgp.bayesopt.record import Pending, Record, Step
+from sgdgp.core.seeds import derived_generator
 from sgdgp.posterior import PathwisePosterior
-from sgdgp.posterior.seeds import derived_generator
 
 Objective: TypeAlias = Callable[[Tensor], Tensor]
 """Points (b, d) to values (b,); larger is better."""

@@ -17,11 +17,11 @@ from sgdgp.bayesopt.kept import remove_posterior
 from sgdgp.bayesopt.maximise import check_bounds, maximise
 from sgdgp.bayesopt.record import Pending, Record, Step
 from sgdgp.bayesopt.run import Objective, Result, Run, posterior_file
-from sgdgp.checks import check_count, check_finite, check_matrix, check_same
+from sgdgp.core.checks import check_count, check_finite, check_matrix, check_same
+from sgdgp.core.hashes import digest
+from sgdgp.core.seeds import derived_generator
 from sgdgp.posterior.checkpoint_file import checked_place
 from sgdgp.posterior.condition import DEFAULT_FEATURES
-from sgdgp.posterior.fingerprint import digest
-from sgdgp.posterior.seeds import derived_generator
 from sgdgp.solvers.base import Solver
 
 

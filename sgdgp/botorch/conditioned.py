@@ -21,11 +21,12 @@ from sgdgp.botorch.definition import (
 )
 from sgdgp.botorch.outputs import Outputs
 from sgdgp.botorch.units import Units, units_of
-from sgdgp.gpytorch_adapter import UnsupportedModelError, prior_of
+from sgdgp.core.errors import UnsupportedModelError
+from sgdgp.core.hashes import digest
+from sgdgp.core.seeds import derived_generator
+from sgdgp.gpytorch_adapter import prior_of
+from sgdgp.gpytorch_adapter.data import training_data
 from sgdgp.posterior import condition
-from sgdgp.posterior.data import training_data
-from sgdgp.posterior.fingerprint import digest
-from sgdgp.posterior.seeds import derived_generator
 from sgdgp.solvers import Solver
 
 

@@ -20,8 +20,9 @@ from gpytorch.likelihoods import (
 from gpytorch.models import GP, ExactGP
 from torch import Tensor, nn
 
-from sgdgp.checks import check_finite, check_matrix, check_same
-from sgdgp.gpytorch_adapter import UnsupportedModelError, raw_training_data
+from sgdgp.core.checks import check_finite, check_matrix, check_same
+from sgdgp.core.errors import UnsupportedModelError
+from sgdgp.gpytorch_adapter import raw_training_data
 
 
 class Observations(nn.Module):

@@ -13,7 +13,7 @@ from botorch.posteriors.posterior import Posterior
 from torch import Tensor
 
 from sgdgp.botorch.posterior import Cursor, Evaluated, Noise, PathPosterior, is_affine
-from sgdgp.posterior.seeds import derived_generator
+from sgdgp.core.seeds import derived_generator
 
 Part = TypeVar("Part", bound=Evaluated)
 

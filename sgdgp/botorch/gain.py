@@ -18,11 +18,11 @@ from jaxtyping import Float
 from linear_operator.utils.cholesky import psd_safe_cholesky
 from torch import Tensor
 
-from sgdgp.botorch.inverse import Inverse
-from sgdgp.features.chunks import recomputed
+from sgdgp.core.slices import recomputed, slices
 from sgdgp.gpytorch_adapter import differentiable_block
-from sgdgp.operators.base import KernelOperator, row_slices
+from sgdgp.operators.base import KernelOperator
 from sgdgp.posterior import PathwisePosterior
+from sgdgp.solvers.differentiable import Inverse
 
 _ENTRIES = 2**21
 """Kernel entries held at once."""
@@ -139,7 +139,7 @@ def _own_blocks(operator: KernelOperator, x: Tensor, u: Tensor) -> Tensor:
     # Kernels take matrices: a few batches at once, of which the diagonal is wanted.
     together = max(1, int((_WASTED / max(1, rows * columns)) ** 0.5))
     found = []
-    for some in row_slices(count, together):
+    for some in slices(count, together):
         size = len(x[some])
         block = differentiable_block(
             operator.kernel, x[some].flatten(0, 1), u[some].flatten(0, 1)
@@ -160,10 +160,10 @@ def _own_products(operator: KernelOperator, x: Tensor, v: Tensor) -> Tensor:
     rows = max(1, _ENTRIES // max(1, len(points)))
     batches = max(1, rows // max(1, x.shape[1]))
     found = []
-    for some in row_slices(len(x), batches):
+    for some in slices(len(x), batches):
         inner = [
             recomputed(product, x[some][:, part], v[some])
-            for part in row_slices(x.shape[1], rows)
+            for part in slices(x.shape[1], rows)
         ]
         found.append(torch.cat(inner, dim=1))
     return torch.cat(found)

@@ -23,10 +23,10 @@ from linear_operator.operators import DiagLinearOperator, LinearOperator
 from torch import Tensor
 
 from sgdgp.botorch.kernel_elements import kernel_element
-from sgdgp.checks import check_count
+from sgdgp.core.checks import check_count
+from sgdgp.core.memory import resolve_budget
+from sgdgp.core.seeds import generator_of
 from sgdgp.operators.choose import operator_by_name
-from sgdgp.operators.memory import resolve_budget
-from sgdgp.posterior.seeds import generator_of
 from sgdgp.solvers.base import Solution, Solver
 from sgdgp.solvers.choose import check_solver_name, choose_solver
 

@@ -12,11 +12,7 @@ from botorch.sampling.base import MCSampler
 from gpytorch.models import GP
 from torch import Tensor, nn
 
-from sgdgp.botorch.conditioned import (
-    Conditioned,
-    SolveSettings,
-    state_of,
-)
+from sgdgp.botorch.conditioned import Conditioned, SolveSettings, state_of
 from sgdgp.botorch.conditioned_model import ConditionedModel
 from sgdgp.botorch.definition import given_data, own_data, single_models
 from sgdgp.botorch.evaluation import FunctionModel
@@ -24,9 +20,9 @@ from sgdgp.botorch.fantasies import FantasyModel
 from sgdgp.botorch.outputs import Outputs
 from sgdgp.botorch.sampler import PathSampler
 from sgdgp.botorch.update import all_columns, updated
-from sgdgp.checks import check_count
+from sgdgp.core.checks import check_count
+from sgdgp.core.seeds import derived_generator, seed_of
 from sgdgp.posterior import MultiOutputPosterior, PathwisePosterior
-from sgdgp.posterior.seeds import derived_generator, seed_of
 from sgdgp.solvers import Solver
 
 DEFAULT_FEATURES = 2048

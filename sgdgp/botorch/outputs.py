@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from sgdgp.botorch.gain import Block
-from sgdgp.botorch.inverse import Inverse
 from sgdgp.botorch.posterior import Evaluated
 from sgdgp.botorch.units import Units
 from sgdgp.gpytorch_adapter import has_fixed_noise
@@ -17,6 +16,7 @@ from sgdgp.posterior import MultiOutputPosterior, PathwisePosterior
 from sgdgp.posterior.functions import ConditionedPaths, SampleFunctions
 from sgdgp.posterior.multitask import MultitaskPosterior
 from sgdgp.posterior.output_paths import OutputFunctions, OutputPaths
+from sgdgp.solvers.differentiable import Inverse
 
 
 @dataclass(frozen=True, eq=False)

@@ -19,14 +19,10 @@ from torch import Tensor, nn
 from sgdgp.botorch.conditioned import Conditioned, SolveSettings, state_of
 from sgdgp.botorch.definition import Observations
 from sgdgp.botorch.outputs import Outputs
-from sgdgp.posterior.safe_file import (
-    FileKind,
-    UnusableFileError,
-    read_file,
-    write_file,
-)
+from sgdgp.core.errors import StorageError, UnusableFileError
+from sgdgp.core.files import FileKind, read_file, write_file
 from sgdgp.posterior.solution_state import solver_from, solver_state
-from sgdgp.posterior.storage import StorageError, contents_of, place_of, posterior_from
+from sgdgp.posterior.storage import contents_of, place_of, posterior_from
 from sgdgp.solvers import Solver
 
 if TYPE_CHECKING:

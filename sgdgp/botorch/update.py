@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from sgdgp.botorch.definition import Observations, single_models
 from sgdgp.botorch.outputs import Outputs
-from sgdgp.checks import check_matrix, check_same
+from sgdgp.core.checks import check_matrix, check_same
 from sgdgp.gpytorch_adapter import has_fixed_noise
 from sgdgp.posterior import MultiOutputPosterior
 

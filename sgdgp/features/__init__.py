@@ -10,11 +10,7 @@ from sgdgp.features.dispatch import (
     register_features,
 )
 from sgdgp.features.exact_draws import ExactDraws, SelectedDraws
-from sgdgp.features.finite import (
-    ConstantFeatures,
-    LinearFeatures,
-    PolynomialFeatures,
-)
+from sgdgp.features.finite import ConstantFeatures, LinearFeatures, PolynomialFeatures
 from sgdgp.features.fourier import FourierFeatures
 from sgdgp.features.index import IndexFeatures, TaskFeatures
 from sgdgp.features.prior_draws import DrawGroup, PriorDraws, draw_prior

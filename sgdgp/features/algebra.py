@@ -10,6 +10,7 @@ import torch
 from gpytorch.kernels import AdditiveKernel, ProductKernel, ScaleKernel
 from torch import Tensor
 
+from sgdgp.core.errors import SgdgpError
 from sgdgp.features.base import FeatureMap
 from sgdgp.features.composite import (
     RestrictedFeatures,
@@ -32,7 +33,7 @@ MAX_TENSOR_FEATURES = 2**20
 """Most features of a product that has to be formed as a tensor product."""
 
 
-class TooManyFeatures(ValueError):
+class TooManyFeatures(SgdgpError, ValueError):
     """A tensor product of two maps would be larger than the limit."""
 
 

@@ -9,14 +9,14 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sgdgp.features.base import FeatureMap
-from sgdgp.features.chunks import (
+from sgdgp.core.slices import (
     CPU_TILE,
     DEVICE_TILE,
     check_product,
     slices,
     tracks_gradient,
 )
+from sgdgp.features.base import FeatureMap
 
 
 class ScaledFeatures(FeatureMap):

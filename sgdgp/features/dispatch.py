@@ -11,11 +11,12 @@ import torch
 from gpytorch.kernels import Kernel
 from torch import Tensor
 
-from sgdgp.checks import check_count, check_finite_parameters
+from sgdgp.core.checks import check_count, check_finite_parameters
+from sgdgp.core.errors import SgdgpError
 from sgdgp.features.base import FeatureMap
 
 
-class NoRandomFeatures(NotImplementedError):
+class NoRandomFeatures(SgdgpError, NotImplementedError):
     """A kernel has no feature map, or none of a usable size.
 
     Args:

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sgdgp.checks import check_count, check_finite
+from sgdgp.core.checks import check_count, check_finite
 from sgdgp.features.dispatch import (
     NoRandomFeatures,
     check_parameters,

@@ -16,6 +16,8 @@ import torch
 from jaxtyping import Bool, Float, Int, Num
 from torch import Tensor
 
+from sgdgp.core.errors import SgdgpError
+
 _LARGEST_SUM = 2**24
 """Whole numbers up to here are exact in float32."""
 
@@ -24,7 +26,7 @@ _LARGEST_CODE = 2**31
 _ROWS_AT_ONCE = 1024
 
 
-class NoInputGradientError(ValueError):
+class NoInputGradientError(SgdgpError, ValueError):
     """A gradient with respect to fingerprints was asked for."""
 
 

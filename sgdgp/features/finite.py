@@ -11,8 +11,7 @@ from gpytorch.kernels import ConstantKernel, LinearKernel, PolynomialKernel
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sgdgp.features.base import FeatureMap
-from sgdgp.features.chunks import (
+from sgdgp.core.slices import (
     CPU_TILE,
     DEVICE_TILE,
     check_product,
@@ -20,11 +19,8 @@ from sgdgp.features.chunks import (
     recomputed,
     slices,
 )
-from sgdgp.features.dispatch import (
-    FeatureRequest,
-    NoRandomFeatures,
-    register_features,
-)
+from sgdgp.features.base import FeatureMap
+from sgdgp.features.dispatch import FeatureRequest, NoRandomFeatures, register_features
 
 MAX_MONOMIALS = 20_000
 """Most features that a polynomial kernel may need."""

@@ -18,8 +18,7 @@ from gpytorch.kernels import (
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sgdgp.features.base import FeatureMap
-from sgdgp.features.chunks import (
+from sgdgp.core.slices import (
     check_product,
     check_width,
     recomputed,
@@ -27,6 +26,7 @@ from sgdgp.features.chunks import (
     tile_shape,
     tracks_gradient,
 )
+from sgdgp.features.base import FeatureMap
 from sgdgp.features.dispatch import FeatureRequest, register_features
 
 

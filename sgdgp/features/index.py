@@ -9,8 +9,8 @@ from gpytorch.kernels import IndexKernel
 from jaxtyping import Float
 from torch import Tensor
 
+from sgdgp.core.slices import check_product, check_width
 from sgdgp.features.base import FeatureMap
-from sgdgp.features.chunks import check_product, check_width
 from sgdgp.features.dispatch import FeatureRequest, register_features
 
 

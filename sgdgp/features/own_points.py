@@ -13,8 +13,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from sgdgp.core.slices import recomputed, slices, tracks_gradient
 from sgdgp.features.base import FeatureMap
-from sgdgp.features.chunks import recomputed, slices, tracks_gradient
 from sgdgp.features.composite import RestrictedFeatures, ScaledFeatures, SumFeatures
 from sgdgp.features.fourier import FourierFeatures
 

@@ -6,8 +6,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from sgdgp.core.slices import check_product, tracks_gradient
 from sgdgp.features.base import FeatureMap
-from sgdgp.features.chunks import check_product, tracks_gradient
 from sgdgp.features.composite import (
     RestrictedFeatures,
     ScaledFeatures,

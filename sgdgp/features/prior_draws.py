@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sgdgp.checks import check_count
+from sgdgp.core.checks import check_count
 from sgdgp.features.base import FeatureMap
 from sgdgp.features.dispatch import random_features
 from sgdgp.features.own_points import own_values

@@ -18,6 +18,7 @@ import torch
 from gpytorch.kernels import Kernel
 from torch import Tensor
 
+from sgdgp.core.errors import NotStorableError
 from sgdgp.features.base import FeatureMap
 from sgdgp.features.composite import (
     RestrictedFeatures,
@@ -27,20 +28,11 @@ from sgdgp.features.composite import (
 )
 from sgdgp.features.dispatch import random_features
 from sgdgp.features.exact_draws import ExactDraws
-from sgdgp.features.finite import (
-    ConstantFeatures,
-    LinearFeatures,
-    PolynomialFeatures,
-)
+from sgdgp.features.finite import ConstantFeatures, LinearFeatures, PolynomialFeatures
 from sgdgp.features.fourier import FourierFeatures
 from sgdgp.features.index import IndexFeatures, TaskFeatures
 from sgdgp.features.pairs import PairFeatures
 from sgdgp.features.prior_draws import DrawGroup, PriorDraws
-
-
-class NotStorableError(TypeError):
-    """A feature map of a class that was not registered for storage."""
-
 
 _STORED: dict[str, type[FeatureMap]] = {
     cls.__name__: cls

@@ -27,8 +27,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from sgdgp.core.slices import check_product, check_width, slices, tracks_gradient
 from sgdgp.features.base import FeatureMap
-from sgdgp.features.chunks import check_product, check_width, slices, tracks_gradient
 from sgdgp.features.fingerprints import (
     SparseCounts,
     check_fingerprints,

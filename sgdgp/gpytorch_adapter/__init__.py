@@ -10,15 +10,15 @@ over one matrix of kernel inputs, which is all that the rest of the package sees
 ``training_problems`` one that is being trained, with the graph to its parameters.
 """
 
+from sgdgp.core.errors import UnsupportedModelError
 from sgdgp.gpytorch_adapter.blocks import differentiable_block
+from sgdgp.gpytorch_adapter.data import raw_training_data, training_data
 from sgdgp.gpytorch_adapter.distribution import prior_at
-from sgdgp.gpytorch_adapter.errors import UnsupportedModelError
 from sgdgp.gpytorch_adapter.inputs import InputLayout, Inputs, layout_of
 from sgdgp.gpytorch_adapter.noise import has_fixed_noise, noise_of, noise_variances
 from sgdgp.gpytorch_adapter.observations import Observed, observed_rows
 from sgdgp.gpytorch_adapter.prior import PairPrior, Prior, pairs_of, prior_of
 from sgdgp.gpytorch_adapter.traced import TracedPrior, traced_prior
-from sgdgp.gpytorch_adapter.training_data import raw_training_data
 from sgdgp.gpytorch_adapter.training_rows import (
     TracedProblem,
     noise_of_rows,
@@ -49,5 +49,6 @@ __all__ = [
     "raw_training_data",
     "to_model_units",
     "traced_prior",
+    "training_data",
     "training_problems",
 ]

@@ -31,7 +31,7 @@ from linear_operator.operators import (
 )
 from torch import Tensor
 
-from sgdgp.gpytorch_adapter.errors import UnsupportedModelError
+from sgdgp.core.errors import UnsupportedModelError
 from sgdgp.gpytorch_adapter.pairs import pairs_kernel
 from sgdgp.gpytorch_adapter.products import ProductOperator
 from sgdgp.gpytorch_adapter.sharing import on_columns

@@ -9,7 +9,7 @@ from gpytorch.distributions import MultivariateNormal
 from gpytorch.models import ExactGP
 from torch import Tensor
 
-from sgdgp.gpytorch_adapter.errors import UnsupportedModelError
+from sgdgp.core.errors import UnsupportedModelError
 from sgdgp.gpytorch_adapter.inputs import Inputs, layout_of
 from sgdgp.gpytorch_adapter.products import products_kept
 

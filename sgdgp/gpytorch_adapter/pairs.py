@@ -27,10 +27,10 @@ from gpytorch.kernels import (
 )
 from torch import Tensor
 
+from sgdgp.core.errors import UnsupportedModelError
 from sgdgp.features import FeatureMap, FeatureRequest, has_features, register_features
 from sgdgp.features.dispatch import forward_features_of
 from sgdgp.features.pairs import PairFeatures, points_and_rows
-from sgdgp.gpytorch_adapter.errors import UnsupportedModelError
 from sgdgp.gpytorch_adapter.sharing import on_columns, with_parts
 
 

@@ -12,7 +12,8 @@ from gpytorch.models import ExactGP
 from jaxtyping import Float
 from torch import Tensor
 
-from sgdgp.checks import check_finite_parameters
+from sgdgp.core.checks import check_finite_parameters
+from sgdgp.core.errors import UnsupportedModelError
 from sgdgp.gpytorch_adapter.covariance import (
     Rows,
     Tree,
@@ -23,7 +24,6 @@ from sgdgp.gpytorch_adapter.covariance import (
     tree_of,
 )
 from sgdgp.gpytorch_adapter.distribution import forward_at, transformed
-from sgdgp.gpytorch_adapter.errors import UnsupportedModelError
 from sgdgp.gpytorch_adapter.inputs import InputLayout, Inputs, layout_of
 from sgdgp.gpytorch_adapter.noise import noise_of
 from sgdgp.gpytorch_adapter.units import TargetScale, target_scales

@@ -10,6 +10,7 @@ from gpytorch.kernels import Kernel
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from sgdgp.core.errors import UnsupportedModelError
 from sgdgp.gpytorch_adapter.covariance import (
     Rows,
     columns_of,
@@ -17,7 +18,6 @@ from sgdgp.gpytorch_adapter.covariance import (
     nugget_of,
     tree_of,
 )
-from sgdgp.gpytorch_adapter.errors import UnsupportedModelError
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import torch
 from gpytorch.models import ExactGP
 from torch import Tensor
 
-from sgdgp.gpytorch_adapter.errors import UnsupportedModelError
+from sgdgp.core.errors import UnsupportedModelError
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ from gpytorch.kernels import Kernel
 from torch import Tensor, nn
 
 from sgdgp.features.dispatch import FeatureRequest, register_features
-from sgdgp.features.tangent import Tangent
-from sgdgp.features.tangent_features import TangentFeatures, WeightRoot
-from sgdgp.features.weight_choice import Weights
+from sgdgp.tangent.features import TangentFeatures, WeightRoot
+from sgdgp.tangent.jacobian import Tangent
+from sgdgp.tangent.weight_choice import Weights
 
 
 class NeuralTangentKernel(Kernel):
@@ -29,7 +29,7 @@ class NeuralTangentKernel(Kernel):
         input_shape: Shape of one of its inputs, for rows of x that are flattened
             ones. Default: rows go to the network as they are.
         prior: A root of Sigma_0, such as a weight prior. Default: the identity.
-        weights: The uncertain weights, see :class:`sgdgp.features.tangent.Tangent`.
+        weights: The uncertain weights, see :class:`sgdgp.tangent.jacobian.Tangent`.
         output: Takes what the network returns to a tensor.
         memory_budget: Bytes for temporaries. Default: half of what is free.
         **kwargs: ``active_dims``.

@@ -10,11 +10,11 @@ import torch
 from gpytorch.kernels import Kernel
 from torch import Tensor
 
+from sgdgp.core.slices import slices
 from sgdgp.features.dispatch import FeatureRequest, register_features
 from sgdgp.features.fingerprints import check_fingerprints, with_own_bin
 from sgdgp.features.tanimoto import TanimotoFeatures
 from sgdgp.kernels.tanimoto_tiles import TanimotoTile
-from sgdgp.operators.base import row_slices
 from sgdgp.operators.tile_gradients import (
     Gradient,
     LiveTile,
@@ -108,7 +108,7 @@ def _by_tiles(x1: Tensor, x2: Tensor) -> Tensor:
     origin = x1.new_zeros(x1.shape[1])
     left, right = tile.left(x1, origin), tile.right(x2, origin)
     out = x1.new_empty(len(x1), len(x2))
-    for rows in row_slices(len(x1), max(1, _TILE_ENTRIES // max(1, len(x2)))):
+    for rows in slices(len(x1), max(1, _TILE_ENTRIES // max(1, len(x2)))):
         part = out[rows]
         cut = tuple(form[rows] for form in left)
         tile.tile(cut, right, part, (torch.empty_like(part),))

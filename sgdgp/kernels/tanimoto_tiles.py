@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-from sgdgp.features.chunks import slices
+from sgdgp.core.slices import slices
 from sgdgp.features.fingerprints import (
     by_bins,
     compact,

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sgdgp.checks import check_finite
+from sgdgp.core.checks import check_finite
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sgdgp.checks import check_finite
-from sgdgp.class_metrics import reliability_of
-from sgdgp.metrics import interval_coverage, rmse
+from sgdgp.core.checks import check_finite
+from sgdgp.metrics import interval_coverage, reliability_of, rmse
 from sgdgp.networks.comparison import (
     CALIBRATED,
     EVIDENCE,

@@ -13,18 +13,14 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from sgdgp.features.tangent import Tangent
-from sgdgp.networks.processes import Processes, current_processes
+from sgdgp.core.errors import CheckpointError, UnusableFileError
+from sgdgp.core.files import FileKind, read_file, write_file
+from sgdgp.core.processes import Processes, current_processes
 from sgdgp.networks.run_state import RunState
 from sgdgp.networks.storage import differences, in_words, network_fingerprint
 from sgdgp.networks.stored_values import decoded, encoded
-from sgdgp.posterior.checkpoint_file import CheckpointError, checked_place
-from sgdgp.posterior.safe_file import (
-    FileKind,
-    UnusableFileError,
-    read_file,
-    write_file,
-)
+from sgdgp.posterior.checkpoint_file import checked_place
+from sgdgp.tangent.jacobian import Tangent
 
 KIND = FileKind("sgdgp.networks.fit", 1, "checkpoint of a network's fit")
 

@@ -18,11 +18,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sgdgp.features.tangent import Tangent, TangentBatch
 from sgdgp.networks.batches import Batch
 from sgdgp.networks.likelihoods import Likelihood
 from sgdgp.networks.stream import Stream
 from sgdgp.networks.weight_priors import WeightPrior
+from sgdgp.tangent.jacobian import Tangent, TangentBatch
 
 _EXAMPLES, _SAMPLES = 32, 8
 _ROWS = 4096

@@ -21,10 +21,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sgdgp.checks import check_count
+from sgdgp.core.checks import check_count
+from sgdgp.core.slices import slices
 from sgdgp.features import FeatureMap
 from sgdgp.operators import FeatureOperator
-from sgdgp.operators.base import row_slices
 from sgdgp.solvers.base import Callback, Solution, Solver
 
 
@@ -102,7 +102,7 @@ class WhitenedFeatures(FeatureMap):
     def _batches(self, x: Tensor) -> Iterator[tuple[Tensor, slice]]:
         """Indices of a batch of examples, and their rows."""
         indices, outputs = _indices(x), self.rows.num_outputs
-        for batch in row_slices(len(x), self.batch_size):
+        for batch in slices(len(x), self.batch_size):
             yield indices[batch], slice(batch.start * outputs, batch.stop * outputs)
 
 

@@ -6,11 +6,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from sgdgp.core.seeds import derived_generator
 from sgdgp.networks.curvature import TangentData, WeightSystem, curvature_probes
 from sgdgp.networks.likelihoods import Gaussian, Likelihood
 from sgdgp.networks.run_state import CurvatureAt, RunState, Schedule
 from sgdgp.networks.weight_priors import PriorSettings
-from sgdgp.posterior.seeds import derived_generator
 
 _POWER_STEPS = 5
 

@@ -31,6 +31,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sgdgp.networks.curvature import TangentData, WeightSystem
+from sgdgp.networks.expectation_maximisation import (
+    EffectiveDimension,
+    effective_dimension,
+)
 from sgdgp.networks.first_state import prior_draws
 from sgdgp.networks.likelihoods import Gaussian, Likelihood
 from sgdgp.networks.linear_model import LinearOptimum, optimise
@@ -45,10 +49,6 @@ from sgdgp.networks.run_state import (
 from sgdgp.networks.weight_priors import WeightPrior
 from sgdgp.networks.weight_solvers import WeightSolution, WeightSolver
 from sgdgp.solvers.base import Callback, Progress
-from sgdgp.training.expectation_maximisation import (
-    EffectiveDimension,
-    effective_dimension,
-)
 
 _LIVE_COLUMNS = 12
 

@@ -20,7 +20,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
 
-from sgdgp.checks import check_finite
+from sgdgp.core.checks import check_finite
 from sgdgp.networks.noise import as_variances, updated_noise
 
 

@@ -10,9 +10,9 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 
-from sgdgp.checks import check_count, check_positive
-from sgdgp.features.tangent import Tangent
-from sgdgp.features.weight_choice import Weights
+from sgdgp.core.checks import check_count, check_positive
+from sgdgp.core.memory import resolve_budget
+from sgdgp.core.seeds import generator_of, seed_of
 from sgdgp.networks.checkpoint import RunKeeper
 from sgdgp.networks.curvature import TangentData
 from sgdgp.networks.dual_solver import Dual
@@ -24,10 +24,10 @@ from sgdgp.networks.run_state import CurvatureAt, RunState, Schedule
 from sgdgp.networks.stream import Split, stream_of
 from sgdgp.networks.weight_priors import GPrior, PriorSettings
 from sgdgp.networks.weight_solvers import WeightCG, WeightSGD, WeightSolver
-from sgdgp.operators.memory import resolve_budget
-from sgdgp.posterior.progress import progress_bar
-from sgdgp.posterior.seeds import generator_of, seed_of
 from sgdgp.solvers.base import Callback
+from sgdgp.solvers.progress import progress_bar
+from sgdgp.tangent.jacobian import Tangent
+from sgdgp.tangent.weight_choice import Weights
 
 STREAMED_FROM = 200_000
 """From so many examples "auto" is stochastic gradient descent."""

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sgdgp.checks import check_finite
+from sgdgp.core.checks import check_finite
 
 _LARGEST_FALL = 100.0
 _SMALLEST = torch.finfo(torch.float32).tiny

@@ -11,8 +11,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sgdgp.checks import check_count
-from sgdgp.features.tangent import Tangent
+from sgdgp.core.checks import check_count
+from sgdgp.core.processes import Processes
+from sgdgp.core.seeds import generator_of
 from sgdgp.networks.calibration import Link, compare
 from sgdgp.networks.comparison import Comparison
 from sgdgp.networks.likelihoods import Gaussian, Likelihood
@@ -27,11 +28,10 @@ from sgdgp.networks.predictive import (
     probit,
     variance_of,
 )
-from sgdgp.networks.processes import Processes
 from sgdgp.networks.run_state import EMStep, noise_in_use
 from sgdgp.networks.stream import Split, stream_of
 from sgdgp.networks.weight_priors import WeightPrior
-from sgdgp.posterior.seeds import generator_of
+from sgdgp.tangent.jacobian import Tangent
 
 _KEPT_NUMBERS = 2**28
 

@@ -17,10 +17,10 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from sgdgp.checks import check_finite
-from sgdgp.features.tangent import Tangent
+from sgdgp.core.checks import check_finite
+from sgdgp.core.processes import current_processes
 from sgdgp.networks.prior_roots import MatrixRoot
-from sgdgp.networks.processes import current_processes
+from sgdgp.tangent.jacobian import Tangent
 
 Probes: TypeAlias = Callable[[int], Iterator[Tensor]]
 """From p to J_b^T L_b e (D, p) for each batch b of this process."""

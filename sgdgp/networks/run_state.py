@@ -8,10 +8,10 @@ from typing import Literal, TypeAlias
 from jaxtyping import Float
 from torch import Tensor
 
+from sgdgp.networks.expectation_maximisation import PrecisionUpdate
 from sgdgp.networks.likelihoods import Gaussian, Likelihood
 from sgdgp.networks.weight_priors import WeightPrior
 from sgdgp.networks.weight_solvers import WeightSolver
-from sgdgp.training.expectation_maximisation import PrecisionUpdate
 
 CurvatureAt: TypeAlias = Literal["linear", "network"]
 """Outputs at which the likelihood's Hessian is taken."""

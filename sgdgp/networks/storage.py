@@ -14,18 +14,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from sgdgp.features.tangent import Tangent
+from sgdgp.core.errors import StorageError, UnusableFileError
+from sgdgp.core.files import FileKind, check_place_of, read_file, write_file
+from sgdgp.core.hashes import digest
 from sgdgp.networks.posterior import LinearisedPosterior
 from sgdgp.networks.stored_values import decoded, encoded
-from sgdgp.posterior.fingerprint import digest
-from sgdgp.posterior.safe_file import (
-    FileKind,
-    UnusableFileError,
-    check_place_of,
-    read_file,
-    write_file,
-)
-from sgdgp.posterior.storage import StorageError, _versions
+from sgdgp.posterior.storage import _versions
+from sgdgp.tangent.jacobian import Tangent
 
 KIND = FileKind("sgdgp.networks", 1, "posterior of a network")
 

@@ -14,10 +14,11 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from sgdgp.core.errors import NotStorableError
+from sgdgp.networks.expectation_maximisation import PrecisionUpdate
 from sgdgp.networks.likelihoods import Categorical, Gaussian
 from sgdgp.networks.prior_roots import WeightPrior, prior_from
 from sgdgp.networks.run_state import EMStep, RunState
-from sgdgp.training.expectation_maximisation import PrecisionUpdate
 
 C = TypeVar("C", bound=type)
 
@@ -25,10 +26,6 @@ _STORED: dict[str, type] = {
     cls.__name__: cls
     for cls in (Categorical, EMStep, Gaussian, PrecisionUpdate, RunState)
 }
-
-
-class NotStorableError(TypeError):
-    """An object of a class that was not registered for storage."""
 
 
 def register_stored_class(cls: C) -> C:

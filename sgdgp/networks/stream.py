@@ -24,8 +24,8 @@ from torch.utils.data import (
 )
 from torch.utils.data.distributed import DistributedSampler
 
+from sgdgp.core.processes import Processes, current_processes
 from sgdgp.networks.batches import Batch, Marks, moved_to, size_of
-from sgdgp.networks.processes import Processes, current_processes
 
 DEFAULT_BATCH = 128
 """Examples per batch of a data set that comes without a loader."""

@@ -18,9 +18,8 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from sgdgp.checks import check_count, check_positive
-from sgdgp.features.tangent import Tangent
-from sgdgp.features.weight_choice import NORMS
+from sgdgp.core.checks import check_count, check_positive
+from sgdgp.core.hashes import digest
 from sgdgp.networks.prior_roots import (
     DiagonalPrior,
     KroneckerPrior,
@@ -34,7 +33,8 @@ from sgdgp.networks.probe_moments import (
     floored_squares,
     given_blocks,
 )
-from sgdgp.posterior.fingerprint import digest
+from sgdgp.tangent.jacobian import Tangent
+from sgdgp.tangent.weight_choice import NORMS
 
 __all__ = [
     "GPrior",

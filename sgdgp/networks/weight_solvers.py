@@ -21,7 +21,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sgdgp.checks import check_positive
+from sgdgp.core.checks import check_positive
 from sgdgp.networks.batches import Batch
 from sgdgp.networks.curvature import WeightSystem
 from sgdgp.solvers.base import Reason

@@ -21,11 +21,7 @@ from sgdgp.operators.feature_kernel import FeatureKernel
 from sgdgp.operators.keops import KeopsOperator
 from sgdgp.operators.row_blocks import RowBlocksOperator
 from sgdgp.operators.tile_gradients import register_tile_gradient
-from sgdgp.operators.tile_kernels import (
-    TileKernel,
-    register_tile_kernel,
-    tile_kernel,
-)
+from sgdgp.operators.tile_kernels import TileKernel, register_tile_kernel, tile_kernel
 from sgdgp.operators.tiled import TiledOperator
 
 __all__ = [

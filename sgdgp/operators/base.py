@@ -8,7 +8,6 @@ streamed in tiles, or summed by KeOps.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -16,6 +15,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from sgdgp.core.memory import resolve_budget
+from sgdgp.core.slices import slices
 from sgdgp.operators.arguments import (
     check_inputs,
     check_vectors,
@@ -23,7 +24,6 @@ from sgdgp.operators.arguments import (
     resolve_index,
 )
 from sgdgp.operators.evaluation import detached_copy
-from sgdgp.operators.memory import resolve_budget
 from sgdgp.operators.moving import Move, MovingVectors
 from sgdgp.operators.quadratic_form import check_quadratic, generic_quadratic_form
 from sgdgp.operators.small_blocks import small_blocks
@@ -138,14 +138,14 @@ class KernelOperator(ABC):
     ) -> Float[Tensor, "m k"]:
         """K[:, index] v, for some rows of the block at a time."""
         out = v.new_empty(self.shape[0], v.shape[1])
-        for rows in row_slices(self.shape[0], min(self.rows_per_step, _BLOCK_ROWS)):
+        for rows in slices(self.shape[0], min(self.rows_per_step, _BLOCK_ROWS)):
             out[rows] = self.block(rows, index) @ v
         return out
 
     def matmul(self, v: Float[Tensor, "n k"]) -> Float[Tensor, "m k"]:
         """K v: one pass over the kernel matrix for all columns of v (n, k)."""
         out = v.new_empty(self.shape[0], v.shape[1])
-        for rows in row_slices(self.shape[0], self.rows_per_step):
+        for rows in slices(self.shape[0], self.rows_per_step):
             out[rows] = self._rows_matmul(rows, v)
         return out
 
@@ -313,9 +313,3 @@ class ColumnBlock:
     def to_dense(self) -> Float[Tensor, "m b"]:
         """The columns themselves."""
         return self.operator.block(slice(0, self.operator.shape[0]), self.index)
-
-
-def row_slices(n: int, size: int) -> Iterator[slice]:
-    """Consecutive slices of at most ``size`` rows that cover range(n)."""
-    for start in range(0, n, size):
-        yield slice(start, min(start + size, n))

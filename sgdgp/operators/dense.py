@@ -9,8 +9,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from sgdgp.core.slices import slices
 from sgdgp.operators.arguments import check_vectors, resolve_index, take
-from sgdgp.operators.base import KernelOperator, RowIndex, row_slices
+from sgdgp.operators.base import KernelOperator, RowIndex
 from sgdgp.operators.check import check_kernel
 from sgdgp.operators.feature import FeatureOperator, features_operator
 from sgdgp.operators.row_blocks import RowBlocksOperator
@@ -74,7 +75,7 @@ class DenseOperator(KernelOperator):
         if self._entries is None:
             entries = self.x.new_empty(self.shape)
             everything = slice(0, self.shape[1])
-            for rows in row_slices(self.shape[0], self.source.rows_per_step):
+            for rows in slices(self.shape[0], self.source.rows_per_step):
                 entries[rows] = self.source.block(rows, everything)
             self._entries = entries
         return self._entries
@@ -103,7 +104,7 @@ class DenseOperator(KernelOperator):
         # Written transposed and in strips of rows: faster than one thin product.
         out = v.new_zeros(v.shape[1], self.shape[0])
         left = v.mT.contiguous()
-        for rows in row_slices(self.shape[0], _STRIP_ROWS):
+        for rows in slices(self.shape[0], _STRIP_ROWS):
             out[:, rows].addmm_(left, self.entries[rows].mT)
         return out.mT
 

@@ -9,6 +9,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from sgdgp.core.memory import resolve_budget
+from sgdgp.core.slices import slices
 from sgdgp.features import FeatureMap
 from sgdgp.features.pairs import point_of_rows
 from sgdgp.operators.arguments import (
@@ -19,10 +21,9 @@ from sgdgp.operators.arguments import (
     resolve_index,
     take,
 )
-from sgdgp.operators.base import KernelOperator, RowIndex, row_slices
+from sgdgp.operators.base import KernelOperator, RowIndex
 from sgdgp.operators.check import check_kernel
 from sgdgp.operators.feature_kernel import CastFeatures, FeatureKernel, exact_map
-from sgdgp.operators.memory import resolve_budget
 from sgdgp.operators.moving import Move, MovingVectors
 from sgdgp.operators.quadratic_form import generic_quadratic_form
 from sgdgp.operators.tile_kernels import tile_kernel
@@ -237,7 +238,7 @@ class FeatureOperator(KernelOperator):
         affordable = max(1, self.memory_budget // (4 * row))
         if affordable < outputs:
             # Not even the outputs of one point: columns of phi^T one by one.
-            for rows in row_slices(index_length(index), affordable):
+            for rows in slices(index_length(index), affordable):
                 points, inner = points_behind(piece(index, rows), outputs)
                 found = take(x, points)
                 unit = x.new_zeros(len(found) * outputs, rows.stop - rows.start)
@@ -247,7 +248,7 @@ class FeatureOperator(KernelOperator):
         step = affordable // outputs
         if isinstance(index, slice):
             step *= outputs
-        for rows in row_slices(index_length(index), step):
+        for rows in slices(index_length(index), step):
             points, inner = points_behind(piece(index, rows), outputs)
             found = self.features.features(take(x, points))
             yield rows, found if inner is None else take(found, inner)

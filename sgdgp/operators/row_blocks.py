@@ -9,6 +9,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from sgdgp.core.memory import resolve_budget
+from sgdgp.core.slices import slices
 from sgdgp.operators.arguments import (
     check_vectors,
     index_length,
@@ -17,10 +19,9 @@ from sgdgp.operators.arguments import (
     resolve_index,
     take,
 )
-from sgdgp.operators.base import KernelOperator, RowIndex, row_slices
+from sgdgp.operators.base import KernelOperator, RowIndex
 from sgdgp.operators.check import check_kernel
 from sgdgp.operators.evaluation import evaluated, with_fixed_grids
-from sgdgp.operators.memory import resolve_budget
 from sgdgp.operators.quadratic_form import generic_quadratic_form
 
 if TYPE_CHECKING:
@@ -86,7 +87,7 @@ class RowBlocksOperator(KernelOperator):
         length = index_length(index)
         out = v.new_empty(length, v.shape[1])
         everything = slice(0, self.shape[1])
-        for rows in row_slices(length, self.rows_per_step):
+        for rows in slices(length, self.rows_per_step):
             torch.mm(self._dense(piece(index, rows), everything), v, out=out[rows])
         return out
 
@@ -99,7 +100,7 @@ class RowBlocksOperator(KernelOperator):
         if length <= self.rows_per_step:
             return self._dense(i, j)
         out = self.x.new_empty(length, index_length(j))
-        for rows in row_slices(length, self.rows_per_step):
+        for rows in slices(length, self.rows_per_step):
             out[rows] = self._dense(piece(i, rows), j)
         return out
 
@@ -128,7 +129,7 @@ class RowBlocksOperator(KernelOperator):
         return torch.cat(
             [
                 self._diagonal_of(self.x[points])
-                for points in row_slices(self.x.shape[0], size)
+                for points in slices(self.x.shape[0], size)
             ]
         )
 

@@ -9,6 +9,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from sgdgp.core.memory import resolve_budget
+from sgdgp.core.slices import slices
 from sgdgp.operators.arguments import (
     check_vectors,
     index_length,
@@ -16,7 +18,7 @@ from sgdgp.operators.arguments import (
     resolve_index,
     take,
 )
-from sgdgp.operators.base import KernelOperator, RowIndex, row_slices
+from sgdgp.operators.base import KernelOperator, RowIndex
 from sgdgp.operators.check import check_kernel
 from sgdgp.operators.exact_diagonal import (
     DiagonalWriter,
@@ -25,7 +27,6 @@ from sgdgp.operators.exact_diagonal import (
     SliceDiagonal,
     write_where_equal,
 )
-from sgdgp.operators.memory import resolve_budget
 from sgdgp.operators.quadratic_form import generic_quadratic_form
 from sgdgp.operators.tile_gradients import live_tile
 from sgdgp.operators.tile_kernels import Forms, tile_kernel
@@ -115,7 +116,7 @@ class TiledOperator(KernelOperator):
         height = max(1, min(self._strip_rows, 1 << max(0, rows - 1).bit_length()))
         if height not in self._column_tiles:
             width = max(1, min(self._entries // height, self.shape[1]))
-            cuts = list(row_slices(self.shape[1], width))
+            cuts = list(slices(self.shape[1], width))
             self._column_tiles[height] = _ColumnTiles(
                 width,
                 tuple((cut, tuple(form[cut] for form in self._right)) for cut in cuts),
@@ -132,7 +133,7 @@ class TiledOperator(KernelOperator):
         length = index_length(index)
         # A product written transposed wastes nothing on a ragged last group of columns.
         out = v.new_zeros(v.shape[1], length).mT
-        for rows in row_slices(length, self._strip_rows):
+        for rows in slices(length, self._strip_rows):
             self._add_strip(piece(index, rows), v, out[rows])
         return out.mul_(self.tile.factor)
 
@@ -174,7 +175,7 @@ class TiledOperator(KernelOperator):
         right = tuple(take(form, j) for form in self._right)
         width = index_length(j)
         out = self.x.new_empty(index_length(i), width)
-        for rows in row_slices(out.shape[0], max(1, self._entries // max(1, width))):
+        for rows in slices(out.shape[0], max(1, self._entries // max(1, width))):
             strip = piece(i, rows)
             left = tuple(take(form, strip) for form in self._left)
             scratch = self.x.new_empty(self.tile.scratch, rows.stop - rows.start, width)

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sgdgp.operators.base import row_slices
+from sgdgp.core.slices import slices
 from sgdgp.operators.quadratic_form import symmetric_factors, with_gradient
 from sgdgp.operators.tile_gradients import LiveTile, Pad, WeightedTerm
 
@@ -75,7 +75,7 @@ def _sum_over_tiles(
 def _tiles(n: int, entries: int) -> Iterator[tuple[slice, slice]]:
     """Tiles on and above the diagonal; those on it are square."""
     height = max(1, min(_TILE_ROWS, int(entries**0.5)))
-    for rows in row_slices(n, height):
+    for rows in slices(n, height):
         yield rows, rows
         width = max(1, entries // height)
         for start in range(rows.stop, n, width):

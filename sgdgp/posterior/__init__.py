@@ -1,10 +1,11 @@
 """Posterior functions by pathwise conditioning."""
 
+from sgdgp.core.errors import StorageError
 from sgdgp.posterior.condition import condition
 from sgdgp.posterior.functions import SampleFunctions
 from sgdgp.posterior.outputs import MultiOutputPosterior
 from sgdgp.posterior.pathwise import Marginals, PathwisePosterior
-from sgdgp.posterior.storage import Posterior, StorageError, load
+from sgdgp.posterior.storage import Posterior, load
 
 __all__ = [
     "Marginals",

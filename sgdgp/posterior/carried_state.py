@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sgdgp.posterior.safe_file import FileKind, read_file, write_file
+from sgdgp.core.files import FileKind, read_file, write_file
 from sgdgp.solvers.preconditioners import Inverse, LowRankInverse
 from sgdgp.solvers.recycling import Appended, Carried
 from sgdgp.solvers.sparse_inverse import SparseFactor, compressed, compressed_rows

@@ -16,16 +16,11 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from sgdgp.posterior.accounts import continued, with_what_is_left
-from sgdgp.posterior.checkpoint_file import (
-    CheckpointError,
-    Saved,
-    checked_place,
-    read,
-    write,
-)
+from sgdgp.core.errors import CheckpointError
+from sgdgp.posterior.checkpoint_file import Saved, checked_place, read, write
 from sgdgp.posterior.fingerprint import differing_components, differing_probes
 from sgdgp.solvers.base import Callback, HistoryEntry, Progress, Solution, Solver
+from sgdgp.solvers.budgets import continued, with_what_is_left
 
 Attempt: TypeAlias = Callable[[Solver, Tensor | None, Callback | None], Solution]
 """A solve as a function of (solver, starting point, callback)."""

@@ -9,14 +9,9 @@ from pathlib import Path
 
 from torch import Tensor
 
-from sgdgp.checks import check_positive
-from sgdgp.posterior.safe_file import (
-    FileKind,
-    UnusableFileError,
-    check_place_of,
-    read_file,
-    write_file,
-)
+from sgdgp.core.checks import check_positive
+from sgdgp.core.errors import CheckpointError, UnusableFileError
+from sgdgp.core.files import FileKind, check_place_of, read_file, write_file
 from sgdgp.posterior.solution_state import (
     solution_from,
     solution_state,
@@ -28,10 +23,6 @@ FORMAT = 1
 """Version of the file's layout."""
 
 KIND = FileKind("sgdgp.checkpoint", FORMAT, "checkpoint")
-
-
-class CheckpointError(ValueError):
-    """A checkpoint file cannot be used; the message says which, why and what to do."""
 
 
 @dataclass(frozen=True)

@@ -9,19 +9,19 @@ from gpytorch.models import ExactGP
 from jaxtyping import Float
 from torch import Tensor
 
-from sgdgp.checks import check_count
+from sgdgp.core.checks import check_count
+from sgdgp.core.memory import resolve_budget
+from sgdgp.core.seeds import derived_generator, generator_of, seed_of
 from sgdgp.gpytorch_adapter import Inputs, PairPrior, prior_of
+from sgdgp.gpytorch_adapter.data import training_data
 from sgdgp.operators import check_kernel
-from sgdgp.operators.memory import resolve_budget
 from sgdgp.posterior import fingerprint
 from sgdgp.posterior.checkpoint import Checkpoint
-from sgdgp.posterior.data import training_data
 from sgdgp.posterior.independent import IndependentPosterior
 from sgdgp.posterior.multitask import MultitaskPosterior
 from sgdgp.posterior.outputs import MultiOutputPosterior
 from sgdgp.posterior.pathwise import PathwisePosterior
 from sgdgp.posterior.problem import Settings
-from sgdgp.posterior.seeds import derived_generator, generator_of, seed_of
 from sgdgp.posterior.systems import solve_system, systems_of
 from sgdgp.solvers.base import Callback, Solver
 

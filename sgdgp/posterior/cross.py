@@ -7,9 +7,10 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from sgdgp.core.slices import slices
 from sgdgp.gpytorch_adapter import differentiable_block
 from sgdgp.operators import FeatureOperator
-from sgdgp.operators.base import KernelOperator, row_slices
+from sgdgp.operators.base import KernelOperator
 
 _ENTRIES = 2**21
 """Kernel entries whose graph is held at once."""
@@ -36,7 +37,7 @@ def cross_product(
     def product(x: Tensor, points: Tensor, weights: Tensor) -> Tensor:
         return differentiable_block(operator.kernel, x, points) @ weights
 
-    pieces = list(row_slices(operator.x.shape[0], columns))
+    pieces = list(slices(operator.x.shape[0], columns))
     if len(pieces) == 1:
         return product(x_new, operator.x, v)
     total = x_new.new_zeros(x_new.shape[0], v.shape[1])

@@ -18,9 +18,9 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import pad
 
-from sgdgp.features.chunks import recomputed, tracks_gradient
+from sgdgp.core.slices import recomputed, slices, tracks_gradient
 from sgdgp.gpytorch_adapter import differentiable_block
-from sgdgp.operators.base import KernelOperator, row_slices
+from sgdgp.operators.base import KernelOperator
 from sgdgp.operators.distances import (
     DIRECT_DIMENSIONS,
     left_form,
@@ -111,12 +111,12 @@ def _sweep(
     # Squared distances below are rounding errors, of points that are the same.
     error = 0.0 if width <= DIRECT_DIMENSIONS else torch.finfo(z.dtype).eps
     buffers = z.new_empty(3, at_once * own * step)
-    for rows in row_slices(count, at_once):
+    for rows in slices(count, at_once):
         flat = z[rows].reshape(-1, width)
         left = _padded(left_form(flat)[0])
         floor = (8 * error) * flat.square().sum(1, keepdim=True)
         gradient = slopes[:, rows.start * own : rows.stop * own]
-        for cut in row_slices(n, step):
+        for cut in slices(n, step):
             shape = (len(flat), cut.stop - cut.start)
             value, derivative, scratch = (
                 buffer[: shape[0] * shape[1]].view(shape) for buffer in buffers
@@ -162,9 +162,9 @@ def _by_blocks(operator: KernelOperator, x: Tensor, columns: Tensor) -> Tensor:
     step = max(1, min(n, _BLOCK // max(1, own)))
     at_once = max(1, _BLOCK // max(1, own * step))
     parts = []
-    for rows in row_slices(count, at_once):
+    for rows in slices(count, at_once):
         total = x.new_zeros(rows.stop - rows.start, own)
-        for cut in row_slices(n, step):
+        for cut in slices(n, step):
             total = total + recomputed(
                 partial(product, cut=cut), x[rows], columns[rows, cut]
             )

@@ -9,14 +9,13 @@ problem, while code that changed (a kernel's forward, a library's random stream)
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Mapping
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from sgdgp.core.hashes import digest, structure_of
 from sgdgp.operators.base import KernelOperator
 
 _POINTS = 16
@@ -69,14 +68,6 @@ def components(
     return {**found, **structure_of(model)}
 
 
-def structure_of(model: torch.nn.Module) -> dict[str, str]:
-    """Hashes of the classes and plain attributes of a model's modules, by name."""
-    return {
-        f"structure of {name or 'the model'}": digest(_structure(module))
-        for name, module in model.named_modules()
-    }
-
-
 def probe(
     operator: KernelOperator, noise: Float[Tensor, " n"], rhs: Float[Tensor, "n k"]
 ) -> dict[str, Tensor]:
@@ -123,21 +114,6 @@ def differing_probes(
     ]
 
 
-def digest(value: Any) -> str:
-    """A hash of a tensor's type, shape and bytes, or of what str() says."""
-    found = hashlib.sha256()
-    if isinstance(value, Tensor):
-        value = value.detach().cpu().contiguous()
-        found.update(f"{value.dtype} {tuple(value.shape)}".encode())
-        if value.numel() == 1:
-            # An expanded element calls itself contiguous, whatever its strides.
-            value = torch.empty(1, dtype=value.dtype).copy_(value.reshape(1))
-        found.update(value.reshape(-1).view(torch.uint8).numpy())
-    else:
-        found.update(str(value).encode())
-    return found.hexdigest()[:32]
-
-
 def _is_close(stored: Tensor | None, here: Tensor, tolerance: float) -> bool:
     if stored is None or stored.shape != here.shape:
         return False
@@ -145,22 +121,3 @@ def _is_close(stored: Tensor | None, here: Tensor, tolerance: float) -> bool:
     # wave with a column, may be near zero by accident. Noise is compared one by one.
     size = here.abs().amax(dim=0) if here.ndim == 2 else here.abs()
     return bool(((stored - here).abs() <= tolerance * size).all())
-
-
-def _structure(module: torch.nn.Module) -> str:
-    """Class and plain attributes, such as a Matern kernel's nu."""
-    kind = type(module)
-    return f"{kind.__module__}.{kind.__qualname__} {list(plain_attributes(module))}"
-
-
-def plain_attributes(module: torch.nn.Module) -> Iterator[tuple[str, object]]:
-    """Numbers, strings and sequences of them, such as a Matern kernel's nu."""
-    for name, value in sorted(vars(module).items()):
-        if not name.startswith("_") and name != "training" and _is_plain(value):
-            yield name, value
-
-
-def _is_plain(value: object) -> bool:
-    if isinstance(value, tuple | list):
-        return all(_is_plain(item) for item in value)
-    return value is None or isinstance(value, bool | int | float | str)

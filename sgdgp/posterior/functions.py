@@ -16,10 +16,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sgdgp.checks import check_finite, check_same
+from sgdgp.core.checks import check_finite, check_same
+from sgdgp.core.slices import slices
 from sgdgp.features import ExactDraws, PriorDraws, SelectedDraws
 from sgdgp.gpytorch_adapter import Prior
-from sgdgp.operators.base import KernelOperator, row_slices
+from sgdgp.operators.base import KernelOperator
 from sgdgp.posterior.cross import cross_product
 from sgdgp.posterior.each import own_products
 from sgdgp.solvers.base import Solution
@@ -73,7 +74,7 @@ class ConditionedPaths:
         wanted = slice(0, None if num_deviations is None else 1 + num_deviations)
         means, deviations = [], []
         # An empty x is one empty slice.
-        for rows in list(row_slices(x.shape[0], _ROWS)) or [slice(0, 0)]:
+        for rows in list(slices(x.shape[0], _ROWS)) or [slice(0, 0)]:
             prior_mean, inputs = self.prior.evaluate(x[rows])
             update = cross_product(self.operator, inputs, self.weights[:, wanted])
             means.append(prior_mean + update[:, 0])

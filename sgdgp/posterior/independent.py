@@ -12,16 +12,16 @@ from jaxtyping import Float
 from linear_operator.operators import DiagLinearOperator, RootLinearOperator
 from torch import Tensor
 
-from sgdgp.checks import check_count
+from sgdgp.core.checks import check_count
+from sgdgp.core.seeds import generator_of_draws
 from sgdgp.posterior.functions import Points
 from sgdgp.posterior.output_paths import OutputFunctions, ParallelPaths
 from sgdgp.posterior.outputs import MultiOutputPosterior, given_noise, new_targets
 from sgdgp.posterior.pathwise import PathwisePosterior
 from sgdgp.posterior.problem import prior_draws, sample_targets
-from sgdgp.posterior.seeds import generator_of_draws
-from sgdgp.posterior.solutions import merged_solution, split_solution
 from sgdgp.posterior.systems import joined_problem
 from sgdgp.posterior.together import updated_together
+from sgdgp.solvers.solutions import merged_solution, split_solution
 
 
 @dataclass(frozen=True, eq=False)

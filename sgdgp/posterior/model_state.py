@@ -13,10 +13,11 @@ import torch
 from gpytorch.models import ExactGP
 from torch import Tensor
 
-from sgdgp.posterior.fingerprint import plain_attributes
+from sgdgp.core.errors import SgdgpError
+from sgdgp.core.hashes import plain_attributes
 
 
-class OtherModelError(ValueError):
+class OtherModelError(SgdgpError, ValueError):
     """The model that was given is not built like the one that was saved."""
 
 

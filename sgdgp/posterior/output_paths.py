@@ -10,8 +10,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from sgdgp.core.slices import slices
 from sgdgp.gpytorch_adapter import PairPrior, pairs_of
-from sgdgp.operators.base import row_slices
 from sgdgp.posterior.cross import cross_product
 from sgdgp.posterior.functions import (
     ConditionedPaths,
@@ -174,7 +174,7 @@ class ParallelPaths(OutputPaths):
     ) -> tuple[Float[Tensor, "n t"], Float[Tensor, "n t s"]]:
         """Output by output, in groups that share an operator."""
         means, values = [], []
-        for rows in list(row_slices(x.shape[0], _ROWS)) or [slice(0, 0)]:
+        for rows in list(slices(x.shape[0], _ROWS)) or [slice(0, 0)]:
             mean, value = self._evaluate(x[rows], deviations)
             means.append(mean)
             values.append(value)

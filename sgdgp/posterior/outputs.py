@@ -18,9 +18,9 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from sgdgp.checks import check_count, check_finite
+from sgdgp.core.checks import check_count, check_finite
+from sgdgp.core.slices import slices
 from sgdgp.gpytorch_adapter import has_fixed_noise
-from sgdgp.operators.base import row_slices
 from sgdgp.posterior.functions import Points
 from sgdgp.posterior.output_paths import OutputFunctions, OutputPaths
 from sgdgp.posterior.pathwise import PathwisePosterior
@@ -190,7 +190,7 @@ class MultiOutputPosterior(ABC):
         variance = torch.empty_like(mean)
         with torch.no_grad():
             for rows in tqdm(
-                list(row_slices(len(flat), batch_size)),
+                list(slices(len(flat), batch_size)),
                 desc="predict",
                 disable=not progress,
             ):

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sgdgp.core.memory import resolve_budget
 from sgdgp.features.storage import draws_from, state_of_draws
 from sgdgp.gpytorch_adapter import Prior
 from sgdgp.operators import KernelOperator
 from sgdgp.operators.choose import operator_by_name
-from sgdgp.operators.memory import resolve_budget
 from sgdgp.posterior.model_state import OtherModelError
 from sgdgp.posterior.pathwise import PathwisePosterior
 from sgdgp.posterior.problem import Problem, Settings

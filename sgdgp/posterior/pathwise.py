@@ -13,12 +13,12 @@ from linear_operator.operators import DiagLinearOperator, RootLinearOperator
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from sgdgp.checks import check_count
+from sgdgp.core.checks import check_count
+from sgdgp.core.seeds import generator_of_draws
+from sgdgp.core.slices import slices
 from sgdgp.gpytorch_adapter import has_fixed_noise
-from sgdgp.operators.base import row_slices
 from sgdgp.posterior.functions import ConditionedPaths, Points, SampleFunctions
 from sgdgp.posterior.problem import Problem
-from sgdgp.posterior.seeds import generator_of_draws
 from sgdgp.solvers.base import Callback, Solution, Solver
 
 
@@ -231,7 +231,7 @@ class PathwisePosterior:
             return MultivariateNormal(units.shift + units.scale * mean, covariance)
         check_count("batch_size", batch_size, 1)
         mean, variance = flat.new_empty(len(flat)), flat.new_empty(len(flat))
-        batches = list(row_slices(len(flat), batch_size))
+        batches = list(slices(len(flat), batch_size))
         with torch.no_grad():
             for rows in tqdm(batches, desc="predict", disable=not progress):
                 centre, deviations = self._paths.mean_and_deviations(flat[rows])

@@ -15,9 +15,9 @@ from sgdgp.operators import KernelOperator
 from sgdgp.posterior import fingerprint
 from sgdgp.posterior.checkpoint import Checkpoint
 from sgdgp.posterior.functions import ConditionedPaths, SampleFunctions
-from sgdgp.posterior.progress import progress_bar
 from sgdgp.solvers.auto import resuming
 from sgdgp.solvers.base import Callback, Solution, Solver
+from sgdgp.solvers.progress import progress_bar
 from sgdgp.solvers.recycling import Carried, keeping
 from sgdgp.solvers.system import as_system
 

@@ -17,25 +17,16 @@ import torch
 from gpytorch.models import ExactGP
 from torch import Tensor
 
+from sgdgp.core.errors import StorageError, UnusableFileError
+from sgdgp.core.files import FileKind, check_place_of, read_file, write_file
 from sgdgp.gpytorch_adapter import Prior, prior_of
 from sgdgp.operators import KernelOperator
 from sgdgp.posterior.independent import IndependentPosterior
-from sgdgp.posterior.model_state import (
-    OtherModelError,
-    structure_in_words,
-    with_state,
-)
+from sgdgp.posterior.model_state import OtherModelError, structure_in_words, with_state
 from sgdgp.posterior.multitask import MultitaskPosterior
 from sgdgp.posterior.outputs import MultiOutputPosterior
 from sgdgp.posterior.part_state import CHECKED_ROWS, part_from, part_state
 from sgdgp.posterior.pathwise import PathwisePosterior
-from sgdgp.posterior.safe_file import (
-    FileKind,
-    UnusableFileError,
-    check_place_of,
-    read_file,
-    write_file,
-)
 from sgdgp.solvers.base import Solver
 
 Posterior: TypeAlias = PathwisePosterior | MultiOutputPosterior
@@ -43,10 +34,6 @@ Posterior: TypeAlias = PathwisePosterior | MultiOutputPosterior
 KIND = FileKind("sgdgp.posterior", 1, "posterior")
 
 _PACKAGES = ("sgdgp", "torch", "gpytorch", "linear_operator")
-
-
-class StorageError(ValueError):
-    """A file cannot be used, or not with this model; says which, why, what to do."""
 
 
 def save(posterior: Posterior, path: str | os.PathLike[str]) -> None:

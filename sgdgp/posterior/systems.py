@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from sgdgp.core.seeds import derived_generator, seed_of
 from sgdgp.gpytorch_adapter import (
     Inputs,
     PairPrior,
@@ -34,10 +35,9 @@ from sgdgp.posterior.problem import (
     right_hand_sides,
     sample_targets,
 )
-from sgdgp.posterior.seeds import derived_generator, seed_of
-from sgdgp.posterior.solutions import split_solution
 from sgdgp.solvers.base import Solver
 from sgdgp.solvers.choose import choose_solver
+from sgdgp.solvers.solutions import split_solution
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,10 +10,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sgdgp.posterior.pathwise import PathwisePosterior
-from sgdgp.posterior.solutions import merged_solution, split_solution
 from sgdgp.posterior.systems import joined_problem
 from sgdgp.posterior.update import extended, solved
 from sgdgp.solvers.base import Callback, Solver
+from sgdgp.solvers.solutions import merged_solution, split_solution
 
 
 def updated_together(

@@ -14,20 +14,20 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sgdgp.checks import check_finite, check_matrix, check_same
+from sgdgp.core.checks import check_finite, check_matrix, check_same
+from sgdgp.core.seeds import derived_generator
 from sgdgp.gpytorch_adapter import has_fixed_noise
 from sgdgp.operators.choose import operator_by_name
-from sgdgp.posterior.accounts import continued, with_what_is_left
 from sgdgp.posterior.functions import Points
 from sgdgp.posterior.pathwise import PathwisePosterior
 from sgdgp.posterior.problem import Problem, right_hand_sides, sample_targets
-from sgdgp.posterior.progress import progress_bar
-from sgdgp.posterior.seeds import derived_generator
 from sgdgp.posterior.warm_start import warm_start
 from sgdgp.solvers.auto import DIRECT_ROWS, Auto
 from sgdgp.solvers.base import Callback, Solution, Solver, told_of
+from sgdgp.solvers.budgets import continued, with_what_is_left
 from sgdgp.solvers.cholesky import Cholesky
 from sgdgp.solvers.choose import choose_solver
+from sgdgp.solvers.progress import progress_bar
 
 _FROM_ZERO = "passes_from_zero"
 

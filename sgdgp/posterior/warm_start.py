@@ -15,18 +15,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sgdgp.operators.base import KernelOperator
-from sgdgp.posterior.accounts import continued, with_what_is_left
-from sgdgp.posterior.local_correction import LocalCorrection
 from sgdgp.posterior.problem import Problem
 from sgdgp.solvers.auto import resuming
 from sgdgp.solvers.base import Callback, Solution, told_of
-from sgdgp.solvers.recycling import (
-    Appended,
-    Carried,
-    Directions,
-    appended,
-    keeping,
-)
+from sgdgp.solvers.budgets import continued, with_what_is_left
+from sgdgp.solvers.recycling import Appended, Carried, Directions, appended, keeping
+from sgdgp.solvers.subset_solve import LocalCorrection
 from sgdgp.solvers.system import System, as_system
 
 

@@ -13,7 +13,7 @@ import torch
 from sklearn.utils import check_random_state
 from sklearn.utils.validation import _check_sample_weight
 
-from sgdgp.checks import check_count, check_positive
+from sgdgp.core.checks import check_count, check_positive
 from sgdgp.solvers import Solver
 
 Optimiser = Callable[[Any], torch.optim.Optimizer]

@@ -44,7 +44,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sgdgp.checks import check_count, check_positive
+from sgdgp.core.checks import check_count, check_positive
 from sgdgp.operators.base import KernelOperator
 from sgdgp.solvers.adasap_parameters import Acceleration, default_mu
 from sgdgp.solvers.base import (
@@ -55,14 +55,8 @@ from sgdgp.solvers.base import (
     Solver,
     check_limits,
 )
-from sgdgp.solvers.block_preconditioners import (
-    BlockPreconditioner,
-    NystromBlocks,
-)
-from sgdgp.solvers.blocks import (
-    BestChecked,
-    fresh_partition,
-)
+from sgdgp.solvers.block_preconditioners import BlockPreconditioner, NystromBlocks
+from sgdgp.solvers.blocks import BestChecked, fresh_partition
 from sgdgp.solvers.stopping import Monitor
 from sgdgp.solvers.system import (
     System,

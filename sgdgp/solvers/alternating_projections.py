@@ -37,7 +37,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sgdgp.checks import check_count
+from sgdgp.core.checks import check_count
 from sgdgp.operators.base import KernelOperator
 from sgdgp.solvers.base import (
     Callback,
@@ -56,12 +56,7 @@ from sgdgp.solvers.blocks import (
 from sgdgp.solvers.projection_work import ImageWork, Work
 from sgdgp.solvers.selection import Greedy, RandomOrder, Selection
 from sgdgp.solvers.stopping import Monitor
-from sgdgp.solvers.system import (
-    System,
-    as_system,
-    initial_weights,
-    true_residual,
-)
+from sgdgp.solvers.system import System, as_system, initial_weights, true_residual
 
 _REPLACE_EVERY = 25.0
 _PATIENCE = 300.0

@@ -17,8 +17,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from sgdgp.core.memory import resolve_budget
 from sgdgp.operators.base import KernelOperator
-from sgdgp.operators.memory import resolve_budget
 from sgdgp.solvers.base import (
     Callback,
     HistoryEntry,

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sgdgp.checks import check_positive
+from sgdgp.core.checks import check_positive
 from sgdgp.operators.base import KernelOperator
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sgdgp.checks import check_count
+from sgdgp.core.checks import check_count
 from sgdgp.solvers.blocks import block_matrix, factorise_block
 from sgdgp.solvers.system import System
 

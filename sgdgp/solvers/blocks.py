@@ -11,8 +11,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sgdgp.operators.base import RowIndex, row_slices
-from sgdgp.operators.memory import resolve_budget
+from sgdgp.core.memory import resolve_budget
+from sgdgp.core.slices import slices
+from sgdgp.operators.base import RowIndex
 from sgdgp.solvers.system import System
 
 _JITTERS = (0.0, 1e-15, 1e-13, 1e-11, 1e-9, 1e-7, 1e-5)
@@ -30,7 +31,7 @@ def partition(n: int, size: int, outputs: int = 1) -> list[slice]:
     """
     points = n // outputs
     count = math.ceil(points / min(max(1, size // outputs), points))
-    return list(row_slices(n, math.ceil(points / count) * outputs))
+    return list(slices(n, math.ceil(points / count) * outputs))
 
 
 def in_random_order(blocks: list[slice], generator: torch.Generator) -> Iterator[slice]:

@@ -25,21 +25,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sgdgp.checks import check_count, check_positive
-from sgdgp.operators.base import KernelOperator, row_slices
-from sgdgp.solvers.base import (
-    Callback,
-    Progress,
-    Reason,
-    Recorder,
-    Solution,
-    Solver,
-)
+from sgdgp.core.checks import check_count, check_positive
+from sgdgp.core.slices import slices
+from sgdgp.operators.base import KernelOperator
+from sgdgp.solvers.base import Callback, Progress, Reason, Recorder, Solution, Solver
 from sgdgp.solvers.conjugate_gradients import CG
 from sgdgp.solvers.preconditioners import Inverse, Preconditioner
-from sgdgp.solvers.substitution import (
-    solve_factored,
-)
+from sgdgp.solvers.substitution import solve_factored
 from sgdgp.solvers.system import System, as_system, in_float64, initial_weights
 
 _BLOCK = 512
@@ -320,7 +312,7 @@ def factorise_(
         panel = matrix[start:, start:stop]
         if start:
             head = matrix[start:stop, :start].mT
-            for rows in row_slices(n - start, 4096):
+            for rows in slices(n - start, 4096):
                 panel[rows] -= matrix[start:][rows, :start] @ head
         corner, info = torch.linalg.cholesky_ex(panel[: stop - start])
         if int(info) or not bool(torch.isfinite(corner.diagonal()).all()):
@@ -336,5 +328,5 @@ def factorise_(
 
 def _fill(matrix: Tensor, system: System) -> None:
     everything = slice(0, system.n)
-    for rows in row_slices(system.n, system.operator.rows_per_step):
+    for rows in slices(system.n, system.operator.rows_per_step):
         matrix[rows] = system.operator.block(rows, everything)

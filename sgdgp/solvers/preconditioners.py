@@ -24,7 +24,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sgdgp.checks import check_count
+from sgdgp.core.checks import check_count
 from sgdgp.solvers.system import System
 
 

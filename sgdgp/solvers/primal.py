@@ -32,7 +32,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sgdgp.operators.base import RowIndex, row_slices
+from sgdgp.core.slices import slices
+from sgdgp.operators.base import RowIndex
 from sgdgp.solvers.step_size import StepRule
 from sgdgp.solvers.system import System
 
@@ -79,7 +80,7 @@ def shuffle(system: System, block_size: int, generator: torch.Generator) -> Shuf
     points = system.n // outputs
     size = max(1, min(block_size // outputs, points))
     count = math.ceil(points / size)
-    cuts = list(row_slices(points, math.ceil(points / count)))
+    cuts = list(slices(points, math.ceil(points / count)))
     if outputs == 1 or system.operator.has_images:
         order = system.operator.random_order(generator)
         whole = [slice(cut.start * outputs, cut.stop * outputs) for cut in cuts]

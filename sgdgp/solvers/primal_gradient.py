@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sgdgp.checks import check_finite, check_same
+from sgdgp.core.checks import check_finite, check_same
 from sgdgp.features import FeatureMap, NoRandomFeatures, random_features
 from sgdgp.operators.base import KernelOperator, RowIndex
 from sgdgp.solvers.system import System

@@ -22,7 +22,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sgdgp.operators.base import row_slices
+from sgdgp.core.slices import slices
 from sgdgp.solvers.preconditioners import Inverse
 from sgdgp.solvers.sparse_inverse import appended_rows, compressed_rows
 from sgdgp.solvers.two_level import default_neighbours
@@ -160,7 +160,7 @@ def leading(pairs: tuple[tuple[Tensor, Tensor], ...], rank: int) -> Directions |
     n = pairs[0][0].shape[0]
     inner = pairs[0][0].new_zeros(widths, widths, dtype=torch.float64)
     outer = inner.clone()
-    for rows in row_slices(n, _GRAM_ROWS):
+    for rows in slices(n, _GRAM_ROWS):
         d = torch.cat([directions[rows] for directions, _ in pairs], dim=1)
         q = torch.cat([images[rows] for _, images in pairs], dim=1)
         inner += d.mT @ q

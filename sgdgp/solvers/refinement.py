@@ -27,7 +27,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sgdgp.checks import check_count
+from sgdgp.core.checks import check_count
 from sgdgp.operators.base import KernelOperator
 from sgdgp.solvers.base import (
     Callback,

@@ -36,7 +36,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sgdgp.checks import check_count, check_positive
+from sgdgp.core.checks import check_count, check_positive
 from sgdgp.operators.base import KernelOperator
 from sgdgp.solvers.base import (
     Callback,
@@ -46,11 +46,7 @@ from sgdgp.solvers.base import (
     Solver,
     check_limits,
 )
-from sgdgp.solvers.blocks import (
-    BestChecked,
-    in_random_order,
-    partition,
-)
+from sgdgp.solvers.blocks import BestChecked, in_random_order, partition
 from sgdgp.solvers.dual_iterate import DualIterate
 from sgdgp.solvers.step_size import Spectrum, StepRule, estimate_spectrum, step_rule
 from sgdgp.solvers.stopping import Monitor, rounding_floor

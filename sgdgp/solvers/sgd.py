@@ -41,7 +41,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sgdgp.checks import check_count, check_positive
+from sgdgp.core.checks import check_count, check_positive
 from sgdgp.operators.base import KernelOperator
 from sgdgp.solvers.base import (
     Callback,
@@ -66,11 +66,7 @@ from sgdgp.solvers.primal_gradient import (
 )
 from sgdgp.solvers.step_size import StepRule
 from sgdgp.solvers.stopping import Monitor
-from sgdgp.solvers.system import (
-    accurate_residual,
-    as_system,
-    initial_weights,
-)
+from sgdgp.solvers.system import accurate_residual, as_system, initial_weights
 
 _MAX_RESTARTS = 20
 # The noise of fresh features stays at the solution: a wider window averages it.

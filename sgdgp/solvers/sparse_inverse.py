@@ -21,7 +21,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from sgdgp.operators.base import row_slices
+from sgdgp.core.slices import slices
 from sgdgp.solvers.system import System
 
 _TILE_ENTRIES = 2**22
@@ -75,7 +75,7 @@ def _nearest(
     scale = system.operator.diagonal().clamp_min(torch.finfo(system.rhs.dtype).tiny)
     scale = scale.rsqrt_()
     everything = slice(0, n)
-    for part in row_slices(n - first, max(1, _TILE_ENTRIES // n)):
+    for part in slices(n - first, max(1, _TILE_ENTRIES // n)):
         rows = slice(first + part.start, first + part.stop)
         score = (system.operator.block(rows, everything) * scale).abs_()
         score.masked_fill_(rank >= rank[rows].unsqueeze(1), -1.0)
@@ -139,7 +139,7 @@ def _regressions(
     jitter = 8.0 * torch.finfo(system.rhs.dtype).eps * diagonal
     explained = 0.0
     per_row = (count + 1) * max(count + 1, factor.shape[1])
-    for rows in row_slices(num_rows, max(1, _BLOCK_ENTRIES // per_row)):
+    for rows in slices(num_rows, max(1, _BLOCK_ENTRIES // per_row)):
         index, known = neighbours.index[rows], neighbours.known[rows]
         own = torch.arange(rows.start, rows.stop, device=index.device).unsqueeze(1)
         own += first

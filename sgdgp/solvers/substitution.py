@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sgdgp.operators.base import row_slices
+from sgdgp.core.slices import slices
 
 
 def solve_factored(
@@ -21,7 +21,7 @@ def forward_substitute(
 ) -> Tensor:
     """L^-1 B."""
     out = rhs.clone()
-    for rows in row_slices(len(factor), block):
+    for rows in slices(len(factor), block):
         out[rows] -= factor[rows, : rows.start] @ out[: rows.start]
         corner = factor[rows, rows]
         out[rows] = torch.linalg.solve_triangular(corner, out[rows], upper=False)
@@ -33,7 +33,7 @@ def backward_substitute(
 ) -> Tensor:
     """L^-T B."""
     out = rhs.clone()
-    for rows in reversed(list(row_slices(len(factor), block))):
+    for rows in reversed(list(slices(len(factor), block))):
         out[rows] -= factor[rows.stop :, rows].mT @ out[rows.stop :]
         corner = factor[rows, rows].mT
         out[rows] = torch.linalg.solve_triangular(corner, out[rows], upper=True)

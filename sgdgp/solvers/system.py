@@ -8,9 +8,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sgdgp.checks import check_finite, check_same
+from sgdgp.core.checks import check_finite, check_same
+from sgdgp.core.slices import slices
 from sgdgp.operators.arguments import whole_points
-from sgdgp.operators.base import KernelOperator, row_slices
+from sgdgp.operators.base import KernelOperator
 from sgdgp.operators.feature import FeatureOperator
 from sgdgp.operators.feature_kernel import CastFeatures
 from sgdgp.operators.moving import MovingVectors
@@ -143,7 +144,7 @@ def accurate_residual(system: System, v: Tensor) -> Tensor:
 def true_residual(system: System, v: Float[Tensor, "n k"]) -> Float[Tensor, "n k"]:
     """B - (K + Sigma) v with the differences in float64 (n, k), one pass."""
     out = torch.empty_like(v, dtype=torch.float64)
-    for rows in row_slices(system.n, system.operator.rows_per_step):
+    for rows in slices(system.n, system.operator.rows_per_step):
         product = system.operator.rows(rows).matmul(v).double()
         out[rows] = (
             system.rhs[rows].double()

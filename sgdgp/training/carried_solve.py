@@ -10,9 +10,9 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import pad
 
+from sgdgp.core.memory import resolve_budget
 from sgdgp.gpytorch_adapter import TracedProblem
 from sgdgp.operators import KernelOperator
-from sgdgp.operators.memory import resolve_budget
 from sgdgp.solvers.auto import Auto, plan
 from sgdgp.solvers.base import Solution, Solver
 from sgdgp.solvers.choose import choose_solver

@@ -8,10 +8,10 @@ import torch
 from gpytorch.models import ExactGP
 from torch import Tensor
 
-from sgdgp.checks import check_count
+from sgdgp.core.checks import check_count
+from sgdgp.core.seeds import generator_of, seed_of
 from sgdgp.gpytorch_adapter import Inputs, prior_at, training_problems
-from sgdgp.posterior.data import training_data
-from sgdgp.posterior.seeds import generator_of, seed_of
+from sgdgp.gpytorch_adapter.data import training_data
 from sgdgp.training.log_determinant import (
     LogLikelihoodEstimate,
     estimate_log_likelihood,

@@ -12,10 +12,10 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.optim import Optimizer
 
-from sgdgp.checks import check_count, check_finite_parameters, check_positive
+from sgdgp.core.checks import check_count, check_finite_parameters, check_positive
+from sgdgp.core.seeds import generator_of, seed_of
 from sgdgp.gpytorch_adapter import Inputs
-from sgdgp.posterior.data import training_data
-from sgdgp.posterior.seeds import generator_of, seed_of
+from sgdgp.gpytorch_adapter.data import training_data
 from sgdgp.solvers.base import Solver
 from sgdgp.training.fit_checkpoint import FitCheckpoint
 from sgdgp.training.fit_progress import fit_bar

@@ -10,19 +10,12 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
+from sgdgp.core.errors import CheckpointError, UnusableFileError
+from sgdgp.core.files import FileKind, read_file, write_file
+from sgdgp.core.hashes import digest, structure_of
 from sgdgp.gpytorch_adapter import Inputs
-from sgdgp.posterior.checkpoint_file import CheckpointError, checked_place
-from sgdgp.posterior.fingerprint import (
-    differing_components,
-    digest,
-    structure_of,
-)
-from sgdgp.posterior.safe_file import (
-    FileKind,
-    UnusableFileError,
-    read_file,
-    write_file,
-)
+from sgdgp.posterior.checkpoint_file import checked_place
+from sgdgp.posterior.fingerprint import differing_components
 from sgdgp.training.history import FitEntry, FitReason
 from sgdgp.training.model_state import put_state
 from sgdgp.training.run import Run

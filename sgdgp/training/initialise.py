@@ -12,10 +12,10 @@ from gpytorch.models import ExactGP
 from jaxtyping import Float
 from torch import Tensor
 
-from sgdgp.checks import check_count
+from sgdgp.core.checks import check_count
+from sgdgp.core.seeds import generator_of
 from sgdgp.gpytorch_adapter import Inputs, layout_of
-from sgdgp.posterior.data import training_data
-from sgdgp.posterior.seeds import generator_of
+from sgdgp.gpytorch_adapter.data import training_data
 from sgdgp.training.exact import EXACT_ROWS
 from sgdgp.training.fit import fit
 

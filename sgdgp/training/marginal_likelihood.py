@@ -12,15 +12,11 @@ from gpytorch.mlls import MarginalLogLikelihood
 from gpytorch.models import ExactGP
 from torch import Tensor
 
-from sgdgp.checks import check_count, check_finite, check_positive
-from sgdgp.gpytorch_adapter import (
-    TracedProblem,
-    UnsupportedModelError,
-    prior_at,
-    training_problems,
-)
+from sgdgp.core.checks import check_count, check_finite, check_positive
+from sgdgp.core.errors import UnsupportedModelError
+from sgdgp.core.seeds import generator_of, seed_of
+from sgdgp.gpytorch_adapter import TracedProblem, prior_at, training_problems
 from sgdgp.operators.choose import operator_by_name
-from sgdgp.posterior.seeds import generator_of, seed_of
 from sgdgp.solvers.base import Solution, Solver
 from sgdgp.solvers.choose import check_solver_name
 from sgdgp.training.carried_solve import CarriedSolve, SolveSettings

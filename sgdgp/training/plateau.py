@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from sgdgp.checks import check_count, check_positive
+from sgdgp.core.checks import check_count, check_positive
 
 
 @dataclass(frozen=True)

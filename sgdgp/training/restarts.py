@@ -11,8 +11,8 @@ import torch
 from gpytorch.models import ExactGP
 from torch import Tensor
 
+from sgdgp.core.seeds import derived_generator
 from sgdgp.gpytorch_adapter import Inputs
-from sgdgp.posterior.seeds import derived_generator
 from sgdgp.training.evidence import total_log_likelihood
 from sgdgp.training.history import Fitted
 from sgdgp.training.model_state import put_state, state_of

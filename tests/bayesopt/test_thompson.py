@@ -11,7 +11,7 @@ from gpytorch.kernels import MaternKernel, ScaleKernel
 import sgdgp
 from sgdgp.bayesopt import maximise, thompson_sampling
 from sgdgp.bayesopt.chain import Chain, Options
-from sgdgp.posterior.checkpoint_file import CheckpointError
+from sgdgp.core.errors import CheckpointError
 from tests.models import GP
 
 BOX = torch.tensor([[-1.0, 0.0], [1.0, 4.0]])

@@ -9,7 +9,7 @@ from botorch.models.transforms import Log, Normalize, Standardize
 
 from sgdgp import SDD
 from sgdgp.botorch import PathwiseModel
-from sgdgp.posterior import StorageError
+from sgdgp.core.errors import StorageError
 from tests.botorch import problems
 from tests.botorch.problems import inputs, pathwise, targets
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from gpytorch.kernels import IndexKernel, PiecewisePolynomialKernel, RBFKernel
 
+from sgdgp.core.errors import NotStorableError
 from sgdgp.features import (
     ExactDraws,
     FeatureMap,
@@ -17,7 +18,6 @@ from sgdgp.features import (
 )
 from sgdgp.features.storage import (
     _STORED,
-    NotStorableError,
     draws_from,
     features_from,
     register_stored_features,

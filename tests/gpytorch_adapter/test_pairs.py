@@ -7,13 +7,8 @@ import pytest
 import torch
 from gpytorch.kernels import LinearKernel, MultitaskKernel, RBFKernel, RBFKernelGrad
 
-from sgdgp.gpytorch_adapter import (
-    PairPrior,
-    UnsupportedModelError,
-    pairs_of,
-    prior_of,
-    traced_prior,
-)
+from sgdgp.core.errors import UnsupportedModelError
+from sgdgp.gpytorch_adapter import PairPrior, pairs_of, prior_of, traced_prior
 from sgdgp.gpytorch_adapter.pairs import pairs_kernel
 from sgdgp.operators import tile_kernel
 from tests.models import (

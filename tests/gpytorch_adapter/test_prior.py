@@ -32,7 +32,8 @@ from gpytorch.likelihoods.noise_models import HeteroskedasticNoise
 from gpytorch.priors import GammaPrior
 
 import sgdgp
-from sgdgp.gpytorch_adapter import UnsupportedModelError, noise_of, prior_of
+from sgdgp.core.errors import UnsupportedModelError
+from sgdgp.gpytorch_adapter import noise_of, prior_of
 from tests.models import GP, gp, own_posterior, toy_data
 
 SAMPLES = 512

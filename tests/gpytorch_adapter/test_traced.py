@@ -10,7 +10,8 @@ from botorch.models.transforms import Normalize
 from gpytorch.distributions import MultivariateNormal
 from gpytorch.kernels import LinearKernel, MaternKernel, RBFKernel, ScaleKernel
 
-from sgdgp.gpytorch_adapter import UnsupportedModelError, prior_at, traced_prior
+from sgdgp.core.errors import UnsupportedModelError
+from sgdgp.gpytorch_adapter import prior_at, traced_prior
 from tests.models import gp, hadamard_gp, toy_data, uneven
 
 

@@ -11,7 +11,7 @@ from gpytorch.likelihoods import FixedNoiseGaussianLikelihood
 from gpytorch.mlls import ExactMarginalLogLikelihood
 
 from sgdgp.gpytorch_adapter import observed_rows, prior_at, training_problems
-from sgdgp.posterior.data import training_data
+from sgdgp.gpytorch_adapter.data import training_data
 from tests.models import gp, hadamard_gp, multitask_data, multitask_gp, toy_data, uneven
 
 NAN = math.nan

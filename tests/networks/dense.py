@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from sgdgp.features.tangent import Tangent
 from sgdgp.networks import Categorical
 from sgdgp.networks.curvature import TangentData, WeightSystem
 from sgdgp.networks.prior_roots import DiagonalPrior
 from sgdgp.networks.stream import stream_of
+from sgdgp.tangent.jacobian import Tangent
 
 EXAMPLES, CLASSES = 23, 3
 

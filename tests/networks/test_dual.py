@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from sgdgp.features.tangent import Tangent
 from sgdgp.networks.dual import WhitenedFeatures, WhitenedRows, solve_dual
 from sgdgp.networks.likelihoods import Categorical
 from sgdgp.solvers import CG, SDD, SGD, AlternatingProjections, Cholesky
+from sgdgp.tangent.jacobian import Tangent
 
 N, C = 24, 3
 SCALE = 0.7  # of the prior's root

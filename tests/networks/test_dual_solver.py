@@ -7,7 +7,6 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from sgdgp.features.tangent import Tangent
 from sgdgp.networks.curvature import TangentData, WeightSystem
 from sgdgp.networks.dual import WhitenedRows
 from sgdgp.networks.dual_solver import DataRows, Dual
@@ -16,6 +15,7 @@ from sgdgp.networks.stream import stream_of
 from sgdgp.networks.weight_priors import Isotropic
 from sgdgp.networks.weight_solvers import WeightCG
 from sgdgp.solvers import CG, SDD, Cholesky
+from sgdgp.tangent.jacobian import Tangent
 
 N, C = 30, 3
 

@@ -7,13 +7,13 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from sgdgp.core.errors import CheckpointError
 from sgdgp.networks import Categorical, Gaussian, Isotropic, WeightCG, linearise
 from sgdgp.networks.checkpoint import RunKeeper
 from sgdgp.networks.curvature import example_noise
 from sgdgp.networks.first_state import prior_draws
 from sgdgp.networks.fitting import rewhitened
 from sgdgp.networks.prior_roots import DiagonalPrior
-from sgdgp.posterior.checkpoint_file import CheckpointError
 
 SETTINGS = {
     "num_samples": 4,

@@ -18,7 +18,7 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
-from sgdgp.networks.processes import Processes
+from sgdgp.core.processes import Processes
 from sgdgp.networks.stream import stream_of
 
 N = 23

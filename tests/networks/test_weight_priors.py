@@ -12,11 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from sgdgp.features.tangent import Tangent
 from sgdgp.networks import probe_moments
 from sgdgp.networks.prior_roots import DiagonalPrior, KroneckerPrior, prior_from
 from sgdgp.networks.probe_moments import LARGEST_FACTOR
 from sgdgp.networks.weight_priors import GPrior, Isotropic, Kronecker, Layerwise
+from sgdgp.tangent.jacobian import Tangent
 
 SETTINGS = [
     Isotropic(),

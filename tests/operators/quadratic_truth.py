@@ -11,9 +11,7 @@ from gpytorch.kernels import (
     MaternKernel,
 )
 
-from sgdgp.operators import (
-    KernelOperator,
-)
+from sgdgp.operators import KernelOperator
 
 # Where GPyTorch itself differentiates the root of a rounding error on the diagonal.
 ROUGH = {"matern12", "matern12_2d", "sum_of_products"}

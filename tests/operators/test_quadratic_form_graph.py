@@ -11,11 +11,7 @@ from gpytorch.kernels import (
 )
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sgdgp.operators import (
-    RowBlocksOperator,
-    TiledOperator,
-    choose_operator,
-)
+from sgdgp.operators import RowBlocksOperator, TiledOperator, choose_operator
 from sgdgp.operators.evaluation import detached_copy
 from tests.operators.kernel_cases import CASES, gaussian
 from tests.operators.quadratic_truth import (

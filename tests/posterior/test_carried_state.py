@@ -6,13 +6,8 @@ import pytest
 import torch
 
 import sgdgp
-from sgdgp.posterior.carried_state import (
-    load_carried,
-    parts_of,
-    save_carried,
-    settled,
-)
-from sgdgp.posterior.safe_file import UnusableFileError
+from sgdgp.core.errors import UnusableFileError
+from sgdgp.posterior.carried_state import load_carried, parts_of, save_carried, settled
 from sgdgp.solvers import PivotedCholesky
 from sgdgp.solvers.recycling import Appended
 from tests.posterior.test_warm_start import thompson_data

@@ -16,8 +16,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import sgdgp
+from sgdgp.core.errors import CheckpointError
 from sgdgp.posterior import checkpoint as checkpoint_module
-from sgdgp.posterior.checkpoint_file import CheckpointError, read
+from sgdgp.posterior.checkpoint_file import read
 from sgdgp.solvers import cholesky
 from tests.models import GP, gp, toy_data
 
@@ -309,7 +310,7 @@ def test_a_file_of_something_else_is_refused_and_kept(path):
 
 def rewritten(path, change):
     """Change tensors and metadata of a file; its checksum is made to fit."""
-    from sgdgp.posterior.safe_file import _checksum
+    from sgdgp.core.files import _checksum
 
     with safe_open(path, framework="pt") as file:
         metadata = dict(file.metadata())

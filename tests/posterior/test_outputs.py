@@ -18,7 +18,7 @@ from gpytorch.likelihoods import (
 )
 
 import sgdgp
-from sgdgp.gpytorch_adapter import UnsupportedModelError
+from sgdgp.core.errors import UnsupportedModelError
 from sgdgp.posterior.independent import IndependentPosterior
 from sgdgp.posterior.multitask import MultitaskPosterior
 from sgdgp.posterior.outputs import OutputMarginals

@@ -19,9 +19,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import sgdgp
-from sgdgp.posterior.safe_file import _checksum
+from sgdgp.core.errors import StorageError
+from sgdgp.core.files import _checksum
 from sgdgp.posterior.solution_state import solver_from, solver_state
-from sgdgp.posterior.storage import KIND, StorageError, load
+from sgdgp.posterior.storage import KIND, load
 from sgdgp.solvers.refinement import Refined
 from sgdgp.solvers.two_level import TwoLevel
 from tests.models import GP, gp, toy_data
@@ -345,7 +346,7 @@ def test_a_write_that_fails_leaves_the_old_file(path, monkeypatch):
     def full(*args):
         raise OSError("disk full")
 
-    monkeypatch.setattr("sgdgp.posterior.safe_file.save_file", full)
+    monkeypatch.setattr("sgdgp.core.files.save_file", full)
     with pytest.raises(OSError, match="disk full"):
         posterior.save(path)
     assert path.read_bytes() == before

@@ -11,9 +11,9 @@ from gpytorch.likelihoods import GaussianLikelihood
 import sgdgp
 from sgdgp.bayesopt.renewal import with_new_functions
 from sgdgp.features import draw_prior
-from sgdgp.posterior.local_correction import LocalCorrection
 from sgdgp.posterior.warm_start import renewed
 from sgdgp.solvers.recycling import Directions
+from sgdgp.solvers.subset_solve import LocalCorrection
 from tests.models import GP
 from tests.solvers.test_recycling import random_directions
 

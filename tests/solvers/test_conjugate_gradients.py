@@ -10,11 +10,7 @@ import torch
 
 from sgdgp.operators import DenseOperator, RowBlocksOperator
 from sgdgp.solvers import CG, Nystrom, PivotedCholesky
-from sgdgp.solvers.preconditioners import (
-    Inverse,
-    LowRankInverse,
-    Preconditioner,
-)
+from sgdgp.solvers.preconditioners import Inverse, LowRankInverse, Preconditioner
 from sgdgp.solvers.system import System, as_system
 from sgdgp.solvers.two_level import TwoLevel
 from tests.operators.kernel_cases import CASES

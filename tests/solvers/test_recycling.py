@@ -8,13 +8,7 @@ import torch
 from sgdgp.solvers import CG, PivotedCholesky
 from sgdgp.solvers.block_recurrence import BlockRecurrence
 from sgdgp.solvers.preconditioners import Inverse
-from sgdgp.solvers.recycling import (
-    Collector,
-    Directions,
-    appended,
-    keeping,
-    leading,
-)
+from sgdgp.solvers.recycling import Collector, Directions, appended, keeping, leading
 from sgdgp.solvers.sdd import SDD
 from sgdgp.solvers.system import System, as_system
 from tests.solvers.problems import problem

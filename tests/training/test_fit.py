@@ -11,12 +11,7 @@ from gpytorch.priors import NormalPrior
 
 import sgdgp
 from sgdgp.features import NoRandomFeatures, has_features
-from sgdgp.training import (
-    PathwiseProbes,
-    Plateau,
-    StandardProbes,
-    fit,
-)
+from sgdgp.training import PathwiseProbes, Plateau, StandardProbes, fit
 from tests.models import hadamard_gp, multitask_gp
 from tests.training.problems import (
     Model,

@@ -9,7 +9,7 @@ import torch
 from gpytorch.kernels import MaternKernel, RBFKernel
 
 import sgdgp
-from sgdgp.posterior.checkpoint_file import CheckpointError
+from sgdgp.core.errors import CheckpointError
 from sgdgp.training import PathwiseProbes, Plateau, StandardProbes, fit
 from tests.training.problems import Model, assert_same, data, parameters, rbf_model
 

@@ -28,7 +28,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sgdgp.operators.base import KernelOperator, row_slices
+from sgdgp.core.slices import slices
+from sgdgp.operators.base import KernelOperator
 from sgdgp.solvers.base import Callback, Reason, Recorder, Solution
 from sgdgp.solvers.recycling import Carried, Directions
 from sgdgp.solvers.system import (
@@ -242,7 +243,7 @@ def _around_new_rows(
         .abs_()
         .topk(neighbours, dim=1, sorted=False)
         .indices.flatten()
-        for rows in row_slices(len(new), max(1, _TILE_ENTRIES // max(1, old)))
+        for rows in slices(len(new), max(1, _TILE_ENTRIES // max(1, old)))
     ]
     return torch.cat([torch.cat(found).unique(), new])
 

@@ -20,13 +20,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sgdgp.posterior.fingerprint import digest
+from sgdgp.core.errors import UnusableFileError
+from sgdgp.core.hashes import digest
 
 _ALIGNED = 8  # a header is padded with blanks to a multiple of it
-
-
-class UnusableFileError(ValueError):
-    """A file is damaged, foreign or of a newer format; says which and why."""
 
 
 @dataclass(frozen=True)

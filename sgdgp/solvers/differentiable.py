@@ -14,8 +14,8 @@ from jaxtyping import Float
 from linear_operator.utils.cholesky import psd_safe_cholesky
 from torch import Tensor
 
+from sgdgp.core.seeds import derived_generator
 from sgdgp.posterior.problem import Problem
-from sgdgp.posterior.seeds import derived_generator
 from sgdgp.solvers import Solver
 
 TOLERANCE = 1e-4

@@ -11,10 +11,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from sgdgp.core.memory import resolve_budget
+from sgdgp.core.slices import check_product
 from sgdgp.features.base import FeatureMap
-from sgdgp.features.chunks import check_product
-from sgdgp.features.tangent import Tangent
-from sgdgp.operators.memory import resolve_budget
+from sgdgp.tangent.jacobian import Tangent
 
 
 @runtime_checkable

@@ -1,4 +1,4 @@
-"""The data of a model, checked before any work."""
+"""The data of a model: what it holds, or what is given, checked before any work."""
 
 from __future__ import annotations
 
@@ -6,13 +6,9 @@ import torch
 from gpytorch.models import ExactGP
 from torch import Tensor
 
-from sgdgp.checks import check_finite, check_matrix, check_same
-from sgdgp.gpytorch_adapter import (
-    Inputs,
-    layout_of,
-    raw_training_data,
-    to_model_units,
-)
+from sgdgp.core.checks import check_finite, check_matrix, check_same
+from sgdgp.gpytorch_adapter.inputs import Inputs, layout_of
+from sgdgp.gpytorch_adapter.units import to_model_units
 
 _BATCH = (
     "batch models, such as BoTorch's multi-output SingleTaskGP, are not supported. For "
@@ -90,3 +86,17 @@ def _targets(y: Tensor, n: int) -> Tensor:
         expected = f"({n},)" if y.ndim < 2 else f"({n},) or ({n}, outputs)"
         raise ValueError(f"y: expected shape {expected}, found {tuple(y.shape)}")
     return y
+
+
+def raw_training_data(model: ExactGP) -> tuple[Inputs | None, Tensor | None]:
+    """The model's training inputs before transforms, and targets in its units.
+
+    BoTorch models hold transformed inputs in eval mode, and the user's own beside
+    them. A model of several inputs has a tuple of them.
+    """
+    inputs = getattr(model, "train_inputs", None)
+    if inputs is None or model.train_targets is None:
+        return None, None
+    if getattr(model, "_has_transformed_inputs", False):
+        inputs = (model._original_train_inputs,)
+    return inputs[0] if len(inputs) == 1 else tuple(inputs), model.train_targets

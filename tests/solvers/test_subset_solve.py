@@ -9,7 +9,7 @@ import torch
 from gpytorch.kernels import MaternKernel
 
 from sgdgp.operators import choose_operator
-from sgdgp.posterior.local_correction import LocalCorrection, largest_block
+from sgdgp.solvers.subset_solve import LocalCorrection, largest_block
 from sgdgp.solvers.system import as_system
 from tests.models import toy_data
 

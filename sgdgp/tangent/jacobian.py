@@ -19,18 +19,18 @@ from torch import Tensor, nn
 from torch.func import jacrev, vmap
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
-from sgdgp.checks import check_finite
-from sgdgp.features.chunks import check_product, slices, tracks_gradient
-from sgdgp.features.forward_mode import (
+from sgdgp.core.checks import check_finite
+from sgdgp.core.memory import resolve_budget
+from sgdgp.core.slices import check_product, slices, tracks_gradient
+from sgdgp.tangent.forward import (
     ForwardMode,
     NoForwardRule,
     agrees_with_gradients,
     differentiable_layers,
     light_graph,
 )
-from sgdgp.features.weight_choice import Weights
-from sgdgp.features.weight_function import WeightFunction
-from sgdgp.operators.memory import resolve_budget
+from sgdgp.tangent.weight_choice import Weights
+from sgdgp.tangent.weight_function import WeightFunction
 
 MOST_EXAMPLES = 256
 """Most examples in one pass, where the caller leaves it open."""
@@ -50,7 +50,7 @@ class Tangent(WeightFunction):
         network: A trained network in evaluation mode. Its first axis of outputs is
             that of the examples, all others are flattened to C outputs.
         weights: The D uncertain weights, see
-            :func:`sgdgp.features.weight_choice.chosen_weights`; all others, and
+            :func:`sgdgp.tangent.weight_choice.chosen_weights`; all others, and
             buffers such as batch-norm statistics, are constants. A weight tied to
             another is counted once. Default: all parameters that need a gradient.
         output: Takes what the network returns to a tensor (b, ...), for networks

@@ -7,10 +7,7 @@ import math
 import pytest
 import torch
 
-from sgdgp.training.expectation_maximisation import (
-    PrecisionUpdate,
-    effective_dimension,
-)
+from sgdgp.networks.expectation_maximisation import PrecisionUpdate, effective_dimension
 
 
 def ridge(alpha: float, features: torch.Tensor, y: torch.Tensor):

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from sgdgp.features.tangent import Tangent
-from sgdgp.features.tangent_features import IdentityRoot, TangentFeatures, WeightRoot
+from sgdgp.tangent.features import IdentityRoot, TangentFeatures, WeightRoot
+from sgdgp.tangent.jacobian import Tangent
 from tests.networks.kinds import CLASSES, inputs_of, network_of
 
 

@@ -24,12 +24,13 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from sgdgp.features.forward_rules import RULES, Chunks
+from sgdgp.core.errors import SgdgpError
+from sgdgp.tangent.rules import RULES, Chunks
 
 _IN_PLACE = {"__iadd__", "__isub__", "__imul__", "__itruediv__", "__setitem__"}
 
 
-class NoForwardRule(NotImplementedError):
+class NoForwardRule(SgdgpError, NotImplementedError):
     """A function of the network has no derivative here; names the layer."""
 
 

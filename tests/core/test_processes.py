@@ -13,12 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sgdgp.networks.processes import (
-    Processes,
-    ProcessesError,
-    current_processes,
-    started,
-)
+from sgdgp.core.processes import Processes, ProcessesError, current_processes, started
 
 FIT = """
 import torch
@@ -48,7 +43,7 @@ CHILD = (
     + """
 import json
 from torch import nn
-from sgdgp.features.tangent import Tangent
+from sgdgp.tangent.jacobian import Tangent
 from sgdgp.networks import processes as room
 from sgdgp.networks.weight_priors import GPrior, Kronecker
 
@@ -162,8 +157,8 @@ def test_counts_that_differ_are_refused_everywhere(pair):
 def test_priors_of_shared_data_are_those_of_all_data(pair):
     from torch import nn
 
-    from sgdgp.features.tangent import Tangent
     from sgdgp.networks.weight_priors import GPrior, Kronecker
+    from sgdgp.tangent.jacobian import Tangent
 
     tangent = Tangent(nn.Linear(3, 2).double())
     g = torch.Generator().manual_seed(0)

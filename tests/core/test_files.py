@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sgdgp.posterior.safe_file import FileKind, read_file, write_file
+from sgdgp.core.files import FileKind, read_file, write_file
 
 KIND = FileKind("test", 1, "test")
 

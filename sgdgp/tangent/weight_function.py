@@ -11,8 +11,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from sgdgp.checks import check_finite
-from sgdgp.features.weight_choice import (
+from sgdgp.core.checks import check_finite
+from sgdgp.tangent.weight_choice import (
     Weights,
     check_evaluation_mode,
     check_network,

@@ -18,7 +18,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sgdgp.checks import check_count
+from sgdgp.core.checks import check_count
+from sgdgp.core.errors import SgdgpError
 
 _BUCKET = 2**26
 """Numbers per message when small tensors travel together: 256 MiB of float32."""
@@ -27,7 +28,7 @@ _STARTED_BY = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 """What torchrun sets."""
 
 
-class ProcessesError(RuntimeError):
+class ProcessesError(SgdgpError, RuntimeError):
     """The processes do not agree; says on what, and what each of them has."""
 
 

@@ -1,0 +1,30 @@
+"""What goes wrong, by name: every error of this package is an ``SgdgpError``.
+
+Each is a built-in error too, so that code which catches ``ValueError`` keeps working.
+"""
+
+from __future__ import annotations
+
+
+class SgdgpError(Exception):
+    """Any error that sgdgp raises under a name of its own."""
+
+
+class UnsupportedModelError(SgdgpError, ValueError):
+    """The model's prior cannot be read as one kernel between pairs of points."""
+
+
+class UnusableFileError(SgdgpError, ValueError):
+    """A file is damaged, foreign or of a newer format; says which and why."""
+
+
+class StorageError(SgdgpError, ValueError):
+    """A file cannot be used, or not with this model; says which, why, what to do."""
+
+
+class CheckpointError(SgdgpError, ValueError):
+    """A checkpoint file cannot be used; the message says which, why and what to do."""
+
+
+class NotStorableError(SgdgpError, TypeError):
+    """An object is of a class that was not registered for storage."""

@@ -1,0 +1,1 @@
+"""Products with the Jacobian of a network, forward and back, and its feature map."""
