@@ -11,7 +11,8 @@ from botorch.models.transforms import Standardize
 from botorch.sampling.normal import SobolQMCNormalSampler
 
 import sgdgp
-from sgdgp.botorch import PathSampler, inverse
+from sgdgp.botorch import PathSampler
+from sgdgp.solvers import differentiable
 from tests.botorch import problems
 from tests.botorch.problems import SAMPLES, inputs, pathwise, targets
 
@@ -86,7 +87,7 @@ def test_outputs_with_shared_kernel_and_with_data_of_their_own_can_be_fantasised
 def test_an_iterative_solver_gives_the_same_fantasies(monkeypatch):
     definition = problems.single()
     exact = pathwise(definition).fantasize(U, _sampler())
-    monkeypatch.setattr(inverse, "FACTOR_ROWS", 0)
+    monkeypatch.setattr(differentiable, "FACTOR_ROWS", 0)
     model = pathwise(definition, solver=sgdgp.CG(tolerance=1e-7))
     u = U.clone().requires_grad_()
     fantasy = model.fantasize(u, _sampler())
@@ -106,11 +107,11 @@ def test_a_wrong_solve_leaves_a_positive_covariance_with_a_squared_error(monkeyp
     model = pathwise(problems.single())
     close = inputs(25)[:8].reshape(4, 2, 2) + 1e-3
     right = _covariance(model.fantasize(close, _sampler()))
-    monkeypatch.setattr(inverse, "FACTOR_ROWS", 0)
-    whole = inverse.Inverse._iterate
+    monkeypatch.setattr(differentiable, "FACTOR_ROWS", 0)
+    whole = differentiable.Inverse._iterate
     for error in (0.02, 0.2):
         monkeypatch.setattr(
-            inverse.Inverse,
+            differentiable.Inverse,
             "_iterate",
             lambda self, v, factor=1 + error: factor * whole(self, v),
         )

@@ -44,7 +44,7 @@ CHILD = (
 import json
 from torch import nn
 from sgdgp.tangent.jacobian import Tangent
-from sgdgp.networks import processes as room
+from sgdgp.core import processes as room
 from sgdgp.networks.weight_priors import GPrior, Kronecker
 
 torch.set_num_threads(1)

@@ -6,7 +6,8 @@ import pytest
 import torch
 from gpytorch.kernels import ConstantKernel, LinearKernel, PolynomialKernel
 
-from sgdgp.features import NoRandomFeatures, chunks, has_features, random_features
+from sgdgp.core import slices
+from sgdgp.features import NoRandomFeatures, has_features, random_features
 from tests.features.kernels import dense, points
 
 
@@ -78,7 +79,7 @@ def test_products_by_chunks_are_the_products(name, monkeypatch):
     w = points(phi.num_features, 2, seed=3)
     torch.testing.assert_close(phi.forward(x, w), phi.features(x) @ w)
     torch.testing.assert_close(phi.adjoint(x, v), phi.features(x).T @ v)
-    assert chunks.CPU_TILE > 30
+    assert slices.CPU_TILE > 30
 
 
 @pytest.mark.parametrize("name", EXACT)

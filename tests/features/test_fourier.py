@@ -8,7 +8,8 @@ from gpytorch.kernels import MaternKernel, RBFKernel, keops
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sgdgp.features import FourierFeatures, chunks, random_features
+from sgdgp.core import slices
+from sgdgp.features import FourierFeatures, random_features
 from tests.features.kernels import STATIONARY, dense, lengthscales, points
 
 N, FEATURES = 20, 20_000
@@ -126,7 +127,7 @@ def test_odd_number_of_features_is_rounded_up():
 
 @pytest.fixture
 def small_tiles(monkeypatch):
-    monkeypatch.setattr(chunks, "CPU_TILE", 24)
+    monkeypatch.setattr(slices, "CPU_TILE", 24)
 
 
 @pytest.mark.usefixtures("small_tiles")

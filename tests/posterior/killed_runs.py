@@ -20,7 +20,8 @@ import torch
 from gpytorch.kernels import MaternKernel, ScaleKernel
 
 import sgdgp
-from sgdgp.posterior import PathwisePosterior, safe_file
+from sgdgp.core import files
+from sgdgp.posterior import PathwisePosterior
 from sgdgp.posterior.checkpoint_file import read
 from sgdgp.solvers.base import Progress
 from tests.models import GP
@@ -123,7 +124,7 @@ def kill_until_done(
 def dies_at(step: str) -> None:
     """Make this process kill itself at a step of its third write."""
     writes = 0
-    save, replace = safe_file.save_file, Path.replace
+    save, replace = files.save_file, Path.replace
 
     def die() -> None:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -144,7 +145,7 @@ def dies_at(step: str) -> None:
             die()
         return moved
 
-    safe_file.save_file = saved
+    files.save_file = saved
     Path.replace = replaced  # type: ignore[method-assign, assignment]
 
 

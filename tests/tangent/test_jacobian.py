@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.func import functional_call, jacrev
 
-from sgdgp.features import tangent as module
+from sgdgp.tangent import jacobian as module
 from sgdgp.tangent.jacobian import Tangent
 from sgdgp.tangent.rules import RULES
 from tests.networks.kinds import KINDS, inputs_of, network_of
