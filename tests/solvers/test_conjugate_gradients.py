@@ -325,11 +325,12 @@ def test_a_start_that_only_float32_calls_solved_is_not_converged(operator):
     system = as_system(p.operator, p.noise, p.rhs)
     claimed = system.residual(start / system.scale).norm(dim=0)
     column = int((true / claimed).argmax())
-    # float32 takes the answer, as good as float32 can hold it, for a better one.
-    if operator == "tiled":
-        assert float(claimed[column]) < 0.1 * float(true[column])
     one = replace(p, rhs=p.rhs[:, column : column + 1])
     tolerance = 0.5 * float(true[column])
+    # float32 takes the answer, as good as float32 can hold it, for a better one: by how
+    # much depends on the order in which the processor adds.
+    if operator == "tiled":
+        assert float(claimed[column]) < tolerance
     solver = CG(tolerance=tolerance, max_passes=20.0)
     found = one.solve(solver, initial=start[:, column : column + 1])
     honest = one.residuals(found.weights, one.exact_matrix)
