@@ -11,20 +11,26 @@ over one matrix of kernel inputs, which is all that the rest of the package sees
 """
 
 from sgdgp.core.errors import UnsupportedModelError
-from sgdgp.gpytorch_adapter.blocks import differentiable_block
-from sgdgp.gpytorch_adapter.data import raw_training_data, training_data
-from sgdgp.gpytorch_adapter.distribution import prior_at
-from sgdgp.gpytorch_adapter.inputs import InputLayout, Inputs, layout_of
+from sgdgp.gpytorch_adapter.data import (
+    InputLayout,
+    Inputs,
+    Observed,
+    layout_of,
+    observed_rows,
+    raw_training_data,
+    training_data,
+)
+from sgdgp.gpytorch_adapter.kernel_matrix import differentiable_block
 from sgdgp.gpytorch_adapter.noise import has_fixed_noise, noise_of, noise_variances
-from sgdgp.gpytorch_adapter.observations import Observed, observed_rows
-from sgdgp.gpytorch_adapter.prior import PairPrior, Prior, pairs_of, prior_of
-from sgdgp.gpytorch_adapter.traced import TracedPrior, traced_prior
-from sgdgp.gpytorch_adapter.training_rows import (
+from sgdgp.gpytorch_adapter.outcome_scale import TargetScale, to_model_units
+from sgdgp.gpytorch_adapter.prior import PairPrior, Prior, pairs_of, prior_at, prior_of
+from sgdgp.gpytorch_adapter.training import (
+    TracedPrior,
     TracedProblem,
     noise_of_rows,
+    traced_prior,
     training_problems,
 )
-from sgdgp.gpytorch_adapter.units import TargetScale, to_model_units
 
 __all__ = [
     "InputLayout",

@@ -8,7 +8,7 @@ from botorch.models.kernels.positive_index import PositiveIndexKernel
 from gpytorch.kernels import IndexKernel, LinearKernel, ScaleKernel
 
 from sgdgp.features import has_features, random_features
-from sgdgp.gpytorch_adapter.sharing import on_columns
+from sgdgp.gpytorch_adapter.multitask import on_columns
 from tests.features.kernels import rbf
 from tests.models import uneven
 

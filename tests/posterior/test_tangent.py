@@ -18,7 +18,7 @@ from torch import nn
 
 import sgdgp
 from sgdgp.gpytorch_adapter import pairs_of
-from sgdgp.gpytorch_adapter.pairs import pairs_kernel
+from sgdgp.gpytorch_adapter.multitask import pairs_kernel
 from sgdgp.kernels import NeuralTangentKernel
 from sgdgp.operators import operator_by_name
 from sgdgp.solvers import CG, SDD

@@ -9,7 +9,7 @@ from gpytorch.kernels import LinearKernel, MultitaskKernel, RBFKernel, RBFKernel
 
 from sgdgp.core.errors import UnsupportedModelError
 from sgdgp.gpytorch_adapter import PairPrior, pairs_of, prior_of, traced_prior
-from sgdgp.gpytorch_adapter.pairs import pairs_kernel
+from sgdgp.gpytorch_adapter.multitask import pairs_kernel
 from sgdgp.operators import tile_kernel
 from tests.models import (
     MULTITASK_KERNELS,

@@ -8,10 +8,18 @@ left out, and everything that holds for kernels of two points holds here.
 
 Outputs of other kernels with features, such as those of a network's tangent kernel, are
 rows of one feature map: the pair (x, t) has the features of output t.
+
+Hadamard multitask models, whose inputs are such pairs already, multiply what two
+kernels return: ``covar_x.mul(covar_i)``. linear_operator would evaluate both matrices
+on the spot. While a forward is traced here (``products_kept``), such a product is only
+written down.
 """
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import singledispatch
 from typing import Any
@@ -25,13 +33,18 @@ from gpytorch.kernels import (
     ProductKernel,
     ScaleKernel,
 )
+from gpytorch.lazy import LazyEvaluatedKernelTensor
+from linear_operator.operators import (
+    ConstantMulLinearOperator,
+    LinearOperator,
+    SumLinearOperator,
+)
 from torch import Tensor
 
 from sgdgp.core.errors import UnsupportedModelError
 from sgdgp.features import FeatureMap, FeatureRequest, has_features, register_features
 from sgdgp.features.dispatch import forward_features_of
 from sgdgp.features.pairs import PairFeatures, points_and_rows
-from sgdgp.gpytorch_adapter.sharing import on_columns, with_parts
 
 
 def pairs_kernel(kernel: Kernel, columns: int) -> Kernel:
@@ -142,3 +155,79 @@ def _called(kernel: Kernel, columns: int) -> Kernel:
     return on_columns(
         pairs_kernel(kernel, dims.numel()), torch.cat([dims.long(), task])
     )
+
+
+def on_columns(kernel: Kernel, columns: Tensor | None) -> Kernel:
+    """The same kernel with the same parameters, seeing these columns (None: all)."""
+    shared = _shared(kernel)
+    if columns is not None:
+        columns = columns.to(next((p.device for p in kernel.parameters()), "cpu"))
+    shared.active_dims = columns
+    return shared
+
+
+def with_parts(kernel: Kernel, parts: Mapping[str, Kernel]) -> Kernel:
+    """The same kernel with the same parameters, some kernels inside it replaced."""
+    shared = _shared(kernel)
+    modules: dict[str, torch.nn.Module | None] = dict(kernel._modules)
+    modules.update(parts)
+    shared.__dict__["_modules"] = modules
+    return shared
+
+
+def _shared(kernel: Kernel) -> Kernel:
+    # copy.copy will not do: GPyTorch's kernels hand on their __dict__ itself, so a
+    # change of the copy is a change of the original.
+    shared: Kernel = object.__new__(type(kernel))
+    shared.__dict__ = dict(kernel.__dict__)
+    shared.__dict__["_buffers"] = dict(kernel._buffers)
+    return shared
+
+
+_TRACING = threading.RLock()
+_READABLE = (LazyEvaluatedKernelTensor, SumLinearOperator, ConstantMulLinearOperator)
+
+
+class ProductOperator(LinearOperator):
+    """The elementwise product of two covariances, to be read and not computed with."""
+
+    def __init__(self, first: LinearOperator, second: LinearOperator) -> None:
+        super().__init__(first, second)
+        self.factors = (first, second)
+
+    def _size(self) -> Any:
+        return self.factors[0].shape
+
+    def _transpose_nonbatch(self) -> ProductOperator:
+        return self
+
+    def _matmul(self, rhs: Tensor) -> Tensor:
+        first, second = (factor.to_dense() for factor in self.factors)
+        return (first * second) @ rhs
+
+
+@contextmanager
+def products_kept() -> Iterator[None]:
+    """Within it, this thread's products of unevaluated covariances stay as they are.
+
+    linear_operator has no hook for products, so its method is wrapped meanwhile; for
+    all other threads the wrapper does nothing.
+    """
+    with _TRACING:
+        here, original = threading.get_ident(), LinearOperator._mul_matrix
+
+        def kept(self: LinearOperator, other: LinearOperator) -> LinearOperator:
+            readable = (*_READABLE, ProductOperator)
+            if (
+                threading.get_ident() == here
+                and isinstance(self, readable)
+                and isinstance(other, readable)
+            ):
+                return ProductOperator(self, other)
+            return original(self, other)
+
+        LinearOperator._mul_matrix = kept
+        try:
+            yield
+        finally:
+            LinearOperator._mul_matrix = original

@@ -7,7 +7,7 @@ import torch
 from gpytorch.kernels import IndexKernel, LinearKernel, MultitaskKernel
 
 from sgdgp.gpytorch_adapter import differentiable_block, pairs_of
-from sgdgp.gpytorch_adapter.pairs import pairs_kernel
+from sgdgp.gpytorch_adapter.multitask import pairs_kernel
 from tests.models import multitask_data, uneven
 from tests.operators.kernel_cases import CASES
 
