@@ -14,15 +14,15 @@ from sgdgp.core.slices import slices
 from sgdgp.features.dispatch import FeatureRequest, register_features
 from sgdgp.features.fingerprints import check_fingerprints, with_own_bin
 from sgdgp.features.tanimoto import TanimotoFeatures
+from sgdgp.kernels.registry import Forms, TileKernel, register_tile_kernel
 from sgdgp.kernels.tanimoto_tiles import TanimotoTile
-from sgdgp.operators.tile_gradients import (
+from sgdgp.kernels.tile_gradients import (
     Gradient,
     LiveTile,
     Pad,
     Term,
     register_tile_gradient,
 )
-from sgdgp.operators.tile_kernels import Forms, TileKernel, register_tile_kernel
 
 _TILE_ENTRIES = 2**19
 

@@ -27,8 +27,8 @@ from sgdgp.features.fingerprints import (
     sparse_counts,
     totals,
 )
-from sgdgp.operators.stationary_tiles import select
-from sgdgp.operators.tile_kernels import Forms, TileKernel
+from sgdgp.kernels.registry import Forms, TileKernel
+from sgdgp.kernels.stationary import select
 
 _TABLE_CPU = 2**19
 _TABLE_GPU = 2**24

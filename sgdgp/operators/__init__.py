@@ -7,11 +7,8 @@ for every other kernel (row_blocks).
 
 from __future__ import annotations
 
-# The tile forms of GPyTorch's kernels and their gradients register on import.
-from sgdgp.operators import dot_product_tiles as _dot_product_tiles  # noqa: F401
-from sgdgp.operators import gradient_rules as _gradient_rules  # noqa: F401
-from sgdgp.operators import index_tiles as _index_tiles  # noqa: F401
-from sgdgp.operators import stationary_tiles as _stationary_tiles  # noqa: F401
+from sgdgp.kernels.registry import TileKernel, register_tile_kernel, tile_kernel
+from sgdgp.kernels.tile_gradients import register_tile_gradient
 from sgdgp.operators.base import KernelOperator, RowBlock, RowIndex
 from sgdgp.operators.check import check_kernel
 from sgdgp.operators.choose import choose_operator, operator_by_name
@@ -20,8 +17,6 @@ from sgdgp.operators.feature import FeatureOperator
 from sgdgp.operators.feature_kernel import FeatureKernel
 from sgdgp.operators.keops import KeopsOperator
 from sgdgp.operators.row_blocks import RowBlocksOperator
-from sgdgp.operators.tile_gradients import register_tile_gradient
-from sgdgp.operators.tile_kernels import TileKernel, register_tile_kernel, tile_kernel
 from sgdgp.operators.tiled import TiledOperator
 
 __all__ = [

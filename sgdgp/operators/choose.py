@@ -8,12 +8,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sgdgp.core.memory import resolve_budget
+from sgdgp.kernels.keops_formulas import has_formula
 from sgdgp.operators.base import KernelOperator
 from sgdgp.operators.check import check_kernel
 from sgdgp.operators.dense import DenseOperator, streaming_operator
 from sgdgp.operators.feature import FeatureOperator, features_operator
 from sgdgp.operators.keops import KeopsOperator, keops_is_available
-from sgdgp.operators.keops_formulas import has_formula
 from sgdgp.operators.row_blocks import RowBlocksOperator
 from sgdgp.operators.tiled import TiledOperator
 

@@ -10,12 +10,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sgdgp.core.slices import slices
+from sgdgp.kernels.registry import tile_kernel
 from sgdgp.operators.arguments import check_vectors, resolve_index, take
 from sgdgp.operators.base import KernelOperator, RowIndex
 from sgdgp.operators.check import check_kernel
 from sgdgp.operators.feature import FeatureOperator, features_operator
 from sgdgp.operators.row_blocks import RowBlocksOperator
-from sgdgp.operators.tile_kernels import tile_kernel
 from sgdgp.operators.tiled import TiledOperator
 
 if TYPE_CHECKING:

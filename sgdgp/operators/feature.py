@@ -13,6 +13,7 @@ from sgdgp.core.memory import resolve_budget
 from sgdgp.core.slices import slices
 from sgdgp.features import FeatureMap
 from sgdgp.features.pairs import point_of_rows
+from sgdgp.kernels.registry import tile_kernel
 from sgdgp.operators.arguments import (
     check_vectors,
     index_length,
@@ -26,7 +27,6 @@ from sgdgp.operators.check import check_kernel
 from sgdgp.operators.feature_kernel import CastFeatures, FeatureKernel, exact_map
 from sgdgp.operators.moving import Move, MovingVectors
 from sgdgp.operators.quadratic_form import generic_quadratic_form
-from sgdgp.operators.tile_kernels import tile_kernel
 from sgdgp.operators.tiled import TiledOperator
 
 if TYPE_CHECKING:

@@ -17,9 +17,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from sgdgp.kernels.keops_formulas import keops_formula, keops_inputs
 from sgdgp.operators.arguments import check_vectors, resolve_index, take
 from sgdgp.operators.base import KernelOperator, RowIndex
-from sgdgp.operators.keops_formulas import keops_formula, keops_inputs
 from sgdgp.operators.tiled import TiledOperator
 
 if TYPE_CHECKING:

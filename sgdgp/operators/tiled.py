@@ -11,6 +11,8 @@ from torch import Tensor
 
 from sgdgp.core.memory import resolve_budget
 from sgdgp.core.slices import slices
+from sgdgp.kernels.registry import Forms, tile_kernel
+from sgdgp.kernels.tile_gradients import live_tile
 from sgdgp.operators.arguments import (
     check_vectors,
     index_length,
@@ -28,8 +30,6 @@ from sgdgp.operators.exact_diagonal import (
     write_where_equal,
 )
 from sgdgp.operators.quadratic_form import generic_quadratic_form
-from sgdgp.operators.tile_gradients import live_tile
-from sgdgp.operators.tile_kernels import Forms, tile_kernel
 from sgdgp.operators.tiled_quadratic_form import tiled_quadratic_form
 
 if TYPE_CHECKING:

@@ -14,8 +14,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sgdgp.core.slices import slices
+from sgdgp.kernels.tile_gradients import LiveTile, Pad, WeightedTerm
 from sgdgp.operators.quadratic_form import symmetric_factors, with_gradient
-from sgdgp.operators.tile_gradients import LiveTile, Pad, WeightedTerm
 
 _TILE_ROWS = 512
 _TILE_ENTRIES_CPU = 256 * 1024

@@ -20,15 +20,15 @@ from torch.nn.functional import pad
 
 from sgdgp.core.slices import recomputed, slices, tracks_gradient
 from sgdgp.gpytorch_adapter import differentiable_block
-from sgdgp.operators.base import KernelOperator
-from sgdgp.operators.distances import (
+from sgdgp.kernels.distance import (
     DIRECT_DIMENSIONS,
     left_form,
     right_form,
     squared_distances,
 )
-from sgdgp.operators.gradient_terms import LiveStationary
-from sgdgp.operators.tile_gradients import live_tile
+from sgdgp.kernels.gradient_terms import LiveStationary
+from sgdgp.kernels.tile_gradients import live_tile
+from sgdgp.operators.base import KernelOperator
 
 _ENTRIES_CPU = 2**17
 """Entries of a tile: the four buffers of one stay in the cache."""

@@ -14,6 +14,7 @@ from gpytorch.kernels import (
     ScaleKernel,
 )
 
+from sgdgp.kernels.tile_gradients import live_tile
 from sgdgp.operators import (
     DenseOperator,
     KeopsOperator,
@@ -22,7 +23,6 @@ from sgdgp.operators import (
     choose_operator,
 )
 from sgdgp.operators.quadratic_form import generic_quadratic_form
-from sgdgp.operators.tile_gradients import live_tile
 from tests.operators.kernel_cases import CASES, TILED, gaussian
 from tests.operators.quadratic_truth import (
     ROUGH,

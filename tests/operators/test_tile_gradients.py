@@ -8,14 +8,9 @@ import pytest
 import torch
 from gpytorch.kernels import IndexKernel, LinearKernel, RBFKernel, ScaleKernel
 
-from sgdgp.operators import (
-    TiledOperator,
-    register_tile_gradient,
-    register_tile_kernel,
-    tile_kernel,
-)
-from sgdgp.operators.gradient_terms import LiveInnerProduct, LiveStationary
-from sgdgp.operators.slopes import (
+from sgdgp.kernels.gradient_terms import LiveInnerProduct, LiveStationary
+from sgdgp.kernels.registry import TileKernel
+from sgdgp.kernels.slopes import (
     Matern12Slope,
     Matern32Slope,
     Matern52Slope,
@@ -25,15 +20,20 @@ from sgdgp.operators.slopes import (
     RBFSlope,
     Slope,
 )
-from sgdgp.operators.stationary_tiles import (
+from sgdgp.kernels.stationary import (
     Matern12Tile,
     Matern32Tile,
     Matern52Tile,
     RationalQuadraticTile,
     RBFTile,
 )
-from sgdgp.operators.tile_gradients import live_tile
-from sgdgp.operators.tile_kernels import TileKernel
+from sgdgp.kernels.tile_gradients import live_tile
+from sgdgp.operators import (
+    TiledOperator,
+    register_tile_gradient,
+    register_tile_kernel,
+    tile_kernel,
+)
 from tests.operators.kernel_cases import gaussian
 
 

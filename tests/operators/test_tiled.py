@@ -6,8 +6,8 @@ import pytest
 import torch
 from gpytorch.kernels import MaternKernel, RBFKernel, ScaleKernel
 
+from sgdgp.kernels.stationary import RBFTile
 from sgdgp.operators import TiledOperator, register_tile_kernel, tile_kernel
-from sgdgp.operators.stationary_tiles import RBFTile
 from tests.operators.kernel_cases import CASES, L1Kernel, SquaredMatern
 
 

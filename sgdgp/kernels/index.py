@@ -14,12 +14,12 @@ from gpytorch.kernels import IndexKernel
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from sgdgp.operators.gradient_terms import LiveInnerProduct
-from sgdgp.operators.keops_formulas import Lazy, keops_formula, keops_inputs
-from sgdgp.operators.slopes import Identity
-from sgdgp.operators.stationary_tiles import select
-from sgdgp.operators.tile_gradients import LiveTile, register_tile_gradient
-from sgdgp.operators.tile_kernels import Forms, TileKernel, register_tile_kernel
+from sgdgp.kernels.gradient_terms import LiveInnerProduct
+from sgdgp.kernels.keops_formulas import Lazy, keops_formula, keops_inputs
+from sgdgp.kernels.registry import Forms, TileKernel, register_tile_kernel
+from sgdgp.kernels.slopes import Identity
+from sgdgp.kernels.stationary import select
+from sgdgp.kernels.tile_gradients import LiveTile, register_tile_gradient
 
 
 @dataclass(frozen=True)

@@ -18,16 +18,16 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from sgdgp.operators.distances import (
+from sgdgp.kernels.distance import (
     DIRECT_DIMENSIONS,
     left_form,
     right_form,
     squared_distances,
 )
-from sgdgp.operators.slopes import Identity, Slope
-from sgdgp.operators.stationary_tiles import StationaryTile
-from sgdgp.operators.tile_gradients import Gradient, LiveTile, Pad, Term
-from sgdgp.operators.tile_kernels import TileKernel
+from sgdgp.kernels.registry import TileKernel
+from sgdgp.kernels.slopes import Identity, Slope
+from sgdgp.kernels.stationary import StationaryTile
+from sgdgp.kernels.tile_gradients import Gradient, LiveTile, Pad, Term
 
 
 class _Displacements(ABC):

@@ -19,7 +19,7 @@ import torch
 from gpytorch.kernels import AdditiveKernel, Kernel, ProductKernel, ScaleKernel
 from torch import Tensor
 
-from sgdgp.operators.tile_kernels import selected_dims, serves_type
+from sgdgp.kernels.registry import selected_dims, serves_type
 
 Gradient: TypeAlias = tuple[Tensor, Tensor]
 """A tensor with a graph, and dS with respect to it."""

@@ -2,8 +2,8 @@
 
 A ``TileKernel`` is a kernel with its hyperparameters frozen, written as
 ``factor * tile(x, x')``. The factor is peeled off, so that K V = factor * (tile V)
-multiplies (n, k) numbers and not n^2. The leaves are in ``stationary_tiles`` and
-``dot_product_tiles``; here are sums, products, scales, and the dispatch.
+multiplies (n, k) numbers and not n^2. The leaves are in ``stationary`` and
+``dot_product``; here are sums, products, scales, and the dispatch.
 """
 
 from __future__ import annotations

@@ -25,8 +25,8 @@ from gpytorch.kernels import (
 )
 from torch import Tensor
 
-from sgdgp.operators.distances import left_form, right_form, squared_distances
-from sgdgp.operators.tile_kernels import Forms, TileKernel, register_tile_kernel
+from sgdgp.kernels.distance import left_form, right_form, squared_distances
+from sgdgp.kernels.registry import Forms, TileKernel, register_tile_kernel
 
 _LOG2_E = 1.0 / math.log(2.0)
 MATERN52_FACTOR = math.log(2.0) ** 2 / 3.0

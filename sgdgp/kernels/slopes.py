@@ -1,6 +1,6 @@
 """Profiles with derivatives: tile values and d(value)/d(argument) in one go.
 
-The argument is what ``stationary_tiles`` and ``dot_product_tiles`` have before their
+The argument is what ``stationary`` and ``dot_product`` have before their
 profile: a squared distance d2 of inputs scaled for exponentials to the base 2
 (u = sqrt(d2)), or an inner product. Constants are peeled off the derivative.
 """

@@ -1,6 +1,6 @@
 """Symbolic formulas of the tile kernels, for KeOps.
 
-The same frozen kernels as in ``stationary_tiles`` and ``dot_product_tiles``, written
+The same frozen kernels as in ``stationary`` and ``dot_product``, written
 with lazy tensors: differences instead of augmented products, so distances are exact.
 Factors are left out here as they are there.
 """
@@ -14,13 +14,14 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from sgdgp.operators.dot_product_tiles import (
+from sgdgp.kernels.dot_product import (
     ConstantTile,
     LinearTile,
     PolynomialTile,
     select,
 )
-from sgdgp.operators.stationary_tiles import (
+from sgdgp.kernels.registry import Forms, ProductTile, SumTile, TileKernel
+from sgdgp.kernels.stationary import (
     Matern12Tile,
     Matern32Tile,
     Matern52Tile,
@@ -29,7 +30,6 @@ from sgdgp.operators.stationary_tiles import (
     RBFTile,
     StationaryTile,
 )
-from sgdgp.operators.tile_kernels import Forms, ProductTile, SumTile, TileKernel
 
 Lazy: TypeAlias = Any
 """A pykeops ``LazyTensor``; pykeops is imported only where it is used."""

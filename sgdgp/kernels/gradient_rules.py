@@ -14,13 +14,13 @@ from gpytorch.kernels import (
 )
 from torch import Tensor
 
-from sgdgp.operators.dot_product_tiles import LinearTile, PolynomialTile
-from sgdgp.operators.gradient_terms import (
+from sgdgp.kernels.dot_product import LinearTile, PolynomialTile
+from sgdgp.kernels.gradient_terms import (
     LiveConstant,
     LiveInnerProduct,
     LiveStationary,
 )
-from sgdgp.operators.slopes import (
+from sgdgp.kernels.slopes import (
     Identity,
     Matern12Slope,
     Matern32Slope,
@@ -30,7 +30,7 @@ from sgdgp.operators.slopes import (
     RationalQuadraticSlope,
     RBFSlope,
 )
-from sgdgp.operators.stationary_tiles import (
+from sgdgp.kernels.stationary import (
     MATERN52_FACTOR,
     Matern12Tile,
     Matern32Tile,
@@ -39,7 +39,7 @@ from sgdgp.operators.stationary_tiles import (
     RationalQuadraticTile,
     RBFTile,
 )
-from sgdgp.operators.tile_gradients import LiveTile, register_tile_gradient
+from sgdgp.kernels.tile_gradients import LiveTile, register_tile_gradient
 
 
 def _inverse_lengthscale(kernel: Kernel) -> Tensor:

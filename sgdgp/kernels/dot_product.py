@@ -9,8 +9,8 @@ import torch
 from gpytorch.kernels import ConstantKernel, LinearKernel, PolynomialKernel
 from torch import Tensor
 
-from sgdgp.operators.stationary_tiles import select
-from sgdgp.operators.tile_kernels import Forms, TileKernel, register_tile_kernel
+from sgdgp.kernels.registry import Forms, TileKernel, register_tile_kernel
+from sgdgp.kernels.stationary import select
 
 
 @dataclass(frozen=True)
