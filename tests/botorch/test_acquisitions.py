@@ -18,6 +18,7 @@ from botorch.acquisition import (
     qUpperConfidenceBound,
 )
 from botorch.acquisition.multi_objective import (
+    logei,
     qLogNoisyExpectedHypervolumeImprovement,
 )
 from botorch.acquisition.thompson_sampling import PathwiseThompsonSampling
@@ -221,7 +222,9 @@ OBJECTIVE_MODELS = {
 
 
 @pytest.mark.parametrize("name", OBJECTIVE_MODELS)
-def test_hypervolume_improvement_of_two_objectives(name):
+def test_hypervolume_improvement_of_two_objectives(name, monkeypatch):
+    # BoTorch would compile a kernel of its own first, for most of a minute.
+    monkeypatch.setattr(logei, "_load_attempted", True)
     function, x, singles, joint = two_objectives()
     own = functools.partial(PathwiseModel, num_samples=DRAWS, num_features=256)
     acquisition = qLogNoisyExpectedHypervolumeImprovement(
