@@ -1,0 +1,49 @@
+"""Old spellings of arguments, accepted for one version."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def renamed_arguments(**renamed: str) -> Callable[[Callable[P, T]], Callable[P, T]]:
+    """Let a function take arguments by their old names too, with a warning.
+
+    Args:
+        **renamed: Old name = "new name".
+
+    Raises:
+        TypeError: A call gives an argument by both of its names.
+
+    Example:
+        >>> @renamed_arguments(every="checkpoint_every")
+        ... def condition(model, *, checkpoint_every=60): ...
+    """
+
+    def decorate(function: Callable[P, T]) -> Callable[P, T]:
+        @functools.wraps(function)
+        def call(*args: Any, **kwargs: Any) -> T:
+            for old, new in renamed.items():
+                if old not in kwargs:
+                    continue
+                if new in kwargs:
+                    raise TypeError(
+                        f"{old}: expected {new} only, its new name, found both"
+                    )
+                warnings.warn(
+                    f"{function.__name__}: the argument {old} is now called {new}; "
+                    "the old name goes with version 0.3.",
+                    DeprecationWarning,
+                    stacklevel=2,
+                )
+                kwargs[new] = kwargs.pop(old)
+            return function(*args, **kwargs)
+
+        return call
+
+    return decorate

@@ -1,0 +1,39 @@
+"""Old spellings of arguments work for one version, and say so."""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+
+from sgdgp.core.deprecation import renamed_arguments
+
+
+@renamed_arguments(every="checkpoint_every", optimiser="optimizer")
+def solve(x: int, *, checkpoint_every: int = 60, optimizer: str = "adam") -> tuple:
+    """Solve."""
+    return x, checkpoint_every, optimizer
+
+
+def test_new_names_pass_without_a_word(recwarn: pytest.WarningsRecorder):
+    assert solve(1, checkpoint_every=5, optimizer="sgd") == (1, 5, "sgd")
+    assert not recwarn.list
+
+
+def test_old_names_pass_and_the_caller_is_warned():
+    with pytest.warns(DeprecationWarning, match="every is now called checkpoint_") as w:
+        assert solve(1, every=5) == (1, 5, "adam")
+    assert w[0].filename == __file__
+    with pytest.warns(DeprecationWarning) as w:
+        assert solve(1, every=5, optimiser="sgd") == (1, 5, "sgd")
+    assert len(w) == 2
+
+
+def test_both_names_at_once_are_refused():
+    with pytest.raises(TypeError, match="expected checkpoint_every only"):
+        solve(1, every=5, checkpoint_every=5)
+
+
+def test_the_signature_is_that_of_the_new_names():
+    assert list(inspect.signature(solve).parameters)[1] == "checkpoint_every"
+    assert solve.__doc__ == "Solve."
