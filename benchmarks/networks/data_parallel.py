@@ -26,7 +26,7 @@ from benchmarks.networks.network import SmallResNet
 from sgdgp.core.processes import started
 from sgdgp.networks import Categorical, Isotropic, WeightCG, linearise
 from sgdgp.networks.curvature import TangentData, WeightSystem
-from sgdgp.networks.prior_roots import DiagonalPrior
+from sgdgp.networks.priors.base import DiagonalPrior
 from sgdgp.networks.stream import stream_of
 from sgdgp.tangent.jacobian import Tangent
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from sgdgp.features.dispatch import FeatureRequest, register_features
 from sgdgp.tangent.features import TangentFeatures, WeightRoot
 from sgdgp.tangent.jacobian import Tangent
-from sgdgp.tangent.weight_choice import Weights
+from sgdgp.tangent.network import Weights
 
 
 class NeuralTangentKernel(Kernel):

@@ -16,7 +16,7 @@ from torch import Tensor
 from sgdgp.core.errors import CheckpointError, UnusableFileError
 from sgdgp.core.files import FileKind, read_file, write_file
 from sgdgp.core.processes import Processes, current_processes
-from sgdgp.networks.run_state import RunState
+from sgdgp.networks.fitting import RunState
 from sgdgp.networks.storage import differences, in_words, network_fingerprint
 from sgdgp.networks.stored_values import decoded, encoded
 from sgdgp.posterior.checkpoint_file import checked_place

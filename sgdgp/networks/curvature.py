@@ -18,10 +18,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sgdgp.networks.batches import Batch
 from sgdgp.networks.likelihoods import Likelihood
-from sgdgp.networks.stream import Stream
-from sgdgp.networks.weight_priors import WeightPrior
+from sgdgp.networks.priors.settings import WeightPrior
+from sgdgp.networks.stream import Batch, Stream
 from sgdgp.tangent.jacobian import Tangent, TangentBatch
 
 _EXAMPLES, _SAMPLES = 32, 8

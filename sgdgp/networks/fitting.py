@@ -25,30 +25,199 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Literal, TypeAlias
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sgdgp.networks.curvature import TangentData, WeightSystem
+from sgdgp.core.seeds import derived_generator
+from sgdgp.networks.curvature import TangentData, WeightSystem, curvature_probes
 from sgdgp.networks.expectation_maximisation import (
     EffectiveDimension,
+    PrecisionUpdate,
     effective_dimension,
 )
-from sgdgp.networks.first_state import prior_draws
 from sgdgp.networks.likelihoods import Gaussian, Likelihood
 from sgdgp.networks.linear_model import LinearOptimum, optimise
-from sgdgp.networks.run_state import (
-    CurvatureAt,
-    EMStep,
-    RunState,
-    Schedule,
-    noise_in_use,
-    warn_once,
-)
-from sgdgp.networks.weight_priors import WeightPrior
+from sgdgp.networks.priors.settings import PriorSettings, WeightPrior
 from sgdgp.networks.weight_solvers import WeightSolution, WeightSolver
 from sgdgp.solvers.base import Callback, Progress
+
+CurvatureAt: TypeAlias = Literal["linear", "network"]
+"""Outputs at which the likelihood's Hessian is taken."""
+
+
+@dataclass(frozen=True)
+class EMStep:
+    """One step of expectation maximisation.
+
+    Attributes:
+        precisions: alpha before the step, one for each group.
+        effective_dimension: gamma, one for each group.
+        standard_error: Of gamma's sum.
+        noise: Noise variance before the step; None for other likelihoods.
+        loss: Negative log-likelihood of the linear model, summed over the data.
+        errors: Bounds on the relative errors of mean and samples.
+        passes: Passes over the data so far.
+        seconds: Wall time so far.
+    """
+
+    precisions: tuple[float, ...]
+    effective_dimension: tuple[float, ...]
+    standard_error: float
+    noise: float | tuple[float, ...] | None
+    loss: float
+    errors: tuple[float, ...]
+    passes: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How much is done.
+
+    Attributes:
+        num_samples: Samples that learn the precisions.
+        final_samples: Samples of the posterior.
+        steps: Most steps of expectation maximisation; 0 keeps the precision.
+        precision: Where it starts. Default: the curvature's largest eigenvalue.
+        solver: For all linear systems.
+        seed: Of everything random.
+        columns: Most samples solved for together.
+    """
+
+    num_samples: int
+    final_samples: int
+    steps: int
+    precision: float | None
+    solver: WeightSolver
+    seed: int
+    columns: int
+
+
+@dataclass
+class RunState:
+    """What a run knows between two stages; all that a checkpoint has to hold.
+
+    Attributes:
+        prior: With the precisions as they are.
+        likelihood: With the noise as it is.
+        mean: vbar, whitened (D, 1).
+        samples: v, whitened (D, k).
+        step: Steps of expectation maximisation that are done.
+        is_learned: Whether learning has ended.
+        finished: Columns of ``samples`` that are final.
+        update: The damping so far.
+        history: One entry a step.
+        passes: Passes over the data so far.
+        seconds: Wall time so far.
+        warnings: Sentences a user can act on.
+    """
+
+    prior: WeightPrior
+    likelihood: Likelihood
+    mean: Float[Tensor, "D 1"]
+    samples: Float[Tensor, "D k"]
+    step: int = 0
+    is_learned: bool = False
+    finished: int = 0
+    update: PrecisionUpdate = field(default_factory=PrecisionUpdate)
+    history: list[EMStep] = field(default_factory=list)
+    passes: float = 0.0
+    seconds: float = 0.0
+    warnings: list[str] = field(default_factory=list)
+
+
+def noise_in_use(likelihood: Likelihood) -> float | tuple[float, ...] | None:
+    """Noise variance of a Gaussian likelihood, None for others."""
+    return likelihood.variance if isinstance(likelihood, Gaussian) else None
+
+
+def warn_once(state: RunState, sentence: str) -> None:
+    """Keep the last sentence of each kind only."""
+    kind = sentence.split(maxsplit=3)[:3]
+    others = [kept for kept in state.warnings if kept.split(maxsplit=3)[:3] != kind]
+    state.warnings = [*others, sentence]
+
+
+_POWER_STEPS = 5
+
+
+def start(
+    data: TangentData,
+    likelihood: Likelihood,
+    settings: PriorSettings,
+    schedule: Schedule,
+    curvature_at: CurvatureAt,
+) -> RunState:
+    """The state before the first step: prior, noise and precision to start from."""
+    passes = 2.0
+    outputs = data.network_outputs()
+    likelihood.check_targets(data.targets, outputs.shape[1])
+    if isinstance(likelihood, Gaussian) and likelihood.learns_noise:
+        likelihood = _first_noise(data, likelihood, outputs)
+    if curvature_at == "linear":
+        outputs = torch.zeros_like(outputs)
+    seed = schedule.seed
+    prior = settings.build(
+        data.tangent,
+        lambda count: curvature_probes(data, likelihood, outputs, count, seed),
+    )
+    system = WeightSystem(data, prior, likelihood, outputs)
+    precision = schedule.precision
+    if precision is None:
+        precision = _largest_eigenvalue(system, seed)
+        passes += 1.0 + _POWER_STEPS
+    prior = prior.with_precisions(torch.full_like(prior.precisions, precision))
+    empty = data.zeros(1)
+    samples = prior_draws(empty, range(schedule.num_samples), seed)
+    return RunState(prior, likelihood, empty, samples, passes=passes)
+
+
+def _first_noise(
+    data: TangentData, likelihood: Gaussian, outputs: Float[Tensor, "r C"]
+) -> Gaussian:
+    """The noise the network itself leaves, not below 1e-4 of the targets' scale."""
+    errors = data.total(likelihood.squared_error(outputs, data.targets))
+    nothing = torch.zeros_like(outputs)
+    squares = data.total(likelihood.squared_error(nothing, data.targets))
+    floor = 1e-4 * squares.clamp_min(torch.finfo(outputs.dtype).tiny)
+    if not bool(squares.any()):
+        raise ValueError(
+            "loader: all targets are zero, so there is no noise to learn; give it as "
+            "Gaussian(noise=...)"
+        )
+    return likelihood.update_noise(errors.maximum(floor), data.stream.num_examples, 0.0)
+
+
+def _largest_eigenvalue(system: WeightSystem, seed: int) -> float:
+    """Largest eigenvalue of phi^T phi, by power iteration from a noise draw."""
+    v = system.noise(range(1), seed)
+    value = float(v.norm())
+    for _ in range(_POWER_STEPS):
+        if not value > 0:
+            break
+        v = system.product(v / value)
+        value = float(v.norm())
+    if not 0 < value < float("inf"):
+        raise ValueError(
+            "network: its Jacobian in the chosen weights is zero or not finite on the "
+            f"training data (largest eigenvalue of the curvature: {value})"
+        )
+    return value
+
+
+def prior_draws(
+    like: Float[Tensor, "D k"], columns: range, seed: int
+) -> Float[Tensor, "D c"]:
+    """theta_0 ~ N(0, I) of the samples with these numbers (D, c), like ``like``."""
+    rows = torch.empty(len(columns), like.shape[0], dtype=like.dtype)
+    for row, column in zip(rows, columns, strict=True):
+        row.normal_(generator=derived_generator(seed, "prior weights", column))
+    return rows.to(like.device).mT
+
 
 _LIVE_COLUMNS = 12
 

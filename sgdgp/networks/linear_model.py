@@ -20,7 +20,7 @@ from torch import Tensor
 
 from sgdgp.networks.curvature import TangentData, WeightSystem
 from sgdgp.networks.likelihoods import Likelihood
-from sgdgp.networks.weight_priors import WeightPrior
+from sgdgp.networks.priors.settings import WeightPrior
 from sgdgp.networks.weight_solvers import Watch, WeightSolver
 
 _LENGTHS = (1.0, 0.5, 0.25, 0.1, 0.02)

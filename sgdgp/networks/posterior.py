@@ -14,8 +14,8 @@ from torch import Tensor
 from sgdgp.core.checks import check_count
 from sgdgp.core.processes import Processes
 from sgdgp.core.seeds import generator_of
-from sgdgp.networks.calibration import Link, compare
-from sgdgp.networks.comparison import Comparison
+from sgdgp.networks.calibration import Comparison, Link, compare
+from sgdgp.networks.fitting import EMStep, noise_in_use
 from sgdgp.networks.likelihoods import Gaussian, Likelihood
 from sgdgp.networks.predictive import (
     GaussianPrediction,
@@ -28,9 +28,8 @@ from sgdgp.networks.predictive import (
     probit,
     variance_of,
 )
-from sgdgp.networks.run_state import EMStep, noise_in_use
+from sgdgp.networks.priors.settings import WeightPrior
 from sgdgp.networks.stream import Split, stream_of
-from sgdgp.networks.weight_priors import WeightPrior
 from sgdgp.tangent.jacobian import Tangent
 
 _KEPT_NUMBERS = 2**28

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from sgdgp.core.errors import NotStorableError
 from sgdgp.networks.expectation_maximisation import PrecisionUpdate
+from sgdgp.networks.fitting import EMStep, RunState
 from sgdgp.networks.likelihoods import Categorical, Gaussian
-from sgdgp.networks.prior_roots import WeightPrior, prior_from
-from sgdgp.networks.run_state import EMStep, RunState
+from sgdgp.networks.priors.base import WeightPrior, prior_from
 
 C = TypeVar("C", bound=type)
 

@@ -22,8 +22,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sgdgp.core.checks import check_positive
-from sgdgp.networks.batches import Batch
 from sgdgp.networks.curvature import WeightSystem
+from sgdgp.networks.stream import Batch
 from sgdgp.solvers.base import Reason
 from sgdgp.solvers.block_recurrence import BlockRecurrence
 

@@ -29,8 +29,7 @@ from sgdgp.tangent.forward import (
     differentiable_layers,
     light_graph,
 )
-from sgdgp.tangent.weight_choice import Weights
-from sgdgp.tangent.weight_function import WeightFunction
+from sgdgp.tangent.network import WeightFunction, Weights
 
 MOST_EXAMPLES = 256
 """Most examples in one pass, where the caller leaves it open."""
@@ -50,7 +49,7 @@ class Tangent(WeightFunction):
         network: A trained network in evaluation mode. Its first axis of outputs is
             that of the examples, all others are flattened to C outputs.
         weights: The D uncertain weights, see
-            :func:`sgdgp.tangent.weight_choice.chosen_weights`; all others, and
+            :func:`sgdgp.tangent.network.chosen_weights`; all others, and
             buffers such as batch-norm statistics, are constants. A weight tied to
             another is counted once. Default: all parameters that need a gradient.
         output: Takes what the network returns to a tensor (b, ...), for networks

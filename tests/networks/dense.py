@@ -7,7 +7,7 @@ from torch import nn
 
 from sgdgp.networks import Categorical
 from sgdgp.networks.curvature import TangentData, WeightSystem
-from sgdgp.networks.prior_roots import DiagonalPrior
+from sgdgp.networks.priors.base import DiagonalPrior
 from sgdgp.networks.stream import stream_of
 from sgdgp.tangent.jacobian import Tangent
 

@@ -11,8 +11,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sgdgp import metrics
-from sgdgp.networks.calibration import best_scale, best_temperature, compare
-from sgdgp.networks.comparison import Entry, conclude, paired_difference
+from sgdgp.networks.calibration import (
+    Entry,
+    best_scale,
+    best_temperature,
+    compare,
+    conclude,
+    paired_difference,
+)
 from sgdgp.networks.likelihoods import Categorical, Gaussian, Likelihood
 from sgdgp.networks.predictive import monte_carlo, probit, variance_of
 

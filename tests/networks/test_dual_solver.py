@@ -8,11 +8,10 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from sgdgp.networks.curvature import TangentData, WeightSystem
-from sgdgp.networks.dual import WhitenedRows
-from sgdgp.networks.dual_solver import DataRows, Dual
+from sgdgp.networks.dual import DataRows, Dual, WhitenedRows
 from sgdgp.networks.likelihoods import Categorical
+from sgdgp.networks.priors.settings import Isotropic
 from sgdgp.networks.stream import stream_of
-from sgdgp.networks.weight_priors import Isotropic
 from sgdgp.networks.weight_solvers import WeightCG
 from sgdgp.solvers import CG, SDD, Cholesky
 from sgdgp.tangent.jacobian import Tangent

@@ -11,9 +11,8 @@ from sgdgp.core.errors import CheckpointError
 from sgdgp.networks import Categorical, Gaussian, Isotropic, WeightCG, linearise
 from sgdgp.networks.checkpoint import RunKeeper
 from sgdgp.networks.curvature import example_noise
-from sgdgp.networks.first_state import prior_draws
-from sgdgp.networks.fitting import rewhitened
-from sgdgp.networks.prior_roots import DiagonalPrior
+from sgdgp.networks.fitting import prior_draws, rewhitened
+from sgdgp.networks.priors.base import DiagonalPrior
 
 SETTINGS = {
     "num_samples": 4,

@@ -10,8 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sgdgp.networks.likelihoods import Categorical, Gaussian, Likelihood
-from sgdgp.networks.noise import updated_noise
+from sgdgp.networks.likelihoods import Categorical, Gaussian, Likelihood, updated_noise
 
 C = 5
 LIKELIHOODS: list[Likelihood] = [

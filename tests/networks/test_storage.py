@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from sgdgp.core.errors import CheckpointError, NotStorableError, StorageError
 from sgdgp.networks.checkpoint import RunKeeper
 from sgdgp.networks.expectation_maximisation import PrecisionUpdate
+from sgdgp.networks.fitting import EMStep, RunState
 from sgdgp.networks.likelihoods import Categorical, Gaussian
 from sgdgp.networks.posterior import LinearisedPosterior
-from sgdgp.networks.prior_roots import DiagonalPrior
-from sgdgp.networks.run_state import EMStep, RunState
+from sgdgp.networks.priors.base import DiagonalPrior
+from sgdgp.networks.priors.settings import Layerwise
 from sgdgp.networks.storage import load, load_fields, save, save_fields
 from sgdgp.networks.stored_values import decoded, encoded, register_stored_class
-from sgdgp.networks.weight_priors import Layerwise
 from sgdgp.tangent.jacobian import Tangent
 
 STEP = EMStep((1.5,), (3.0,), 0.25, None, 12.5, (1e-3, float("inf")), 7.0, 1.25)

@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from sgdgp.networks import probe_moments
-from sgdgp.networks.prior_roots import DiagonalPrior, KroneckerPrior, prior_from
-from sgdgp.networks.probe_moments import LARGEST_FACTOR
-from sgdgp.networks.weight_priors import GPrior, Isotropic, Kronecker, Layerwise
+from sgdgp.networks.priors import probes as probe_moments
+from sgdgp.networks.priors.base import DiagonalPrior, KroneckerPrior, prior_from
+from sgdgp.networks.priors.probes import LARGEST_FACTOR
+from sgdgp.networks.priors.settings import GPrior, Isotropic, Kronecker, Layerwise
 from sgdgp.tangent.jacobian import Tangent
 
 SETTINGS = [
@@ -372,7 +372,7 @@ def test_settings_are_checked_at_once():
 
 
 def test_probes_of_a_large_network_are_fewer(monkeypatch, tangent):
-    from sgdgp.networks import weight_priors
+    from sgdgp.networks.priors import settings as weight_priors
 
     monkeypatch.setattr(weight_priors, "_PROBE_MEMORY", 3 * 8 * tangent.num_weights)
     curvature = Curvature.random(tangent.num_weights)

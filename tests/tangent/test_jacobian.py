@@ -10,8 +10,8 @@ from torch import nn
 from torch.func import functional_call, jacrev
 
 from sgdgp.tangent import jacobian as module
+from sgdgp.tangent.forward import RULES
 from sgdgp.tangent.jacobian import Tangent
-from sgdgp.tangent.rules import RULES
 from tests.networks.kinds import KINDS, inputs_of, network_of
 
 EXAMPLES = 5

@@ -20,13 +20,13 @@ from torch import Tensor
 
 from sgdgp.core.checks import check_count, check_positive
 from sgdgp.core.hashes import digest
-from sgdgp.networks.prior_roots import (
+from sgdgp.networks.priors.base import (
     DiagonalPrior,
     KroneckerPrior,
     WeightPrior,
     prior_from,
 )
-from sgdgp.networks.probe_moments import (
+from sgdgp.networks.priors.probes import (
     Factors,
     Probes,
     estimated_blocks,
@@ -34,7 +34,7 @@ from sgdgp.networks.probe_moments import (
     given_blocks,
 )
 from sgdgp.tangent.jacobian import Tangent
-from sgdgp.tangent.weight_choice import NORMS
+from sgdgp.tangent.network import NORMS
 
 __all__ = [
     "GPrior",

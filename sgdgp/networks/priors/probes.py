@@ -19,7 +19,7 @@ from torch import Tensor
 
 from sgdgp.core.checks import check_finite
 from sgdgp.core.processes import current_processes
-from sgdgp.networks.prior_roots import MatrixRoot
+from sgdgp.networks.priors.base import MatrixRoot
 from sgdgp.tangent.jacobian import Tangent
 
 Probes: TypeAlias = Callable[[int], Iterator[Tensor]]

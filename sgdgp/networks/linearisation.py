@@ -15,19 +15,25 @@ from sgdgp.core.memory import resolve_budget
 from sgdgp.core.seeds import generator_of, seed_of
 from sgdgp.networks.checkpoint import RunKeeper
 from sgdgp.networks.curvature import TangentData
-from sgdgp.networks.dual_solver import Dual
-from sgdgp.networks.first_state import start
-from sgdgp.networks.fitting import Interrupted, Run, columns_within
+from sgdgp.networks.dual import Dual
+from sgdgp.networks.fitting import (
+    CurvatureAt,
+    Interrupted,
+    Run,
+    RunState,
+    Schedule,
+    columns_within,
+    start,
+)
 from sgdgp.networks.likelihoods import Likelihood
 from sgdgp.networks.posterior import LinearisedPosterior
-from sgdgp.networks.run_state import CurvatureAt, RunState, Schedule
+from sgdgp.networks.priors.settings import GPrior, PriorSettings
 from sgdgp.networks.stream import Split, stream_of
-from sgdgp.networks.weight_priors import GPrior, PriorSettings
 from sgdgp.networks.weight_solvers import WeightCG, WeightSGD, WeightSolver
 from sgdgp.solvers.base import Callback
 from sgdgp.solvers.progress import progress_bar
 from sgdgp.tangent.jacobian import Tangent
-from sgdgp.tangent.weight_choice import Weights
+from sgdgp.tangent.network import Weights
 
 STREAMED_FROM = 200_000
 """From so many examples "auto" is stochastic gradient descent."""
