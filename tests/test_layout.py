@@ -57,7 +57,6 @@ EXCEPTIONS: set[object] = {
     ("solvers", "posterior"),
     ("networks", "posterior"),
     "sgdgp.botorch.model",
-    "sgdgp.features.dispatch",
     "sgdgp.networks.posterior",
     "sgdgp.operators.base",
     "sgdgp.posterior.outputs",

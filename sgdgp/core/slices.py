@@ -14,13 +14,18 @@ DEVICE_TILE = 2**22
 """Elements of one temporary elsewhere: 16 MB in float32, enough to fill a GPU."""
 
 
+def tile_size(device: torch.device) -> int:
+    """Elements of one temporary on a device."""
+    return CPU_TILE if device.type == "cpu" else DEVICE_TILE
+
+
 def tile_shape(rows: int, columns: int, device: torch.device) -> tuple[int, int]:
     """(rows, columns) of a tile of at most the device's tile size.
 
     Tiles twice as high as wide measured fastest for a product with a few dozen
     right-hand sides; few rows leave room for wide tiles and the other way round.
     """
-    size = CPU_TILE if device.type == "cpu" else DEVICE_TILE
+    size = tile_size(device)
     height = max(1, min(rows, int((2 * size) ** 0.5)))
     width = max(1, min(columns, size // height))
     return max(1, min(rows, size // width)), width

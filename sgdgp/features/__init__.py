@@ -1,7 +1,7 @@
 """Feature maps of kernels, and prior functions drawn with them."""
 
-from sgdgp.features.algebra import add, multiply, restrict, scale
 from sgdgp.features.base import FeatureMap
+from sgdgp.features.compose import add, multiply, restrict, scale
 from sgdgp.features.dispatch import (
     FeatureRequest,
     NoRandomFeatures,
@@ -9,12 +9,17 @@ from sgdgp.features.dispatch import (
     random_features,
     register_features,
 )
-from sgdgp.features.exact_draws import ExactDraws, SelectedDraws
+from sgdgp.features.fingerprints import TanimotoFeatures
 from sgdgp.features.finite import ConstantFeatures, LinearFeatures, PolynomialFeatures
 from sgdgp.features.fourier import FourierFeatures
-from sgdgp.features.index import IndexFeatures, TaskFeatures
-from sgdgp.features.prior_draws import DrawGroup, PriorDraws, draw_prior
-from sgdgp.features.tanimoto import TanimotoFeatures
+from sgdgp.features.prior_draws import (
+    DrawGroup,
+    ExactDraws,
+    PriorDraws,
+    SelectedDraws,
+    draw_prior,
+)
+from sgdgp.features.tasks import IndexFeatures, TaskFeatures
 
 __all__ = [
     "ConstantFeatures",

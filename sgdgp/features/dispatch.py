@@ -259,8 +259,6 @@ def check_parameters(kernel: Kernel) -> None:
 
 def features_of(kernel: Kernel, request: FeatureRequest) -> FeatureMap:
     """Features of ``kernel`` as it is called, its ``active_dims`` included."""
-    from sgdgp.features.algebra import restrict
-
     dims = kernel.active_dims
     if dims is None:
         return forward_features_of(kernel, request)
@@ -271,7 +269,7 @@ def features_of(kernel: Kernel, request: FeatureRequest) -> FeatureMap:
             f"inputs with {request.dim} columns"
         )
     inner = replace(request, dim=dims.numel())
-    return restrict(forward_features_of(kernel, inner), dims.to(request.device))
+    return forward_features_of(kernel, inner).restricted(dims.to(request.device))
 
 
 def forward_features_of(kernel: Kernel, request: FeatureRequest) -> FeatureMap:

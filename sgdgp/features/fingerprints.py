@@ -1,4 +1,4 @@
-"""Count fingerprints as lists of their occupied bins.
+"""Count fingerprints by their occupied bins, and random features of their similarity.
 
 A fingerprint x (d,) counts fragments of a molecule: x_d >= 0, nearly all of them
 zero. What is done with fingerprints here (Tanimoto kernel and features) costs as much
@@ -6,10 +6,30 @@ as they have occupied bins, and none of it has a gradient with respect to counts
 
 An empty fingerprint, of zeros alone, gets bin d, behind all others, for itself: then
 T(0, 0) = 1 and T(0, y) = 0 need no case of their own.
+
+Random features of the Tanimoto kernel are signs of consistent hashes. Feature m hashes
+a fingerprint x to one of its occupied bins d and a level t, such that two fingerprints
+get the same (d, t) with probability T(x, x'); its value is a random sign of (m, d, t)
+over sqrt(M). Signs of different hashes are independent, so that
+E[phi(x)^T phi(x')] = T(x, x'), with a standard error of at most 1 / sqrt(M), and
+phi(x)^T phi(x) = 1 exactly (Tripp et al., NeurIPS 2023, arXiv:2306.14809).
+
+The hash is that of consistent weighted sampling (Ioffe, ICDM 2010). For each bin, with
+r, c ~ Gamma(2, 1) and b ~ U(0, 1) of its own,
+
+    t = floor(ln x_d / r + b),    ln a = ln c - r (t - b + 1),
+
+and d is the occupied bin with the smallest a.
+
+Deviations. All random numbers are a function of (seed, m, d), computed when they are
+needed: a map is a seed, whatever M is, and the same on every device. The sign is one of
+(m, d, t) itself, where a table of t modulo 8 would let different levels collide. a is
+rounded to float32 and its last bit replaced by the sign: one minimum then gives both.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -17,13 +37,47 @@ from jaxtyping import Bool, Float, Int, Num
 from torch import Tensor
 
 from sgdgp.core.errors import SgdgpError
+from sgdgp.core.slices import check_product, check_width, slices, tracks_gradient
+from sgdgp.features.base import FeatureMap
+from sgdgp.features.storage import register_stored_features
 
 _LARGEST_SUM = 2**24
 """Whole numbers up to here are exact in float32."""
 
 _LARGEST_BYTE = 255
+"""Whole counts up to here fit into bytes."""
+
 _LARGEST_CODE = 2**31
+"""Codes of (bin, count) below here fit into 32 bits; others are numbered anew."""
+
 _ROWS_AT_ONCE = 1024
+"""Fingerprints checked, copied or hashed at once: with 2,048 bins 8 MB in float32."""
+
+_FEATURES_AT_ONCE = 128
+"""Features hashed at once on a CPU: with ``_ROWS_AT_ONCE`` their signs are 0.5 MB and
+stay in the cache."""
+
+_GPU_FACTOR = 8
+"""Times as many rows and as many features at once elsewhere: 32 MB, few launches."""
+
+_HASHES_CPU = 2**16
+"""Hashes of (bin, feature) computed at once: each of the temporaries in float64 takes
+0.5 MB and stays in the cache."""
+
+_HASHES_GPU = 2**23
+"""The same elsewhere: 64 MB each, few launches."""
+
+_GOLDEN = -0x61C8864680B583EB
+"""2^64 over the golden ratio, as a signed number: the step of SplitMix64."""
+
+_MIX_1 = -0x40A7B892E31B1A47
+"""First multiplier of the SplitMix64 finaliser (Steele et al. 2014), signed."""
+
+_MIX_2 = -0x6B2FB644ECCEEE15
+"""Second multiplier of the SplitMix64 finaliser, signed."""
+
+_HALF = 2**32
+"""Number of values of half a number of 64 bits."""
 
 
 class NoInputGradientError(SgdgpError, ValueError):
@@ -194,3 +248,165 @@ def distinct(
     first = chosen == entry
     number = first.cumsum(0) - 1
     return entry[first], number[chosen]
+
+
+@register_stored_features
+class TanimotoFeatures(FeatureMap):
+    """Signed consistent hashes of count fingerprints; a new one for every seed.
+
+    The same fingerprint has the same features in every call, in whatever company.
+    They cost as much as it has occupied bins, and a share of the random numbers of
+    all bins that occur in a call: many fingerprints at once are cheaper.
+
+    Args:
+        seed: Any whole number of 64 bits.
+        dim: Number of bins d.
+        num_features: M.
+    """
+
+    exact = False
+
+    def __init__(self, seed: int, dim: int, num_features: int) -> None:
+        self.seed = int(seed)
+        self.dim = int(dim)
+        self.num_features = int(num_features)
+
+    @torch.no_grad()
+    def features(self, x: Float[Tensor, "n d"]) -> Float[Tensor, "n M"]:
+        """The features themselves, 1 or -1 over sqrt(M)."""
+        out = x.new_empty(x.shape[0], self.num_features)
+        for rows, columns, signs in self._blocks(x):
+            out[rows, columns] = signs.to(x)
+        return out.mul_(self.num_features**-0.5)
+
+    def forward(
+        self, x: Float[Tensor, "n d"], w: Float[Tensor, "M s"]
+    ) -> Float[Tensor, "n s"]:
+        """phi(x) w by chunks of rows and features."""
+        check_product("w", w, self.num_features)
+        keep = tracks_gradient(w)
+        out = x.new_zeros(x.shape[0], w.shape[1])
+        for rows, columns, signs in self._blocks(x):
+            block = signs.to(x) @ w[columns]
+            add = out.index_add if keep else out.index_add_
+            out = add(0, rows, block)
+        return out * self.num_features**-0.5
+
+    def adjoint(
+        self, x: Float[Tensor, "n d"], v: Float[Tensor, "n s"]
+    ) -> Float[Tensor, "M s"]:
+        """phi(x)^T v by chunks of rows and features."""
+        check_product("v", v, x.shape[0])
+        keep = tracks_gradient(v)
+        out = x.new_zeros(self.num_features, v.shape[1])
+        number = torch.arange(self.num_features, device=x.device)
+        for rows, columns, signs in self._blocks(x):
+            block = signs.to(x).mT @ v[rows]
+            add = out.index_add if keep else out.index_add_
+            out = add(0, number[columns], block)
+        return out * self.num_features**-0.5
+
+    def _blocks(self, x: Tensor) -> Iterator[tuple[Tensor, slice, Tensor]]:
+        """Rows (numbers), features and their signs (rows, features), block by block."""
+        check_width(x, self.dim)
+        check_fingerprints("x", x)
+        factor = 1 if x.device.type == "cpu" else _GPU_FACTOR
+        sparse = sparse_counts(x)
+        hashes = _PairHashes(sparse, self.seed)
+        # Longest lists first: those that still have an l-th entry come first then.
+        order = sparse.occupied.sum(1).argsort(descending=True)
+        for columns in slices(self.num_features, factor * _FEATURES_AT_ONCE):
+            table = hashes.table(columns)
+            for part in slices(len(order), factor * _ROWS_AT_ONCE):
+                rows = order[part]
+                smallest = hashes.smallest(table, rows)
+                yield rows, columns, 1 - 2 * (smallest.view(torch.int32) & 1)
+
+
+class _PairHashes:
+    """Hash values of every bin and count that occur in some fingerprints.
+
+    Args:
+        sparse: The fingerprints.
+        seed: Seed of the hashes.
+    """
+
+    def __init__(self, sparse: SparseCounts, seed: int) -> None:
+        occupied = sparse.occupied
+        one_of_each, place = distinct(sparse.codes[occupied])
+        bins = sparse.bins[occupied][one_of_each]
+        self._log_counts = sparse.counts[occupied][one_of_each].double().log()
+        self._bins, self._bin_of_pair = bins.unique(return_inverse=True)
+        self._seed = seed
+        self._place = torch.zeros_like(sparse.codes, dtype=torch.long)
+        self._place[occupied] = place
+        self._lengths = occupied.sum(1)
+
+    def table(self, columns: slice) -> Float[Tensor, "p m"]:
+        """Of every pair and feature ln a in float32, its last bit a random sign."""
+        pairs, width = len(self._bin_of_pair), columns.stop - columns.start
+        device = self._log_counts.device
+        out = torch.empty(pairs, width, dtype=torch.float32, device=device)
+        size = _HASHES_CPU if device.type == "cpu" else _HASHES_GPU
+        for part in slices(width, max(1, size // max(1, pairs))):
+            first, last = columns.start + part.start, columns.start + part.stop
+            out[:, part] = self._hashes(slice(first, last))
+        return out
+
+    def _hashes(self, columns: slice) -> Float[Tensor, "p m"]:
+        """The table of few features, such that temporaries stay in the cache."""
+        numbers = torch.arange(columns.start, columns.stop, device=self._bins.device)
+        base = _mixed(self._bins.long() * _GOLDEN + self._seed).unsqueeze(1)
+        first, second, third = (
+            _mixed(base + (3 * numbers + k) * _GOLDEN) for k in range(3)
+        )
+        rate = -(_uniform(_upper(first)) * _uniform(_lower(first))).log()
+        log_c = (-(_uniform(_upper(second)) * _uniform(_lower(second))).log()).log()
+        shift = _uniform(_upper(third))
+        pair = self._bin_of_pair
+        rate, shift = rate[pair], shift[pair]
+        level = (self._log_counts.unsqueeze(1) / rate + shift).floor_()
+        log_a = log_c[pair] - rate * (level - shift + 1)
+        sign = _mixed(third[pair] + level.long() * _GOLDEN) & 1
+        bits = log_a.float().view(torch.int32)
+        return ((bits & ~1) | sign.int()).view(torch.float32)
+
+    def smallest(
+        self, table: Float[Tensor, "p m"], rows: Int[Tensor, " r"]
+    ) -> Float[Tensor, "r m"]:
+        """The smallest entry over the bins of each of the rows, longest lists first."""
+        lengths, place = self._lengths[rows], self._place[rows].mT.contiguous()
+        longest = int(lengths[0]) if len(rows) else 0
+        still = (lengths > torch.arange(longest, device=rows.device)[:, None]).sum(1)
+        out = table.new_full((len(rows), table.shape[1]), torch.inf)
+        other = torch.empty_like(out)
+        for position, count in enumerate(still.tolist()):
+            part, entry = out[:count], other[:count]
+            torch.index_select(table, 0, place[position, :count], out=entry)
+            torch.minimum(part, entry, out=part)
+        return out
+
+
+def _mixed(number: Tensor) -> Tensor:
+    """A random-looking number of 64 bits for each number (the SplitMix64 finaliser)."""
+    number = (number ^ _shifted(number, 30)) * _MIX_1
+    number = (number ^ _shifted(number, 27)) * _MIX_2
+    return number ^ _shifted(number, 31)
+
+
+def _shifted(number: Tensor, bits: int) -> Tensor:
+    """A shift to the right that fills in zeros, which int64 does not have."""
+    return (number >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _upper(number: Tensor) -> Tensor:
+    return _shifted(number, 32)
+
+
+def _lower(number: Tensor) -> Tensor:
+    return number & (_HALF - 1)
+
+
+def _uniform(half: Tensor) -> Tensor:
+    """Numbers of 32 bits on (0, 1), in float64."""
+    return (half.double() + 0.5) / _HALF

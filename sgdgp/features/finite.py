@@ -12,12 +12,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sgdgp.core.slices import (
-    CPU_TILE,
-    DEVICE_TILE,
     check_product,
     check_width,
     recomputed,
     slices,
+    tile_size,
 )
 from sgdgp.features.base import FeatureMap
 from sgdgp.features.dispatch import FeatureRequest, NoRandomFeatures, register_features
@@ -93,6 +92,14 @@ class ConstantFeatures(FeatureMap):
         check_product("v", v, x.shape[0])
         return self.features(x).T @ v
 
+    def scaled(self, variance: float) -> FeatureMap:
+        """Another constant."""
+        return ConstantFeatures(variance * self.variance)
+
+    def restricted(self, dims: Int[Tensor, " k"]) -> FeatureMap:
+        """The same: it sees no column."""
+        return self
+
 
 class PolynomialFeatures(FeatureMap):
     """Monomials of the expansion of (x^T x' + c)^p.
@@ -157,8 +164,8 @@ class PolynomialFeatures(FeatureMap):
         return out
 
     def _rows(self, x: Tensor) -> Iterator[slice]:
-        size = CPU_TILE if x.device.type == "cpu" else DEVICE_TILE
-        return slices(x.shape[0], max(1, size // self.num_features))
+        rows = max(1, tile_size(x.device) // self.num_features)
+        return slices(x.shape[0], rows)
 
 
 @register_features(LinearKernel)

@@ -1,9 +1,15 @@
-"""Random Fourier features of stationary kernels, as sine and cosine pairs."""
+"""Random Fourier features of stationary kernels, as sine and cosine pairs.
+
+For functions at points of their own, the gradient of sum_j (a_j sin t_j + b_j cos t_j),
+t = x Omega, is (a_j cos t_j - b_j sin t_j) Omega^T: with the sines and cosines at hand
+it costs one more product, so that values and gradients are found in one sweep.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 from gpytorch.kernels import (
@@ -26,8 +32,20 @@ from sgdgp.core.slices import (
     tile_shape,
     tracks_gradient,
 )
-from sgdgp.features.base import FeatureMap
+from sgdgp.features.base import FEATURES_AT_ONCE, FeatureMap
 from sgdgp.features.dispatch import FeatureRequest, register_features
+
+_TILE_CPU = 2**17
+"""Entries of a tile of ``each``: its buffers (0.5 MB each in float32) stay in the
+cache."""
+
+_TILE = 2**23
+"""Entries of a tile of ``each`` elsewhere: 32 MB in float32, so that few launches fill
+a GPU."""
+
+_ROWS = 128
+"""Rows of a tile of ``each``, about: enough for fast products, and few enough to leave
+room for a thousand frequencies beside them."""
 
 
 class FourierFeatures(FeatureMap):
@@ -106,6 +124,23 @@ class FourierFeatures(FeatureMap):
             out[m:][columns].addmm_(cos.T, v[rows])
         return out.mul_(self._amplitude)
 
+    def each(
+        self, x: Float[Tensor, "g q d"], weights: Float[Tensor, "g M"]
+    ) -> Float[Tensor, "g q"]:
+        """phi(x_i) w_i, and where x requires a gradient that too, in one sweep."""
+        if self.dims is not None:
+            x = x[..., self.dims]
+        return _Waves.apply(self, x, weights, tracks_gradient(x))
+
+    def scaled(self, variance: float) -> FeatureMap:
+        """The same frequencies with another variance."""
+        return FourierFeatures(self.frequencies, variance * self.variance, self.dims)
+
+    def restricted(self, dims: Int[Tensor, " k"]) -> FeatureMap:
+        """The same frequencies for other columns."""
+        inner = dims if self.dims is None else dims[self.dims]
+        return FourierFeatures(self.frequencies, self.variance, inner)
+
     def _check(self, x: Tensor) -> None:
         if self.dims is None:
             check_width(x, self.frequencies.shape[0])
@@ -179,6 +214,78 @@ def _tile_forward(
 def _tile_adjoint(x: Tensor, frequencies: Tensor, v: Tensor) -> Tensor:
     phase = x @ frequencies
     return torch.stack([phase.sin().T @ v, phase.cos().T @ v])
+
+
+class _Waves(torch.autograd.Function):
+    """Values and gradients of sines and cosines in one sweep."""
+
+    @staticmethod
+    def forward(ctx, feature_map, x, weights, wanted):  # type: ignore[no-untyped-def]
+        amplitude = (feature_map.variance / feature_map.frequencies.shape[1]) ** 0.5
+        frequencies = feature_map.frequencies
+        values, slopes = _sweep(frequencies, x.detach(), weights, wanted=wanted)
+        if wanted:
+            ctx.frequencies, ctx.amplitude = frequencies, amplitude
+            ctx.save_for_backward(x, weights, slopes.mul_(amplitude))
+        return values.mul_(amplitude)
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        x, weights, slopes = ctx.saved_tensors
+        if not torch.is_grad_enabled():
+            return None, grad.unsqueeze(-1) * slopes, None, None
+        # Somebody differentiates the gradient: this one has a graph.
+        function = partial(_written_out, frequencies=ctx.frequencies)
+        again = x.view_as(x)
+        at_once = max(1, FEATURES_AT_ONCE // max(1, x.shape[1] * weights.shape[1]))
+        parts = [
+            recomputed(function, again[rows], weights[rows])
+            for rows in slices(len(x), at_once)
+        ]
+        values = torch.cat(parts) * ctx.amplitude
+        (found,) = torch.autograd.grad(values, again, grad, create_graph=True)
+        return None, found, None, None
+
+
+def _written_out(x: Tensor, weights: Tensor, frequencies: Tensor) -> Tensor:
+    phase = x @ frequencies
+    waves = torch.cat([phase.sin(), phase.cos()], -1)
+    return (waves @ weights.unsqueeze(-1)).squeeze(-1)
+
+
+def _sweep(
+    frequencies: Tensor, x: Tensor, weights: Tensor, *, wanted: bool
+) -> tuple[Tensor, Tensor]:
+    """Values (g, q) and, if wanted, slopes (g, q, d), without the amplitude."""
+    count, own, dim = x.shape
+    m = frequencies.shape[1]
+    values, slopes = x.new_zeros(count, own), x.new_zeros(dim, count * own)
+    at_once = max(1, min(count, _ROWS // max(1, own)))
+    entries = _TILE_CPU if x.device.type == "cpu" else _TILE
+    step = max(1, min(m, entries // max(1, at_once * own)))
+    buffers = x.new_empty(4, at_once * own * step)
+    for rows in slices(count, at_once):
+        flat = x[rows].reshape(-1, dim)
+        total = values[rows].unsqueeze(-1)
+        slope = slopes[:, rows.start * own : rows.stop * own]
+        for cut in slices(m, step):
+            shape = (len(flat), cut.stop - cut.start)
+            phase, sin, cos, scratch = (
+                buffer[: shape[0] * shape[1]].view(shape) for buffer in buffers
+            )
+            torch.mm(flat, frequencies[:, cut], out=phase)
+            torch.sin(phase, out=sin)
+            torch.cos(phase, out=cos)
+            grouped = (-1, own, shape[1])
+            first = weights[rows, :m][:, cut].unsqueeze(1)
+            second = weights[rows, m:][:, cut].unsqueeze(1)
+            sin, cos = sin.view(grouped), cos.view(grouped)
+            total.baddbmm_(sin, first.mT).baddbmm_(cos, second.mT)
+            if wanted:
+                derivative = torch.mul(cos, first, out=scratch.view(grouped))
+                derivative.addcmul_(sin, second, value=-1.0)
+                slope.addmm_(frequencies[:, cut], scratch.mT)
+    return values, slopes.mT.reshape(count, own, dim)
 
 
 def _scaled(omega: Tensor, kernel: Kernel, request: FeatureRequest) -> FourierFeatures:

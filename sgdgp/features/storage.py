@@ -20,19 +20,17 @@ from torch import Tensor
 
 from sgdgp.core.errors import NotStorableError
 from sgdgp.features.base import FeatureMap
-from sgdgp.features.composite import (
+from sgdgp.features.compose import (
     RestrictedFeatures,
     ScaledFeatures,
     SumFeatures,
     TensorFeatures,
 )
 from sgdgp.features.dispatch import random_features
-from sgdgp.features.exact_draws import ExactDraws
 from sgdgp.features.finite import ConstantFeatures, LinearFeatures, PolynomialFeatures
 from sgdgp.features.fourier import FourierFeatures
-from sgdgp.features.index import IndexFeatures, TaskFeatures
-from sgdgp.features.pairs import PairFeatures
-from sgdgp.features.prior_draws import DrawGroup, PriorDraws
+from sgdgp.features.prior_draws import DrawGroup, ExactDraws, PriorDraws
+from sgdgp.features.tasks import IndexFeatures, PairFeatures, TaskFeatures
 
 _STORED: dict[str, type[FeatureMap]] = {
     cls.__name__: cls

@@ -44,7 +44,7 @@ from torch import Tensor
 from sgdgp.core.errors import UnsupportedModelError
 from sgdgp.features import FeatureMap, FeatureRequest, has_features, register_features
 from sgdgp.features.dispatch import forward_features_of
-from sgdgp.features.pairs import PairFeatures, points_and_rows
+from sgdgp.features.tasks import PairFeatures, points_and_rows
 
 
 def pairs_kernel(kernel: Kernel, columns: int) -> Kernel:

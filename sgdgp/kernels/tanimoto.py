@@ -12,8 +12,11 @@ from torch import Tensor
 
 from sgdgp.core.slices import slices
 from sgdgp.features.dispatch import FeatureRequest, register_features
-from sgdgp.features.fingerprints import check_fingerprints, with_own_bin
-from sgdgp.features.tanimoto import TanimotoFeatures
+from sgdgp.features.fingerprints import (
+    TanimotoFeatures,
+    check_fingerprints,
+    with_own_bin,
+)
 from sgdgp.kernels.registry import Forms, TileKernel, register_tile_kernel
 from sgdgp.kernels.tanimoto_tiles import TanimotoTile
 from sgdgp.kernels.tile_gradients import (
@@ -174,7 +177,7 @@ def _(kernel: TanimotoKernel, dims: Tensor | None) -> LiveTile:
 def tanimoto_features(
     kernel: TanimotoKernel, request: FeatureRequest
 ) -> TanimotoFeatures:
-    """Signed hashes: see :class:`sgdgp.features.tanimoto.TanimotoFeatures`."""
+    """Signed hashes: see :class:`sgdgp.features.fingerprints.TanimotoFeatures`."""
     seed = torch.randint(
         2**62, (), generator=request.generator, device=request.generator.device
     )

@@ -12,7 +12,6 @@ from torch import Tensor
 from sgdgp.core.memory import resolve_budget
 from sgdgp.core.slices import slices
 from sgdgp.features import FeatureMap
-from sgdgp.features.pairs import point_of_rows
 from sgdgp.kernels.registry import tile_kernel
 from sgdgp.operators.arguments import (
     check_vectors,
@@ -144,7 +143,7 @@ class FeatureOperator(KernelOperator):
 
     def random_order(self, generator: torch.Generator) -> Int[Tensor, " n"]:
         """The rows in random order; those evaluated together stay beside each other."""
-        numbers = point_of_rows(self.features, self.x)
+        numbers = self.features.point_of_rows(self.x)
         if numbers is None or not len(numbers):
             return super().random_order(generator)
         count = int(numbers[-1]) + 1

@@ -27,7 +27,7 @@ from sgdgp.features import (
     restrict,
     scale,
 )
-from sgdgp.features.composite import SumFeatures, TensorFeatures
+from sgdgp.features.compose import SumFeatures, TensorFeatures
 from tests.features.kernels import dense, matern, periodic, points, rbf
 
 DIM = 3
@@ -108,7 +108,7 @@ def test_kernel_of_the_features_is_within_its_error_bars(name):
 
 @pytest.mark.parametrize("name", COMPOSITES)
 def test_products_agree_with_the_features_themselves(name, monkeypatch):
-    monkeypatch.setattr("sgdgp.features.composite.CPU_TILE", 4)
+    monkeypatch.setattr("sgdgp.core.slices.CPU_TILE", 4)
     phi = features(COMPOSITES[name](), 6)
     x, v = points(9, DIM), points(9, 2, seed=2)
     w = points(phi.num_features, 2, seed=3)
@@ -120,7 +120,7 @@ def test_products_agree_with_the_features_themselves(name, monkeypatch):
 
 @pytest.mark.parametrize("name", COMPOSITES)
 def test_gradients_agree_with_finite_differences(name, monkeypatch):
-    monkeypatch.setattr("sgdgp.features.composite.CPU_TILE", 4)
+    monkeypatch.setattr("sgdgp.core.slices.CPU_TILE", 4)
     phi = features(COMPOSITES[name](), 4)
     x, w = points(3, DIM).requires_grad_(), points(phi.num_features, 1)
     assert torch.autograd.gradcheck(lambda a: phi.forward(a, w), (x,))

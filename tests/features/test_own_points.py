@@ -13,8 +13,7 @@ from gpytorch.kernels import (
     ScaleKernel,
 )
 
-from sgdgp.features import own_points, random_features
-from sgdgp.features.own_points import own_values
+from sgdgp.features import fourier, random_features
 
 COUNT, OWN, DIM = 5, 3, 3
 
@@ -55,11 +54,11 @@ def gradient(values, x, **settings):
 @pytest.mark.parametrize("name", KERNELS)
 def test_values_and_gradients_are_those_of_the_features(name):
     phi, x, weights = problem(name)
-    found, expected = own_values(phi, x, weights), written_out(phi, x, weights)
+    found, expected = phi.each(x, weights), written_out(phi, x, weights)
     torch.testing.assert_close(found, expected)
     torch.testing.assert_close(gradient(found, x), gradient(expected, x))
     with torch.no_grad():
-        torch.testing.assert_close(own_values(phi, x, weights), expected)
+        torch.testing.assert_close(phi.each(x, weights), expected)
 
 
 @pytest.mark.parametrize("name", ["matern", "sum", "product"])
@@ -67,22 +66,22 @@ def test_the_gradient_has_a_gradient(name):
     phi, x, weights = problem(name)
     found, expected = (
         gradient(gradient(values, x, create_graph=True), x)
-        for values in (own_values(phi, x, weights), written_out(phi, x, weights))
+        for values in (phi.each(x, weights), written_out(phi, x, weights))
     )
     torch.testing.assert_close(found, expected)
 
 
 def test_tiles_add_up(monkeypatch):
     phi, x, weights = problem("matern")
-    whole = own_values(phi, x, weights)
+    whole = phi.each(x, weights)
     slope = gradient(whole, x)
-    monkeypatch.setattr(own_points, "_ROWS", 2 * OWN)
-    monkeypatch.setattr(own_points, "_TILE_CPU", 40)
-    parts = own_values(phi, x, weights)
+    monkeypatch.setattr(fourier, "_ROWS", 2 * OWN)
+    monkeypatch.setattr(fourier, "_TILE_CPU", 40)
+    parts = phi.each(x, weights)
     torch.testing.assert_close(parts, whole)
     torch.testing.assert_close(gradient(parts, x), slope)
 
 
 def test_no_functions_are_no_values():
     phi, x, weights = problem("scaled")
-    assert own_values(phi, x[:0], weights[:0]).shape == (0, OWN)
+    assert phi.each(x[:0], weights[:0]).shape == (0, OWN)

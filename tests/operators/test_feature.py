@@ -16,7 +16,7 @@ from gpytorch.kernels import (
 from torch import nn
 
 from sgdgp.features import FeatureMap
-from sgdgp.features.pairs import PairFeatures
+from sgdgp.features.tasks import PairFeatures
 from sgdgp.kernels import NeuralTangentKernel
 from sgdgp.operators import (
     DenseOperator,

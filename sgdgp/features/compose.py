@@ -1,4 +1,4 @@
-"""Kernel algebra on feature maps: scale, restrict, add, multiply.
+"""Sums and products of feature maps, and of the kernels behind them.
 
 The operations keep the cheap structure of their arguments: a product of two
 Fourier maps is a Fourier map, a product with a random sum is a sum of products.
@@ -6,18 +6,21 @@ Fourier maps is a Fourier map, a product with a random sum is a sum of products.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Sequence
+
 import torch
 from gpytorch.kernels import AdditiveKernel, ProductKernel, ScaleKernel
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from sgdgp.core.errors import SgdgpError
-from sgdgp.features.base import FeatureMap
-from sgdgp.features.composite import (
-    RestrictedFeatures,
-    ScaledFeatures,
-    SumFeatures,
-    TensorFeatures,
+from sgdgp.core.slices import (
+    check_product,
+    slices,
+    tile_size,
+    tracks_gradient,
 )
+from sgdgp.features.base import FeatureMap, RestrictedFeatures, ScaledFeatures
 from sgdgp.features.dispatch import (
     FeatureRequest,
     NoRandomFeatures,
@@ -27,10 +30,136 @@ from sgdgp.features.dispatch import (
 )
 from sgdgp.features.finite import ConstantFeatures
 from sgdgp.features.fourier import FourierFeatures
-from sgdgp.features.index import IndexFeatures, TaskFeatures
+from sgdgp.features.tasks import IndexFeatures, TaskFeatures
 
 MAX_TENSOR_FEATURES = 2**20
 """Most features of a product that has to be formed as a tensor product."""
+
+
+class SumFeatures(FeatureMap):
+    """(phi_1(x), ..., phi_q(x)): the sum of the kernels of the parts.
+
+    Args:
+        parts: The maps, in the order of their weights.
+    """
+
+    def __init__(self, parts: Sequence[FeatureMap]) -> None:
+        self.parts = tuple(parts)
+        self.sizes = [part.num_features for part in self.parts]
+        self.num_features = sum(self.sizes)
+        self.exact = all(part.exact for part in self.parts)
+
+    def features(self, x: Float[Tensor, "n d"]) -> Float[Tensor, "r M"]:
+        """The features of all parts side by side."""
+        return torch.cat([part.features(x) for part in self.parts], 1)
+
+    def forward(
+        self, x: Float[Tensor, "n d"], w: Float[Tensor, "M s"]
+    ) -> Float[Tensor, "r s"]:
+        """The sum of phi_i(x) w_i over the parts."""
+        check_product("w", w, self.num_features)
+        first, *rest = (
+            part.forward(x, block)
+            for part, block in zip(self.parts, w.split(self.sizes), strict=True)
+        )
+        return sum(rest, start=first)
+
+    def adjoint(
+        self, x: Float[Tensor, "n d"], v: Float[Tensor, "r s"]
+    ) -> Float[Tensor, "M s"]:
+        """phi_i(x)^T v of all parts, one below the other."""
+        return torch.cat([part.adjoint(x, v) for part in self.parts])
+
+    def each(
+        self, x: Float[Tensor, "g q d"], weights: Float[Tensor, "g M"]
+    ) -> Float[Tensor, "g q"]:
+        """The sum of the parts' values."""
+        first, *rest = (
+            part.each(x, rows)
+            for part, rows in zip(self.parts, weights.split(self.sizes, 1), strict=True)
+        )
+        return sum(rest, start=first)
+
+    def restricted(self, dims: Int[Tensor, " k"]) -> FeatureMap:
+        """The sum of the restricted parts."""
+        return SumFeatures([part.restricted(dims) for part in self.parts])
+
+    def point_of_rows(self, x: Float[Tensor, "n d"]) -> Int[Tensor, " n"] | None:
+        """As of the first part that evaluates rows together."""
+        return _first_point_of_rows(self.parts, x)
+
+
+class TensorFeatures(FeatureMap):
+    """All products large_j(x) small_i(x): the product of the two kernels.
+
+    The products themselves are never formed: a product with weights is one
+    product of the large map with (size of small) times as many columns, so its
+    features are computed once. Feature (j, i) has index j * size(small) + i.
+
+    Args:
+        small: A map with few features (linear, constant, polynomial).
+        large: Any map that is independent of ``small``.
+    """
+
+    def __init__(self, small: FeatureMap, large: FeatureMap) -> None:
+        self.small = small
+        self.large = large
+        self.num_features = small.num_features * large.num_features
+        self.exact = small.exact and large.exact
+
+    def features(self, x: Float[Tensor, "n d"]) -> Float[Tensor, "n M"]:
+        """All products of features."""
+        large, small = self.large.features(x), self.small.features(x)
+        return (large[:, :, None] * small[:, None, :]).flatten(1)
+
+    def forward(
+        self, x: Float[Tensor, "n d"], w: Float[Tensor, "M s"]
+    ) -> Float[Tensor, "n s"]:
+        """phi(x) w by chunks of rows."""
+        check_product("w", w, self.num_features)
+        columns = w.shape[1]
+        w = w.reshape(self.large.num_features, -1)
+        out = []
+        for rows in self._rows(x, w.shape[1]):
+            inner = self.large.forward(x[rows], w).view(
+                -1, self.small.num_features, columns
+            )
+            factors = self.small.features(x[rows])
+            out.append(torch.bmm(factors[:, None, :], inner)[:, 0, :])
+        return torch.cat(out) if out else x.new_zeros(0, columns)
+
+    def adjoint(
+        self, x: Float[Tensor, "n d"], v: Float[Tensor, "n s"]
+    ) -> Float[Tensor, "M s"]:
+        """phi(x)^T v by chunks of rows."""
+        check_product("v", v, x.shape[0])
+        width = self.small.num_features * v.shape[1]
+        out = x.new_zeros(self.large.num_features, width)
+        for rows in self._rows(x, width):
+            factors = self.small.features(x[rows])
+            outer = (factors[:, :, None] * v[rows][:, None, :]).flatten(1)
+            block = self.large.adjoint(x[rows], outer)
+            out = out + block if tracks_gradient(out, block) else out.add_(block)
+        return out.reshape(self.num_features, v.shape[1])
+
+    def restricted(self, dims: Int[Tensor, " k"]) -> FeatureMap:
+        """The product of the restricted maps."""
+        return TensorFeatures(self.small.restricted(dims), self.large.restricted(dims))
+
+    def point_of_rows(self, x: Float[Tensor, "n d"]) -> Int[Tensor, " n"] | None:
+        """As of the first map that evaluates rows together."""
+        return _first_point_of_rows((self.large, self.small), x)
+
+    @staticmethod
+    def _rows(x: Tensor, width: int) -> Iterator[slice]:
+        # Eight tiles (16 MB in float32): rows that are too few would make the
+        # large map pass over its weights too often.
+        return slices(x.shape[0], max(1, 8 * tile_size(x.device) // max(1, width)))
+
+
+def _first_point_of_rows(maps: Iterable[FeatureMap], x: Tensor) -> Tensor | None:
+    found = (part.point_of_rows(x) for part in maps)
+    return next((numbers for numbers in found if numbers is not None), None)
 
 
 class TooManyFeatures(SgdgpError, ValueError):
@@ -39,34 +168,12 @@ class TooManyFeatures(SgdgpError, ValueError):
 
 def scale(base: FeatureMap, variance: float) -> FeatureMap:
     """The map of ``variance`` times the kernel of ``base``."""
-    if isinstance(base, FourierFeatures):
-        return FourierFeatures(base.frequencies, variance * base.variance, base.dims)
-    if isinstance(base, ConstantFeatures):
-        return ConstantFeatures(variance * base.variance)
-    if isinstance(base, ScaledFeatures):
-        return ScaledFeatures(base.base, variance * base.variance)
-    return ScaledFeatures(base, variance)
+    return base.scaled(variance)
 
 
 def restrict(base: FeatureMap, dims: Tensor) -> FeatureMap:
     """The map of k(x[:, dims], x'[:, dims]); ``dims`` is an index tensor (k,)."""
-    if isinstance(base, FourierFeatures):
-        inner = dims if base.dims is None else dims[base.dims]
-        return FourierFeatures(base.frequencies, base.variance, inner)
-    if isinstance(base, ConstantFeatures):
-        return base
-    if isinstance(base, ScaledFeatures):
-        return ScaledFeatures(restrict(base.base, dims), base.variance)
-    if isinstance(base, RestrictedFeatures):
-        return RestrictedFeatures(base.base, dims[base.dims])
-    if isinstance(base, SumFeatures):
-        return SumFeatures([restrict(part, dims) for part in base.parts])
-    if isinstance(base, TaskFeatures):
-        column = int(dims[base.column])
-        return TaskFeatures(base.index, column, restrict(base.other, dims))
-    if isinstance(base, TensorFeatures):
-        return TensorFeatures(restrict(base.small, dims), restrict(base.large, dims))
-    return RestrictedFeatures(base, dims)
+    return base.restricted(dims)
 
 
 def add(*maps: FeatureMap) -> FeatureMap:
@@ -96,9 +203,9 @@ def multiply(a: FeatureMap, b: FeatureMap, *, dim: int) -> FeatureMap:
     """
     for one, other in ((a, b), (b, a)):
         if isinstance(one, ScaledFeatures):
-            return scale(multiply(one.base, other, dim=dim), one.variance)
+            return multiply(one.base, other, dim=dim).scaled(one.variance)
         if isinstance(one, ConstantFeatures):
-            return scale(other, one.variance)
+            return other.scaled(one.variance)
     for one, other in ((a, b), (b, a)):
         if isinstance(one, TaskFeatures):
             rest = multiply(one.other, other, dim=dim)
@@ -177,7 +284,7 @@ def scale_features(kernel: ScaleKernel, request: FeatureRequest) -> FeatureMap:
     base's ``active_dims`` and those of the base are not applied a second time.
     """
     base = forward_features_of(kernel.base_kernel, request)
-    return scale(base, float(request.parameter(kernel.outputscale)))
+    return base.scaled(float(request.parameter(kernel.outputscale)))
 
 
 @register_features(AdditiveKernel, parts=lambda kernel: list(kernel.kernels))

@@ -1,4 +1,8 @@
-"""Exact features of the index kernel, and of its products, task by task."""
+"""Features of several outputs: tables between tasks, and pairs (input, output).
+
+The index kernel's features are exact; its products with other maps are formed task by
+task. A map with several rows per input is one over pairs of input and output.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +10,10 @@ from collections.abc import Iterator
 
 import torch
 from gpytorch.kernels import IndexKernel
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from sgdgp.core.slices import check_product, check_width
+from sgdgp.core.slices import check_product, check_width, tracks_gradient
 from sgdgp.features.base import FeatureMap
 from sgdgp.features.dispatch import FeatureRequest, register_features
 
@@ -118,6 +122,11 @@ class TaskFeatures(FeatureMap):
             out = out + own[:, None, :] * root[None, :, None]
         return out.flatten(0, 1)
 
+    def restricted(self, dims: Int[Tensor, " k"]) -> FeatureMap:
+        """The same table, with its column where the selection puts it."""
+        column = int(dims[self.column])
+        return TaskFeatures(self.index, column, self.other.restricted(dims))
+
     def _tasks_of(self, x: Tensor) -> Tensor:
         return x[:, self.column : self.column + 1]
 
@@ -126,6 +135,89 @@ class TaskFeatures(FeatureMap):
         tasks = self.index.tasks(self._tasks_of(x))
         for task in tasks.unique().tolist():
             yield self.index.root[task], (tasks == task).nonzero().squeeze(1)
+
+
+class PairFeatures(FeatureMap):
+    """phi([x, t]) = phi_t(x), for a map with C rows phi_1(x) ... phi_C(x) per input.
+
+    Rows that follow one another and have the same x are evaluated as one point: all
+    outputs of an input cost what one of them does.
+
+    Args:
+        base: A map whose row i C + c is output c of input i.
+        outputs: C.
+    """
+
+    def __init__(self, base: FeatureMap, outputs: int) -> None:
+        self.base = base
+        self.outputs = outputs
+        self.num_features = base.num_features
+        self.exact = base.exact
+
+    def features(self, x: Float[Tensor, "n d"]) -> Float[Tensor, "n M"]:
+        """The features of each pair."""
+        points, rows = self._points(x)
+        return self.base.features(points)[rows]
+
+    def forward(
+        self, x: Float[Tensor, "n d"], w: Float[Tensor, "M s"]
+    ) -> Float[Tensor, "n s"]:
+        """phi(x) w, one forward for each point."""
+        points, rows = self._points(x)
+        return self.base.forward(points, w)[rows]
+
+    def adjoint(
+        self, x: Float[Tensor, "n d"], v: Float[Tensor, "n s"]
+    ) -> Float[Tensor, "M s"]:
+        """phi(x)^T v, one adjoint for each point."""
+        check_product("v", v, len(x))
+        points, rows = self._points(x)
+        whole = v.new_zeros(len(points) * self.outputs, v.shape[1])
+        return self.base.adjoint(points, whole.index_add(0, rows, v))
+
+    def point_of_rows(self, x: Float[Tensor, "n d"]) -> Int[Tensor, " n"] | None:
+        """Rows of one input that follow one another share it."""
+        return _numbers(x)
+
+    def _points(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return points_and_rows(x, self.outputs)
+
+
+def points_and_rows(
+    x: Float[Tensor, "n d"], outputs: int
+) -> tuple[Float[Tensor, "p k"], Int[Tensor, " n"]]:
+    """The points behind pairs, and the row of each pair among those of the points.
+
+    Args:
+        x: Rows [x, t].
+        outputs: Rows of a point.
+
+    Raises:
+        ValueError: A pair is of an output that there is not.
+    """
+    output = x[:, -1].detach().round().long()
+    if len(x) and not 0 <= int(output.min()) <= int(output.max()) < outputs:
+        raise ValueError(
+            f"x: expected outputs from 0 to {outputs - 1} in its last column, found "
+            f"{int(output.min())} to {int(output.max())}"
+        )
+    if tracks_gradient(x):
+        # Rows of one point are different leaves of the graph.
+        number = torch.arange(len(x), device=x.device)
+        return x[:, :-1], number * outputs + output
+    number = _numbers(x)
+    first = torch.ones_like(number, dtype=torch.bool)
+    first[1:] = number[1:] != number[:-1]
+    return x[first, :-1], number * outputs + output
+
+
+def _numbers(x: Float[Tensor, "n d"]) -> Int[Tensor, " n"]:
+    """Number of the point that each pair belongs to, counted from the first row."""
+    if not len(x):
+        return torch.zeros(0, dtype=torch.long, device=x.device)
+    inputs = x[:, :-1].detach()
+    changes = (inputs[1:] != inputs[:-1]).any(1)
+    return torch.cat([changes.new_zeros(1), changes]).cumsum(0)
 
 
 @register_features(IndexKernel, reads={"forward"})
