@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from itertools import combinations_with_replacement
 
 import torch
-from gpytorch.kernels import ConstantKernel, LinearKernel, PolynomialKernel
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -19,10 +17,6 @@ from sgdgp.core.slices import (
     tile_size,
 )
 from sgdgp.features.base import FeatureMap
-from sgdgp.features.dispatch import FeatureRequest, NoRandomFeatures, register_features
-
-MAX_MONOMIALS = 20_000
-"""Most features that a polynomial kernel may need."""
 
 
 class LinearFeatures(FeatureMap):
@@ -166,51 +160,3 @@ class PolynomialFeatures(FeatureMap):
     def _rows(self, x: Tensor) -> Iterator[slice]:
         rows = max(1, tile_size(x.device) // self.num_features)
         return slices(x.shape[0], rows)
-
-
-@register_features(LinearKernel)
-def linear_features(kernel: LinearKernel, request: FeatureRequest) -> FeatureMap:
-    """The scaled inputs themselves."""
-    variance = request.parameter(kernel.variance).reshape(-1).expand(request.dim)
-    return LinearFeatures(variance.to(request.like).contiguous())
-
-
-@register_features(ConstantKernel)
-def constant_features(kernel: ConstantKernel, request: FeatureRequest) -> FeatureMap:
-    """One constant feature."""
-    return ConstantFeatures(float(request.parameter(kernel.constant)))
-
-
-@register_features(PolynomialKernel)
-def polynomial_features(
-    kernel: PolynomialKernel, request: FeatureRequest
-) -> FeatureMap:
-    """All monomials of degree at most the power.
-
-    Raises:
-        NoRandomFeatures: If the power is not a whole number, or the expansion
-            has more than ``MAX_MONOMIALS`` terms.
-    """
-    power = kernel.power
-    if power != int(power) or power < 0:
-        raise NoRandomFeatures(kernel, f"with power {power} is not a polynomial")
-    power, dim = int(power), request.dim
-    count = math.comb(dim + power, power)
-    if count > MAX_MONOMIALS:
-        raise NoRandomFeatures(
-            kernel,
-            f"of power {power} in {dim} dimensions expands to {count} monomials, "
-            f"more than the limit of {MAX_MONOMIALS}",
-        )
-    monomials = list(combinations_with_replacement(range(dim + 1), power))
-    indices = torch.tensor(monomials, dtype=torch.long).reshape(count, power)
-    coefficients = [
-        math.factorial(power) / math.prod(math.factorial(m.count(i)) for i in set(m))
-        for m in monomials
-    ]
-    return PolynomialFeatures(
-        indices.to(request.device),
-        torch.tensor(coefficients, dtype=torch.float64).sqrt().to(request.like),
-        float(request.parameter(kernel.offset)),
-        dim,
-    )

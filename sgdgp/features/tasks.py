@@ -9,13 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-from gpytorch.kernels import IndexKernel
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from sgdgp.core.slices import check_product, check_width, tracks_gradient
 from sgdgp.features.base import FeatureMap
-from sgdgp.features.dispatch import FeatureRequest, register_features
 
 
 class IndexFeatures(FeatureMap):
@@ -218,11 +216,3 @@ def _numbers(x: Float[Tensor, "n d"]) -> Int[Tensor, " n"]:
     inputs = x[:, :-1].detach()
     changes = (inputs[1:] != inputs[:-1]).any(1)
     return torch.cat([changes.new_zeros(1), changes]).cumsum(0)
-
-
-@register_features(IndexKernel, reads={"forward"})
-def index_features(kernel: IndexKernel, request: FeatureRequest) -> FeatureMap:
-    """The symmetric root of the table, whatever a subclass makes it of."""
-    covariance = request.parameter(kernel._eval_covar_matrix())
-    values, vectors = torch.linalg.eigh(covariance)
-    return IndexFeatures((vectors * values.clamp_min(0).sqrt()).to(request.like))

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import combinations_with_replacement
 
 import torch
 from gpytorch.kernels import ConstantKernel, LinearKernel, PolynomialKernel
 from torch import Tensor
 
+from sgdgp.features.base import FeatureMap
+from sgdgp.features.dispatch import FeatureRequest, NoRandomFeatures, register_features
+from sgdgp.features.finite import ConstantFeatures, LinearFeatures, PolynomialFeatures
 from sgdgp.kernels.registry import Forms, TileKernel, register_tile_kernel
 from sgdgp.kernels.stationary import select
+
+MAX_MONOMIALS = 20_000
+"""Most features that a polynomial kernel may need."""
 
 
 @dataclass(frozen=True)
@@ -106,3 +114,51 @@ def _(kernel: PolynomialKernel, dims: Tensor | None) -> TileKernel:
 @register_tile_kernel(ConstantKernel)
 def _(kernel: ConstantKernel, dims: Tensor | None) -> TileKernel:
     return ConstantTile(kernel.constant.item())
+
+
+@register_features(LinearKernel)
+def linear_features(kernel: LinearKernel, request: FeatureRequest) -> FeatureMap:
+    """The scaled inputs themselves."""
+    variance = request.parameter(kernel.variance).reshape(-1).expand(request.dim)
+    return LinearFeatures(variance.to(request.like).contiguous())
+
+
+@register_features(ConstantKernel)
+def constant_features(kernel: ConstantKernel, request: FeatureRequest) -> FeatureMap:
+    """One constant feature."""
+    return ConstantFeatures(float(request.parameter(kernel.constant)))
+
+
+@register_features(PolynomialKernel)
+def polynomial_features(
+    kernel: PolynomialKernel, request: FeatureRequest
+) -> FeatureMap:
+    """All monomials of degree at most the power.
+
+    Raises:
+        NoRandomFeatures: If the power is not a whole number, or the expansion
+            has more than ``MAX_MONOMIALS`` terms.
+    """
+    power = kernel.power
+    if power != int(power) or power < 0:
+        raise NoRandomFeatures(kernel, f"with power {power} is not a polynomial")
+    power, dim = int(power), request.dim
+    count = math.comb(dim + power, power)
+    if count > MAX_MONOMIALS:
+        raise NoRandomFeatures(
+            kernel,
+            f"of power {power} in {dim} dimensions expands to {count} monomials, "
+            f"more than the limit of {MAX_MONOMIALS}",
+        )
+    monomials = list(combinations_with_replacement(range(dim + 1), power))
+    indices = torch.tensor(monomials, dtype=torch.long).reshape(count, power)
+    coefficients = [
+        math.factorial(power) / math.prod(math.factorial(m.count(i)) for i in set(m))
+        for m in monomials
+    ]
+    return PolynomialFeatures(
+        indices.to(request.device),
+        torch.tensor(coefficients, dtype=torch.float64).sqrt().to(request.like),
+        float(request.parameter(kernel.offset)),
+        dim,
+    )

@@ -14,6 +14,9 @@ from gpytorch.kernels import IndexKernel
 from torch import Tensor
 from torch.nn.functional import one_hot
 
+from sgdgp.features.base import FeatureMap
+from sgdgp.features.dispatch import FeatureRequest, register_features
+from sgdgp.features.tasks import IndexFeatures
 from sgdgp.kernels.gradient_terms import LiveInnerProduct
 from sgdgp.kernels.keops_formulas import Lazy, keops_formula, keops_inputs
 from sgdgp.kernels.registry import Forms, TileKernel, register_tile_kernel
@@ -96,3 +99,11 @@ def _(tile: IndexTile, x: Tensor, origin: Tensor) -> Forms:
 @keops_formula.register
 def _(tile: IndexTile, rows: tuple[Lazy, ...], columns: tuple[Lazy, ...]) -> Lazy:
     return (rows[0] * columns[0]).sum(-1)
+
+
+@register_features(IndexKernel, reads={"forward"})
+def index_features(kernel: IndexKernel, request: FeatureRequest) -> FeatureMap:
+    """The symmetric root of the table, whatever a subclass makes it of."""
+    covariance = request.parameter(kernel._eval_covar_matrix())
+    values, vectors = torch.linalg.eigh(covariance)
+    return IndexFeatures((vectors * values.clamp_min(0).sqrt()).to(request.like))

@@ -22,9 +22,14 @@ from gpytorch.kernels import (
     PeriodicKernel,
     RBFKernel,
     RQKernel,
+    SpectralMixtureKernel,
+    keops,
 )
 from torch import Tensor
 
+from sgdgp.features.base import FeatureMap
+from sgdgp.features.dispatch import FeatureRequest, register_features
+from sgdgp.features.fourier import FourierFeatures
 from sgdgp.kernels.distance import left_form, right_form, squared_distances
 from sgdgp.kernels.registry import Forms, TileKernel, register_tile_kernel
 
@@ -240,3 +245,87 @@ def _(kernel: RQKernel, dims: Tensor | None) -> TileKernel:
 def _(kernel: PeriodicKernel, dims: Tensor | None) -> TileKernel:
     period = kernel.period_length.detach()[0]
     return PeriodicTile(1.0, dims, _inverse_lengthscale(kernel), period)
+
+
+def _scaled(omega: Tensor, kernel: Kernel, request: FeatureRequest) -> FourierFeatures:
+    lengthscale = request.parameter(kernel.lengthscale).reshape(-1, 1)
+    return FourierFeatures((omega / lengthscale).to(request.like))
+
+
+@register_features(keops.RBFKernel)
+@register_features(RBFKernel)
+def rbf_features(kernel: Kernel, request: FeatureRequest) -> FeatureMap:
+    """Frequencies of exp(-r^2 / 2): standard normal over the lengthscales."""
+    return _scaled(
+        request.normal(request.dim, request.num_frequencies), kernel, request
+    )
+
+
+@register_features(keops.MaternKernel)
+@register_features(MaternKernel)
+def matern_features(kernel: Kernel, request: FeatureRequest) -> FeatureMap:
+    """Frequencies of the Matern kernel: multivariate Student t with 2 nu degrees.
+
+    One chi-square variable divides the whole frequency vector. Independent
+    Student t entries would instead give the product of one-dimensional Matern
+    kernels, which is not the isotropic kernel in more than one dimension.
+    """
+    omega = request.normal(request.dim, request.num_frequencies)
+    # chi-square with 2 nu degrees of freedom = 2 Gamma(nu, 1)
+    chi2 = 2 * request.gamma(kernel.nu, request.num_frequencies)
+    return _scaled(omega * (2 * kernel.nu / chi2).sqrt(), kernel, request)
+
+
+@register_features(RQKernel)
+def rational_quadratic_features(
+    kernel: RQKernel, request: FeatureRequest
+) -> FeatureMap:
+    """Frequencies of (1 + r^2 / (2 alpha))^-alpha: a Gamma mixture of normals.
+
+    The kernel is the mean of exp(-u r^2 / 2) over u ~ Gamma(alpha, rate alpha).
+    """
+    alpha = float(request.parameter(kernel.alpha))
+    omega = request.normal(request.dim, request.num_frequencies)
+    u = request.gamma(alpha, request.num_frequencies) / alpha
+    return _scaled(omega * u.sqrt(), kernel, request)
+
+
+@register_features(keops.PeriodicKernel)
+@register_features(PeriodicKernel)
+def periodic_features(kernel: Kernel, request: FeatureRequest) -> FeatureMap:
+    r"""Frequencies of GPyTorch's exp(-2 sum_i sin^2(pi r_i / p_i) / l_i).
+
+    With 2 sin^2(t / 2) = 1 - cos t each factor is exp((cos t_i - 1) / l_i),
+    t_i = 2 pi r_i / p_i: the characteristic function of a difference of two
+    Poisson(1 / (2 l_i)) variables (a Skellam variable), the harmonic's number.
+    """
+    shape = (request.dim, request.num_frequencies)
+    lengthscale = request.parameter(kernel.lengthscale).reshape(-1, 1)
+    period = request.parameter(kernel.period_length).reshape(-1, 1)
+    rate = (0.5 / lengthscale).expand(shape)
+    harmonic = request.poisson(rate) - request.poisson(rate)
+    return FourierFeatures((2 * math.pi * harmonic / period).to(request.like))
+
+
+@register_features(SpectralMixtureKernel)
+def spectral_mixture_features(
+    kernel: SpectralMixtureKernel, request: FeatureRequest
+) -> FeatureMap:
+    """Frequencies of GPyTorch's spectral mixture: one mixture for each dimension.
+
+    GPyTorch sums over the mixture inside the product over dimensions, so every
+    dimension draws its own component and k(x, x) = (sum of weights)^d.
+    """
+    count = request.num_frequencies
+    weights = request.parameter(kernel.mixture_weights).reshape(-1)
+    means = request.parameter(kernel.mixture_means)[:, 0, :].T
+    scales = request.parameter(kernel.mixture_scales)[:, 0, :].T
+    component = torch.multinomial(
+        weights, request.dim * count, replacement=True, generator=request.generator
+    ).view(request.dim, count)
+    sign = torch.where(request.uniform(request.dim, count) < 0.5, -1.0, 1.0)
+    omega = sign * means.gather(1, component)
+    omega = omega + scales.gather(1, component) * request.normal(request.dim, count)
+    return FourierFeatures(
+        (2 * math.pi * omega).to(request.like), float(weights.sum() ** request.dim)
+    )
