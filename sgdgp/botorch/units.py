@@ -8,7 +8,7 @@ import torch
 from botorch.models.transforms.outcome import OutcomeTransform
 from torch import Tensor
 
-_TOLERANCE = 1e-6
+from sgdgp.gpytorch_adapter.outcome_scale import affine_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,16 +60,12 @@ def units_of(transform: OutcomeTransform, outputs: int, like: Tensor) -> Units:
     """
     zeros = like.new_zeros(outputs)
     ones = torch.ones_like(zeros)
-    # Double precision, so that a large shift does not hide the factor.
-    steps = torch.arange(3, dtype=torch.float64, device=like.device)
     try:
-        points = steps.unsqueeze(1).expand(3, outputs).contiguous()
-        first, second, third = transform.untransform(points)[0].double()
+        affine = affine_of(transform, outputs, like.device)
     except (RuntimeError, ValueError, NotImplementedError, TypeError):
         # Whatever wants to see inputs is not one factor for all of them.
+        affine = None
+    if affine is None:
         return Units(zeros, ones, transform)
-    factor = second - first
-    curvature = (third - second - factor).abs()
-    if bool((curvature > _TOLERANCE * (third - first).abs().clamp_min(1e-300)).any()):
-        return Units(zeros, ones, transform)
-    return Units(first.to(like), factor.to(like))
+    shift, factor = affine
+    return Units(shift.to(like), factor.to(like))

@@ -81,6 +81,22 @@ def check_positive(name: str, value: float) -> None:
         raise ValueError(f"{name}: expected a positive finite number, found {value}")
 
 
+def check_variances(name: str, value: Tensor) -> None:
+    """Refuse variances that are not positive and finite.
+
+    Raises:
+        ValueError: Says how many there are and where the first is.
+    """
+    bad = ~(torch.isfinite(value) & (value > 0))
+    if bad.any():
+        first = tuple(bad.nonzero()[0].tolist())
+        index = first[0] if len(first) == 1 else first
+        raise ValueError(
+            f"{name}: expected positive finite variances, found {int(bad.sum())} that "
+            f"are not, the first at index {index}: {float(value[first])}"
+        )
+
+
 def check_finite_parameters(name: str, module: torch.nn.Module) -> None:
     """Refuse NaN or infinite parameters, by name.
 

@@ -22,12 +22,13 @@ from sgdgp.gpytorch_adapter.outcome_scale import to_model_units
 Inputs: TypeAlias = Tensor | Sequence[Tensor]
 """Inputs of a model: (n, d), or several of them with the same n."""
 
-_BATCH = (
+NO_BATCHES = (
     "batch models, such as BoTorch's multi-output SingleTaskGP, are not supported. For "
-    "independent outputs give a single-output model and y of shape (n, outputs), for "
-    "correlated ones a MultitaskKernel; else condition on each element of the batch by "
-    "itself"
+    "independent outputs that share a kernel give a single-output model and y of shape "
+    "(n, outputs), for correlated ones use a MultitaskKernel; else condition on each "
+    "element of the batch by itself"
 )
+"""What is wrong with a model of several outputs, and what to do instead."""
 
 
 def training_data(
@@ -69,7 +70,7 @@ def training_data(
         joined = joined.unsqueeze(-1)
     if joined.ndim == 3:
         raise ValueError(
-            f"x: expected shape (n, d), found {tuple(joined.shape)}; {_BATCH}"
+            f"x: expected shape (n, d), found {tuple(joined.shape)}; {NO_BATCHES}"
         )
     check_matrix("x", joined)
     y = _targets(y, len(joined))

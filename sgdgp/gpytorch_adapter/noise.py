@@ -18,6 +18,8 @@ from jaxtyping import Float
 from linear_operator.operators import DiagLinearOperator
 from torch import Tensor
 
+from sgdgp.core.checks import check_variances
+
 
 def noise_variances(
     likelihood: Likelihood, x: Tensor | Sequence[Tensor], n: int
@@ -143,14 +145,7 @@ def noise_of(
     inputs = [x] if torch.is_tensor(x) else list(x)
     with torch.no_grad():
         noise = noise_variances(likelihood, inputs, inputs[0].shape[0])
-    bad = ~(torch.isfinite(noise) & (noise > 0))
-    if bad.any():
-        first = int(bad.nonzero()[0])
-        raise ValueError(
-            f"likelihood: noise variances must be positive and finite, found "
-            f"{int(bad.sum())} that are not, the first at row {first}: "
-            f"{float(noise[first])}"
-        )
+    check_variances("likelihood", noise)
     return noise
 
 

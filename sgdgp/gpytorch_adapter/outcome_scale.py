@@ -1,14 +1,20 @@
-"""The units of a model's targets, where it transforms them (BoTorch)."""
+"""The units of a model's outcomes, where it transforms them (BoTorch)."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from gpytorch.models import ExactGP
+from jaxtyping import Float
 from torch import Tensor
 
 from sgdgp.core.errors import UnsupportedModelError
+
+_CURVATURE = 1e-6
+"""Largest relative departure from a straight line that is rounding: far above that of
+float32 statistics in float64, far below that of any transform one would choose."""
 
 
 @dataclass(frozen=True)
@@ -21,6 +27,31 @@ class TargetScale:
     def to_model_units(self, y: Tensor) -> Tensor:
         """The user's targets in the model's units."""
         return (y - self.shift) / self.scale
+
+
+def affine_of(
+    transform: Any, outputs: int, device: torch.device | None
+) -> tuple[Float[Tensor, " m"], Float[Tensor, " m"]] | None:
+    """Shift and scale of an affine outcome transform, output by output, in float64.
+
+    Args:
+        transform: One of BoTorch's outcome transforms, which are read at three points.
+        outputs: Number of outputs m; those of a transform of one output are alike.
+        device: Where the transform is.
+
+    Returns:
+        Both, or None where the transform is not affine in each output by itself.
+    """
+    # In float64, so that a large shift does not hide the scale.
+    steps = torch.arange(3, dtype=torch.float64, device=device)
+    points = steps.unsqueeze(1).expand(3, outputs).contiguous()
+    values = transform.untransform(points)[0].double().reshape(3, outputs)
+    shift, one, two = values
+    scale = one - shift
+    bend = ((two - one) - scale).abs()
+    if bool((bend > _CURVATURE * (two - shift).abs().clamp_min(1e-300)).any()):
+        return None
+    return shift, scale
 
 
 def target_scales(model: ExactGP, outputs: int) -> tuple[TargetScale, ...]:
@@ -36,24 +67,15 @@ def target_scales(model: ExactGP, outputs: int) -> tuple[TargetScale, ...]:
     transform = getattr(model, "outcome_transform", None)
     if transform is None:
         return (TargetScale(),) * outputs
-    # In float64, so that a large shift does not hide the scale.
-    steps = torch.arange(3, dtype=torch.float64, device=_device(model))
-    points = steps.unsqueeze(1).expand(3, outputs).contiguous()
-    values = transform.untransform(points)[0].reshape(3, outputs).tolist()
-    scales = []
-    for zero, one, two in zip(*values, strict=True):
-        if abs((two - one) - (one - zero)) > 1e-6 * max(abs(two - zero), 1e-300):
-            raise UnsupportedModelError(
-                f"model: outcome transform {type(transform).__name__} is not affine; "
-                "only affine transforms such as Standardize keep the posterior Gaussian"
-            )
-        scales.append(TargetScale(zero, one - zero))
-    return tuple(scales)
-
-
-def _device(model: ExactGP) -> torch.device | None:
     targets = model.train_targets
-    return targets.device if torch.is_tensor(targets) else None
+    device = targets.device if torch.is_tensor(targets) else None
+    affine = affine_of(transform, outputs, device)
+    if affine is None:
+        raise UnsupportedModelError(
+            f"model: outcome transform {type(transform).__name__} is not affine; only "
+            "affine transforms such as Standardize keep the posterior Gaussian"
+        )
+    return tuple(map(TargetScale, *(part.tolist() for part in affine)))
 
 
 def to_model_units(model: ExactGP, y: Tensor) -> Tensor:
@@ -63,12 +85,10 @@ def to_model_units(model: ExactGP, y: Tensor) -> Tensor:
         model: The model; BoTorch's have an outcome transform.
         y: Targets before it.
     """
-    outputs = y.shape[1] if y.ndim == 2 else 1
-    transform = getattr(model, "outcome_transform", None)
-    if transform is None:
+    if getattr(model, "outcome_transform", None) is None:
         return y
     # Columns of a model with one output get its units, by broadcasting.
-    scales = target_scales(model, outputs)
+    scales = target_scales(model, y.shape[1] if y.ndim == 2 else 1)
     shift = y.new_tensor([scale.shift for scale in scales])
     factor = y.new_tensor([scale.scale for scale in scales])
     return (y - shift) / factor

@@ -39,7 +39,7 @@ from torch import Tensor
 
 from sgdgp.core.checks import check_finite_parameters
 from sgdgp.core.errors import UnsupportedModelError
-from sgdgp.gpytorch_adapter.data import InputLayout, Inputs, layout_of
+from sgdgp.gpytorch_adapter.data import NO_BATCHES, InputLayout, Inputs, layout_of
 from sgdgp.gpytorch_adapter.multitask import (
     ProductOperator,
     on_columns,
@@ -184,7 +184,7 @@ def prior_of(model: ExactGP, probe: Inputs) -> Prior:
             f"x: the model cannot be evaluated at inputs with {points.shape[1]} "
             f"columns: {error}"
         ) from error
-    tasks = _num_tasks(distribution, len(points))
+    tasks = tasks_of(distribution, len(points))
     tree = _frozen_tree(distribution)
     kernel, nugget = kernel_of(tree), nugget_of(distribution.lazy_covariance_matrix)
     if tasks is None:
@@ -210,19 +210,26 @@ def pairs_of(x: Float[Tensor, "n d"], tasks: int) -> Float[Tensor, "N k"]:
     return torch.cat([x.repeat_interleave(tasks, 0), index.unsqueeze(1)], dim=1)
 
 
-def _num_tasks(distribution: MultivariateNormal, n: int) -> int | None:
-    """Outputs per input of a multitask prior, None for a prior of one output."""
+def tasks_of(distribution: MultivariateNormal, n: int | None = None) -> int | None:
+    """Outputs per input of a multitask prior, None for a prior of one output.
+
+    Args:
+        distribution: The prior at some inputs.
+        n: Their number, if it is known.
+
+    Raises:
+        UnsupportedModelError: The prior has a batch shape.
+    """
     found = tuple(distribution.loc.shape)
     if isinstance(distribution, MultitaskMultivariateNormal):
         if len(found) == 1 and distribution._interleaved:
             return int(distribution.num_tasks)
-    elif found == (n,):
+    elif len(found) == 1 and n in (None, found[0]):
         return None
+    inputs = "" if n is None else f" for {n} inputs"
     raise UnsupportedModelError(
-        f"model: expected a prior without batch shape, found mean of shape {found} for "
-        f"{n} inputs; batch models are not supported. For independent outputs that "
-        "share a kernel give a single-output model and y of shape (n, outputs); for "
-        "correlated ones use a MultitaskKernel"
+        f"model: expected a prior without batch shape, found mean of shape {found}"
+        f"{inputs}; {NO_BATCHES}"
     )
 
 
@@ -378,9 +385,7 @@ def tree_of(covariance: LinearOperator, scale: Tensor | None = None) -> Tree:
     if isinstance(covariance, BlockLinearOperator):
         raise UnsupportedModelError(
             f"model: forward returned a {type(covariance).__name__}, a batch of "
-            "kernels, one for each output; batch models are not supported. For "
-            "independent outputs that share a kernel give a single-output model and y "
-            "of shape (n, outputs); for correlated ones use a MultitaskKernel"
+            f"kernels, one for each output; {NO_BATCHES}"
         )
     raise UnsupportedModelError(
         f"model: forward returned a covariance with a {type(covariance).__name__},"
@@ -399,8 +404,7 @@ def _leaf(covariance: LazyEvaluatedKernelTensor, scale: Tensor | None) -> Leaf:
     if covariance.x1.ndim != 2:
         raise UnsupportedModelError(
             f"model: forward calls a kernel on inputs of shape "
-            f"{tuple(covariance.x1.shape)}; batch models are not supported, condition "
-            "on each element of the batch by itself"
+            f"{tuple(covariance.x1.shape)}; {NO_BATCHES}"
         )
     if scale is not None and (scale.numel() != 1 or float(scale.detach()) <= 0):
         raise UnsupportedModelError(

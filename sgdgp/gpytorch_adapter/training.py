@@ -11,7 +11,6 @@ from gpytorch.likelihoods import Likelihood
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sgdgp.core.errors import UnsupportedModelError
 from sgdgp.gpytorch_adapter.data import Inputs, Observed, observed_rows
 from sgdgp.gpytorch_adapter.noise import noise_variances
 from sgdgp.gpytorch_adapter.prior import (
@@ -19,6 +18,7 @@ from sgdgp.gpytorch_adapter.prior import (
     columns_of,
     kernel_of,
     nugget_of,
+    tasks_of,
     tree_of,
 )
 
@@ -64,23 +64,15 @@ def traced_prior(
             "distribution: expected the MultivariateNormal that model(train_x) "
             f"returns, found {type(distribution).__name__}"
         )
+    tasks = tasks_of(distribution)
     mean = distribution.loc
-    multitask = isinstance(distribution, MultitaskMultivariateNormal)
-    if mean.ndim != 1 or (multitask and not distribution._interleaved):
-        raise UnsupportedModelError(
-            f"model: expected a prior without batch shape, found a mean of shape "
-            f"{tuple(mean.shape)}; batch models are not supported. For independent "
-            "outputs that share a kernel give a single-output model and y of shape "
-            "(n, outputs); for correlated ones use a MultitaskKernel"
-        )
     covariance = distribution.lazy_covariance_matrix
     tree = tree_of(covariance)
-    if multitask:
-        chosen = torch.arange(len(mean), device=mean.device) if rows is None else rows
-        tasks = distribution.num_tasks
-        which = Rows(points=chosen // tasks, tasks=chosen % tasks)
-    else:
+    if tasks is None:
         which = Rows(points=rows)
+    else:
+        chosen = torch.arange(len(mean), device=mean.device) if rows is None else rows
+        which = Rows(points=chosen // tasks, tasks=chosen % tasks)
     return TracedPrior(
         kernel_of(tree),
         mean if rows is None else mean[rows],

@@ -464,7 +464,7 @@ def test_likelihoods_that_are_not_gaussian_are_refused_by_name():
 def test_noise_that_is_not_positive_is_refused_with_its_row(value):
     likelihood = FixedNoiseGaussianLikelihood(torch.full((6,), 0.1))
     likelihood.noise_covar.noise[[2, 4]] = value
-    with pytest.raises(ValueError, match="found 2 that are not, the first at row 2"):
+    with pytest.raises(ValueError, match="found 2 that are not, the first at index 2"):
         noise_of(likelihood, torch.zeros(6, 1))
 
 
