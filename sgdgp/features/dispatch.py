@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
@@ -106,13 +105,16 @@ Builder = Callable[..., FeatureMap]
 _B = TypeVar("_B", bound=Builder)
 
 
-@functools.singledispatch
-def _build(kernel: Kernel, request: FeatureRequest) -> FeatureMap:
-    raise NoRandomFeatures(kernel)
+@dataclass(frozen=True)
+class _Rule:
+    """How a type of kernel gets features; see ``register_features``."""
+
+    builder: Builder
+    parts: Callable[[Kernel], Sequence[Kernel]] | None
+    reads: Collection[str] | None
 
 
-_parts: dict[type[Kernel], Callable[[Kernel], Sequence[Kernel]]] = {}
-_reads: dict[type[Kernel], Collection[str]] = {}
+_RULES: dict[type[Kernel], _Rule] = {}
 
 
 def register_features(
@@ -144,36 +146,31 @@ def register_features(
         raise TypeError(f"kernel_type must be a Kernel class, found {kernel_type!r}")
 
     def register(builder: _B) -> _B:
-        _build.register(kernel_type, builder)
-        _parts.pop(kernel_type, None)
-        if parts is not None:
-            _parts[kernel_type] = parts
-        _reads.pop(kernel_type, None)
-        if reads is not None:
-            _reads[kernel_type] = reads
+        _RULES[kernel_type] = _Rule(builder, parts, reads)
         return builder
 
     return register
 
 
-def registered_type(kernel: Kernel) -> type[Kernel] | None:
-    """The registered class whose builder is right for ``kernel``, or None.
+def _rule_of(kernel: Kernel) -> _Rule | None:
+    """The rule that is right for ``kernel``, or None.
 
     A subclass inherits the builder only if no class between the two redefines
     an attribute of the registered one: a subclass with another ``forward`` is
     another kernel.
     """
     for cls in type(kernel).__mro__:
-        if cls is not object and cls in _build.registry:
-            return cls if not _overrides(type(kernel), cls) else None
+        if cls in _RULES:
+            return None if _overrides(type(kernel), cls) else _RULES[cls]
     return None
 
 
-def _overrides(cls: type, base: type) -> bool:
+def _overrides(cls: type, base: type[Kernel]) -> bool:
     between = cls.__mro__[: cls.__mro__.index(base)]
     redefined = {name for other in between for name in vars(other)}
-    if base in _reads:
-        return any(name in redefined for name in (*_reads[base], "__call__"))
+    reads = _RULES[base].reads
+    if reads is not None:
+        return any(name in redefined for name in (*reads, "__call__"))
     return any(
         hasattr(base, name)
         for name in redefined
@@ -192,15 +189,12 @@ def has_features(kernel: Kernel) -> bool:
 
 def part_without_features(kernel: Kernel) -> Kernel | None:
     """The first part of ``kernel`` (or itself) that has no builder, or None."""
-    cls = registered_type(kernel)
-    if cls is None:
+    rule = _rule_of(kernel)
+    if rule is None:
         return kernel
-    if cls in _parts:
-        for part in _parts[cls](kernel):
-            missing = part_without_features(part)
-            if missing is not None:
-                return missing
-    return None
+    parts = () if rule.parts is None else rule.parts(kernel)
+    missing = (part_without_features(part) for part in parts)
+    return next((part for part in missing if part is not None), None)
 
 
 def random_features(
@@ -274,8 +268,8 @@ def features_of(kernel: Kernel, request: FeatureRequest) -> FeatureMap:
 
 def forward_features_of(kernel: Kernel, request: FeatureRequest) -> FeatureMap:
     """Features of ``kernel.forward``: its ``active_dims`` are not applied."""
-    cls = registered_type(kernel)
-    if cls is None:
+    rule = _rule_of(kernel)
+    if rule is None:
         raise NoRandomFeatures(kernel)
     ard = kernel.ard_num_dims
     if ard is not None and ard != request.dim:
@@ -283,7 +277,7 @@ def forward_features_of(kernel: Kernel, request: FeatureRequest) -> FeatureMap:
             f"{type(kernel).__name__} has ard_num_dims={ard} but sees "
             f"{request.dim} input columns"
         )
-    made = _build.dispatch(cls)(kernel, request)
+    made = rule.builder(kernel, request)
     if not isinstance(made, FeatureMap):
         raise TypeError(
             f"the feature builder of {type(kernel).__name__} must return a "
