@@ -90,7 +90,7 @@ def measured(
         rounds: Rounds.
         steps: Gradient steps.
     """
-    d = posterior._problem.x.shape[1]
+    d = posterior.problem.x.shape[1]
     bounds = torch.stack([torch.zeros(d), torch.ones(d)])
     gc.collect()
     before = _reset_peak()
@@ -115,17 +115,17 @@ def measured(
         rounds=rounds,
         steps=0,
         nearby=_nearby(posterior, bounds),
-        x=posterior._problem.x,
-        y=posterior._problem.targets,
+        x=posterior.problem.x,
+        y=posterior.problem.targets,
         seed=1,
         progress=True,
     )
     gains = found.values[:check] - dense.values
     return {
-        "n": len(posterior._problem.x),
+        "n": len(posterior.problem.x),
         "d": d,
         "functions": posterior.num_samples,
-        "features": posterior._problem.settings.num_features,
+        "features": posterior.problem.settings.num_features,
         "relative_residual": float(posterior.solution.residuals.max()),
         "threads": torch.get_num_threads(),
         "candidates": num_candidates * rounds,
@@ -134,7 +134,7 @@ def measured(
         "memory_budget_mb": budget / 1e6,
         "memory_used_mb": peak - before,
         "posterior_mb": before,
-        "largest_observation": float(posterior._problem.targets.max()),
+        "largest_observation": float(posterior.problem.targets.max()),
         "mean_maximum": float(found.values.mean()),
         "mean_of_best_candidates": float(found.candidate_values.mean()),
         "checked_functions": check,
@@ -149,7 +149,7 @@ def measured(
 
 def _nearby(posterior: PathwisePosterior, bounds: torch.Tensor) -> float:
     """What ``maximise`` takes for this kernel."""
-    length = posterior._problem.prior.model.covar_module.base_kernel.lengthscale
+    length = posterior.problem.prior.model.covar_module.base_kernel.lengthscale
     return min(0.5 * float(length), 0.25)
 
 

@@ -53,7 +53,7 @@ def by_solver(make: Callable[[float], Solver]) -> Fit:
         request = problem.request
         solver = make(request.seconds)
         if request.kept and last is not None and last.posterior is not None:
-            known = last.posterior._problem.x.shape[0]
+            known = last.posterior.problem.x.shape[0]
             posterior = last.posterior.update(
                 x[known:], y[known:], solver=solver, progress=False
             )

@@ -30,7 +30,7 @@ _MEASURED = Path(__file__).parent / "measured"
 
 def true_residual(posterior: PathwisePosterior) -> float:
     """Largest relative residual, in float64 throughout."""
-    problem = posterior._problem
+    problem = posterior.problem
     system = as_system(problem.operator, problem.noise, problem.rhs)
     left = float64_residual(system, posterior.solution.weights / system.scale)
     return float(left.norm(dim=0).max())
@@ -67,7 +67,7 @@ def measured(request: Request, tolerance: float) -> list[dict[str, Any]]:
         )
         warm = result.posterior
         assert warm is not None
-        known = len(warm._problem.x)
+        known = len(warm.problem.x)
         cold = sgdgp.condition(
             model,
             result.x[:known],

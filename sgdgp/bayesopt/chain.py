@@ -91,7 +91,7 @@ class Chain:
         if found is None:
             step = 1 + (history[-1].step if history else 0)
             found = self._kept(self._cold(step, self._model(x, y), x, y), store=True)
-        known = len(found._problem.x)
+        known = len(found.problem.x)
         for done in history:
             count = done.num_observations
             if count > known:
@@ -103,7 +103,7 @@ class Chain:
     ) -> PathwisePosterior:
         """The posterior of a step, from that of the step before."""
         options = self.options
-        known = len(before._problem.x)
+        known = len(before.problem.x)
         x_new, y_new = x[known:], y[known:]
         if _is_due(options.refit_every, step):
             model = self._refitted(before, x, y)
@@ -159,7 +159,7 @@ class Chain:
         if not isinstance(given, ExactGP):
             return self._model(x, y)
         model = copy.deepcopy(given)
-        model.load_state_dict(before._problem.prior.model.state_dict())
+        model.load_state_dict(before.problem.prior.model.state_dict())
         learned(model, x, y, self.options.seed)
         return model
 
@@ -183,7 +183,7 @@ class Chain:
         else:
             model = given if isinstance(given, ExactGP) else given(x, y)
         found = stored_posterior(self.place, model, self.options.solver)
-        if not torch.equal(found._problem.x, x[: len(found._problem.x)]):
+        if not torch.equal(found.problem.x, x[: len(found.problem.x)]):
             raise CheckpointError(
                 f"checkpoint: {self.place} belongs to other data; delete it to have "
                 "the functions drawn anew"

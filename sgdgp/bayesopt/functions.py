@@ -58,7 +58,7 @@ def source_of(given: object) -> Source:
         ValueError: The posterior has no samples.
     """
     if isinstance(given, PathwisePosterior):
-        problem = given._problem
+        problem = given.problem
         with torch.no_grad():
             mean, _ = problem.prior.evaluate(problem.x)
         units = problem.prior.target_scale
@@ -80,8 +80,8 @@ def lengthscale_of(posterior: PathwisePosterior, dim: int) -> Tensor | None:
     None where the kernel has none, or sees something else than the inputs, each
     moved and scaled on its own.
     """
-    prior, x = posterior._problem.prior, posterior._problem.x
-    inputs = posterior._problem.operator.x
+    prior, x = posterior.problem.prior, posterior.problem.x
+    inputs = posterior.problem.operator.x
     if inputs.shape[1] != dim:
         return None
     lengths = kernel_lengthscale(prior.kernel, dim, inputs)

@@ -26,7 +26,7 @@ def store_posterior(posterior: PathwisePosterior, place: Path) -> PathwisePoster
     next solve then is the same whether it starts from memory or from the file.
     """
     solution = posterior.solution
-    own = _carried_file(place, len(posterior._problem.x))
+    own = _carried_file(place, len(posterior.problem.x))
     if solution.carried is not None:
         try:
             save_carried(own, solution.carried)
@@ -52,11 +52,11 @@ def stored_posterior(
     found = load(place, model, solver=solver)
     if not isinstance(found, PathwisePosterior):
         raise CheckpointError(f"checkpoint: {place} has several outputs, expected one")
-    own = _carried_file(place, len(found._problem.x))
+    own = _carried_file(place, len(found.problem.x))
     if not own.exists():
         return found
     try:
-        carried = load_carried(own, found._problem.x.device)
+        carried = load_carried(own, found.problem.x.device)
     except UnusableFileError as error:
         raise CheckpointError(f"checkpoint: {error}; it may be deleted") from error
     return replace(found, solution=replace(found.solution, carried=carried))

@@ -37,7 +37,7 @@ def with_new_functions(
         noise: Noise variance of the new targets. Default: the likelihood's.
     """
     start = time.perf_counter()
-    problem = posterior._problem
+    problem = posterior.problem
     if len(x_new):
         problem = extended(problem, x_new, y_new, noise, None)
     count = posterior.num_samples

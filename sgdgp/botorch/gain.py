@@ -61,7 +61,7 @@ class Block:
                 ],
                 dim=1,
             )
-        _, inputs = self.part._problem.prior.evaluate(points)
+        _, inputs = self.part.problem.prior.evaluate(points)
         return inputs.reshape(len(x), -1, inputs.shape[-1])
 
     def factors(self, points: int) -> Tensor:
@@ -126,7 +126,7 @@ class Gain:
 
     @property
     def _operator(self) -> KernelOperator:
-        return self._block.part._problem.operator
+        return self._block.part.problem.operator
 
     def _scaled(self, covariance: Tensor, factors: Tensor) -> Tensor:
         """Rows and columns in the units of the outputs."""

@@ -89,22 +89,18 @@ class Outputs(Evaluated):
         """Noise variances (*b, q, m); the average one where they are only known."""
         flat, shape = self._paths(None).flattened(x)
         posterior = self.posterior
-        parts = (
-            posterior._parts
-            if isinstance(posterior, MultiOutputPosterior)
-            else (posterior,)
-        )
-        prior = parts[0]._problem.prior
+        parts = posterior.parts
+        prior = parts[0].problem.prior
         with torch.no_grad():
             if has_fixed_noise(prior.model.likelihood):
                 means = [
-                    (part._problem.noise - prior.nugget).mean()
-                    * part._problem.prior.target_scale.scale**2
+                    (part.problem.noise - prior.nugget).mean()
+                    * part.problem.prior.target_scale.scale**2
                     for part in parts
                 ]
                 noise = torch.stack(means).expand(len(flat), self._width)
             elif isinstance(posterior, MultiOutputPosterior):
-                noise = posterior._likelihood_noise(flat)
+                noise = posterior.likelihood_noise(flat)
             else:
                 noise = prior.target_scale.scale**2 * prior.noise(flat)
                 noise = noise.unsqueeze(1)
@@ -124,7 +120,7 @@ class Outputs(Evaluated):
     @property
     def scale(self) -> Tensor:
         """Factors (m,) from the definition's units to those of ``evaluate``."""
-        prior = self._first._problem.prior
+        prior = self._first.problem.prior
         scales = getattr(prior, "target_scales", (prior.target_scale,) * self._width)
         factors = self.units.factor.new_tensor([scale.scale for scale in scales])
         return factors[self._own] * self.units.factor
@@ -142,18 +138,14 @@ class Outputs(Evaluated):
         """Groups of these outputs that are correlated, and how to solve for them."""
         posterior = self.posterior
         if isinstance(posterior, MultitaskPosterior):
-            inner = posterior._inner
+            inner = posterior.parts[0]
             everything = tuple(range(len(self.columns)))
             return (
                 Block(
                     inner, self._inverse(inner), everything, self.columns, self.scale
                 ),
             )
-        parts = (
-            posterior._parts
-            if isinstance(posterior, MultiOutputPosterior)
-            else (posterior,)
-        )
+        parts = posterior.parts
         return tuple(
             Block(
                 parts[column],
@@ -167,17 +159,14 @@ class Outputs(Evaluated):
 
     def _inverse(self, part: PathwisePosterior) -> Inverse:
         """Outputs over the same rows share one."""
-        key = id(part._problem.operator)
+        key = id(part.problem.operator)
         if key not in self._inverses:
-            self._inverses[key] = Inverse(part._problem)
+            self._inverses[key] = Inverse(part.problem)
         return self._inverses[key]
 
     @property
     def _first(self) -> PathwisePosterior:
-        posterior = self.posterior
-        if isinstance(posterior, MultiOutputPosterior):
-            return posterior._parts[0]
-        return posterior
+        return self.posterior.parts[0]
 
     @property
     def _width(self) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -31,8 +31,6 @@ class IndependentPosterior(MultiOutputPosterior):
     Outputs that were observed in the same rows share one operator and one solve.
     """
 
-    _by_output: tuple[PathwisePosterior, ...] = field(repr=False)
-
     @classmethod
     def of(cls, parts: Sequence[PathwisePosterior]) -> IndependentPosterior:
         """Posteriors of one output each, side by side."""
@@ -42,23 +40,19 @@ class IndependentPosterior(MultiOutputPosterior):
             for name in parts[0].timings
         }
         solution = merged_solution([part.solution for part in parts], first)
-        paths = ParallelPaths(tuple(part._paths for part in parts))
+        paths = ParallelPaths(tuple(part.paths for part in parts))
         return cls(solution, parts[0].num_samples, timings, paths, tuple(parts))
-
-    @property
-    def _parts(self) -> tuple[PathwisePosterior, ...]:
-        return self._by_output
 
     def draw(self, k: int, *, seed: int | torch.Generator = 1) -> OutputFunctions:
         """New functions, independent from output to output."""
         check_count("k", k, 1)
         generator = generator_of_draws(seed)
-        groups = _groups(self._by_output)
+        groups = _groups(self.parts)
         paths, solutions = {}, {}
         for group in groups:
             problems = []
             for output in group:
-                problem = self._by_output[output]._problem
+                problem = self.parts[output].problem
                 draws = prior_draws(
                     problem.prior, problem.operator, k, problem.settings, generator
                 )
@@ -71,7 +65,7 @@ class IndependentPosterior(MultiOutputPosterior):
             solved = joined_problem(problems).solve(generator)
             parts = split_solution(solved, [k] * len(group))
             for output, problem, part in zip(group, problems, parts, strict=True):
-                mean = self._by_output[output].solution.weights[:, :1]
+                mean = self.parts[output].solution.weights[:, :1]
                 weights = torch.cat([mean, part.weights], dim=1)
                 paths[output], solutions[output] = problem.paths(weights), part
         outputs = range(self.num_outputs)
@@ -89,18 +83,18 @@ class IndependentPosterior(MultiOutputPosterior):
         **settings: Any,
     ) -> IndependentPosterior:
         """The posterior given more data; see ``MultiOutputPosterior.update``."""
-        flat, _ = self._paths.flattened(x_new)
+        flat, _ = self.paths.flattened(x_new)
         y_new = new_targets(y_new, len(flat), self.num_outputs)
         if noise is not None:
             noise = given_noise(noise, len(flat), self.num_outputs)
         missing = torch.isnan(y_new)
-        updated = dict(enumerate(self._by_output))
-        for group in _alike(_groups(self._by_output), missing, noise):
+        updated = dict(enumerate(self.parts))
+        for group in _alike(_groups(self.parts), missing, noise):
             rows = (~missing[:, group[0]]).nonzero().squeeze(1)
             if len(rows) == 0:
                 continue
             parts = updated_together(
-                [self._by_output[output] for output in group],
+                [self.parts[output] for output in group],
                 flat[rows],
                 y_new[rows][:, group],
                 noise=None if noise is None else noise[rows, group[0]],
@@ -120,8 +114,8 @@ class IndependentPosterior(MultiOutputPosterior):
             MultivariateNormal(mean.mT.contiguous(), covariance)
         )
 
-    def _likelihood_noise(self, x: Tensor) -> Tensor:
-        prior = self._by_output[0]._paths.prior
+    def likelihood_noise(self, x: Tensor) -> Tensor:
+        prior = self.parts[0].paths.prior
         noise = prior.target_scale.scale**2 * prior.noise(x)
         return noise.unsqueeze(1).expand(-1, self.num_outputs)
 
@@ -130,7 +124,7 @@ def _groups(parts: Sequence[PathwisePosterior]) -> list[list[int]]:
     """Outputs that share an operator, hence a solve."""
     together: dict[int, list[int]] = {}
     for output, part in enumerate(parts):
-        together.setdefault(id(part._paths.operator), []).append(output)
+        together.setdefault(id(part.paths.operator), []).append(output)
     return list(together.values())
 
 

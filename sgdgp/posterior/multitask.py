@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,27 +22,21 @@ from sgdgp.posterior.pathwise import PathwisePosterior
 class MultitaskPosterior(MultiOutputPosterior):
     """The posterior of a model with correlated outputs (``MultitaskKernel``)."""
 
-    _inner: PathwisePosterior = field(repr=False)
-
     @classmethod
     def of(cls, inner: PathwisePosterior) -> MultitaskPosterior:
         """The outputs of a posterior over pairs [x, t]."""
-        paths = PairPaths(inner._paths)
-        return cls(inner.solution, inner.num_samples, inner.timings, paths, inner)
-
-    @property
-    def _parts(self) -> tuple[PathwisePosterior, ...]:
-        return (self._inner,)
+        paths = PairPaths(inner.paths)
+        return cls(inner.solution, inner.num_samples, inner.timings, paths, (inner,))
 
     @property
     def _prior(self) -> PairPrior:
-        prior = self._inner._paths.prior
+        prior = self.parts[0].paths.prior
         assert isinstance(prior, PairPrior)
         return prior
 
     def draw(self, k: int, *, seed: int | torch.Generator = 1) -> OutputFunctions:
         """New functions; outputs are correlated as the model says."""
-        drawn = self._inner.draw(k, seed=seed)
+        drawn = self.parts[0].draw(k, seed=seed)
         return OutputFunctions(PairPaths(drawn.paths), drawn.solution)
 
     def update(
@@ -54,7 +48,7 @@ class MultitaskPosterior(MultiOutputPosterior):
         **settings: Any,
     ) -> MultitaskPosterior:
         """The posterior given more data; see ``MultiOutputPosterior.update``."""
-        flat, _ = self._paths.flattened(x_new)
+        flat, _ = self.paths.flattened(x_new)
         tasks = self.num_outputs
         y_new = new_targets(y_new, len(flat), tasks)
         rows = (~torch.isnan(y_new)).flatten().nonzero().squeeze(1)
@@ -65,7 +59,7 @@ class MultitaskPosterior(MultiOutputPosterior):
             factor = noise.new_tensor([scale.scale for scale in scales])
             settings["noise"] = (noise / factor.square()).flatten()[rows]
         return MultitaskPosterior.of(
-            self._inner.update(
+            self.parts[0].update(
                 pairs_of(flat, tasks)[rows],
                 torch.stack(units, dim=1).flatten()[rows],
                 **settings,
@@ -80,7 +74,7 @@ class MultitaskPosterior(MultiOutputPosterior):
             covariance = covariance + DiagLinearOperator(noise.flatten())
         return MultitaskMultivariateNormal(mean, covariance)
 
-    def _likelihood_noise(self, x: Tensor) -> Tensor:
+    def likelihood_noise(self, x: Tensor) -> Tensor:
         pairs = pairs_of(x, self.num_outputs)
         factor = x.new_tensor([scale.scale for scale in self._prior.target_scales])
         return factor.square() * self._prior.noise(pairs).reshape(len(x), -1)

@@ -90,23 +90,27 @@ class MultiOutputPosterior(ABC):
             several solves (outputs observed in different rows) their sum.
         num_samples: Number of posterior sample functions, of each output.
         timings: Seconds for "prior_draws" and "solve".
+        paths: The functions of x.
+        parts: The posteriors of one output that it is made of; of a multitask model
+            one over pairs of input and task.
     """
 
     solution: Solution
     num_samples: int
     timings: dict[str, float]
-    _paths: OutputPaths = field(repr=False)
+    paths: OutputPaths = field(repr=False)
+    parts: tuple[PathwisePosterior, ...] = field(repr=False)
 
     @property
     def num_outputs(self) -> int:
         """Number of outputs T."""
-        return self._paths.num_outputs
+        return self.paths.num_outputs
 
     @property
     def functions(self) -> OutputFunctions:
         """The posterior's own sample functions, x (n', d) -> (num_samples, n', T)."""
         self._need_samples("functions")
-        return OutputFunctions(self._paths, self.solution)
+        return OutputFunctions(self.paths, self.solution)
 
     def __call__(self, x: Points) -> Float[Tensor, "s *b n t"]:
         """Values of the sample functions; same as ``samples``."""
@@ -121,8 +125,8 @@ class MultiOutputPosterior(ABC):
         Raises:
             ValueError: Shape, dtype, device or values of x do not fit.
         """
-        flat, shape = self._paths.flattened(x)
-        mean, _ = self._paths.evaluate(flat, deviations=False)
+        flat, shape = self.paths.flattened(x)
+        mean, _ = self.paths.evaluate(flat, deviations=False)
         return mean.reshape(*shape, self.num_outputs)
 
     def variance(self, x: Points) -> Float[Tensor, "*b n t"]:
@@ -135,8 +139,8 @@ class MultiOutputPosterior(ABC):
             ValueError: There are no samples, or x does not fit.
         """
         self._need_samples("variance")
-        flat, shape = self._paths.flattened(x)
-        _, deviations = self._paths.evaluate(flat, deviations=True)
+        flat, shape = self.paths.flattened(x)
+        _, deviations = self.paths.evaluate(flat, deviations=True)
         return deviations.square().mean(-1).reshape(*shape, self.num_outputs)
 
     def samples(self, x: Points) -> Float[Tensor, "s *b n t"]:
@@ -177,13 +181,13 @@ class MultiOutputPosterior(ABC):
                 asked of a likelihood that does not know it.
         """
         self._need_samples("predict")
-        flat, shape = self._paths.flattened(x)
+        flat, shape = self.paths.flattened(x)
         if len(shape) != 1:
             found = (*shape, flat.shape[1])
             raise ValueError(f"x: expected shape (n, {found[-1]}), found {found}")
         noise = self._noise(flat, observation_noise)
         if batch_size is None:
-            mean, deviations = self._paths.evaluate(flat, deviations=True)
+            mean, deviations = self.paths.evaluate(flat, deviations=True)
             return self._joint(mean, deviations / self.num_samples**0.5, noise)
         check_count("batch_size", batch_size, 1)
         mean = flat.new_empty(len(flat), self.num_outputs)
@@ -194,7 +198,7 @@ class MultiOutputPosterior(ABC):
                 desc="predict",
                 disable=not progress,
             ):
-                mean[rows], values = self._paths.evaluate(flat[rows], deviations=True)
+                mean[rows], values = self.paths.evaluate(flat[rows], deviations=True)
                 variance[rows] = values.square().mean(-1)
         return OutputMarginals(mean, variance if noise is None else variance + noise)
 
@@ -252,27 +256,22 @@ class MultiOutputPosterior(ABC):
         """A normal of mean (n, T) with the covariance of ``root`` (n, T, s)."""
 
     @abstractmethod
-    def _likelihood_noise(self, x: Tensor) -> Tensor:
+    def likelihood_noise(self, x: Tensor) -> Tensor:
         """Noise variances (n, T) in the units of the targets."""
-
-    @property
-    @abstractmethod
-    def _parts(self) -> tuple[PathwisePosterior, ...]:
-        """The posteriors of one output that it is made of."""
 
     def _noise(self, x: Tensor, wanted: bool | Tensor) -> Tensor | None:
         if isinstance(wanted, Tensor):
             return given_noise(wanted, len(x), self.num_outputs).to(x)
         if not wanted:
             return None
-        if has_fixed_noise(self._parts[0]._paths.prior.model.likelihood):
+        if has_fixed_noise(self.parts[0].paths.prior.model.likelihood):
             raise ValueError(
                 "observation_noise: the likelihood only knows the noise of its training"
                 f" points; pass the noise variances at x as a tensor ({len(x)}, "
                 f"{self.num_outputs})"
             )
         with torch.no_grad():
-            return self._likelihood_noise(x)
+            return self.likelihood_noise(x)
 
     def _need_samples(self, what: str) -> None:
         if self.num_samples == 0:

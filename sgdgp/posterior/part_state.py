@@ -47,7 +47,7 @@ def part_state(
     Raises:
         NotStorableError: A feature map is not registered for storage.
     """
-    problem, settings = part._problem, part._problem.settings
+    problem, settings = part.problem, part.problem.settings
     if rows == name:
         points = slice(0, CHECKED_ROWS)
         with torch.no_grad():

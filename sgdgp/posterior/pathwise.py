@@ -47,19 +47,26 @@ class PathwisePosterior:
             (1 + s,), passes, reason, history, warnings. Column 0 is the mean.
         num_samples: Number of posterior sample functions.
         timings: Seconds for "prior_draws" and "solve".
+        paths: The functions of x.
+        problem: What was solved, and all that later solves need.
     """
 
     solution: Solution
     num_samples: int
     timings: dict[str, float]
-    _paths: ConditionedPaths = field(repr=False)
-    _problem: Problem = field(repr=False)
+    paths: ConditionedPaths = field(repr=False)
+    problem: Problem = field(repr=False)
+
+    @property
+    def parts(self) -> tuple[PathwisePosterior, ...]:
+        """Posteriors of one output that it is made of: itself."""
+        return (self,)
 
     @property
     def functions(self) -> SampleFunctions:
         """The posterior's own sample functions, x (n', d) -> (num_samples, n')."""
         self._need_samples("functions")
-        return SampleFunctions(self._paths, self.solution)
+        return SampleFunctions(self.paths, self.solution)
 
     def __call__(self, x: Points) -> Float[Tensor, "s *b n"]:
         """Values of the sample functions; same as ``samples``."""
@@ -74,9 +81,9 @@ class PathwisePosterior:
         Raises:
             ValueError: Shape, dtype, device or values of x do not fit.
         """
-        flat, shape = self._paths.flattened(x)
-        mean, _ = self._paths.mean_and_deviations(flat, num_deviations=0)
-        units = self._paths.prior.target_scale
+        flat, shape = self.paths.flattened(x)
+        mean, _ = self.paths.mean_and_deviations(flat, num_deviations=0)
+        units = self.paths.prior.target_scale
         return (units.shift + units.scale * mean).reshape(shape)
 
     def variance(self, x: Points) -> Float[Tensor, "*b n"]:
@@ -89,9 +96,9 @@ class PathwisePosterior:
             ValueError: There are no samples, or x does not fit.
         """
         self._need_samples("variance")
-        flat, shape = self._paths.flattened(x)
-        _, deviations = self._paths.mean_and_deviations(flat)
-        scale = self._paths.prior.target_scale.scale
+        flat, shape = self.paths.flattened(x)
+        _, deviations = self.paths.mean_and_deviations(flat)
+        scale = self.paths.prior.target_scale.scale
         return (scale**2 * deviations.square().mean(1)).reshape(shape)
 
     def samples(self, x: Points) -> Float[Tensor, "s *b n"]:
@@ -116,7 +123,7 @@ class PathwisePosterior:
             A callable x (n', d) -> (k, n'), differentiable in x.
         """
         check_count("k", k, 1)
-        return self._problem.redraw(k, generator_of_draws(seed), self.solution)
+        return self.problem.redraw(k, generator_of_draws(seed), self.solution)
 
     def update(
         self,
@@ -214,16 +221,16 @@ class PathwisePosterior:
                 asked of a likelihood that does not know it.
         """
         self._need_samples("predict")
-        flat, shape = self._paths.flattened(x)
+        flat, shape = self.paths.flattened(x)
         if len(shape) != 1:
             raise ValueError(
-                f"x: expected shape (n, {self._paths.dim}), found "
-                f"{(*shape, self._paths.dim)}"
+                f"x: expected shape (n, {self.paths.dim}), found "
+                f"{(*shape, self.paths.dim)}"
             )
         noise = self._noise_at(flat, observation_noise)
-        units = self._paths.prior.target_scale
+        units = self.paths.prior.target_scale
         if batch_size is None:
-            mean, deviations = self._paths.mean_and_deviations(flat)
+            mean, deviations = self.paths.mean_and_deviations(flat)
             root = (units.scale / self.num_samples**0.5) * deviations
             covariance = RootLinearOperator(root)
             if noise is not None:
@@ -234,13 +241,13 @@ class PathwisePosterior:
         batches = list(slices(len(flat), batch_size))
         with torch.no_grad():
             for rows in tqdm(batches, desc="predict", disable=not progress):
-                centre, deviations = self._paths.mean_and_deviations(flat[rows])
+                centre, deviations = self.paths.mean_and_deviations(flat[rows])
                 mean[rows] = units.shift + units.scale * centre
                 variance[rows] = units.scale**2 * deviations.square().mean(1)
         return Marginals(mean, variance if noise is None else variance + noise)
 
     def _noise_at(self, x: Tensor, wanted: bool | Tensor) -> Tensor | None:
-        scale = self._paths.prior.target_scale.scale
+        scale = self.paths.prior.target_scale.scale
         if isinstance(wanted, Tensor):
             if wanted.shape != (len(x),):
                 raise ValueError(
@@ -258,14 +265,14 @@ class PathwisePosterior:
             return wanted.to(x)
         if not wanted:
             return None
-        likelihood = self._paths.prior.model.likelihood
+        likelihood = self.paths.prior.model.likelihood
         if has_fixed_noise(likelihood):
             raise ValueError(
                 "observation_noise: the likelihood only knows the noise of its training"
                 f" points; pass the {len(x)} noise variances at x as a tensor"
             )
         with torch.no_grad():
-            return scale**2 * self._paths.prior.noise(x)
+            return scale**2 * self.paths.prior.noise(x)
 
     def _need_samples(self, what: str) -> None:
         if self.num_samples == 0:

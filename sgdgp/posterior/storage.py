@@ -64,19 +64,15 @@ def contents_of(posterior: Posterior) -> tuple[dict[str, Tensor], dict[str, Any]
     Raises:
         NotStorableError: A feature map is not registered for storage.
     """
-    parts = (
-        posterior._parts
-        if isinstance(posterior, MultiOutputPosterior)
-        else (posterior,)
-    )
-    prior = parts[0]._problem.prior
+    parts = posterior.parts
+    prior = parts[0].problem.prior
     state_dict = prior.model.state_dict()
     tensors = {f"model.{name}": value for name, value in state_dict.items()}
     systems: dict[int, int] = {}
     stored = []
     for index, part in enumerate(parts):
         # Outputs that were observed in the same rows share what belongs to the rows.
-        rows = systems.setdefault(id(part._problem.operator), index)
+        rows = systems.setdefault(id(part.problem.operator), index)
         stored.append(part_state(part, f"part.{index}", f"part.{rows}", tensors))
     return tensors, {
         "kind": _kind_of(posterior),

@@ -49,7 +49,7 @@ def updated_together(
         return (alone,)
     start = time.perf_counter()
     problems = [
-        extended(posterior._problem, x_new, targets, noise, solver)
+        extended(posterior.problem, x_new, targets, noise, solver)
         for posterior, targets in zip(posteriors, y_new.unbind(1), strict=True)
     ]
     shared = problems[0].operator

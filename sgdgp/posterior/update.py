@@ -46,7 +46,7 @@ def updated(
     callback: Callback | None = None,
 ) -> PathwisePosterior:
     """The posterior given its data and new ones; see ``PathwisePosterior.update``."""
-    before = posterior._problem
+    before = posterior.problem
     x_new, y_new = _data(before, x_new, y_new)
     if solver is not None and not isinstance(solver, Solver | str):
         raise TypeError(

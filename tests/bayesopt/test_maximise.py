@@ -120,7 +120,7 @@ def test_more_starts_are_no_worse():
 def test_functions_drawn_later_and_some_of_them_can_be_maximised():
     given = posterior()
     settings = {"rounds": 2, "steps": 3, "nearby": 0.2}
-    data = {"x": given._problem.x, "y": given._problem.targets}
+    data = {"x": given.problem.x, "y": given.problem.targets}
     drawn = given.draw(3, seed=5)
     assert maximise(drawn, BOX, 32, **settings, **data).x.shape == (3, 2)
     some = maximise(given.functions.subset([4, 1]), BOX, 32, **settings, **data)

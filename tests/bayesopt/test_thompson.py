@@ -81,7 +81,7 @@ def test_history_says_what_every_step_did():
     best = [float(result.y[:n].max()) for n in (10, 15, 20, 25)]
     assert [step.best_y for step in result.history] == best
     assert all(step.reason == "converged" for step in result.history[1:])
-    assert len(result.posterior._problem.x) == 20
+    assert len(result.posterior.problem.x) == 20
 
 
 def test_data_to_begin_with_come_first_and_are_not_evaluated():
@@ -103,7 +103,7 @@ def test_functions_are_kept_or_drawn_anew_as_asked():
     x = torch.linspace(0, 1, 5).unsqueeze(1) * (BOX[1] - BOX[0]) + BOX[0]
     kept, new = (
         [
-            sampled(steps=steps, redraw_every=every).posterior._problem.draws(x)
+            sampled(steps=steps, redraw_every=every).posterior.problem.draws(x)
             for steps in (1, 2, 3)
         ]
         for every in (None, 2)
@@ -115,7 +115,7 @@ def test_functions_are_kept_or_drawn_anew_as_asked():
 
 def test_the_redrawn_posterior_solves_the_system_of_all_data():
     posterior = sampled(steps=3, redraw_every=1).posterior
-    problem = posterior._problem
+    problem = posterior.problem
     matrix = problem.operator.cross(problem.operator.x).block(
         slice(0, 20), slice(0, 20)
     ) + torch.diag(problem.noise)
@@ -146,7 +146,7 @@ def test_the_model_learns_again_when_asked():
         float(
             sampled(
                 **{**settings, "steps": steps}
-            ).posterior._problem.prior.model.kernel.base_kernel.lengthscale
+            ).posterior.problem.prior.model.kernel.base_kernel.lengthscale
         )
         for steps in (2, 3)
     ]

@@ -235,8 +235,8 @@ def test_kept_functions_go_on_from_the_last_step(problem: Problem, method: str) 
     assert first.posterior
     assert second.posterior
     assert fresh.posterior
-    old = first.posterior._problem.draws(problem.x)
-    torch.testing.assert_close(second.posterior._problem.draws(problem.x), old)
-    assert not torch.allclose(fresh.posterior._problem.draws(problem.x), old)
+    old = first.posterior.problem.draws(problem.x)
+    torch.testing.assert_close(second.posterior.problem.draws(problem.x), old)
+    assert not torch.allclose(fresh.posterior.problem.draws(problem.x), old)
     assert second.account["residual_largest"] < 0.01
-    assert torch.allclose(second.posterior._problem.targets, y)
+    assert torch.allclose(second.posterior.problem.targets, y)

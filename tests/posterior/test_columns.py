@@ -46,8 +46,8 @@ def test_noise_draws_are_the_noise_part_of_the_right_hand_sides():
     rhs, noise_draws, noise = solver.seen[0]
     assert noise_draws.shape == rhs.shape
     assert not bool(noise_draws[:, 0].any())
-    x = posterior._paths.operator.x
-    values = posterior._paths.draws(x)
+    x = posterior.paths.operator.x
+    values = posterior.paths.draws(x)
     torch.testing.assert_close(values + noise_draws[:, 1:], rhs[:, 1:])
     # 2,000 squares of N(0, 0.3): the mean is off by 3 % (one standard error).
     variance = float(noise_draws[:, 1:].square().mean())

@@ -212,7 +212,7 @@ def test_outputs_that_miss_the_same_rows_share_a_solve():
     model, x, y = independent()
     y[4, 0] = y[9, 1] = y[9, 2] = NAN
     posterior = sgdgp.condition(model, x, y, num_samples=2, num_features=64)
-    first, second, third = (part._paths.operator for part in posterior._parts)
+    first, second, third = (part.paths.operator for part in posterior.parts)
     assert second is third
     assert first is not second
 
@@ -253,9 +253,7 @@ def test_fixed_noise_of_tasks_is_one_for_each_target():
     model = multitask_gp(likelihood=FixedNoiseGaussianLikelihood(noise))
     posterior = sgdgp.condition(model, x, y, num_samples=0)
     seen = (~torch.isnan(y)).flatten()
-    torch.testing.assert_close(
-        posterior._parts[0]._problem.noise, noise.flatten()[seen]
-    )
+    torch.testing.assert_close(posterior.parts[0].problem.noise, noise.flatten()[seen])
     with pytest.raises(ValueError, match=r"as a tensor \(7, 3\)"):
         sgdgp.condition(model, x, y, num_samples=2, num_features=16).predict(
             new_points(), observation_noise=True
@@ -405,16 +403,16 @@ def test_an_update_of_all_outputs_is_one_solve():
     settings = {"num_samples": 2, "num_features": 64, "solver": "cg"}
     before = sgdgp.condition(gp(), x[:24], y[:24], **settings)
     after = before.update(x[24:], y[24:])
-    first, *others = (part._paths.operator for part in after._parts)
+    first, *others = (part.paths.operator for part in after.parts)
     assert all(operator is first for operator in others)
-    assert after.solution.passes == after._parts[0].solution.passes
+    assert after.solution.passes == after.parts[0].solution.passes
     y[25, 1] = NAN
     after = before.update(x[24:], y[24:])
-    first, second, third = (part._paths.operator for part in after._parts)
+    first, second, third = (part.paths.operator for part in after.parts)
     assert first is third
     assert second is not first
     again = after.update(new_points(2), torch.ones(2, 3).double())
-    assert [len(part._problem.x) for part in again._parts] == [32, 31, 32]
+    assert [len(part.problem.x) for part in again.parts] == [32, 31, 32]
 
 
 def test_updates_with_noise_of_their_own():
@@ -486,7 +484,7 @@ def test_hadamard_models_with_noise_by_task():
     posterior = sgdgp.condition(model, num_samples=2, num_features=64)
     x, i = model.train_inputs
     noise = model.likelihood.noise.detach()[i.squeeze(1)]
-    torch.testing.assert_close(posterior._problem.noise, noise)
+    torch.testing.assert_close(posterior.problem.noise, noise)
     noisy = posterior.predict((x, i), observation_noise=True).variance
     torch.testing.assert_close(noisy - posterior.variance((x, i)), noise)
 
@@ -524,7 +522,9 @@ def test_botorch_kronecker_models_have_units_by_output(explicit):
     ratio = posterior.variance(at) / own.variance.detach()
     assert float((ratio - 1).abs().max()) < BAND
     noisy = posterior.predict(at, observation_noise=True).variance
-    scales = torch.tensor([s.scale for s in posterior._prior.target_scales]).double()
+    scales = torch.tensor(
+        [s.scale for s in posterior.parts[0].problem.prior.target_scales]
+    ).double()
     noise = (model.likelihood.task_noises + model.likelihood.noise).detach()
     torch.testing.assert_close(
         noisy - posterior.variance(at), (scales**2 * noise)[None].expand(7, 3)

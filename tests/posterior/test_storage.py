@@ -85,8 +85,8 @@ def test_everything_about_the_solve_comes_back(path):
     assert again.solution.carried is None
     assert again.num_samples == 3
     assert again.timings == posterior.timings
-    assert again._problem.solver == solver
-    assert again._problem.settings == posterior._problem.settings
+    assert again.problem.solver == solver
+    assert again.problem.settings == posterior.problem.settings
 
 
 def test_a_loaded_posterior_can_be_saved_again(path, tmp_path):
@@ -174,11 +174,11 @@ def test_a_users_solver_is_replaced_with_a_warning_or_given_again(path):
     posterior = saved(path, solver=Mine(tolerance=1e-8))
     with pytest.warns(UserWarning, match=r"Mine\(tolerance=1e-08.*Pass solver="):
         again = load(path, gp())
-    assert again._problem.solver.name == "auto"
+    assert again.problem.solver.name == "auto"
     x = toy_data(5, seed=1)[0]
     assert torch.equal(again.mean(x), posterior.mean(x))
-    assert load(path, gp(), solver=Mine())._problem.solver == Mine()
-    assert load(path, gp(), solver="sdd")._problem.solver == sgdgp.SDD()
+    assert load(path, gp(), solver=Mine()).problem.solver == Mine()
+    assert load(path, gp(), solver="sdd").problem.solver == sgdgp.SDD()
 
 
 class OtherForward(GP):

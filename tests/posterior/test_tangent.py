@@ -129,7 +129,7 @@ def test_sdd_gives_the_posterior_of_the_linearised_network(outputs):
 def test_draws_use_the_exact_features():
     case = Case(1)
     posterior = sgdgp.condition(case.model, num_samples=3, progress=False)
-    (group,) = posterior._problem.draws.groups
+    (group,) = posterior.problem.draws.groups
     assert group.feature_map.exact
     weights = case.jacobian(case.x).shape[1]
     assert group.weights.shape == (weights, 3)

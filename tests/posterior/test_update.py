@@ -51,7 +51,7 @@ def both(m=6, n=200, **settings):
 
 def dense_residuals(posterior):
     """True relative residuals of all columns, by GPyTorch's own dense kernel."""
-    problem = posterior._problem
+    problem = posterior.problem
     with torch.no_grad():
         kernel = problem.prior.kernel(problem.operator.x).to_dense().double()
     system = kernel + torch.diag(problem.noise.double())
@@ -87,7 +87,7 @@ def test_old_rows_keep_their_draws_and_new_rows_have_the_same_functions():
     model, x_new, y_new, _ = both()
     posterior = sgdgp.condition(model, num_samples=4)
     updated = posterior.update(x_new, y_new)
-    before, after = posterior._problem, updated._problem
+    before, after = posterior.problem, updated.problem
     assert after.draws is before.draws
     assert torch.equal(after.rhs[:200], before.rhs)
     assert torch.equal(after.noise_draws[:200], before.noise_draws)
@@ -120,9 +120,9 @@ def test_noise_draws_of_new_rows_have_the_noise_variance_and_streams_of_their_ow
     once = posterior.update(x_new, y_new)
     again = posterior.update(x_new, y_new)
     twice = once.update(x_new, y_new)
-    new = once._problem.noise_draws[60:, 1:]
-    assert torch.equal(again._problem.noise_draws[60:, 1:], new)
-    later = twice._problem.noise_draws[560:, 1:]
+    new = once.problem.noise_draws[60:, 1:]
+    assert torch.equal(again.problem.noise_draws[60:, 1:], new)
+    later = twice.problem.noise_draws[560:, 1:]
     # 4,000 squares of N(0, 0.3): a relative standard error of 2.2 %; and as many
     # products, of standard error 0.3 / sqrt(4000).
     assert abs(float(new.square().mean()) / 0.3 - 1) < 0.1
@@ -138,7 +138,7 @@ def test_the_old_posterior_stays_as_it_was():
     assert torch.equal(posterior.mean(x), before[0])
     assert torch.equal(posterior.samples(x), before[1])
     assert posterior.solution is before[2]
-    assert len(posterior._problem.rhs) == 200
+    assert len(posterior.problem.rhs) == 200
 
 
 def test_data_may_come_in_pieces():
@@ -193,7 +193,7 @@ def test_exact_draws_are_revealed_at_the_new_points():
     model = model_on(x, y, kernel=PiecewisePolynomialKernel(q=2))
     posterior = sgdgp.condition(model, num_samples=3)
     updated = posterior.update(x_new, y_new)
-    assert torch.equal(updated._problem.rhs[:60], posterior._problem.rhs)
+    assert torch.equal(updated.problem.rhs[:60], posterior.problem.rhs)
     assert float(dense_residuals(updated).max()) < 1e-8
 
 
@@ -229,7 +229,7 @@ def test_kernel_inputs_may_be_a_networks_outputs():
     everything = torch.cat([x, x_new]), torch.cat([y, y_new])
     fresh = sgdgp.condition(model, *everything, solver="cholesky", num_samples=0)
     updated = posterior.update(x_new, y_new)
-    assert updated._problem.operator.x.shape == (126, 3)
+    assert updated.problem.operator.x.shape == (126, 3)
     torch.testing.assert_close(
         updated.mean(new_points()), fresh.mean(new_points()), rtol=0, atol=1e-6
     )
@@ -252,10 +252,10 @@ def test_transforms_of_a_botorch_model_hold_for_new_data_and_their_noise():
     updated = posterior.update(x_new, y_new)
     at = new_points()
     torch.testing.assert_close(updated.mean(at), fresh.mean(at), rtol=0, atol=1e-5)
-    scale = posterior._problem.prior.target_scale.scale
+    scale = posterior.problem.prior.target_scale.scale
     given = posterior.update(x_new, y_new, noise=9.0)
     expected = torch.full((6,), 9.0 / scale**2, dtype=torch.float64)
-    torch.testing.assert_close(given._problem.noise[60:], expected)
+    torch.testing.assert_close(given.problem.noise[60:], expected)
 
 
 def test_fixed_noise_has_to_be_given_for_new_data():
@@ -352,7 +352,7 @@ def test_another_solver_may_take_over():
     updated = posterior.update(x_new, y_new, solver=sgdgp.Cholesky())
     mean, _ = own_posterior(together, new_points())
     assert updated.solution.solver == "cholesky"
-    assert updated._problem.solver == sgdgp.Cholesky()
+    assert updated.problem.solver == sgdgp.Cholesky()
     torch.testing.assert_close(updated.mean(new_points()), mean, rtol=0, atol=1e-6)
 
 

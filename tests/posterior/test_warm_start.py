@@ -53,7 +53,7 @@ def thompson_data(lengthscale, dtype=torch.float32):
 
 
 def largest_residual(posterior):
-    problem = posterior._problem
+    problem = posterior.problem
     matrix = problem.prior.kernel(problem.operator.x).to_dense().double()
     matrix.diagonal().add_(problem.noise.double())
     rhs = problem.rhs.double()
@@ -88,7 +88,7 @@ def test_with_other_columns_than_before_only_the_residuals_are_found_anew():
     )
     more = torch.stack([y_new, y_new.flip(0)], dim=1)
     posterior = posterior.update(x_new, more, progress=False)
-    for part in posterior._parts:
+    for part in posterior.parts:
         assert largest_residual(part) < 1.02e-3
 
 
@@ -133,7 +133,7 @@ def test_new_draws_use_what_the_solve_before_has_left():
         drawn = posterior.draw(16, seed=3)
         assert drawn.solution.reason == "converged"
         assert drawn.solution.passes < 0.7 * 15.0  # a solve from zero, measured
-        problem = posterior._problem
+        problem = posterior.problem
         # Conditioned functions pass through the data, up to the noise draws.
         at_data = drawn(problem.x).double().mT - problem.targets.unsqueeze(1).double()
         assert float(at_data.abs().max()) < 0.05
@@ -159,4 +159,4 @@ def test_without_anything_left_nothing_is_renewed():
     posterior = sgdgp.condition(
         model, x, y, solver=sgdgp.SDD(1e-1), num_samples=2, num_features=64
     )
-    assert renewed(posterior._problem, posterior.solution) is None
+    assert renewed(posterior.problem, posterior.solution) is None
