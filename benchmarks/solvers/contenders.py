@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import fields, is_dataclass, replace
 from functools import partial
-from typing import Any
 
 import torch
 from gpytorch.kernels import RBFKernel
@@ -26,6 +24,7 @@ from sgdgp.solvers import (
     CG,
     Cholesky,
     ExactBlocks,
+    Limits,
     Nystrom,
     PivotedCholesky,
     Solver,
@@ -131,17 +130,7 @@ def with_limits(solver: Solver, task: Task) -> Solver:
     # A trace pauses the benchmark's clock, not the solver's: there the callback
     # keeps the time.
     seconds = task.max_seconds if task.trace is None else None
-    limits: dict[str, Any] = {
-        "tolerance": task.tolerance,
-        "max_passes": task.max_passes,
-        "max_seconds": seconds,
-    }
-    if not is_dataclass(solver):
-        return solver
-    known = {field.name for field in fields(solver)}
-    return replace(
-        solver, **{name: value for name, value in limits.items() if name in known}
-    )
+    return solver.with_limits(Limits(task.tolerance, task.max_passes, seconds))
 
 
 def _tracer(task: Task) -> Callable[[Progress], bool] | None:

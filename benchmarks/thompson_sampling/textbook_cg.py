@@ -15,13 +15,19 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sgdgp.operators.base import KernelOperator
-from sgdgp.solvers.base import Callback, Reason, Recorder, Solution, Solver
+from sgdgp.solvers.base import (
+    Callback,
+    IterativeSolver,
+    Reason,
+    Recorder,
+    Solution,
+)
 from sgdgp.solvers.preconditioners import PivotedCholesky
 from sgdgp.solvers.system import as_system, initial_weights
 
 
 @dataclass(frozen=True)
-class TextbookCG(Solver):
+class TextbookCG(IterativeSolver):
     """Conjugate gradients of every column on its own.
 
     It returns its last iterate, whatever the residual: the error in the norm of the
@@ -35,8 +41,6 @@ class TextbookCG(Solver):
     """
 
     tolerance: float = 1e-3
-    max_passes: float = 1000.0
-    max_seconds: float | None = None
     rank: int = 100
 
     name = "textbook_cg"

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -346,6 +346,5 @@ class Dual(WeightSolver):
 
     def _limited(self, tolerance: float, passes: float) -> Solver:
         """The solver with a tolerance and what is left to spend, where it has such."""
-        limits: dict[str, Any] = {"tolerance": tolerance, "max_passes": passes}
-        known = {key: limits[key] for key in limits if hasattr(self.solver, key)}
-        return replace(self.solver, **known)  # type: ignore[type-var]
+        limits = replace(self.solver.limits, tolerance=tolerance, max_passes=passes)
+        return self.solver.with_limits(limits)

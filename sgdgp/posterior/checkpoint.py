@@ -20,7 +20,7 @@ from sgdgp.core.errors import CheckpointError
 from sgdgp.posterior.checkpoint_file import Saved, checked_place, read, write
 from sgdgp.posterior.fingerprint import differing_components, differing_probes
 from sgdgp.solvers.base import Callback, HistoryEntry, Progress, Solution, Solver
-from sgdgp.solvers.budgets import continued, with_what_is_left
+from sgdgp.solvers.solutions import continued
 
 Attempt: TypeAlias = Callable[[Solver, Tensor | None, Callback | None], Solution]
 """A solve as a function of (solver, starting point, callback)."""
@@ -102,7 +102,7 @@ class Checkpoint:
         solution = attempt(
             solver
             if before is None
-            else with_what_is_left(solver, before.passes, before.seconds),
+            else solver.with_limits(solver.limits.less(before.passes, before.seconds)),
             initial,
             writer.following(callback),
         )
@@ -257,7 +257,7 @@ def _is_final(saved: Saved, solver: Solver) -> bool:
         return False
     if saved.solver == repr(solver):
         return True
-    tolerance = getattr(solver, "tolerance", None)
+    tolerance = solver.limits.tolerance
     return (
         saved.solution.reason == "converged"
         and tolerance is not None

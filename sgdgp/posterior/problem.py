@@ -18,7 +18,7 @@ from sgdgp.posterior.functions import ConditionedPaths, SampleFunctions
 from sgdgp.solvers.auto import resuming
 from sgdgp.solvers.base import Callback, Solution, Solver
 from sgdgp.solvers.progress import progress_bar
-from sgdgp.solvers.recycling import Carried, keeping
+from sgdgp.solvers.recycling import Carried, directions_to_keep
 from sgdgp.solvers.system import as_system
 
 
@@ -182,7 +182,8 @@ class Problem:
             solver: Solver, initial: Tensor | None, callback: Callback | None
         ) -> Solution:
             if for_updates:
-                solver = keeping(solver, rhs, self.settings.memory_budget)
+                kept = directions_to_keep(rhs, self.settings.memory_budget)
+                solver = solver.with_recycling(kept)
             return solver.solve(
                 operator,
                 self.noise,

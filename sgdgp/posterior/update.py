@@ -23,11 +23,11 @@ from sgdgp.posterior.pathwise import PathwisePosterior
 from sgdgp.posterior.problem import Problem, right_hand_sides, sample_targets
 from sgdgp.posterior.warm_start import warm_start
 from sgdgp.solvers.auto import DIRECT_ROWS, Auto
-from sgdgp.solvers.base import Callback, Solution, Solver, told_of
-from sgdgp.solvers.budgets import continued, with_what_is_left
+from sgdgp.solvers.base import Callback, Solution, Solver, Watch
 from sgdgp.solvers.cholesky import Cholesky
 from sgdgp.solvers.choose import choose_solver
 from sgdgp.solvers.progress import progress_bar
+from sgdgp.solvers.solutions import continued
 
 _FROM_ZERO = "passes_from_zero"
 
@@ -111,8 +111,7 @@ def solved(problem: Problem, before: Solution) -> Solution:
     num_new = len(problem.rhs) - len(old)
     initial = torch.cat([old, old.new_zeros(num_new, old.shape[1])])
     generator = _generator(problem)
-    tolerance = getattr(problem.solver, "tolerance", None)
-    if tolerance is None or _is_direct(problem):
+    if problem.solver.limits.tolerance is None or _is_direct(problem):
         return problem.solve(generator, initial=initial)
     # One operator for both: what the correction fills in memory, the solver finds.
     operator = problem.operator.unfilled()
@@ -128,10 +127,14 @@ def solved(problem: Problem, before: Solution) -> Solution:
     if solution.reason not in ("converged", "interrupted"):
         rest = replace(
             problem,
-            solver=with_what_is_left(problem.solver, solution.passes, solution.seconds),
+            solver=problem.solver.with_limits(
+                problem.solver.limits.less(solution.passes, solution.seconds)
+            ),
             settings=replace(
                 settings,
-                callback=told_of(solution.passes, solution.seconds, settings.callback),
+                callback=Watch.after(
+                    solution.passes, solution.seconds, settings.callback
+                ),
             ),
         )
         last = rest.solve(generator, initial=solution.weights, filled=operator)

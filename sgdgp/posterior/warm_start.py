@@ -7,7 +7,6 @@ passes that built it, and its leading directions most of the iterations.
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 
 import torch
@@ -17,9 +16,15 @@ from torch import Tensor
 from sgdgp.operators.base import KernelOperator
 from sgdgp.posterior.problem import Problem
 from sgdgp.solvers.auto import resuming
-from sgdgp.solvers.base import Callback, Solution, told_of
-from sgdgp.solvers.budgets import continued, with_what_is_left
-from sgdgp.solvers.recycling import Appended, Carried, Directions, appended, keeping
+from sgdgp.solvers.base import Callback, Solution, Watch
+from sgdgp.solvers.recycling import (
+    Appended,
+    Carried,
+    Directions,
+    appended,
+    directions_to_keep,
+)
+from sgdgp.solvers.solutions import continued
 from sgdgp.solvers.subset_solve import LocalCorrection
 from sgdgp.solvers.system import System, as_system
 
@@ -50,12 +55,7 @@ def warm_start(
         known, residual = _seen_from_new_rows(problem.rhs, operator, before, left)
         passes = num_new / system.n
     solver = problem.solver
-    local = LocalCorrection(
-        solver.tolerance,  # type: ignore[attr-defined]
-        worth_passes=worth_passes,
-        max_passes=getattr(solver, "max_passes", math.inf),
-        max_seconds=getattr(solver, "max_seconds", None),
-    ).start(
+    local = LocalCorrection(solver.limits, worth_passes).start(
         operator,
         problem.noise,
         problem.rhs,
@@ -189,16 +189,18 @@ def _iterated(
     """Conjugate gradients with the earlier preconditioner and directions."""
     carried = local.carried
     assert carried is not None
-    solver = resuming(with_what_is_left(problem.solver, local.passes, local.seconds))
+    remaining = problem.solver.limits.less(local.passes, local.seconds)
+    solver = resuming(problem.solver.with_limits(remaining))
     assert solver is not None
-    solver = keeping(solver, system.rhs, problem.settings.memory_budget)
+    kept = directions_to_keep(system.rhs, problem.settings.memory_budget)
+    solver = solver.with_recycling(kept)
     solution = solver.resume(
         system,
         local.weights / system.scale,
         carried.residual / system.scale,
         carried.inverse,
         known,
-        told_of(local.passes, local.seconds, callback),
+        Watch.after(local.passes, local.seconds, callback),
     )
     return replace(
         continued(local, solution),

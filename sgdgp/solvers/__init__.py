@@ -3,7 +3,15 @@
 from sgdgp.solvers.adasap import ADASAP
 from sgdgp.solvers.alternating_projections import AlternatingProjections
 from sgdgp.solvers.auto import Auto, Stage, plan
-from sgdgp.solvers.base import Callback, HistoryEntry, Progress, Solution, Solver
+from sgdgp.solvers.base import (
+    Callback,
+    HistoryEntry,
+    IterativeSolver,
+    Limits,
+    Progress,
+    Solution,
+    Solver,
+)
 from sgdgp.solvers.block_preconditioners import ExactBlocks, NystromBlocks
 from sgdgp.solvers.cholesky import Cholesky
 from sgdgp.solvers.choose import choose_solver
@@ -29,6 +37,8 @@ __all__ = [
     "Greedy",
     "HistoryEntry",
     "InducingSGD",
+    "IterativeSolver",
+    "Limits",
     "Nystrom",
     "NystromBlocks",
     "PivotedCholesky",

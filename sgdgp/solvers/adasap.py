@@ -49,11 +49,10 @@ from sgdgp.operators.base import KernelOperator
 from sgdgp.solvers.adasap_parameters import Acceleration, default_mu
 from sgdgp.solvers.base import (
     Callback,
+    IterativeSolver,
     Reason,
     Recorder,
     Solution,
-    Solver,
-    check_limits,
 )
 from sgdgp.solvers.block_preconditioners import BlockPreconditioner, NystromBlocks
 from sgdgp.solvers.blocks import BestChecked, fresh_partition
@@ -72,7 +71,7 @@ _UNDERFLOW = 1e-12
 
 
 @dataclass(frozen=True)
-class ADASAP(Solver):
+class ADASAP(IterativeSolver):
     """Accelerated sketch-and-project; nothing needs to be set.
 
     Attributes:
@@ -86,9 +85,6 @@ class ADASAP(Solver):
         averaging: Last part of the steps that is averaged, in (0, 1]. Default: none.
     """
 
-    tolerance: float = 1e-2
-    max_passes: float = 1000.0
-    max_seconds: float | None = None
     block_size: int | None = None
     preconditioner: BlockPreconditioner = field(default_factory=NystromBlocks)
     mu: float | None = None
@@ -98,7 +94,7 @@ class ADASAP(Solver):
     name = "adasap"
 
     def __post_init__(self) -> None:
-        check_limits(self.tolerance, self.max_passes, self.max_seconds)
+        super().__post_init__()
         if self.block_size is not None:
             check_count("block_size", self.block_size, 1)
         if not isinstance(self.preconditioner, BlockPreconditioner):

@@ -41,11 +41,10 @@ from sgdgp.core.checks import check_count
 from sgdgp.operators.base import KernelOperator
 from sgdgp.solvers.base import (
     Callback,
+    IterativeSolver,
     Reason,
     Recorder,
     Solution,
-    Solver,
-    check_limits,
 )
 from sgdgp.solvers.blocks import (
     PerBlock,
@@ -65,7 +64,7 @@ _LARGEST_BLOCK = 4096
 
 
 @dataclass(frozen=True)
-class AlternatingProjections(Solver):
+class AlternatingProjections(IterativeSolver):
     """Exact block solves; hard to beat to a loose tolerance, slow to a tight one.
 
     Attributes:
@@ -77,16 +76,13 @@ class AlternatingProjections(Solver):
             features always use.
     """
 
-    tolerance: float = 1e-2
-    max_passes: float = 1000.0
-    max_seconds: float | None = None
     block_size: int | None = None
     selection: Selection = field(default_factory=Greedy)
 
     name = "alternating_projections"
 
     def __post_init__(self) -> None:
-        check_limits(self.tolerance, self.max_passes, self.max_seconds)
+        super().__post_init__()
         if self.block_size is not None:
             check_count("block_size", self.block_size, 1)
         if not isinstance(self.selection, Selection):

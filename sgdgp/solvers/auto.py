@@ -12,6 +12,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import reduce
 
 import torch
 from jaxtyping import Float
@@ -21,16 +22,17 @@ from sgdgp.core.memory import resolve_budget
 from sgdgp.operators.base import KernelOperator
 from sgdgp.solvers.base import (
     Callback,
-    HistoryEntry,
+    IterativeSolver,
+    Limits,
     Solution,
     Solver,
-    check_limits,
-    told_of,
+    Watch,
 )
 from sgdgp.solvers.cholesky import Cholesky
 from sgdgp.solvers.conjugate_gradients import CG
 from sgdgp.solvers.preconditioners import PivotedCholesky, default_rank
 from sgdgp.solvers.sdd import SDD
+from sgdgp.solvers.solutions import continued
 from sgdgp.solvers.system import System, as_system
 from sgdgp.solvers.two_level import TwoLevel, default_neighbours, far_rank
 
@@ -160,7 +162,7 @@ def _noise_ratio(operator: KernelOperator, noise: Tensor | float) -> float:
 
 
 @dataclass(frozen=True)
-class Auto(Solver):
+class Auto(IterativeSolver):
     """Solvers by the documented rule, with a fall-through; nothing needs to be set.
 
     Attributes:
@@ -175,8 +177,6 @@ class Auto(Solver):
     """
 
     tolerance: float = 1e-3
-    max_passes: float = 1000.0
-    max_seconds: float | None = None
     memory_budget: int | None = field(default=None, repr=False)
     stages: tuple[Stage, ...] | None = None
     recycle: int = field(default=0, repr=False)
@@ -184,9 +184,13 @@ class Auto(Solver):
     name = "auto"
 
     def __post_init__(self) -> None:
-        check_limits(self.tolerance, self.max_passes, self.max_seconds)
+        super().__post_init__()
         if self.stages is not None and not self.stages:
             raise ValueError("stages: expected at least one Stage, found none")
+
+    def with_recycling(self, directions: int) -> Auto:
+        """See ``Solver.with_recycling``."""
+        return replace(self, recycle=directions)
 
     def solve(
         self,
@@ -222,7 +226,7 @@ class Auto(Solver):
                     initial=_carried(done, initial),
                     noise_draws=noise_draws,
                     generator=generator,
-                    callback=told_of(passes, seconds, callback),
+                    callback=Watch.after(passes, seconds, callback),
                 )
             except RuntimeError:
                 if not done:  # nothing to fall back on
@@ -241,19 +245,15 @@ class Auto(Solver):
         self, stage: Stage, passes: float, seconds: float, *, last: bool
     ) -> Solver:
         """The stage's solver with this solver's tolerance and what is left to spend."""
-        left = self.max_passes - passes
-        limits: dict[str, float | None] = {
-            "tolerance": self.tolerance,
-            "max_passes": left if last else min(left, stage.share),
-            "max_seconds": None,
-        }
-        if self.max_seconds is not None:
-            limits["max_seconds"] = self.max_seconds - seconds
-        if not all(hasattr(stage.solver, name) for name in limits):
+        if stage.solver.limits.max_passes is None:
             return stage.solver  # a direct solve: no budget, a tolerance of its own
-        if hasattr(stage.solver, "recycle"):
-            limits["recycle"] = self.recycle
-        return replace(stage.solver, **limits)  # type: ignore[type-var]
+        left = self.max_passes - passes
+        limits = Limits(
+            self.tolerance,
+            left if last else min(left, stage.share),
+            None if self.max_seconds is None else self.max_seconds - seconds,
+        )
+        return stage.solver.with_limits(limits).with_recycling(self.recycle)
 
     def _spent(self, done: Sequence[Solution]) -> bool:
         seconds = math.fsum(solution.seconds for solution in done)
@@ -264,11 +264,11 @@ class Auto(Solver):
 
 def _stopped_by_the_clock(solution: Solution, solver: Solver) -> bool:
     """Whether a solver with a limit in seconds gave up with passes left to it."""
-    most = getattr(solver, "max_passes", math.inf)
+    limits = solver.limits
     return (
-        getattr(solver, "max_seconds", None) is not None
+        limits.max_seconds is not None
         and solution.reason == "budget"
-        and solution.passes + 2.0 <= most
+        and (limits.max_passes is None or solution.passes + 2.0 <= limits.max_passes)
     )
 
 
@@ -282,33 +282,20 @@ def _merged(done: Sequence[Solution], tolerance: float) -> Solution:
     if len(done) == 1:
         return last
     weights, residuals = done[0].weights, done[0].residuals
-    history: list[HistoryEntry] = []
-    passes = seconds = 0.0
-    for solution in done:
+    for solution in done[1:]:
         better = solution.residuals <= residuals
         weights = torch.where(better, solution.weights, weights)
         residuals = torch.where(better, solution.residuals, residuals)
-        history += [
-            replace(
-                entry, passes=passes + entry.passes, seconds=seconds + entry.seconds
-            )
-            for entry in solution.history
-        ]
-        passes += solution.passes
-        seconds += solution.seconds
     reason = last.reason
     if float(residuals.max()) <= tolerance:
         reason = "converged"
     earlier = ", then ".join(f"{s.solver} ({s.reason})" for s in done[:-1])
     return replace(
-        last,
+        reduce(continued, done),
         solver="+".join(solution.solver for solution in done),
         weights=weights,
         residuals=residuals,
-        passes=passes,
-        seconds=seconds,
         reason=reason,
-        history=tuple(history),
         warnings=(f"auto went on from {earlier} to {last.solver}.", *last.warnings),
         carried=None,
         settings={

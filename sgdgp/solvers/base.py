@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import torch
@@ -25,6 +25,10 @@ if TYPE_CHECKING:
 Reason: TypeAlias = Literal[
     "converged", "budget", "stagnated", "diverged", "interrupted"
 ]
+
+# What a solve is given at least: its first residual takes a pass.
+_LEAST_PASSES = 1.0
+_LEAST_SECONDS = 1e-3
 
 
 @dataclass(frozen=True)
@@ -50,23 +54,47 @@ Callback: TypeAlias = Callable[[Progress], bool | None]
 """Called as the solve advances; returning True stops it ("interrupted")."""
 
 
-def told_of(
-    passes: float, seconds: float, callback: Callback | None
-) -> Callback | None:
-    """The callback, told of the passes and seconds of earlier work too."""
-    if callback is None:
-        return None
+class Watch:
+    """Everyone who follows a solve, told of what went before it too.
 
-    def moved(progress: Progress) -> bool | None:
-        return callback(
-            replace(
+    A callback itself, so that it can be handed to a solver; of a watch, ``after``
+    makes another one of the same listeners, and nothing is ever wrapped twice.
+
+    Args:
+        listeners: Callbacks, called in this order; those that are None are left out.
+        passes: What earlier solves took.
+        seconds: What they took in seconds.
+    """
+
+    def __init__(
+        self, *listeners: Callback | None, passes: float = 0.0, seconds: float = 0.0
+    ) -> None:
+        self._listeners = tuple(each for each in listeners if each is not None)
+        self._passes, self._seconds = passes, seconds
+
+    def __call__(self, progress: Progress) -> bool:
+        """Tell everyone; True if one of them asks to stop."""
+        if self._passes or self._seconds:
+            progress = replace(
                 progress,
-                passes=passes + progress.passes,
-                seconds=seconds + progress.seconds,
+                passes=self._passes + progress.passes,
+                seconds=self._seconds + progress.seconds,
             )
-        )
+        # First all, then any: whoever asks to stop, the others are told as well.
+        wishes = [bool(listener(progress)) for listener in self._listeners]
+        return any(wishes)
 
-    return moved
+    @classmethod
+    def after(
+        cls, passes: float, seconds: float, callback: Callback | None
+    ) -> Callback | None:
+        """The callback, told of the passes and seconds of earlier work too."""
+        if callback is None:
+            return None
+        if isinstance(callback, Watch):
+            passes, seconds = callback._passes + passes, callback._seconds + seconds
+            return cls(*callback._listeners, passes=passes, seconds=seconds)
+        return cls(callback, passes=passes, seconds=seconds)
 
 
 @dataclass(frozen=True)
@@ -111,10 +139,64 @@ class Solution:
     carried: Carried | None = field(default=None, repr=False, compare=False)
 
 
+@dataclass(frozen=True)
+class Limits:
+    """What ends a solve; None where the solver knows no such limit.
+
+    Attributes:
+        tolerance: Relative residual that every column must reach.
+        max_passes: Budget in passes over K.
+        max_seconds: Budget in seconds.
+    """
+
+    tolerance: float | None = None
+    max_passes: float | None = None
+    max_seconds: float | None = None
+
+    def __post_init__(self) -> None:
+        for limit in fields(self):
+            value = getattr(self, limit.name)
+            if value is not None:
+                check_positive(limit.name, value)
+
+    def less(self, passes: float, seconds: float) -> Limits:
+        """The same tolerance, with what earlier work has left of the budgets.
+
+        With nothing left, the least that is still allowed: a solver has to see the
+        weights once to say how good they are.
+        """
+        return Limits(
+            self.tolerance,
+            _remaining(self.max_passes, passes, _LEAST_PASSES),
+            _remaining(self.max_seconds, seconds, _LEAST_SECONDS),
+        )
+
+
+def _remaining(budget: float | None, used: float, least: float) -> float | None:
+    return None if budget is None else max(least, budget - used)
+
+
 class Solver(ABC):
-    """Settings of an algorithm for (K + Sigma) V = B."""
+    """Settings of an algorithm for (K + Sigma) V = B.
+
+    A solver with a tolerance and budgets derives from ``IterativeSolver``, or says how
+    it has them: ``limits`` and ``with_limits`` are all that others know of them.
+    """
 
     name: str
+
+    @property
+    def limits(self) -> Limits:
+        """What ends a solve. Default: nothing that can be set from outside."""
+        return Limits()
+
+    def with_limits(self, limits: Limits) -> Solver:
+        """The same solver with other limits, as far as it has them."""
+        return self
+
+    def with_recycling(self, directions: int) -> Solver:
+        """The same solver, told to keep directions; see ``Solution.carried``."""
+        return self
 
     @abstractmethod
     def solve(
@@ -148,18 +230,39 @@ class Solver(ABC):
         """
 
 
-def check_limits(
-    tolerance: float, max_passes: float, max_seconds: float | None
-) -> None:
-    """Refuse a tolerance or budget that no solve could honour.
+@dataclass(frozen=True)
+class IterativeSolver(Solver):
+    """A solver that goes on until it is done or its budget is used up.
 
-    Raises:
-        ValueError: One of them is not positive and finite.
+    Attributes:
+        tolerance: Relative residual that every column must reach.
+        max_passes: Budget in passes over K.
+        max_seconds: Budget in seconds. Default: none.
     """
-    check_positive("tolerance", tolerance)
-    check_positive("max_passes", max_passes)
-    if max_seconds is not None:
-        check_positive("max_seconds", max_seconds)
+
+    tolerance: float = 1e-2
+    max_passes: float = 1000.0
+    max_seconds: float | None = None
+
+    def __post_init__(self) -> None:
+        check_positive("tolerance", self.tolerance)
+        check_positive("max_passes", self.max_passes)
+        if self.max_seconds is not None:
+            check_positive("max_seconds", self.max_seconds)
+
+    @property
+    def limits(self) -> Limits:
+        """See ``Solver.limits``."""
+        return Limits(self.tolerance, self.max_passes, self.max_seconds)
+
+    def with_limits(self, limits: Limits) -> IterativeSolver:
+        """See ``Solver.with_limits``; None leaves tolerance and passes as they are."""
+        return replace(
+            self,
+            tolerance=limits.tolerance or self.tolerance,
+            max_passes=limits.max_passes or self.max_passes,
+            max_seconds=limits.max_seconds,
+        )
 
 
 class Recorder:

@@ -19,7 +19,7 @@ Deviations from the textbook:
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
@@ -28,7 +28,15 @@ from torch import Tensor
 from sgdgp.core.checks import check_count, check_positive
 from sgdgp.core.slices import slices
 from sgdgp.operators.base import KernelOperator
-from sgdgp.solvers.base import Callback, Progress, Reason, Recorder, Solution, Solver
+from sgdgp.solvers.base import (
+    Callback,
+    Limits,
+    Progress,
+    Reason,
+    Recorder,
+    Solution,
+    Solver,
+)
 from sgdgp.solvers.conjugate_gradients import CG
 from sgdgp.solvers.preconditioners import Inverse, Preconditioner
 from sgdgp.solvers.substitution import solve_factored
@@ -70,6 +78,15 @@ class Cholesky(Solver):
                 "factor_dtype: expected torch.float64 or torch.float32, found "
                 f"{self.factor_dtype}"
             )
+
+    @property
+    def limits(self) -> Limits:
+        """A tolerance, if one was given; no budgets: all of the work is done."""
+        return Limits(self.tolerance)
+
+    def with_limits(self, limits: Limits) -> Cholesky:
+        """See ``Solver.with_limits``."""
+        return replace(self, tolerance=limits.tolerance)
 
     def solve(
         self,

@@ -27,7 +27,7 @@ Deviations from the textbook:
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from jaxtyping import Float
@@ -36,11 +36,10 @@ from torch import Tensor
 from sgdgp.operators.base import KernelOperator
 from sgdgp.solvers.base import (
     Callback,
+    IterativeSolver,
     Reason,
     Recorder,
     Solution,
-    Solver,
-    check_limits,
 )
 from sgdgp.solvers.block_recurrence import BlockRecurrence
 from sgdgp.solvers.preconditioners import Inverse, Preconditioner
@@ -65,7 +64,7 @@ _CLEAR_GAIN = 1e-3
 
 
 @dataclass(frozen=True)
-class CG(Solver):
+class CG(IterativeSolver):
     """Block conjugate gradients; one pass over K per iteration.
 
     Attributes:
@@ -78,16 +77,14 @@ class CG(Solver):
             residuals, for the same matrix with more rows. Default: none of that.
     """
 
-    tolerance: float = 1e-2
-    max_passes: float = 1000.0
-    max_seconds: float | None = None
     preconditioner: Preconditioner | None = field(default_factory=TwoLevel)
     recycle: int = field(default=0, repr=False)
 
     name = "cg"
 
-    def __post_init__(self) -> None:
-        check_limits(self.tolerance, self.max_passes, self.max_seconds)
+    def with_recycling(self, directions: int) -> CG:
+        """See ``Solver.with_recycling``."""
+        return replace(self, recycle=directions)
 
     def solve(
         self,

@@ -7,7 +7,7 @@ through V -> H^-1 V is H^-1 times what arrives.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import is_dataclass, replace
+from dataclasses import replace
 
 import torch
 from jaxtyping import Float
@@ -87,10 +87,10 @@ def _accurate(solver: Solver) -> Solver:
 
     A gain is a small difference: of the prior covariance and of what data explain.
     """
-    tolerance = getattr(solver, "tolerance", None)
-    if tolerance is None or tolerance <= TOLERANCE or not is_dataclass(solver):
+    limits = solver.limits
+    if limits.tolerance is None or limits.tolerance <= TOLERANCE:
         return solver
-    return replace(solver, tolerance=TOLERANCE)
+    return solver.with_limits(replace(limits, tolerance=TOLERANCE))
 
 
 class _Symmetric(torch.autograd.Function):

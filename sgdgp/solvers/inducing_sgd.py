@@ -48,11 +48,10 @@ from sgdgp.core.checks import check_count, check_positive
 from sgdgp.operators.base import KernelOperator
 from sgdgp.solvers.base import (
     Callback,
+    IterativeSolver,
     Reason,
     Recorder,
     Solution,
-    Solver,
-    check_limits,
 )
 from sgdgp.solvers.inducing_problem import (
     SPECTRUM_ROWS,
@@ -75,7 +74,7 @@ _POWER = 10.0
 
 
 @dataclass(frozen=True)
-class InducingSGD(Solver):
+class InducingSGD(IterativeSolver):
     """Primal SGD over the weights of some rows; nothing needs to be set.
 
     Attributes:
@@ -92,9 +91,6 @@ class InducingSGD(Solver):
         step_size: beta. Default: half of the stability limit.
     """
 
-    tolerance: float = 1e-2
-    max_passes: float = 1000.0
-    max_seconds: float | None = None
     inducing: int | Int[Tensor, " m"] | None = None
     gradient_tolerance: float = 1e-4
     block_size: int | None = None
@@ -104,7 +100,7 @@ class InducingSGD(Solver):
     name = "inducing_sgd"
 
     def __post_init__(self) -> None:
-        check_limits(self.tolerance, self.max_passes, self.max_seconds)
+        super().__post_init__()
         check_positive("gradient_tolerance", self.gradient_tolerance)
         if self.inducing is not None and not torch.is_tensor(self.inducing):
             check_count("inducing", self.inducing, 1)

@@ -15,8 +15,8 @@ gain the rows K(new, old) D, and new rows enter the preconditioner one by one
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, is_dataclass, replace
-from typing import TYPE_CHECKING, Any, TypeVar
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
@@ -29,8 +29,6 @@ from sgdgp.solvers.two_level import default_neighbours
 
 if TYPE_CHECKING:
     from sgdgp.solvers.system import System
-
-S = TypeVar("S")
 
 KEPT = 256
 """Directions that the next solve starts with."""
@@ -208,10 +206,7 @@ class Collector:
         return (*self._first, *self._pairs)
 
 
-def keeping(solver: S, rhs: Float[Tensor, "n k"], memory_budget: int) -> S:
-    """The solver, told to keep directions in a sixteenth of the memory budget."""
-    if not is_dataclass(solver) or "recycle" not in {f.name for f in fields(solver)}:
-        return solver
+def directions_to_keep(rhs: Float[Tensor, "n k"], memory_budget: int) -> int:
+    """Directions a solve should keep: what fits a sixteenth of the memory budget."""
     affordable = memory_budget // (16 * 2 * len(rhs) * rhs.element_size())
-    wanted = max(COLLECTED, _ITERATIONS * rhs.shape[1])
-    return replace(solver, recycle=min(wanted, affordable))  # type: ignore[type-var]
+    return min(max(COLLECTED, _ITERATIONS * rhs.shape[1]), affordable)

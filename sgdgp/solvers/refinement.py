@@ -20,27 +20,26 @@ Deviations from the textbook:
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sgdgp.core.checks import check_count
+from sgdgp.core.checks import check_count, check_positive
 from sgdgp.operators.base import KernelOperator
 from sgdgp.solvers.base import (
     Callback,
+    Limits,
     Progress,
     Reason,
     Recorder,
     Solution,
     Solver,
-    check_limits,
 )
 from sgdgp.solvers.conjugate_gradients import CG
 from sgdgp.solvers.once import Once
-from sgdgp.solvers.preconditioners import Preconditioner
 from sgdgp.solvers.system import System, as_system, in_float64, initial_weights
 
 _GAIN = 0.9
@@ -72,12 +71,28 @@ class Refined(Solver):
     max_seconds: float | None = None
 
     def __post_init__(self) -> None:
-        check_limits(self.tolerance, self.max_passes, self.max_seconds)
+        check_positive("tolerance", self.tolerance)
+        check_positive("max_passes", self.max_passes)
         check_count("max_refinements", self.max_refinements, 1)
+        _ = self.limits  # which checks the seconds
         if not isinstance(self.solver, Solver):
             raise TypeError(
                 f"solver: expected a Solver, found {type(self.solver).__name__}"
             )
+
+    @property
+    def limits(self) -> Limits:
+        """See ``Solver.limits``."""
+        return Limits(self.tolerance, self.max_passes, self.max_seconds)
+
+    def with_limits(self, limits: Limits) -> Refined:
+        """See ``Solver.with_limits``."""
+        return replace(
+            self,
+            tolerance=limits.tolerance or self.tolerance,
+            max_passes=limits.max_passes or self.max_passes,
+            max_seconds=limits.max_seconds,
+        )
 
     @property
     def name(self) -> str:  # type: ignore[override]
@@ -301,9 +316,8 @@ class _InnerSolver:
         self._noise = noise.clamp_min(torch.finfo(torch.float32).tiny)
         self._generator = generator
         self._solver = solver
-        recipe = getattr(solver, "preconditioner", None)
-        if isinstance(recipe, Preconditioner):
-            self._solver = _with(solver, preconditioner=Once(recipe))
+        if isinstance(solver, CG) and solver.preconditioner is not None:
+            self._solver = replace(solver, preconditioner=Once(solver.preconditioner))
 
     def solve(
         self,
@@ -314,30 +328,17 @@ class _InnerSolver:
         callback: Callback,
     ) -> Solution:
         """One step: ``rhs`` to the inner tolerance or what remains to be done."""
-        own = getattr(self._solver, "tolerance", None) or 1e-2
-        limits: dict[str, Any] = {
-            "tolerance": min(_EASIEST, max(own, remaining)),
-            "max_passes": min(
-                max_passes, getattr(self._solver, "max_passes", max_passes)
-            ),
-        }
-        seconds = getattr(self._solver, "max_seconds", None)
-        given = [s for s in (seconds, max_seconds) if s is not None]
-        if given:
-            limits["max_seconds"] = min(given)
-        return _with(self._solver, **limits).solve(
+        own = self._solver.limits
+        seconds = [s for s in (own.max_seconds, max_seconds) if s is not None]
+        limits = Limits(
+            min(_EASIEST, max(own.tolerance or 1e-2, remaining)),
+            min(max_passes, own.max_passes or max_passes),
+            min(seconds, default=None),
+        )
+        return self._solver.with_limits(limits).solve(
             self._operator,
             self._noise,
             rhs.float(),
             generator=self._generator,
             callback=callback,
         )
-
-
-def _with(solver: Solver, **changes: Any) -> Solver:
-    """The solver with those of the changes that it has a setting for."""
-    known = {f.name for f in fields(solver)}  # type: ignore[arg-type]
-    return replace(
-        solver,  # type: ignore[type-var]
-        **{name: value for name, value in changes.items() if name in known},
-    )

@@ -40,11 +40,10 @@ from sgdgp.core.checks import check_count, check_positive
 from sgdgp.operators.base import KernelOperator
 from sgdgp.solvers.base import (
     Callback,
+    IterativeSolver,
     Reason,
     Recorder,
     Solution,
-    Solver,
-    check_limits,
 )
 from sgdgp.solvers.blocks import BestChecked, in_random_order, partition
 from sgdgp.solvers.dual_iterate import DualIterate
@@ -61,7 +60,7 @@ _MAX_RESTARTS = 20
 
 
 @dataclass(frozen=True)
-class SDD(Solver):
+class SDD(IterativeSolver):
     """Stochastic dual descent; nothing needs to be set.
 
     Attributes:
@@ -75,9 +74,6 @@ class SDD(Solver):
         averaging: Window of the iterate average, as a fraction of the steps so far.
     """
 
-    tolerance: float = 1e-2
-    max_passes: float = 1000.0
-    max_seconds: float | None = None
     block_size: int | None = None
     momentum: float | None = None
     step_size: float | None = None
@@ -86,7 +82,7 @@ class SDD(Solver):
     name = "sdd"
 
     def __post_init__(self) -> None:
-        check_limits(self.tolerance, self.max_passes, self.max_seconds)
+        super().__post_init__()
         if self.block_size is not None:
             check_count("block_size", self.block_size, 1)
         if self.momentum is not None and not 0 <= self.momentum < 1:

@@ -45,11 +45,10 @@ from sgdgp.core.checks import check_count, check_positive
 from sgdgp.operators.base import KernelOperator
 from sgdgp.solvers.base import (
     Callback,
+    IterativeSolver,
     Reason,
     Recorder,
     Solution,
-    Solver,
-    check_limits,
 )
 from sgdgp.solvers.feature_sgd import solve_with_features
 from sgdgp.solvers.primal import (
@@ -75,7 +74,7 @@ _POWER_WITHOUT = 100.0
 
 
 @dataclass(frozen=True)
-class SGD(Solver):
+class SGD(IterativeSolver):
     """Primal stochastic gradient descent; nothing needs to be set.
 
     The first of the stochastic solvers, and the slowest to a small residual: its
@@ -95,9 +94,6 @@ class SGD(Solver):
         step_size: beta. Default: half of the stability limit.
     """
 
-    tolerance: float = 1e-2
-    max_passes: float = 1000.0
-    max_seconds: float | None = None
     block_size: int | None = None
     num_features: int = 100
     momentum: float | None = None
@@ -106,7 +102,7 @@ class SGD(Solver):
     name = "sgd"
 
     def __post_init__(self) -> None:
-        check_limits(self.tolerance, self.max_passes, self.max_seconds)
+        super().__post_init__()
         check_count("num_features", self.num_features, 0)
         if self.block_size is not None:
             check_count("block_size", self.block_size, 1)

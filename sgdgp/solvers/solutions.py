@@ -19,6 +19,24 @@ _WORST_LAST: tuple[Reason, ...] = (
 )
 
 
+def continued(before: Solution, solution: Solution) -> Solution:
+    """A solution whose accounts include what went before."""
+    later = (
+        replace(
+            entry,
+            passes=before.passes + entry.passes,
+            seconds=before.seconds + entry.seconds,
+        )
+        for entry in solution.history
+    )
+    return replace(
+        solution,
+        passes=before.passes + solution.passes,
+        seconds=before.seconds + solution.seconds,
+        history=(*before.history, *later),
+    )
+
+
 def split_solution(solution: Solution, widths: Sequence[int]) -> tuple[Solution, ...]:
     """A solution for each group of columns; effort is that of all together.
 

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from sgdgp.core.slices import slices
 from sgdgp.operators.base import KernelOperator
-from sgdgp.solvers.base import Callback, Reason, Recorder, Solution
+from sgdgp.solvers.base import Callback, Limits, Reason, Recorder, Solution
 from sgdgp.solvers.recycling import Carried, Directions
 from sgdgp.solvers.system import (
     System,
@@ -62,16 +62,12 @@ class LocalCorrection:
     """Settings of the correction.
 
     Attributes:
-        tolerance: Relative residual at which it is done.
+        limits: Relative residual at which it is done, which must be given; budgets.
         worth_passes: Passes over K in whose time S may be factorised.
-        max_passes: Budget in passes over K. Default: none.
-        max_seconds: Budget in seconds. Default: none.
     """
 
-    tolerance: float
+    limits: Limits
     worth_passes: float
-    max_passes: float = math.inf
-    max_seconds: float | None = None
 
     def start(
         self,
@@ -109,6 +105,8 @@ class LocalCorrection:
             norm of H over all changes of the rows S, although a residual may be larger
             than it was; after an interruption every column is the better of the two.
         """
+        tolerance, most_passes = self.limits.tolerance, self.limits.max_passes
+        assert tolerance is not None
         system = as_system(operator, noise, rhs)
         record = Recorder(callback)
         first = initial_weights(system, old)
@@ -139,18 +137,18 @@ class LocalCorrection:
 
             if record(passes, norms, exact=True, weights=scaled):
                 reason = "interrupted"
-            elif float(norms.max()) <= _MARGIN * self.tolerance:
+            elif float(norms.max()) <= _MARGIN * tolerance:
                 reason = "converged"
             elif (
                 len(rows) >= most
-                or _needed(sizes, self.tolerance, judged) > most
-                or passes + 1.0 >= self.max_passes
-                or record.is_past(self.max_seconds)
+                or _needed(sizes, tolerance, judged) > most
+                or (most_passes is not None and passes + 1.0 >= most_passes)
+                or record.is_past(self.limits.max_seconds)
             ):
                 reason = "budget"
             else:
                 if len(rows):
-                    size = min(most, self._next_size(sizes))
+                    size = min(most, _next_size(sizes, tolerance))
                     rows = _grown(rows, residual, size)
                 else:
                     rows = _around_new_rows(system, base, num_new, most)
@@ -175,7 +173,7 @@ class LocalCorrection:
         if reason == "converged" and rounding_shows(system, weights, norms):
             norms = float64_residual(system, weights).norm(dim=0)
             passes += 1.0
-            if float(norms.max()) > self.tolerance:
+            if float(norms.max()) > tolerance:
                 reason = "budget"
         return Solution(
             solver="local",
@@ -190,12 +188,13 @@ class LocalCorrection:
             carried=Carried((residual * system.scale).to(rhs.dtype), None, ()),
         )
 
-    def _next_size(self, sizes: list[tuple[int, float]]) -> int:
-        """Rows of the next S: a growth, or less if less seems to be enough."""
-        now = sizes[-1][0]
-        size = _GROWTH * now
-        needed = _SURPLUS * _needed(sizes, _MARGIN * self.tolerance, _ROUNDS_TO_JUDGE)
-        return int(min(size, needed) if needed > now else size)
+
+def _next_size(sizes: list[tuple[int, float]], tolerance: float) -> int:
+    """Rows of the next S: a growth, or less if less seems to be enough."""
+    now = sizes[-1][0]
+    size = _GROWTH * now
+    needed = _SURPLUS * _needed(sizes, _MARGIN * tolerance, _ROUNDS_TO_JUDGE)
+    return int(min(size, needed) if needed > now else size)
 
 
 def largest_block(system: System, memory_budget: int, worth_passes: float) -> int:

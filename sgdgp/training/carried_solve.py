@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, is_dataclass, replace
-from typing import Any, NamedTuple
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -120,18 +120,21 @@ class CarriedSolve:
         settings = self.settings
         memory = resolve_budget(settings.memory_budget, operator.device)
         solver = choose_solver(settings.solver, operator, memory)
-        limits: dict[str, Any] = {}
-        if isinstance(settings.solver, str) and hasattr(solver, "tolerance"):
-            limits["tolerance"] = settings.tolerance
+        limits = solver.limits
+        if isinstance(settings.solver, str):
+            limits = replace(limits, tolerance=settings.tolerance)
+        if limits.max_passes is not None:
+            limits = replace(limits, max_passes=min(settings.passes, limits.max_passes))
+        solver = solver.with_limits(limits)
         if isinstance(solver, Auto):
             stages = solver.stages or plan(operator, noise, columns, memory)
-            limits["stages"] = tuple(
-                replace(stage, solver=self._keeping(stage.solver)) for stage in stages
+            solver = replace(
+                solver,
+                stages=tuple(
+                    replace(stage, solver=self._keeping(stage.solver))
+                    for stage in stages
+                ),
             )
-        if hasattr(solver, "max_passes"):
-            limits["max_passes"] = min(settings.passes, solver.max_passes)
-        if limits and is_dataclass(solver):
-            solver = replace(solver, **limits)
         return self._keeping(solver)
 
     def _keeping(self, solver: Solver) -> Solver:

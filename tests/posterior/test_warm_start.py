@@ -12,6 +12,7 @@ import sgdgp
 from sgdgp.bayesopt.renewal import with_new_functions
 from sgdgp.features import draw_prior
 from sgdgp.posterior.warm_start import renewed
+from sgdgp.solvers import Limits
 from sgdgp.solvers.recycling import Directions
 from sgdgp.solvers.subset_solve import LocalCorrection
 from tests.models import GP
@@ -106,7 +107,7 @@ def test_a_correction_with_known_directions_is_that_of_the_larger_subspace(dtype
     small = random_directions(matrix[:290, :290], 25)
     directions = torch.cat([small.directions, torch.zeros(10, 25).double()])
     known = Directions(directions.to(dtype), (matrix @ directions).to(dtype))
-    found = LocalCorrection(1e-12, 1e6, max_passes=1.5).start(
+    found = LocalCorrection(Limits(1e-12, max_passes=1.5), 1e6).start(
         operator,
         noise,
         rhs,

@@ -14,8 +14,8 @@ from sgdgp.solvers import (
     SDD,
     Auto,
     Cholesky,
+    IterativeSolver,
     PivotedCholesky,
-    Solver,
     Stage,
     TwoLevel,
     plan,
@@ -73,12 +73,9 @@ def test_a_factorisation_that_outlasts_the_seconds_is_not_planned():
 
 def test_nothing_follows_a_stage_that_was_stopped_by_the_clock():
     @dataclass(frozen=True)
-    class Late(Solver):
+    class Late(IterativeSolver):
         """Gives up after one of its many passes."""
 
-        tolerance: float = 1e-3
-        max_passes: float = 100.0
-        max_seconds: float | None = None
         name = "late"
 
         def solve(self, operator, noise, rhs, **settings):
@@ -126,12 +123,9 @@ def test_the_rank_is_what_fits_the_budget():
 
 
 @dataclass(frozen=True)
-class Unlucky(Solver):
+class Unlucky(IterativeSolver):
     """Gets somewhere and stops for a given reason."""
 
-    tolerance: float = 1e-2
-    max_passes: float = 1000.0
-    max_seconds: float | None = None
     reason: str = "stagnated"
     name = "unlucky"
 

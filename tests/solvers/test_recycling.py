@@ -8,7 +8,13 @@ import torch
 from sgdgp.solvers import CG, PivotedCholesky
 from sgdgp.solvers.block_recurrence import BlockRecurrence
 from sgdgp.solvers.preconditioners import Inverse
-from sgdgp.solvers.recycling import Collector, Directions, appended, keeping, leading
+from sgdgp.solvers.recycling import (
+    Collector,
+    Directions,
+    appended,
+    directions_to_keep,
+    leading,
+)
 from sgdgp.solvers.sdd import SDD
 from sgdgp.solvers.system import System, as_system
 from tests.solvers.problems import problem
@@ -168,10 +174,11 @@ def test_what_appended_rows_cost_is_counted():
 
 def test_only_conjugate_gradients_are_told_to_keep_directions():
     rhs = torch.zeros(1000, 5)
-    assert keeping(CG(), rhs, 2**30).recycle > 0
-    assert keeping(SDD(), rhs, 2**30) == SDD()
+    kept = directions_to_keep(rhs, 2**30)
+    assert CG().with_recycling(kept).recycle == kept > 0
+    assert SDD().with_recycling(kept) == SDD()
     # A sixteenth of the budget for directions and images together.
-    assert keeping(CG(), rhs, 16 * 2 * 1000 * 4 * 7).recycle == 7
+    assert directions_to_keep(rhs, 16 * 2 * 1000 * 4 * 7) == 7
 
 
 def test_conjugate_gradients_resume_from_what_is_known():

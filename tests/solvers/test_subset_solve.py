@@ -9,6 +9,7 @@ import torch
 from gpytorch.kernels import MaternKernel
 
 from sgdgp.operators import choose_operator
+from sgdgp.solvers import Limits
 from sgdgp.solvers.subset_solve import LocalCorrection, largest_block
 from sgdgp.solvers.system import as_system
 from tests.models import toy_data
@@ -41,7 +42,7 @@ def residuals(problem, weights):
 
 def corrected(problem, tolerance=1e-2, worth_passes=1e6, **settings):
     operator, noise, rhs, old, _ = problem
-    return LocalCorrection(tolerance, worth_passes).start(
+    return LocalCorrection(Limits(tolerance), worth_passes).start(
         operator, noise, rhs, old, NEW, memory_budget=BUDGET, **settings
     )
 
@@ -70,7 +71,7 @@ def test_it_costs_few_passes_and_says_how_many(problem):
 def test_weights_that_are_good_enough_are_left_alone(problem):
     operator, noise, rhs, _, system = problem
     solved = torch.linalg.solve(system, rhs.double()).to(rhs)
-    found = LocalCorrection(1e-2, 1e6).start(
+    found = LocalCorrection(Limits(1e-2), 1e6).start(
         operator, noise, rhs, solved, NEW, memory_budget=BUDGET
     )
     assert found.reason == "converged"
@@ -131,7 +132,7 @@ def test_the_largest_block_grows_with_what_a_solve_costs_and_fits_the_memory(
 def test_more_new_rows_than_a_block_may_hold(problem):
     operator, noise, rhs, _, _ = problem
     old = torch.zeros_like(rhs)
-    found = LocalCorrection(1e-3, 1e-3).start(
+    found = LocalCorrection(Limits(1e-3), 1e-3).start(
         operator, noise, rhs, old, N - 1, memory_budget=BUDGET
     )
     assert found.reason == "budget"
@@ -144,7 +145,7 @@ def test_more_new_rows_than_a_block_may_hold(problem):
 def test_budgets_in_passes_and_seconds_hold(problem):
     operator, noise, rhs, old, _ = problem
     for settings in ({"max_passes": 2.3}, {"max_seconds": 1e-9}):
-        found = LocalCorrection(1e-9, 1e6, **settings).start(
+        found = LocalCorrection(Limits(1e-9, **settings), 1e6).start(
             operator, noise, rhs, old, NEW, memory_budget=BUDGET
         )
         assert found.reason == "budget"
