@@ -24,8 +24,12 @@ from sgdgp.networks.stream import Batch, Stream
 from sgdgp.tangent.jacobian import Tangent, TangentBatch
 
 _EXAMPLES, _SAMPLES = 32, 8
+"""Noise is drawn for blocks of so many examples and samples: one seeding of a generator
+for 256 C numbers. Other blocks are other numbers, so files of fits depend on them."""
+
 _ROWS = 4096
-_NO_EXAMPLES = "loader: this process has no examples; use fewer processes"
+"""Examples whose losses are evaluated together, for several tables at once: enough to
+hide the overhead of a call, few enough for 1,000 classes."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +94,9 @@ class TangentData:
                 table = values.new_empty(self.stream.num_rows, *values.shape[1:])
             table[batch.rows] = values
         if table is None:
-            raise ValueError(_NO_EXAMPLES)
+            raise ValueError(
+                "loader: this process has no examples; use fewer processes"
+            )
         return table
 
     def total(self, value: Tensor) -> Tensor:
@@ -130,6 +136,16 @@ class WeightSystem:
             v.shape[1],
         )
         return self.prior.root_adjoint(images)
+
+    def precision(self, v: Float[Tensor, "D k"]) -> Float[Tensor, "D k"]:
+        """(phi^T phi + I) v, one pass over the data."""
+        return self.product(v).add_(v)
+
+    def residual(
+        self, rhs: Float[Tensor, "D k"], v: Float[Tensor, "D k"]
+    ) -> Float[Tensor, "D k"]:
+        """B - (phi^T phi + I) V, one pass over the data."""
+        return self.precision(v).neg_().add_(rhs)
 
     @torch.no_grad()
     def batch_product(
@@ -179,6 +195,21 @@ class WeightSystem:
     def at(self, outputs: Float[Tensor, "r C"]) -> WeightSystem:
         """The system with the likelihood linearised elsewhere."""
         return replace(self, outputs=outputs)
+
+
+def largest_eigenvalue(
+    product: Callable[[Tensor], Tensor], v: Float[Tensor, "D 1"], steps: int
+) -> float:
+    """Largest eigenvalue of a symmetric product, from below, by power iteration.
+
+    Args:
+        product: Products with a positive semi-definite matrix.
+        v: Where the iteration starts (D, 1).
+        steps: Products taken.
+    """
+    for _ in range(steps):
+        v = product(v / v.norm().clamp_min(1e-30))
+    return float(v.norm())
 
 
 @torch.no_grad()

@@ -1,10 +1,14 @@
-"""The dual solvers as solvers in the weights.
+"""The dual of the linearised network: a Gaussian process solve with unit noise.
+
+With phi (N C, D) the whitened features of all examples, the rows L_n^T J_n R,
 
     (phi^T phi + I) V = B   by   V = B + phi^T U,   (phi phi^T + I) U = -phi B.
 
-U is as large as the data has outputs, and a step of SDD costs one minibatch. An error
-in U is larger by up to the square root of the largest eigenvalue in the residual of V:
-what is left is solved for again, to the tolerance that the last round has shown to be
+The kernel phi phi^T is the network's tangent kernel, whitened: every solver of
+``sgdgp.solvers`` runs on it, those that move on blocks with phi^T U at their side, at
+the cost of one minibatch a step. U is as large as the data has outputs. An error in U
+is larger by up to the square root of the largest eigenvalue in the residual of V: what
+is left is solved for again, to the tolerance that the last round has shown to be
 needed.
 """
 
@@ -12,7 +16,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -22,234 +25,106 @@ from sgdgp.core.checks import check_count
 from sgdgp.core.slices import slices
 from sgdgp.features import FeatureMap
 from sgdgp.networks.curvature import WeightSystem
-from sgdgp.networks.weight_solvers import (
-    Watch,
-    WeightSolution,
-    WeightSolver,
-    first_residual,
-    relative_errors,
-    true_residual,
-)
+from sgdgp.networks.weight_solvers import WeightIterate, WeightSolver
 from sgdgp.operators import FeatureOperator
-from sgdgp.solvers.base import Callback, Progress, Reason, Solution, Solver
+from sgdgp.solvers.base import Progress, Reason, Solver
 from sgdgp.solvers.sdd import SDD
 
+_FIRST = 0.1
+"""The dual's first tolerance over that of the weights: its errors come out larger."""
 
-@runtime_checkable
-class WhitenedRows(Protocol):
-    """Whitened features of the examples of a data set, by their index.
+_TIGHTER = 0.3
+"""The dual's tolerance over the last one's, where a round leaves more than this to do:
+smaller steps would pay for passes over the data between them, larger ones overshoot."""
 
-    Row c of example n is that of its output c. Only a minibatch is asked for at a time,
-    of distinct examples in any order.
-    """
+_TIGHTEST = 1e-12
+"""The dual's smallest tolerance: float64 reaches nothing below it."""
 
-    @property
-    def num_examples(self) -> int:
-        """N."""
-
-    @property
-    def num_outputs(self) -> int:
-        """C."""
-
-    @property
-    def num_weights(self) -> int:
-        """D."""
-
-    def forward(self, indices: Tensor, w: Tensor) -> Tensor:
-        """L^T J R w of some examples, (b C, k) from (D, k)."""
-
-    def adjoint(self, indices: Tensor, u: Tensor) -> Tensor:
-        """R^T J^T L u of some examples, (D, k) from (b C, k)."""
+_MOST_ROUNDS = 20
+"""Cut in each of them, the tolerance is at its smallest long before."""
 
 
 class WhitenedFeatures(FeatureMap):
-    """phi~ as a feature map over a column of example indices.
+    """phi as a feature map over a column of example numbers.
+
+    Row c of an example is that of its output c. Only a minibatch of distinct examples
+    is asked for at a time.
 
     Args:
-        rows: Features of the examples.
+        system: Data that can be read by index, prior and likelihood.
         batch_size: Examples that are asked for at a time.
+
+    Attributes:
+        num_outputs: C.
     """
 
     exact = True
 
-    def __init__(self, rows: WhitenedRows, batch_size: int = 256) -> None:
-        check_count("batch_size", batch_size, 1)
-        self.rows = rows
+    def __init__(self, system: WeightSystem, batch_size: int) -> None:
+        self.system = system
         self.batch_size = batch_size
-        self.num_features = rows.num_weights
+        self.num_features = system.num_weights
+        self.num_outputs = system.outputs.shape[1]
+
+    def examples(self) -> Float[Tensor, "n 1"]:
+        """The numbers of all examples, as points of this map.
+
+        Raises:
+            ValueError: There are more than the dtype tells apart.
+        """
+        outputs, count = self.system.outputs, self.system.data.stream.num_rows
+        largest = 2 / torch.finfo(outputs.dtype).eps
+        if count > largest:
+            raise ValueError(
+                f"loader: Dual() takes at most {int(largest)} examples in "
+                f"{outputs.dtype}, found {count}; use WeightCG() or WeightSGD()"
+            )
+        numbers = torch.arange(count, device=outputs.device)
+        return numbers.to(outputs.dtype).unsqueeze(1)
 
     def features(self, x: Float[Tensor, "n 1"]) -> Float[Tensor, "nC D"]:
         """The features of each example by one adjoint with C columns."""
-        outputs = self.rows.num_outputs
-        unit = torch.eye(outputs, dtype=x.dtype, device=x.device)
-        out = x.new_empty(len(x) * outputs, self.num_features)
-        for row, index in enumerate(_indices(x).split(1)):
-            mine = slice(row * outputs, (row + 1) * outputs)
-            out[mine] = self.rows.adjoint(index, unit).mT
-        return out
+        unit = torch.eye(self.num_outputs, dtype=x.dtype, device=x.device)
+        found = [self._adjoint(index, unit).mT for index in _numbers(x).split(1)]
+        return torch.cat(found) if found else x.new_empty(0, self.num_features)
 
     def forward(
         self, x: Float[Tensor, "n 1"], w: Float[Tensor, "D k"]
     ) -> Float[Tensor, "nC k"]:
-        """phi~ w, batch by batch."""
-        out = w.new_empty(len(x) * self.rows.num_outputs, w.shape[1])
-        for indices, mine in self._batches(x):
-            out[mine] = self.rows.forward(indices, w)
+        """Products phi w = L^T J R w, batch by batch."""
+        system = self.system
+        out = w.new_empty(len(x) * self.num_outputs, w.shape[1])
+        changes = system.prior.root(w)
+        for numbers, rows in self._batches(x):
+            at = system.data.tangent.at(system.data.stream.take(numbers).x)
+            images = at.jvp(changes)
+            outputs = system.outputs[numbers]
+            out[rows] = system.likelihood.hessian_root_transpose(
+                outputs, images
+            ).flatten(0, 1)
         return out
 
     def adjoint(
         self, x: Float[Tensor, "n 1"], v: Float[Tensor, "nC k"]
     ) -> Float[Tensor, "D k"]:
-        """phi~^T v, batch by batch."""
+        """Products phi^T v = R^T J^T L v, batch by batch."""
         out = v.new_zeros(v.shape[1], self.num_features).mT
-        for indices, mine in self._batches(x):
-            out.add_(self.rows.adjoint(indices, v[mine]))
+        for numbers, rows in self._batches(x):
+            out.add_(self._adjoint(numbers, v[rows]))
         return out
 
-    def _batches(self, x: Tensor) -> Iterator[tuple[Tensor, slice]]:
-        """Indices of a batch of examples, and their rows."""
-        indices, outputs = _indices(x), self.rows.num_outputs
-        for batch in slices(len(x), self.batch_size):
-            yield indices[batch], slice(batch.start * outputs, batch.stop * outputs)
-
-
-@dataclass(frozen=True)
-class DualSolution:
-    """Weights found in the dual, and how.
-
-    Attributes:
-        weights: v (D, k).
-        coefficients: u (N C, k), to start a similar solve from.
-        solution: The solve for u; its residuals are those of the dual.
-        passes: Forward and adjoint sweeps over the data set, two of them a pass; those
-            from and to the weights included.
-    """
-
-    weights: Float[Tensor, "D k"] = field(repr=False)
-    coefficients: Float[Tensor, "N k"] = field(repr=False)
-    solution: Solution
-    passes: float
-
-
-@torch.no_grad()
-def solve_dual(
-    rows: WhitenedRows,
-    prior: Float[Tensor, "D k"],
-    targets: Float[Tensor, "N k"],
-    solver: Solver,
-    *,
-    start: Float[Tensor, "N k"] | None = None,
-    batch_size: int = 256,
-    memory_budget: int | None = None,
-    generator: torch.Generator | None = None,
-    callback: Callback | None = None,
-) -> DualSolution:
-    """Solve (phi~^T phi~ + I) v = prior + phi~^T targets through the dual.
-
-    Args:
-        rows: Whitened features of the examples.
-        prior: p: prior draws of the weights (D, k), zero for a mean.
-        targets: t: noise draws, or the targets of a mean (N C, k), example by example.
-        solver: Any solver of ``sgdgp.solvers``.
-        start: u to start from (N C, k). Default: zero.
-        batch_size: Examples at a time in a sweep over the data set.
-        memory_budget: Bytes for features, where a solver asks for entries of the kernel
-            (alternating projections). Default: half of what is free.
-        generator: Source of all randomness. Default: a generator seeded with 0.
-        callback: Called as the solve advances; True stops it.
-
-    Returns:
-        The weights; ``solution.reason`` says whether the tolerance was reached.
-
-    Raises:
-        ValueError: A shape does not fit, or an index is not exact in the dtype.
-    """
-    examples, outputs, weights = rows.num_examples, rows.num_outputs, rows.num_weights
-    if prior.ndim != 2 or prior.shape[0] != weights:
-        raise ValueError(
-            f"prior: expected shape ({weights}, k), found {tuple(prior.shape)}"
-        )
-    expected = (examples * outputs, prior.shape[1])
-    if targets.shape != expected:
-        raise ValueError(
-            f"targets: expected shape {expected}, found {tuple(targets.shape)}"
-        )
-    largest = 2 / torch.finfo(prior.dtype).eps
-    if examples > largest:
-        raise ValueError(
-            f"rows: expected at most {int(largest)} examples in {prior.dtype}, found "
-            f"{examples}"
-        )
-    features = WhitenedFeatures(rows, batch_size)
-    x = torch.arange(examples, device=prior.device).to(prior.dtype).unsqueeze(1)
-    operator = FeatureOperator.of_map(
-        features, x, outputs=outputs, memory_budget=memory_budget
-    )
-    rhs, swept = targets, 0.5
-    if bool(prior.any()):
-        rhs, swept = targets - features.forward(x, prior), 1.0
-    solution = solver.solve(
-        operator,
-        1.0,
-        rhs,
-        initial=start,
-        noise_draws=targets,
-        generator=generator,
-        callback=callback,
-    )
-    found = features.adjoint(x, solution.weights).add_(prior)
-    return DualSolution(found, solution.weights, solution, solution.passes + swept)
-
-
-def _indices(x: Float[Tensor, "n 1"]) -> Int[Tensor, " n"]:
-    return x[:, 0].round().long()
-
-
-_TIGHTER = 0.3
-_TIGHTEST = 1e-12
-_MOST_ROUNDS = 20
-
-
-@dataclass(frozen=True)
-class DataRows:
-    """Whitened features of a data set by the index of an example (``WhitenedRows``).
-
-    Attributes:
-        system: Data, prior and likelihood.
-    """
-
-    system: WeightSystem
-
-    @property
-    def num_examples(self) -> int:
-        """N."""
-        return self.system.data.stream.num_rows
-
-    @property
-    def num_outputs(self) -> int:
-        """C."""
-        return self.system.outputs.shape[1]
-
-    @property
-    def num_weights(self) -> int:
-        """D."""
-        return self.system.num_weights
-
-    def forward(self, indices: Tensor, w: Float[Tensor, "D k"]) -> Tensor:
-        """L^T J R w, (b C, k)."""
+    def _adjoint(self, numbers: Tensor, v: Tensor) -> Float[Tensor, "D k"]:
         system = self.system
-        at = system.data.tangent.at(system.data.stream.take(indices).x)
-        images = at.jvp(system.prior.root(w))
-        outputs = system.outputs[indices]
-        return system.likelihood.hessian_root_transpose(outputs, images).flatten(0, 1)
-
-    def adjoint(self, indices: Tensor, u: Tensor) -> Float[Tensor, "D k"]:
-        """R^T J^T L u, (D, k)."""
-        system = self.system
-        at = system.data.tangent.at(system.data.stream.take(indices).x)
-        u = u.unflatten(0, (len(indices), self.num_outputs))
-        pulled = at.vjp(system.likelihood.hessian_root(system.outputs[indices], u))
+        at = system.data.tangent.at(system.data.stream.take(numbers).x)
+        v = v.unflatten(0, (len(numbers), self.num_outputs))
+        pulled = at.vjp(system.likelihood.hessian_root(system.outputs[numbers], v))
         return system.prior.root_adjoint(pulled)
+
+    def _batches(self, x: Tensor) -> Iterator[tuple[Tensor, slice]]:
+        """Numbers of a batch of examples, and their rows."""
+        numbers, outputs = _numbers(x), self.num_outputs
+        for batch in slices(len(x), self.batch_size):
+            yield numbers[batch], slice(batch.start * outputs, batch.stop * outputs)
 
 
 @dataclass(frozen=True)
@@ -273,78 +148,65 @@ class Dual(WeightSolver):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_count("batch_size", self.batch_size, 1)
         if not isinstance(self.solver, Solver):
             raise TypeError(f"solver: expected SDD(), found {self.solver!r}")
 
-    def solve(
-        self,
-        system: WeightSystem,
-        rhs: Float[Tensor, "D k"],
-        initial: Float[Tensor, "D k"],
-        *,
-        seed: int = 0,
-        watch: Watch | None = None,
-    ) -> WeightSolution:
-        """Solve (phi^T phi + I) V = B; see ``WeightSolver.solve``.
-
-        Raises:
-            TypeError: The data cannot be read by index.
-            ValueError: Several processes share the data.
-        """
+    @torch.no_grad()
+    def _advance(self, iterate: WeightIterate, generator: torch.Generator) -> Reason:
+        system = iterate.system
         processes = system.data.stream.processes
         if processes.size > 1:
             raise ValueError(
                 f"solver: Dual() works in one process, found {processes.size}; use "
                 "WeightCG() or WeightSGD()"
             )
-        rows, generator = DataRows(system), torch.Generator().manual_seed(seed)
-        weights = initial
-        residual, passes = first_residual(system, rhs, initial)
-        errors = relative_errors(rhs, weights, residual)
-        inner, reason = 0.1 * self.tolerance, self._verdict(errors, passes)
-        rounds = 0
+        features = WhitenedFeatures(system, self.batch_size)
+        x = features.examples()
+        operator = FeatureOperator.of_map(features, x, outputs=features.num_outputs)
+        # phi B is noise-free: there are no draws in the dual's right-hand sides.
+        no_draws = system.outputs.new_zeros(operator.shape[0], iterate.rhs.shape[1])
+        tolerance, rounds = _FIRST * self.tolerance, 0
 
-        def told(progress: Progress) -> bool:
-            return watch is not None and watch(
-                passes + progress.passes, errors, lambda: weights
+        def tell(progress: Progress) -> bool:
+            return iterate.report(progress.passes)
+
+        while (reason := self._verdict(iterate)) is None:
+            if rounds >= _MOST_ROUNDS:
+                return "stagnated"
+            limits = replace(
+                self.solver.limits,
+                tolerance=tolerance,
+                max_passes=self.max_passes - iterate.passes - 2.0,
             )
-
-        while reason is None:
-            solver = self._limited(inner, self.max_passes - passes - 2.0)
-            found = solve_dual(
-                rows,
-                residual,
-                rhs.new_zeros(rows.num_examples * rows.num_outputs, rhs.shape[1]),
-                solver,
-                batch_size=self.batch_size,
+            solution = self.solver.with_limits(limits).solve(
+                operator,
+                1.0,
+                no_draws - features.forward(x, iterate.residual),
+                noise_draws=no_draws,
                 generator=generator,
-                callback=told,
+                callback=tell,
             )
-            candidate = weights + found.weights
-            left = true_residual(system, rhs, candidate)
-            passes += found.passes + 1.0
+            change = features.adjoint(x, solution.weights).add_(iterate.residual)
+            # The features of the residual, and of the solution, took half a pass each.
+            iterate.passes += solution.passes + 1.0
+            candidate = iterate.weights + change
+            better = iterate.improve(candidate, iterate.residual_of(candidate))
             rounds += 1
-            better = left.norm(dim=0) < residual.norm(dim=0)
-            weights = torch.where(better, candidate, weights)
-            residual = torch.where(better, left, residual)
-            errors = relative_errors(rhs, weights, residual)
-            reason = self._verdict(errors, passes)
-            if reason is None and found.solution.reason == "interrupted":
-                reason = "interrupted"
-            if reason is None and rounds >= _MOST_ROUNDS:
-                reason = "stagnated"
+            if solution.reason == "interrupted":
+                return self._verdict(iterate) or "interrupted"
             # To what the worst column needs beyond what this round has gained.
-            needed = float((self.tolerance / errors).nan_to_num(0.0).min())
+            needed = float((self.tolerance / iterate.errors).nan_to_num(0.0).min())
             if not bool(better.all()) or needed < _TIGHTER:
-                inner = max(inner * _TIGHTER, _TIGHTEST)
-        return WeightSolution(weights, residual, errors, passes, reason)
+                tolerance = max(tolerance * _TIGHTER, _TIGHTEST)
+        return reason
 
-    def _verdict(self, errors: Tensor, passes: float) -> Reason | None:
-        if not bool((errors > self.tolerance).any()) and not bool(errors.isnan().any()):
+    def _verdict(self, iterate: WeightIterate) -> Reason | None:
+        if bool((iterate.errors <= self.tolerance).all()):
             return "converged"
-        return "budget" if passes + 4.0 >= self.max_passes else None
+        # A round takes four passes but for the dual's own.
+        return "budget" if iterate.passes + 4.0 >= self.max_passes else None
 
-    def _limited(self, tolerance: float, passes: float) -> Solver:
-        """The solver with a tolerance and what is left to spend, where it has such."""
-        limits = replace(self.solver.limits, tolerance=tolerance, max_passes=passes)
-        return self.solver.with_limits(limits)
+
+def _numbers(x: Float[Tensor, "n 1"]) -> Int[Tensor, " n"]:
+    return x[:, 0].round().long()

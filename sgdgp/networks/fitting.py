@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, TypeAlias
 
 import torch
@@ -33,7 +33,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sgdgp.core.seeds import derived_generator
-from sgdgp.networks.curvature import TangentData, WeightSystem, curvature_probes
+from sgdgp.networks.curvature import (
+    TangentData,
+    WeightSystem,
+    curvature_probes,
+    largest_eigenvalue,
+)
 from sgdgp.networks.expectation_maximisation import (
     EffectiveDimension,
     PrecisionUpdate,
@@ -168,7 +173,7 @@ def start(
     system = WeightSystem(data, prior, likelihood, outputs)
     precision = schedule.precision
     if precision is None:
-        precision = _largest_eigenvalue(system, seed)
+        precision = _largest_curvature(system, seed)
         passes += 1.0 + _POWER_STEPS
     prior = prior.with_precisions(torch.full_like(prior.precisions, precision))
     empty = data.zeros(1)
@@ -192,15 +197,14 @@ def _first_noise(
     return likelihood.update_noise(errors.maximum(floor), data.stream.num_examples, 0.0)
 
 
-def _largest_eigenvalue(system: WeightSystem, seed: int) -> float:
-    """Largest eigenvalue of phi^T phi, by power iteration from a noise draw."""
-    v = system.noise(range(1), seed)
-    value = float(v.norm())
-    for _ in range(_POWER_STEPS):
-        if not value > 0:
-            break
-        v = system.product(v / value)
-        value = float(v.norm())
+def _largest_curvature(system: WeightSystem, seed: int) -> float:
+    """Largest eigenvalue of phi^T phi, by power iteration from a noise draw.
+
+    Raises:
+        ValueError: It is zero or not finite.
+    """
+    noise = system.noise(range(1), seed)
+    value = largest_eigenvalue(system.product, noise, _POWER_STEPS)
     if not 0 < value < float("inf"):
         raise ValueError(
             "network: its Jacobian in the chosen weights is zero or not finite on the "
@@ -284,7 +288,7 @@ class Run:
             state.mean,
             self._schedule.solver,
             seed=self._schedule.seed,
-            watch=self._watch,
+            callback=self._tell,
         )
         state.passes += optimum.passes
         state.mean = optimum.mean
@@ -310,7 +314,7 @@ class Run:
         rhs = system.noise(columns, seed) + prior_draws(initial, columns, seed)
         self.state.passes += 1.0
         solution = self._schedule.solver.solve(
-            system, rhs, initial, seed=seed, watch=self._watch
+            system, rhs, initial, seed=seed, callback=self._tell
         )
         self.state.passes += solution.passes
         return solution, rhs
@@ -393,17 +397,16 @@ class Run:
             state.seconds = self.seconds
             yield state
 
-    def _watch(self, passes: float, errors: Tensor, weights: object) -> bool:
+    def _tell(self, progress: Progress) -> bool:
+        """Tell the callback of a solve; whether it asks to stop."""
         if self._callback is None:
             return False
-        progress = Progress(
-            self.state.passes + passes,
-            self.seconds,
-            errors,
-            exact=False,
-            weights=weights,  # type: ignore[arg-type]
+        whole = replace(
+            progress,
+            passes=self.state.passes + progress.passes,
+            seconds=self.seconds,
         )
-        self._asked = bool(self._callback(progress))
+        self._asked = bool(self._callback(whole))
         return self._asked
 
     _asked = False

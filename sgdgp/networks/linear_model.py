@@ -21,11 +21,17 @@ from torch import Tensor
 from sgdgp.networks.curvature import TangentData, WeightSystem
 from sgdgp.networks.likelihoods import Likelihood
 from sgdgp.networks.priors.settings import WeightPrior
-from sgdgp.networks.weight_solvers import Watch, WeightSolver
+from sgdgp.networks.weight_solvers import WeightSolver
+from sgdgp.solvers.base import Callback
 
 _LENGTHS = (1.0, 0.5, 0.25, 0.1, 0.02)
+"""Lengths of a step that are tried, all in one sweep over tables of outputs."""
+
 _SOLVES = 5.0
+"""Budget of the search in budgets of one solve; from a warm start one or two do."""
+
 _FORCING = 0.2
+"""A step's own relative error, at most: see the module's text."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +63,7 @@ def optimise(
     solver: WeightSolver,
     *,
     seed: int = 0,
-    watch: Watch | None = None,
+    callback: Callback | None = None,
 ) -> LinearOptimum:
     """Newton's method from ``mean``, with a line search on the true objective.
 
@@ -69,7 +75,7 @@ def optimise(
         solver: For the linear systems. Its tolerance is also the relative change of
             the mean that ends the search, five times its passes are all there are.
         seed: Seed of everything random in the solver.
-        watch: Told of the solver's advance.
+        callback: Told of the solver's advance.
     """
     loose = replace(solver, tolerance=max(solver.tolerance, _FORCING))
     outputs = data.forward(prior.root(mean))[..., 0]
@@ -80,7 +86,11 @@ def optimise(
     while not converged and passes < _SOLVES * solver.max_passes:
         descent = -(system.slope() + mean)
         solved = loose.solve(
-            system, descent, torch.zeros_like(mean), seed=seed + steps, watch=watch
+            system,
+            descent,
+            torch.zeros_like(mean),
+            seed=seed + steps,
+            callback=callback,
         )
         steps += 1
         passes += solved.passes + 2.0

@@ -7,30 +7,41 @@ column v with residual r is done when
     |r| <= tolerance * min(|phi v|, |v|).
 
 The precision is at least one, so the error is below |r| in the weights and below
-|r| / 2 in the outputs phi v: the tolerance is a relative error of both.
+|r| / 2 in the outputs phi v: the tolerance is a relative error of both. That is what
+these solvers report and what callbacks see, in place of |r| / |b|.
 """
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TypeAlias
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from sgdgp.core.checks import check_positive
-from sgdgp.networks.curvature import WeightSystem
+from sgdgp.networks.curvature import WeightSystem, largest_eigenvalue
 from sgdgp.networks.stream import Batch
-from sgdgp.solvers.base import Reason
+from sgdgp.solvers.base import Callback, Reason, Recorder
 from sgdgp.solvers.block_recurrence import BlockRecurrence
 
 _STEP = 0.1
+"""Of what the curvature of single batches allows without momentum. A momentum of 0.9
+makes steps ten times as long in effect."""
 
-Watch: TypeAlias = Callable[[float, Tensor, Callable[[], Tensor]], bool]
-"""Told of passes, relative errors (k,) and how to get the weights; True stops."""
+_POWER_BATCHES, _POWER_STEPS = 3, 8
+"""Batches, and power iterations on each, that find the step size. An estimate that is
+too low by some 10 % does no harm at a tenth of it."""
+
+_MOST_HALVINGS = 20
+"""Of the step size; a residual that grows at a millionth of it comes from elsewhere."""
+
+_ROUNDS_BEFORE_SHORTER_STEPS = 4
+"""Every so many rounds that gain too little, the step is what is changed, and in
+between the number of epochs."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +67,85 @@ class WeightSolution:
         return rhs - self.weights - self.residuals
 
 
+def relative_errors(
+    rhs: Float[Tensor, "D k"],
+    weights: Float[Tensor, "D k"],
+    residuals: Float[Tensor, "D k"],
+) -> Float[Tensor, " k"]:
+    """|r| / min(|phi v|, |v|) of every column, by |phi v|^2 = v^T (b - v - r)."""
+    wide = torch.float64
+    squares = weights.square().sum(0, dtype=wide)
+    images = (weights * (rhs - residuals - weights)).sum(0, dtype=wide)
+    smaller = torch.minimum(images, squares).clamp_min(0.0).sqrt().to(rhs)
+    norms = residuals.norm(dim=0)
+    # A column of zeros with a right-hand side of zeros is solved.
+    return torch.where(norms > 0, norms / smaller, torch.zeros_like(norms))
+
+
+class WeightIterate:
+    """Weights on their way to a solution, their true residuals, and what they cost.
+
+    Args:
+        system: The posterior precision as a product.
+        rhs: Right-hand sides B (D, k).
+        initial: Starting point (D, k); its residual takes a pass, that of zero none.
+        callback: Told of the advance; see ``report``.
+
+    Attributes:
+        weights: V (D, k).
+        residual: B - (phi^T phi + I) V (D, k).
+        errors: The bounds that the tolerance is compared with (k,).
+        passes: Products with the data set so far.
+    """
+
+    def __init__(
+        self,
+        system: WeightSystem,
+        rhs: Float[Tensor, "D k"],
+        initial: Float[Tensor, "D k"],
+        callback: Callback | None,
+    ) -> None:
+        self.system = system
+        self.rhs = rhs
+        self.passes = 0.0
+        self._record = Recorder(callback)
+        is_zero = not bool(initial.any())
+        self.move_to(initial, rhs.clone() if is_zero else self.residual_of(initial))
+
+    def move_to(
+        self, weights: Float[Tensor, "D k"], residual: Float[Tensor, "D k"]
+    ) -> None:
+        """Go on from other weights, whose residual is known."""
+        self.weights, self.residual = weights, residual
+        self.errors = relative_errors(self.rhs, weights, residual)
+
+    def improve(
+        self, candidate: Float[Tensor, "D k"], residual: Float[Tensor, "D k"]
+    ) -> Tensor:
+        """Move to those columns of a candidate that are better; which they are (k,)."""
+        better = residual.norm(dim=0) < self.residual.norm(dim=0)
+        self.move_to(
+            torch.where(better, candidate, self.weights),
+            torch.where(better, residual, self.residual),
+        )
+        return better
+
+    def residual_of(self, weights: Float[Tensor, "D k"]) -> Float[Tensor, "D k"]:
+        """The true residual of any weights, one pass."""
+        self.passes += 1.0
+        return self.system.residual(self.rhs, weights)
+
+    def report(self, passes: float = 0.0) -> bool:
+        """Tell the callback; whether it asks to stop.
+
+        Args:
+            passes: Those of work that has not changed the weights yet.
+        """
+        return self._record(
+            self.passes + passes, self.errors, exact=False, weights=self.weights.clone
+        )
+
+
 @dataclass(frozen=True)
 class WeightSolver(ABC):
     """Settings of an algorithm for (phi^T phi + I) V = B.
@@ -72,7 +162,6 @@ class WeightSolver(ABC):
         check_positive("tolerance", self.tolerance)
         check_positive("max_passes", self.max_passes)
 
-    @abstractmethod
     def solve(
         self,
         system: WeightSystem,
@@ -80,7 +169,7 @@ class WeightSolver(ABC):
         initial: Float[Tensor, "D k"],
         *,
         seed: int = 0,
-        watch: Watch | None = None,
+        callback: Callback | None = None,
     ) -> WeightSolution:
         """Solve for all columns at once.
 
@@ -89,23 +178,18 @@ class WeightSolver(ABC):
             rhs: Right-hand sides (D, k).
             initial: Starting point (D, k).
             seed: Seed of everything random.
-            watch: Called as the solve advances; True stops it.
+            callback: Called as the solve advances, with relative errors in place of
+                residuals; True stops it.
         """
+        iterate = WeightIterate(system, rhs, initial, callback)
+        reason = self._advance(iterate, torch.Generator().manual_seed(seed))
+        return WeightSolution(
+            iterate.weights, iterate.residual, iterate.errors, iterate.passes, reason
+        )
 
-
-def relative_errors(
-    rhs: Float[Tensor, "D k"],
-    weights: Float[Tensor, "D k"],
-    residuals: Float[Tensor, "D k"],
-) -> Float[Tensor, " k"]:
-    """|r| / min(|phi v|, |v|) of every column, by |phi v|^2 = v^T (b - v - r)."""
-    wide = torch.float64
-    squares = weights.square().sum(0, dtype=wide)
-    images = (weights * (rhs - residuals - weights)).sum(0, dtype=wide)
-    smaller = torch.minimum(images, squares).clamp_min(0.0).sqrt().to(rhs)
-    norms = residuals.norm(dim=0)
-    # A column of zeros with a right-hand side of zeros is solved.
-    return torch.where(norms > 0, norms / smaller, torch.zeros_like(norms))
+    @abstractmethod
+    def _advance(self, iterate: WeightIterate, generator: torch.Generator) -> Reason:
+        """Move the weights until the tolerance or the budget is reached; say which."""
 
 
 @dataclass(frozen=True)
@@ -123,66 +207,38 @@ class WeightCG(WeightSolver):
     tolerance: float = 0.05
     max_passes: float = 100.0
 
-    def solve(
-        self,
-        system: WeightSystem,
-        rhs: Float[Tensor, "D k"],
-        initial: Float[Tensor, "D k"],
-        *,
-        seed: int = 0,
-        watch: Watch | None = None,
-    ) -> WeightSolution:
-        """Solve (phi^T phi + I) V = B; see ``WeightSolver.solve``."""
-        residual, passes = first_residual(system, rhs, initial)
-        errors = relative_errors(rhs, initial, residual)
+    def _advance(self, iterate: WeightIterate, generator: torch.Generator) -> Reason:
         run = BlockRecurrence(
-            lambda v: system.product(v).add_(v),
-            initial,
-            residual,
+            iterate.system.precision,
+            iterate.weights,
+            iterate.residual,
             None,
-            ~(errors <= self.tolerance),
+            ~(iterate.errors <= self.tolerance),
         )
+        every_column = torch.arange(iterate.rhs.shape[1], device=iterate.rhs.device)
         reason: Reason | None = "converged" if run.is_done else None
         while reason is None:
             while not run.is_done and reason is None:
                 run.step()
-                passes += 1.0
-                errors = relative_errors(rhs, run.weights, run.residual)
-                run.release(~(errors <= self.tolerance))
-                if watch is not None and watch(passes, errors, lambda: run.weights):
+                iterate.passes += 1.0
+                iterate.move_to(run.weights, run.residual)
+                run.release(~(iterate.errors <= self.tolerance))
+                if iterate.report():
                     reason = "interrupted"
-                elif passes + 1.0 >= self.max_passes:
+                elif iterate.passes + 1.0 >= self.max_passes:
                     reason = "budget"
-            everything = torch.arange(rhs.shape[1], device=rhs.device)
-            run.adopt(everything, true_residual(system, rhs, run.weights))
-            passes += 1.0
-            errors = relative_errors(rhs, run.weights, run.residual)
-            unsolved = ~(errors <= self.tolerance)
-            if not bool(torch.isfinite(errors).all()):
+            run.adopt(every_column, iterate.residual_of(run.weights))
+            iterate.move_to(run.weights, run.residual)
+            unsolved = ~(iterate.errors <= self.tolerance)
+            if not bool(torch.isfinite(iterate.errors).all()):
                 reason = "diverged"
             elif not bool(unsolved.any()):
                 reason = "converged"
-            elif reason is None and passes + 2.0 > self.max_passes:
+            elif reason is None and iterate.passes + 2.0 > self.max_passes:
                 reason = "budget"
             if reason is None:
                 run.resume(unsolved)
-        return WeightSolution(run.weights, run.residual, errors, passes, reason)
-
-
-def first_residual(
-    system: WeightSystem, rhs: Float[Tensor, "D k"], initial: Float[Tensor, "D k"]
-) -> tuple[Tensor, float]:
-    """The residual of a starting point and the passes it took: none from zero."""
-    if not bool(initial.any()):
-        return rhs.clone(), 0.0
-    return true_residual(system, rhs, initial), 1.0
-
-
-def true_residual(
-    system: WeightSystem, rhs: Float[Tensor, "D k"], v: Float[Tensor, "D k"]
-) -> Float[Tensor, "D k"]:
-    """B - (phi^T phi + I) V, one pass."""
-    return system.product(v).add_(v).neg_().add_(rhs)
+        return reason
 
 
 @dataclass(frozen=True)
@@ -217,55 +273,42 @@ class WeightSGD(WeightSolver):
         if self.step_size is not None:
             check_positive("step_size", self.step_size)
 
-    def solve(
-        self,
-        system: WeightSystem,
-        rhs: Float[Tensor, "D k"],
-        initial: Float[Tensor, "D k"],
-        *,
-        seed: int = 0,
-        watch: Watch | None = None,
-    ) -> WeightSolution:
-        """Solve (phi^T phi + I) V = B; see ``WeightSolver.solve``."""
-        generator = torch.Generator().manual_seed(seed)
-        best = initial
-        residual, passes = first_residual(system, rhs, initial)
-        errors = relative_errors(rhs, best, residual)
+    def _advance(self, iterate: WeightIterate, generator: torch.Generator) -> Reason:
+        system = iterate.system
         step = self.step_size
         if step is None:
             step = _STEP / (1.0 + largest_batch_eigenvalue(system, generator))
-            passes += 3.0 * 8.0 / max(3.0, _steps_per_epoch(system))
+            # An epoch of fewer batches counts as one of three.
+            iterate.passes += (
+                _POWER_BATCHES * _POWER_STEPS / max(3.0, _steps_per_epoch(system))
+            )
         epochs, halvings, slow = 2, 0, 0
-        reason: Reason | None = None
-        while reason is None:
-            if not bool((errors > self.tolerance).any()):
-                reason = "converged"
-                break
-            epochs = min(epochs, int(self.max_passes - passes) - 1)
+        while bool((iterate.errors > self.tolerance).any()):
+            epochs = min(epochs, int(self.max_passes - iterate.passes) - 1)
             if epochs < 1:
-                reason = "budget"
-                break
-            candidate = best + self._descend(system, residual, step, epochs, generator)
-            passes += epochs + 1.0
-            found = true_residual(system, rhs, candidate)
-            if not bool(torch.isfinite(found).all()) or float(
-                found.norm()
-            ) > 2.0 * float(residual.norm()):
+                return "budget"
+            change = self._descend(system, iterate.residual, step, epochs, generator)
+            candidate = iterate.weights + change
+            residual = iterate.residual_of(candidate)
+            iterate.passes += epochs
+            before, after = float(iterate.residual.norm()), float(residual.norm())
+            if not bool(torch.isfinite(residual).all()) or after > 2.0 * before:
                 halvings += 1
                 step /= 2.0
-                reason = "diverged" if halvings > 20 else None
+                if halvings > _MOST_HALVINGS:
+                    return "diverged"
                 continue
-            if float(found.norm()) > 0.5 * float(residual.norm()):
+            if after > 0.5 * before:
                 # Too short a way, or steps that are only just not too long.
                 slow += 1
-                epochs, step = (2 * epochs, step) if slow % 4 else (epochs, step / 4.0)
-            better = found.norm(dim=0) < residual.norm(dim=0)
-            best = torch.where(better, candidate, best)
-            residual = torch.where(better, found, residual)
-            errors = relative_errors(rhs, best, residual)
-            if watch is not None and watch(passes, errors, best.clone):
-                reason = "interrupted"
-        return WeightSolution(best, residual, errors, passes, reason)
+                if slow % _ROUNDS_BEFORE_SHORTER_STEPS:
+                    epochs *= 2
+                else:
+                    step /= 4.0
+            iterate.improve(candidate, residual)
+            if iterate.report():
+                return "interrupted"
+        return "converged"
 
     def _descend(
         self,
@@ -290,17 +333,15 @@ class WeightSGD(WeightSolver):
         return average
 
 
-def largest_batch_eigenvalue(
-    system: WeightSystem, generator: torch.Generator, batches: int = 3, steps: int = 8
-) -> float:
+def largest_batch_eigenvalue(system: WeightSystem, generator: torch.Generator) -> float:
     """Largest eigenvalue of (N / b) phi_b^T phi_b, over a few batches b."""
     largest = 0.0
-    like = system.outputs
-    for _, batch in zip(range(batches), _batches(system, generator), strict=False):
-        v = torch.randn(system.num_weights, 1, generator=generator).to(like)
-        for _ in range(steps):
-            v = _batch_image(system, batch, v / v.norm().clamp_min(1e-30))
-        largest = max(largest, float(v.norm()))
+    batches = _batches(system, generator)
+    for _, batch in zip(range(_POWER_BATCHES), batches, strict=False):
+        v = torch.randn(system.num_weights, 1, generator=generator).to(system.outputs)
+        product = functools.partial(_batch_image, system, batch)
+        found = largest_eigenvalue(product, v, _POWER_STEPS)
+        largest = max(largest, found)
     return largest
 
 
