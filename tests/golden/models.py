@@ -12,8 +12,12 @@ from typing import Any
 import gpytorch
 import torch
 from gpytorch.distributions import MultitaskMultivariateNormal, MultivariateNormal
-from gpytorch.kernels import IndexKernel, Kernel, MaternKernel
-from gpytorch.likelihoods import GaussianLikelihood, MultitaskGaussianLikelihood
+from gpytorch.kernels import IndexKernel, Kernel, MaternKernel, ScaleKernel
+from gpytorch.likelihoods import (
+    FixedNoiseGaussianLikelihood,
+    GaussianLikelihood,
+    MultitaskGaussianLikelihood,
+)
 from torch import Tensor, nn
 
 
@@ -76,6 +80,36 @@ class GP(gpytorch.models.ExactGP):
         return MultivariateNormal(self.mean_module(x), self.kernel(x))
 
 
+class FixedNoiseGP(gpytorch.models.ExactGP):
+    """A noise variance for every row."""
+
+    def __init__(self, x: Tensor, y: Tensor, kernel: Kernel, noise: Tensor) -> None:
+        super().__init__(x, y, FixedNoiseGaussianLikelihood(noise))
+        self.mean_module = gpytorch.means.LinearMean(x.shape[1])
+        self.kernel = kernel
+        self.to(x.dtype)
+        uneven(self)
+
+    def forward(self, x: Tensor) -> MultivariateNormal:
+        """The prior at x."""
+        return MultivariateNormal(self.mean_module(x), self.kernel(x))
+
+
+class NetworkGP(gpytorch.models.ExactGP):
+    """A network in front of a kernel."""
+
+    def __init__(self, x: Tensor, y: Tensor) -> None:
+        super().__init__(x, y, GaussianLikelihood())
+        self.mean_module = gpytorch.means.ZeroMean()
+        self.network = network_of([x.shape[1], 3, 2], seed=2)
+        self.kernel = ScaleKernel(MaternKernel(nu=2.5))
+        self.to(x.dtype)
+
+    def forward(self, x: Tensor) -> MultivariateNormal:
+        """The prior at x."""
+        return MultivariateNormal(self.mean_module(x), self.kernel(self.network(x)))
+
+
 class TaskGP(gpytorch.models.ExactGP):
     """Several correlated outputs."""
 
@@ -116,4 +150,12 @@ def uneven(module: Any) -> Any:
         for i, parameter in enumerate(module.parameters()):
             shift = 0.3 * waves(parameter.numel() + i)[i:] + 0.1
             parameter.copy_(shift.reshape(parameter.shape))
+    return module
+
+
+def shifted(module: Any) -> Any:
+    """The module with all parameters a little larger, as after a fit of another run."""
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(0.05)
     return module

@@ -14,8 +14,12 @@ from torch import Tensor
 DATA = Path(__file__).parent / "data"
 
 
+DIGITS = 12
+"""Of recorded fractions: more than any comparison needs."""
+
+
 def numbers_of(value: Any) -> Any:
-    """What JSON can hold of a value, without loss."""
+    """What JSON can hold of a value."""
     if isinstance(value, Tensor):
         return value.detach().cpu().tolist()
     if isinstance(value, Mapping):
@@ -33,12 +37,20 @@ def read(name: str) -> dict[str, Any]:
 
 def add(name: str, cases: Mapping[str, Any]) -> None:
     """Write cases that are not recorded yet; what is recorded stays as it is."""
-    everything = {**{k: numbers_of(v) for k, v in cases.items()}, **read(name)}
+    everything = {**_rounded(numbers_of(cases)), **read(name)}
     lines = [
         f"{json.dumps(case)}: {json.dumps(everything[case])}"
         for case in sorted(everything)
     ]
     (DATA / f"{name}.json").write_text("{\n" + ",\n".join(lines) + "\n}\n")
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _rounded(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_rounded(item) for item in value]
+    return float(f"{value:.{DIGITS}g}") if isinstance(value, float) else value
 
 
 def assert_same(

@@ -57,7 +57,7 @@ from sgdgp.solvers import (
 )
 from tests.golden.models import GP, network_of, points, standard, waves
 
-N = 200
+N, M = 200, 120
 BUDGET = 1 << 30
 """Bytes: what is free on a machine must not choose the algorithm."""
 
@@ -93,6 +93,7 @@ def system_of(name: str) -> System:
     elif name == "linear":
         kernel, noise, operator = LinearKernel(), 0.5, "features"
     elif name == "tangent":
+        x, rhs = x[:M], rhs[:M]
         network = network_of([3, 6, 1], seed=3)
         kernel, noise, operator = NeuralTangentKernel(network), 2.0, "features"
     elif name == "tasks":
@@ -104,8 +105,9 @@ def system_of(name: str) -> System:
     elif name != "matern":
         raise ValueError(name)
     built = operator_by_name(operator, kernel.double(), x, memory_budget=BUDGET)
-    draws = torch.as_tensor(noise).sqrt() * standard((3, N), seed=2)
-    start = 0.3 * standard((N, 3), seed=4)
+    n = len(rhs)
+    draws = torch.as_tensor(noise).sqrt() * standard((3, n), seed=2)
+    start = 0.3 * standard((n, 3), seed=4)
     if isinstance(noise, float):
         noise = torch.tensor(noise, dtype=torch.float64)
     return System(built, noise, rhs, start, draws.T.contiguous())
@@ -169,7 +171,7 @@ def account_of(solution: Solution) -> dict[str, Any]:
 def thinned(history: Sequence[Any]) -> dict[str, Any]:
     """How long a history is, its beginning and end, and every tenth of the rest."""
     last = len(history)
-    kept = [i for i in range(last) if i < 10 or i >= last - 5 or i % 10 == 0]
+    kept = [i for i in range(last) if i < 6 or i >= last - 4 or i % 10 == 0]
     return {"length": last, "entries": [history[i] for i in kept]}
 
 
@@ -407,6 +409,12 @@ _UPDATES: dict[str, Updates] = {
     "update sdd": Updates(SDD()),
     "update sgd": Updates(SGD(tolerance=0.3)),
     "update inducing": Updates(InducingSGD(inducing=40, max_passes=20.0)),
+    "update sdd many": Updates(SDD(tolerance=1e-4), new=50),
+    "update sgd many": Updates(SGD(tolerance=0.2, num_features=0), new=50),
+    "update adasap many": Updates(ADASAP(1e-4, block_size=40), new=50),
+    "update projections many": Updates(
+        AlternatingProjections(1e-3, block_size=20), new=50
+    ),
     "update adasap": Updates(ADASAP(block_size=20)),
     "update projections": Updates(AlternatingProjections(block_size=20)),
     "update cg": Updates(CG(tolerance=1e-4)),
@@ -447,7 +455,7 @@ class NetworkFit:
             Isotropic() if self.gaussian else GPrior(probes=4),
             memory_budget=BUDGET,
         ).fit(
-            DataLoader(TensorDataset(x, y), batch_size=16),
+            DataLoader(TensorDataset(x, y), batch_size=20),
             num_samples=3,
             final_samples=4,
             steps=2,
@@ -486,12 +494,12 @@ _NETWORKS: dict[str, NetworkFit] = {
     "network sgd few": NetworkFit(WeightSGD(tolerance=1e-6, max_passes=FEW)),
     "network sgd restarts": NetworkFit(WeightSGD(step_size=5.0, max_passes=20.0)),
     "network sgd gaussian": NetworkFit(WeightSGD(tolerance=0.05), gaussian=True),
-    "network dual": NetworkFit(Dual(SDD(block_size=30), tolerance=1e-2)),
-    "network dual few": NetworkFit(Dual(SDD(block_size=30), max_passes=FEW)),
+    "network dual": NetworkFit(Dual(SDD(block_size=60), tolerance=1e-2)),
+    "network dual few": NetworkFit(Dual(SDD(block_size=60), max_passes=FEW)),
     "network dual cg": NetworkFit(Dual(CG(preconditioner=None), tolerance=1e-2)),
     "network dual cholesky": NetworkFit(Dual(Cholesky(), tolerance=1e-2)),
     "network dual gaussian": NetworkFit(
-        Dual(SDD(block_size=30), tolerance=1e-2), gaussian=True
+        Dual(SDD(block_size=60), tolerance=1e-2), gaussian=True
     ),
 }
 
