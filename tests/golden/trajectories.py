@@ -493,14 +493,10 @@ _NETWORKS: dict[str, NetworkFit] = {
     "network sgd": NetworkFit(WeightSGD(tolerance=0.05)),
     "network sgd few": NetworkFit(WeightSGD(tolerance=1e-6, max_passes=FEW)),
     "network sgd restarts": NetworkFit(WeightSGD(step_size=5.0, max_passes=20.0)),
-    "network sgd gaussian": NetworkFit(WeightSGD(tolerance=0.05), gaussian=True),
     "network dual": NetworkFit(Dual(SDD(block_size=60), tolerance=1e-2)),
     "network dual few": NetworkFit(Dual(SDD(block_size=60), max_passes=FEW)),
     "network dual cg": NetworkFit(Dual(CG(preconditioner=None), tolerance=1e-2)),
     "network dual cholesky": NetworkFit(Dual(Cholesky(), tolerance=1e-2)),
-    "network dual gaussian": NetworkFit(
-        Dual(SDD(block_size=60), tolerance=1e-2), gaussian=True
-    ),
 }
 
 CASES: dict[str, Callable[[], dict[str, Any]]] = {
