@@ -23,7 +23,7 @@ def test_new_names_pass_without_a_word(recwarn: pytest.WarningsRecorder):
 def test_old_names_pass_with_a_warning_each():
     with pytest.warns(DeprecationWarning, match="every is now called checkpoint_"):
         assert solve(1, every=5) == (1, 5, "adam")
-    with pytest.warns(DeprecationWarning) as w:
+    with pytest.warns(DeprecationWarning, match="is now called") as w:
         assert solve(1, every=5, optimiser="sgd") == (1, 5, "sgd")
     assert len(w) == 2
 
