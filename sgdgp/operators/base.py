@@ -24,9 +24,9 @@ from sgdgp.operators.arguments import (
     resolve_index,
 )
 from sgdgp.operators.evaluation import detached_copy
-from sgdgp.operators.moving import Move, MovingVectors
 from sgdgp.operators.quadratic_form import check_quadratic, generic_quadratic_form
 from sgdgp.operators.small_blocks import small_blocks
+from sgdgp.operators.tracked import Move, TrackedVectors
 
 if TYPE_CHECKING:
     from gpytorch.kernels import Kernel
@@ -56,8 +56,8 @@ class KernelOperator(ABC):
     outputs_per_input: int = 1
     """Rows per point, T: row r belongs to point r // T (multitask, derivatives)."""
 
-    has_images: bool = False
-    """Whether rows are known from a feature map: see ``moving``."""
+    has_features: bool = False
+    """Whether rows are known from a feature map: see ``tracked``."""
 
     def __init__(
         self,
@@ -209,18 +209,20 @@ class KernelOperator(ABC):
         """K(X_new, X) as an operator (m, n), for prediction."""
         return self._rebuilt(self.x, x_new)
 
-    def moving(self, v: Float[Tensor, "n k"]) -> MovingVectors:
+    def tracked(self, v: Float[Tensor, "n k"]) -> TrackedVectors:
         """Coefficients V that will change on blocks; a copy of v.
 
         An operator with features sweeps over the rows of v once, unless v is zero.
         """
-        return MovingVectors(v.clone())
+        return TrackedVectors(v.clone())
 
     def move(self, rows: RowIndex, values: Float[Tensor, "b k"]) -> Move:
         """A change of some rows of V; with features one adjoint on these rows."""
         return Move(rows, values)
 
-    def rows_of_product(self, rows: RowIndex, v: MovingVectors) -> Float[Tensor, "b k"]:
+    def rows_of_product(
+        self, rows: RowIndex, v: TrackedVectors
+    ) -> Float[Tensor, "b k"]:
         """K[rows, :] V; with features one forward on these rows."""
         return self._rows_matmul(rows, v.values)
 

@@ -24,9 +24,9 @@ from sgdgp.operators.arguments import (
 from sgdgp.operators.base import KernelOperator, RowIndex
 from sgdgp.operators.check import check_kernel
 from sgdgp.operators.feature_kernel import CastFeatures, FeatureKernel, exact_map
-from sgdgp.operators.moving import Move, MovingVectors
 from sgdgp.operators.quadratic_form import generic_quadratic_form
 from sgdgp.operators.tiled import TiledOperator
+from sgdgp.operators.tracked import Move, TrackedVectors
 
 if TYPE_CHECKING:
     from gpytorch.kernels import Kernel
@@ -39,7 +39,7 @@ class FeatureOperator(KernelOperator):
 
     A product is one adjoint over the columns' points and one forward over the rows':
     the work of 2 n M instead of n^2, and one evaluation of a network's Jacobian instead
-    of n. Solvers that change V on blocks carry U = phi^T V along (``moving``): then a
+    of n. Solvers that change V on blocks carry U = phi^T V along (``tracked``): then a
     block costs an adjoint and a forward on itself, and no other row is looked at.
 
     The map is read at construction, with the kernel's parameters of that time.
@@ -62,7 +62,7 @@ class FeatureOperator(KernelOperator):
     """
 
     name = "features"
-    has_images = True
+    has_features = True
 
     def __init__(
         self,
@@ -114,13 +114,13 @@ class FeatureOperator(KernelOperator):
         self._last = _LastImage()
 
     @torch.no_grad()
-    def moving(self, v: Float[Tensor, "n k"]) -> MovingVectors:
-        """See ``KernelOperator.moving``."""
+    def tracked(self, v: Float[Tensor, "n k"]) -> TrackedVectors:
+        """See ``KernelOperator.tracked``."""
         check_vectors(v, self.shape[1], self.dtype)
         if bool(v.any()):
-            return MovingVectors(v.clone(), self.features.adjoint(self.x, v))
+            return TrackedVectors(v.clone(), self.features.adjoint(self.x, v))
         image = v.new_zeros(v.shape[1], self.features.num_features).mT
-        return MovingVectors(v.clone(), image)
+        return TrackedVectors(v.clone(), image)
 
     @torch.no_grad()
     def move(self, rows: RowIndex, values: Float[Tensor, "b k"]) -> Move:
@@ -129,10 +129,12 @@ class FeatureOperator(KernelOperator):
         return Move(index, values, self._adjoint(index, values))
 
     @torch.no_grad()
-    def rows_of_product(self, rows: RowIndex, v: MovingVectors) -> Float[Tensor, "b k"]:
+    def rows_of_product(
+        self, rows: RowIndex, v: TrackedVectors
+    ) -> Float[Tensor, "b k"]:
         """See ``KernelOperator.rows_of_product``."""
-        assert v.image is not None
-        return self.rows_of_weights(rows, v.image)
+        assert v.phi_t_v is not None
+        return self.rows_of_weights(rows, v.phi_t_v)
 
     @torch.no_grad()
     def rows_of_weights(

@@ -134,7 +134,7 @@ class ADASAP(IterativeSolver):
 
         residual = system.rhs
         # With features the iterate has an image: one adjoint on all rows.
-        image_cost = 0.5 if operator.has_images else 0.0
+        image_cost = 0.5 if operator.has_features else 0.0
         passes = image_cost  # and the diagonal is made from features
         if initial is not None:
             residual = true_residual(system, start)
@@ -168,7 +168,7 @@ class ADASAP(IterativeSolver):
                 step = self.preconditioner.step(system, block, generator)
                 work.step(block, step(gradient).mul_(scale))
                 part = len(block) / n
-                passes += part * (1.0 + (0.5 if operator.has_images else part))
+                passes += part * (1.0 + (0.5 if operator.has_features else part))
             norms[work.live] = work.residual.norm(dim=0).double()
             diverged = diverged or not bool(torch.isfinite(norms).all())
             exact = False
@@ -254,7 +254,7 @@ class _Work:
         self.live = torch.arange(start.shape[1], device=start.device)
         self._rhs = system.rhs
         self.residual = residual.to(start.dtype, copy=True)
-        self._z = system.operator.moving(start)
+        self._z = system.operator.tracked(start)
         self._u = self._z.zeros_like()
         self._y = self._z.clone()
         self._average = start.clone()

@@ -116,18 +116,18 @@ class AlternatingProjections(IterativeSolver):
             lambda block: factorise_block(shuffled, block),
             keep=blocks[0].stop <= affordable,
         )
-        selection = RandomOrder() if operator.has_images else self.selection
+        selection = RandomOrder() if operator.has_features else self.selection
         pick = selection.picker(blocks, generator)
 
         start = start[order]
         residual = shuffled.rhs.clone()
         passes = 0.0
         # With features the image of the iterate is renewed, by one adjoint on all rows.
-        check_cost = 1.5 if operator.has_images else 1.0
+        check_cost = 1.5 if operator.has_features else 1.0
         if initial is not None:
             residual = true_residual(shuffled, start)
             passes += check_cost
-        kind = ImageWork if operator.has_images else Work
+        kind = ImageWork if operator.has_features else Work
         work = kind(shuffled, start, residual, self.tolerance)
         monitor = Monitor(self.tolerance, work.norms, _PATIENCE)
         limit = _largest_residual(shuffled) * max(1.0, float(work.norms.max()))
@@ -154,7 +154,7 @@ class AlternatingProjections(IterativeSolver):
                 computed = inverses.computed
                 work.step(block, inverses(block))
                 part = (block.stop - block.start) / n
-                factor = 0.5 if operator.has_images else part
+                factor = 0.5 if operator.has_features else part
                 passes += part * (1.0 + (inverses.computed - computed) * factor)
                 worst = work.advance()
                 if work.is_done or not worst <= limit or is_out_of_budget():

@@ -113,7 +113,7 @@ def plan(
         share = max(50.0, 2.0 * _CHOLESKY_ENTRY * n / entry)
     if (
         operator.outputs_per_input == 1
-        and not operator.streaming().has_images  # neighbours tell nothing there
+        and not operator.streaming().has_features  # neighbours tell nothing there
         and setup <= _WORTH_PASSES
         and _noise_ratio(operator, noise) < _LARGE_NOISE
         and n

@@ -36,7 +36,7 @@ class DualIterate:
         self.live = torch.arange(start.shape[1], device=start.device)
         self._rhs = system.rhs
         self._residual = residual.to(start.dtype, copy=True)
-        self._z = system.operator.moving(start)
+        self._z = system.operator.tracked(start)
         self._u = self._z.zeros_like()
         self._lookahead = self._z.clone()
         self.average = start.clone()
@@ -122,7 +122,7 @@ class DualIterate:
     def restart(self) -> Tensor:
         """Go back to the best iterate, at rest; its residual norms (k,)."""
         self.average.copy_(self._best)
-        self._z = self._system.operator.moving(self._best)
+        self._z = self._system.operator.tracked(self._best)
         self._lookahead.copy(self._z)
         self._u = self._z.zeros_like()
         self._decay = 1.0

@@ -167,13 +167,13 @@ class _Weights:
         self.system = system
         self.residual = system.rhs.clone()
         self._num_blocks = num_blocks
-        self._dual = operator.moving(start)
+        self._dual = operator.tracked(start)
 
     @property
     def start(self) -> Tensor:
         """U (M, k)."""
-        assert self._dual.image is not None
-        return self._dual.image
+        assert self._dual.phi_t_v is not None
+        return self._dual.phi_t_v
 
     def gradient(self, block: RowIndex, at: Tensor) -> Tensor:
         """G (M, k) from a block at W."""
@@ -182,9 +182,9 @@ class _Weights:
         change = misfit / system.noise[block] - dual.values[block]
         self.residual[block] = change * system.noise[block]
         move = self.operator.move(block, change)
-        assert move.image is not None
+        assert move.phi_t_v is not None
         gradient = at - self.start
-        gradient.sub_(move.image, alpha=self._num_blocks)
+        gradient.sub_(move.phi_t_v, alpha=self._num_blocks)
         dual.move(move)
         return gradient
 

@@ -81,7 +81,7 @@ def shuffle(system: System, block_size: int, generator: torch.Generator) -> Shuf
     size = max(1, min(block_size // outputs, points))
     count = math.ceil(points / size)
     cuts = list(slices(points, math.ceil(points / count)))
-    if outputs == 1 or system.operator.has_images:
+    if outputs == 1 or system.operator.has_features:
         order = system.operator.random_order(generator)
         whole = [slice(cut.start * outputs, cut.stop * outputs) for cut in cuts]
         return Shuffled(system.permuted(order), order, list(whole))

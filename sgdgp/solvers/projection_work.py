@@ -103,19 +103,19 @@ class ImageWork(Work):
 
     def _keep(self, columns: Tensor, residual: Tensor) -> None:
         super()._keep(columns, residual)
-        self._moving = self._system.operator.moving(self._v)
-        self._v = self._moving.values
+        self._tracked = self._system.operator.tracked(self._v)
+        self._v = self._tracked.values
 
     def _leave(self, rest: Tensor) -> None:
         super()._leave(rest)
-        self._moving = self._moving.columns(rest)
-        self._v = self._moving.values
+        self._tracked = self._tracked.columns(rest)
+        self._v = self._tracked.values
 
     def step(self, block: slice, inverse: CholeskyInverse) -> None:
         """Solve one block, from its residual as it is now."""
         system = self._system
-        now = system.operator.rows_of_product(block, self._moving).neg_()
+        now = system.operator.rows_of_product(block, self._tracked).neg_()
         now += system.rhs[block][:, self._live] - system.noise[block] * self._v[block]
         self.residual[block] = now
-        self._moving.move(system.operator.move(block, inverse(now)))
+        self._tracked.move(system.operator.move(block, inverse(now)))
         self.is_verified = False

@@ -121,7 +121,7 @@ class SDD(IterativeSolver):
         residual = shuffled.rhs.double()
         passes = spectrum.passes
         # With features the iterate has an image: one adjoint on all rows.
-        image_cost = 0.5 if operator.has_images else 0.0
+        image_cost = 0.5 if operator.has_features else 0.0
         if initial is not None:
             residual = true_residual(shuffled, start)
             passes += 1.0 + image_cost

@@ -128,7 +128,7 @@ class SGD(IterativeSolver):
         start = initial_weights(given, initial)
         draws = regulariser_targets(given, noise_draws)
         record = Recorder(callback)
-        if operator.has_images:
+        if operator.has_features:
             return solve_with_features(
                 self,
                 given,

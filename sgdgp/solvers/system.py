@@ -14,7 +14,7 @@ from sgdgp.operators.arguments import whole_points
 from sgdgp.operators.base import KernelOperator
 from sgdgp.operators.feature import FeatureOperator
 from sgdgp.operators.feature_kernel import CastFeatures
-from sgdgp.operators.moving import MovingVectors
+from sgdgp.operators.tracked import TrackedVectors
 
 _PROBE_ROWS = 128
 _PROBE_PARTS = 4
@@ -241,8 +241,10 @@ def _rounding_of_features(
     part, wide = v[columns], v[columns].double()
     found = system.operator.move(columns, part)
     truth = exact.operator.move(columns, wide)
-    product = system.operator.rows_of_product(rows, MovingVectors(part, found.image))
-    reference = exact.operator.rows_of_product(rows, MovingVectors(wide, truth.image))
+    product = system.operator.rows_of_product(rows, TrackedVectors(part, found.phi_t_v))
+    reference = exact.operator.rows_of_product(
+        rows, TrackedVectors(wide, truth.phi_t_v)
+    )
     ratio = (system.n / len(rows)) * (system.n / len(columns))
     return (product.double() - reference).square().sum(0).mul(ratio).sqrt()
 

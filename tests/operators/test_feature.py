@@ -122,23 +122,23 @@ def test_vectors_move_with_their_images():
     dense = operator.block(slice(0, 12), slice(0, 12))
     generator = torch.Generator().manual_seed(0)
     v, g = (torch.randn(12, 3, generator=generator).double() for _ in range(2))
-    moving = operator.moving(v)
-    zero = operator.moving(torch.zeros_like(v))
+    tracked = operator.tracked(v)
+    zero = operator.tracked(torch.zeros_like(v))
     for rows in (slice(3, 7), torch.tensor([11, 0, 5])):
         move = operator.move(rows, g[rows])
-        moving.move(move, -0.5)
+        tracked.move(move, -0.5)
         zero.move(move, 2.0)
         v[rows] -= 0.5 * g[rows]
-    difference = moving.clone()
-    difference.set_to_difference(moving, zero, 0.3)
-    moving.add(zero, 0.7)
-    moving.scale(1.5)
+    difference = tracked.clone()
+    difference.set_to_difference(tracked, zero, 0.3)
+    tracked.add(zero, 0.7)
+    tracked.scale(1.5)
     truth = 1.5 * (v + 0.7 * zero.values)
-    torch.testing.assert_close(moving.values, truth)
-    some = moving.columns(torch.tensor([True, False, True]))
+    torch.testing.assert_close(tracked.values, truth)
+    some = tracked.columns(torch.tensor([True, False, True]))
     for rows in (slice(1, 4), torch.tensor([2, 9])):
         torch.testing.assert_close(
-            operator.rows_of_product(rows, moving), dense[rows] @ truth
+            operator.rows_of_product(rows, tracked), dense[rows] @ truth
         )
         torch.testing.assert_close(
             operator.rows_of_product(rows, some), dense[rows] @ truth[:, ::2]
@@ -156,10 +156,10 @@ def test_a_product_evaluates_every_point_twice_and_a_block_only_itself():
     features.evaluated = 0
     operator.matmul(v)
     assert features.evaluated == 40
-    moving = operator.moving(torch.zeros_like(v))
+    tracked = operator.tracked(torch.zeros_like(v))
     assert features.evaluated == 40
-    moving.move(operator.move(slice(4, 10), v[4:10]))
-    operator.rows_of_product(slice(4, 10), moving)
+    tracked.move(operator.move(slice(4, 10), v[4:10]))
+    operator.rows_of_product(slice(4, 10), tracked)
     assert features.evaluated == 46
 
 

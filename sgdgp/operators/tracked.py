@@ -1,4 +1,4 @@
-"""Coefficients that a solver moves a block at a time, and what goes with them.
+"""Coefficients V that a solver changes a block at a time, with phi^T V beside them.
 
 A stochastic solver needs K[I, :] V for one block I after another, while V changes on
 blocks. Where K = phi phi^T with exact features, U = phi^T V says all about V that this
@@ -25,43 +25,43 @@ class Move:
     Attributes:
         rows: The rows, a slice or indices (b,) without repetition.
         values: What is added to them (b, k), up to a factor.
-        image: phi(x_rows)^T values (M, k), or None without features.
+        phi_t_v: phi(x_rows)^T values (M, k), or None without features.
     """
 
     rows: Tensor | slice
     values: Float[Tensor, "b k"]
-    image: Float[Tensor, "M k"] | None = None
+    phi_t_v: Float[Tensor, "M k"] | None = None
 
 
 @dataclass
-class MovingVectors:
-    """V (n, k) with U = phi^T V (M, k); made by ``KernelOperator.moving``.
+class TrackedVectors:
+    """V (n, k) with U = phi^T V (M, k); made by ``KernelOperator.tracked``.
 
     Attributes:
         values: V itself (n, k).
-        image: U (M, k), or None without features.
+        phi_t_v: U (M, k), or None without features.
     """
 
     values: Float[Tensor, "n k"]
-    image: Float[Tensor, "M k"] | None = None
+    phi_t_v: Float[Tensor, "M k"] | None = None
 
-    def clone(self) -> MovingVectors:
+    def clone(self) -> TrackedVectors:
         """A copy."""
-        image = None if self.image is None else self.image.clone()
-        return MovingVectors(self.values.clone(), image)
+        phi_t_v = None if self.phi_t_v is None else self.phi_t_v.clone()
+        return TrackedVectors(self.values.clone(), phi_t_v)
 
-    def zeros_like(self) -> MovingVectors:
+    def zeros_like(self) -> TrackedVectors:
         """Zero."""
-        image = None if self.image is None else torch.zeros_like(self.image)
-        return MovingVectors(torch.zeros_like(self.values), image)
+        phi_t_v = None if self.phi_t_v is None else torch.zeros_like(self.phi_t_v)
+        return TrackedVectors(torch.zeros_like(self.values), phi_t_v)
 
-    def columns(self, chosen: Tensor) -> MovingVectors:
+    def columns(self, chosen: Tensor) -> TrackedVectors:
         """Some columns, by a mask or indices, contiguous."""
-        image = self.image
-        if image is not None:
-            # Images of networks are stored column by column.
-            image = image.mT[chosen].mT
-        return MovingVectors(self.values[:, chosen].contiguous(), image)
+        phi_t_v = self.phi_t_v
+        if phi_t_v is not None:
+            # Features of networks are stored column by column.
+            phi_t_v = phi_t_v.mT[chosen].mT
+        return TrackedVectors(self.values[:, chosen].contiguous(), phi_t_v)
 
     def move(self, move: Move, factor: float = 1.0) -> None:
         """V[rows] += factor * values."""
@@ -69,31 +69,31 @@ class MovingVectors:
             self.values[move.rows].add_(move.values, alpha=factor)
         else:
             self.values.index_add_(0, move.rows, move.values, alpha=factor)
-        if self.image is not None and move.image is not None:
-            self.image.add_(move.image, alpha=factor)
+        if self.phi_t_v is not None and move.phi_t_v is not None:
+            self.phi_t_v.add_(move.phi_t_v, alpha=factor)
 
-    def add(self, other: MovingVectors, factor: float = 1.0) -> None:
+    def add(self, other: TrackedVectors, factor: float = 1.0) -> None:
         """V += factor * other."""
         self.values.add_(other.values, alpha=factor)
-        if self.image is not None and other.image is not None:
-            self.image.add_(other.image, alpha=factor)
+        if self.phi_t_v is not None and other.phi_t_v is not None:
+            self.phi_t_v.add_(other.phi_t_v, alpha=factor)
 
     def scale(self, factor: float) -> None:
         """V *= factor."""
         self.values.mul_(factor)
-        if self.image is not None:
-            self.image.mul_(factor)
+        if self.phi_t_v is not None:
+            self.phi_t_v.mul_(factor)
 
     def set_to_difference(
-        self, a: MovingVectors, b: MovingVectors, factor: float
+        self, a: TrackedVectors, b: TrackedVectors, factor: float
     ) -> None:
         """V = a - factor * b."""
         torch.sub(a.values, b.values, alpha=factor, out=self.values)
-        if a.image is not None and b.image is not None:
-            torch.sub(a.image, b.image, alpha=factor, out=self.image)
+        if a.phi_t_v is not None and b.phi_t_v is not None:
+            torch.sub(a.phi_t_v, b.phi_t_v, alpha=factor, out=self.phi_t_v)
 
-    def copy(self, other: MovingVectors) -> None:
+    def copy(self, other: TrackedVectors) -> None:
         """V = other."""
         self.values.copy_(other.values)
-        if self.image is not None and other.image is not None:
-            self.image.copy_(other.image)
+        if self.phi_t_v is not None and other.phi_t_v is not None:
+            self.phi_t_v.copy_(other.phi_t_v)
