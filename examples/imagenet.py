@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 import sgdgp
 from benchmarks.networks.resnet import resnet50, torchvision_resnet50
 from examples.image_folder import ImageFolder
-from sgdgp.core.processes import Processes, local_device, started
+from sgdgp.core.processes import Processes, local_device, process_group
 from sgdgp.metrics import accuracy, expected_calibration_error, negative_log_likelihood
 from sgdgp.networks import Categorical, GPrior, LinearisedPosterior, WeightSGD
 
@@ -31,7 +31,7 @@ from sgdgp.networks import Categorical, GPrior, LinearisedPosterior, WeightSGD
 def main(arguments: Sequence[str] | None = None) -> LinearisedPosterior:
     """The command line."""
     options = _parser().parse_args(arguments)
-    with started() as processes:
+    with process_group() as processes:
         return run(options, processes)
 
 

@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from benchmarks.json_file import plain, write_json
 from benchmarks.networks.network import SmallResNet
-from sgdgp.core.processes import started
+from sgdgp.core.processes import process_group
 from sgdgp.networks import Categorical, Isotropic, WeightCG, linearise
 from sgdgp.networks.curvature import TangentData, WeightSystem
 from sgdgp.networks.priors.base import DiagonalPrior
@@ -48,7 +48,7 @@ _SHAPE: dict[str, Any] = {
 def measure(examples: int, repeats: int, out: Path) -> None:
     """In one of the processes: passes and a fit; process 0 writes what it found."""
     torch.set_num_threads(1)
-    with started(torch.device("cpu")) as processes:
+    with process_group(torch.device("cpu")) as processes:
         generator = torch.Generator().manual_seed(0)
         # Noisy images of ten patterns: something to learn.
         patterns = torch.randn(10, 1, 28, 28, generator=generator)

@@ -1,4 +1,4 @@
-"""Old spellings of arguments, accepted for one version."""
+"""Old names of functions and arguments, accepted for one version."""
 
 from __future__ import annotations
 
@@ -47,3 +47,24 @@ def renamed_arguments(**renamed: str) -> Callable[[Callable[P, T]], Callable[P, 
         return call
 
     return decorate
+
+
+def renamed(old: str, function: Callable[P, T]) -> Callable[P, T]:
+    """A function under its old name too, with a warning.
+
+    Args:
+        old: The old name.
+        function: It, under its new name.
+    """
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> T:
+        warnings.warn(
+            f"{old} is now called {function.__name__}; the old name goes with version "
+            "0.3.",
+            DeprecationWarning,
+            stacklevel=2,
+        )
+        return function(*args, **kwargs)
+
+    return call

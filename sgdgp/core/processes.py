@@ -1,10 +1,10 @@
 """Several processes that share one pass over the data, by ``torch.distributed``.
 
-Each process sees its share of the examples and sums what it found with the others:
-products with J^T are sums over examples, and so are losses and counts. Everything else
-(noise of the weights, learning, prediction) every process does alike. Started by
-``torchrun`` or by ``torch.distributed.init_process_group``; without either there is one
-process and nothing is sent.
+Each process sees its share of the examples and sums what it found with the others, such
+as products with a transpose, losses and counts. Everything else every process does
+alike. A group is started by ``torchrun`` or by
+``torch.distributed.init_process_group``; without either there is one process and
+nothing is sent.
 """
 
 from __future__ import annotations
@@ -19,13 +19,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sgdgp.core.checks import check_count
+from sgdgp.core.deprecation import renamed
 from sgdgp.core.errors import SgdgpError
 
 _BUCKET = 2**26
 """Numbers per message when small tensors travel together: 256 MiB of float32."""
 
-_STARTED_BY = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-"""What torchrun sets."""
+_SET_BY_TORCHRUN = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+"""All four, or none of them, stand in the environment."""
 
 
 class ProcessesError(SgdgpError, RuntimeError):
@@ -78,17 +79,6 @@ class Processes:
             for tensor, part in zip(bucket, parts, strict=True):
                 tensor.copy_(part.view(tensor.shape))
 
-    def broadcast_(self, *tensors: Tensor) -> None:
-        """Give every process the tensors of process 0, in place."""
-        if self.size == 1:
-            return
-        for tensor in tensors:
-            whole = _as_it_lies(tensor)
-            sent = tensor.contiguous() if whole is None else whole
-            dist.broadcast(sent, src=self._first(), group=self.group)
-            if whole is None:
-                tensor.copy_(sent)
-
     def check_agree(self, name: str, count: int) -> None:
         """Refuse a number that is not the same everywhere, before long work.
 
@@ -115,9 +105,6 @@ class Processes:
         if self.size > 1:
             dist.barrier(group=self.group)
 
-    def _first(self) -> int:
-        return 0 if self.group is None else dist.get_global_rank(self.group, 0)
-
 
 def current_processes() -> Processes:
     """The processes of the default group; one when none was started."""
@@ -127,7 +114,7 @@ def current_processes() -> Processes:
 
 
 @contextlib.contextmanager
-def started(device: torch.device | None = None) -> Iterator[Processes]:
+def process_group(device: torch.device | None = None) -> Iterator[Processes]:
     """Join the processes that ``torchrun`` started, and leave them at the end.
 
     Without torchrun, or inside a group that is there already, nothing is started.
@@ -140,16 +127,16 @@ def started(device: torch.device | None = None) -> Iterator[Processes]:
         The processes.
 
     Example:
-        >>> with sgdgp.networks.started() as processes:
+        >>> with sgdgp.networks.process_group() as processes:
         ...     posterior.fit(loader)
         ...     if processes.rank == 0:
         ...         posterior.save("posterior.safetensors")
     """
-    present = [name for name in _STARTED_BY if name in os.environ]
+    present = [name for name in _SET_BY_TORCHRUN if name in os.environ]
     if not present or (dist.is_available() and dist.is_initialized()):
         yield current_processes()
         return
-    missing = [name for name in _STARTED_BY if name not in present]
+    missing = [name for name in _SET_BY_TORCHRUN if name not in present]
     if missing:
         if "WORLD_SIZE" not in present and "RANK" not in present:
             # A cluster may set the address alone; that starts nothing.
@@ -167,6 +154,10 @@ def started(device: torch.device | None = None) -> Iterator[Processes]:
         yield current_processes()
     finally:
         dist.destroy_process_group()
+
+
+started = renamed("started", process_group)
+"""The old name of ``process_group``."""
 
 
 def local_device() -> torch.device:

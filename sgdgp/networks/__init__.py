@@ -1,10 +1,10 @@
 """Posteriors of trained networks: linearised Laplace at any size."""
 
-from sgdgp.core.processes import started
+from sgdgp.core.processes import process_group, started
 from sgdgp.networks.calibration import Comparison
 from sgdgp.networks.dual import Dual
 from sgdgp.networks.likelihoods import Categorical, Gaussian, Likelihood
-from sgdgp.networks.linearisation import LinearisedNetwork, linearise
+from sgdgp.networks.linearisation import LinearisedNetwork, linearise, linearize
 from sgdgp.networks.posterior import LinearisedPosterior
 from sgdgp.networks.predictive import GaussianPrediction
 from sgdgp.networks.priors.settings import GPrior, Isotropic, Kronecker, Layerwise
@@ -27,6 +27,8 @@ __all__ = [
     "WeightCG",
     "WeightSGD",
     "linearise",
+    "linearize",
     "load",
+    "process_group",
     "started",
 ]

@@ -102,6 +102,10 @@ def linearise(
     return LinearisedNetwork(tangent, likelihood, prior, curvature_at)
 
 
+linearize = linearise
+"""The same in US spelling."""
+
+
 @dataclass(frozen=True)
 class LinearisedNetwork:
     """A network as a linear model in its weights, before it has seen data.

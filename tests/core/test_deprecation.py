@@ -6,7 +6,7 @@ import inspect
 
 import pytest
 
-from sgdgp.core.deprecation import renamed_arguments
+from sgdgp.core.deprecation import renamed, renamed_arguments
 
 
 @renamed_arguments(every="checkpoint_every", optimiser="optimizer")
@@ -36,3 +36,9 @@ def test_both_names_at_once_are_refused():
 def test_the_signature_is_that_of_the_new_names():
     assert list(inspect.signature(solve).parameters)[1] == "checkpoint_every"
     assert solve.__doc__ == "Solve."
+
+
+def test_a_function_is_found_under_its_old_name():
+    old = renamed("solved", solve)
+    with pytest.warns(DeprecationWarning, match="solved is now called solve; the old"):
+        assert old(1) == (1, 60, "adam")

@@ -13,7 +13,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sgdgp.core.processes import Processes, ProcessesError, current_processes, started
+from sgdgp.core.processes import (
+    Processes,
+    ProcessesError,
+    current_processes,
+    process_group,
+    started,
+)
 
 FIT = """
 import torch
@@ -49,7 +55,7 @@ from sgdgp.networks.priors.settings import GPrior, Kronecker
 
 torch.set_num_threads(1)
 found = {}
-with room.started() as processes:
+with room.process_group() as processes:
     rank = processes.rank
     found["who"] = [rank, processes.size, room.current_processes().size]
     found["share"] = list(processes.share(7))
@@ -63,9 +69,6 @@ with room.started() as processes:
     large, small, last = torch.ones(2, 3).mT * (rank + 1), torch.ones(2), torch.ones(2)
     processes.sum_(large, small, last)
     found["buckets"] = [large.tolist(), small.tolist(), last.tolist()]
-    sent, part = torch.full((3,), float(rank)), torch.full((4, 4), float(rank))
-    processes.broadcast_(sent, part[:, :2])
-    found["broadcast"] = [sent.tolist(), part.tolist()]
     processes.check_agree("examples", 5)
     try:
         processes.check_agree("examples", 5 + rank)
@@ -140,12 +143,6 @@ def test_tensors_that_do_not_fit_one_message_are_summed_in_several(pair):
         assert found["buckets"] == [[[3.0, 3.0]] * 3, [2.0, 2.0], [2.0, 2.0]]
 
 
-def test_process_0_speaks_to_all(pair):
-    for rank, found in enumerate(pair):
-        part = [[0.0, 0.0, float(rank), float(rank)]] * 4
-        assert found["broadcast"] == [[0.0] * 3, part]
-
-
 def test_counts_that_differ_are_refused_everywhere(pair):
     for found in pair:
         assert found["disagree"] == (
@@ -195,19 +192,18 @@ def test_without_a_group_there_is_one_process_and_nothing_moves():
     assert (processes.rank, processes.size) == (0, 1)
     x = torch.ones(3)
     processes.sum_(x)
-    processes.broadcast_(x)
     processes.barrier()
     processes.check_agree("examples", 3)
     assert x.tolist() == [1.0, 1.0, 1.0]
 
 
-def test_started_without_torchrun_is_one_process(monkeypatch):
+def test_a_group_without_torchrun_is_one_process(monkeypatch):
     for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
-    with started() as processes:
+    with process_group() as processes:
         assert processes.size == 1
     monkeypatch.setenv("MASTER_ADDR", "localhost")
-    with started() as processes:
+    with process_group() as processes:
         assert processes.size == 1
 
 
@@ -217,7 +213,7 @@ def test_half_of_torchruns_environment_is_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with (
         pytest.raises(ProcessesError, match="but not RANK, MASTER_ADDR, MASTER_PORT"),
-        started(),
+        process_group(),
     ):
         pass
 
@@ -225,3 +221,11 @@ def test_half_of_torchruns_environment_is_refused(monkeypatch):
 def test_a_negative_share_is_refused():
     with pytest.raises(ValueError, match="n: expected at least 0"):
         Processes().share(-1)
+
+
+def test_the_old_name_of_a_process_group_is_accepted():
+    with (
+        pytest.warns(DeprecationWarning, match="started is now called process_group"),
+        started() as processes,
+    ):
+        assert processes.size >= 1

@@ -20,6 +20,7 @@ from sgdgp.networks import (
     WeightCG,
     WeightSGD,
     linearise,
+    linearize,
 )
 
 N = 60
@@ -427,6 +428,10 @@ def test_bad_targets_are_refused(mlp, digits):
         linearise(mlp, Categorical()).fit([(x, y.double())])
     with pytest.raises(ValueError, match="one target per output"):
         linearise(mlp, Gaussian()).fit([(x, y.double())])
+
+
+def test_both_spellings_are_one_function():
+    assert linearize is linearise
 
 
 def test_bad_arguments_of_linearise_are_refused(mlp):
