@@ -16,6 +16,7 @@ with contextlib.redirect_stdout(io.StringIO()):
 from sgdgp import bayesopt, kernels, metrics, networks  # noqa: F401
 from sgdgp.features import (
     FeatureMap,
+    FeatureRequest,
     NoRandomFeatures,
     random_features,
     register_features,
@@ -50,6 +51,7 @@ __all__ = [
     "AlternatingProjections",
     "Cholesky",
     "FeatureMap",
+    "FeatureRequest",
     "KernelOperator",
     "NoRandomFeatures",
     "PathwisePosterior",

@@ -14,6 +14,7 @@ from sgdgp.features.finite import ConstantFeatures, LinearFeatures, PolynomialFe
 from sgdgp.features.fourier import FourierFeatures
 from sgdgp.features.prior_draws import (
     DrawGroup,
+    Draws,
     ExactDraws,
     PriorDraws,
     SelectedDraws,
@@ -24,6 +25,7 @@ from sgdgp.features.tasks import IndexFeatures, TaskFeatures
 __all__ = [
     "ConstantFeatures",
     "DrawGroup",
+    "Draws",
     "ExactDraws",
     "FeatureMap",
     "FeatureRequest",

@@ -25,7 +25,8 @@ from sgdgp.features.fourier import FourierFeatures
 from sgdgp.features.tasks import IndexFeatures, TaskFeatures
 
 MAX_TENSOR_FEATURES = 2**20
-"""Most features of a product that has to be formed as a tensor product."""
+"""Most features of a product that has to be formed as a tensor product: weights of 64
+functions then take 0.5 GB in float64."""
 
 
 class SumFeatures(FeatureMap):

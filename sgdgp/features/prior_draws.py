@@ -6,6 +6,7 @@ By random features (``PriorDraws``), or exactly by Cholesky, revealed point by p
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
@@ -25,7 +26,33 @@ from sgdgp.features.dispatch import (
 )
 
 JITTERS = tuple(10.0**k for k in range(-10, -3))
-"""Multiples of the mean prior variance that are tried on the diagonal, in order."""
+"""Multiples of the mean prior variance that are tried on the diagonal, in order: from
+the rounding of a covariance in float64 to what moves a value by 1 % of its scale."""
+
+
+class Draws(ABC):
+    """A set of s functions drawn from a Gaussian process prior (zero mean).
+
+    Calling it with x (n, d) gives (n, s), and always the same functions.
+    """
+
+    @property
+    @abstractmethod
+    def num_samples(self) -> int:
+        """Number of functions s."""
+
+    @abstractmethod
+    def __call__(self, x: Float[Tensor, "n d"]) -> Float[Tensor, "n s"]:
+        """Values of all functions at x (n, d), as (n, s)."""
+
+    def each(self, x: Float[Tensor, "s q d"]) -> Float[Tensor, "s q"]:
+        """Values of every function at points of its own, as (s, q)."""
+        values = self(x.reshape(-1, x.shape[-1]))
+        return values.reshape(*x.shape[:2], -1).diagonal(dim1=0, dim2=2).mT
+
+    @abstractmethod
+    def subset(self, index: Sequence[int]) -> Draws:
+        """The functions with these numbers, in this order; the same functions."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,11 +82,8 @@ class DrawGroup:
 
 
 @dataclass(frozen=True, eq=False)
-class PriorDraws:
-    """A set of s functions drawn from a Gaussian process prior (zero mean).
-
-    Calling it with x (n, d) gives (n, s): always the same functions, in bounded
-    memory, differentiable in x.
+class PriorDraws(Draws):
+    """Prior functions by feature maps: in bounded memory, differentiable in x.
 
     Args:
         groups: Sets of functions, each with its own feature map.
@@ -213,8 +237,8 @@ def _normal_columns(
     return out
 
 
-class ExactDraws:
-    """A set of s functions drawn from GP(0, kernel), exact at every finite set.
+class ExactDraws(Draws):
+    """Functions drawn from GP(0, kernel), exact at every finite set.
 
     The functions are revealed as they are asked for: every new batch of points
     is drawn from its distribution given all points visited before, by extending
@@ -258,7 +282,6 @@ class ExactDraws:
         if x.ndim != 2:
             raise ValueError(f"x must have shape (n, d), found {tuple(x.shape)}")
         check_parameters(kernel)
-        self.num_samples = num_samples
         self.dtype = x.dtype
         self.device = x.device
         self.dim = x.shape[1]
@@ -277,6 +300,11 @@ class ExactDraws:
         self._normals = self._points.new_zeros(0, num_samples)
         self._values = self._points.new_zeros(0, num_samples)
         self(x)
+
+    @property
+    def num_samples(self) -> int:
+        """Number of functions s."""
+        return self._values.shape[1]
 
     @property
     def num_points(self) -> int:
@@ -316,10 +344,6 @@ class ExactDraws:
                 self._index.update({key: start + i for i, key in enumerate(new)})
             order = torch.tensor([self._index[key] for key in keys], dtype=torch.long)
             return self._values[order.to(self.device)].to(self.dtype)
-
-    def each(self, x: Float[Tensor, "s q d"]) -> Float[Tensor, "s q"]:
-        """Values of every function at points of its own, as (s, q)."""
-        return _own_values(self, x)
 
     def subset(self, index: Sequence[int]) -> SelectedDraws:
         """The functions with these numbers, in this order; the same functions."""
@@ -371,7 +395,7 @@ class ExactDraws:
 
 
 @dataclass(frozen=True, eq=False)
-class SelectedDraws:
+class SelectedDraws(Draws):
     """Some functions of exact draws; all of them remember what one has visited.
 
     Args:
@@ -391,21 +415,9 @@ class SelectedDraws:
         """Values of these functions at x (n, d), as (n, s)."""
         return self.draws(x)[:, list(self.index)]
 
-    def each(self, x: Float[Tensor, "s q d"]) -> Float[Tensor, "s q"]:
-        """Values of every function at points of its own, as (s, q)."""
-        return _own_values(self, x)
-
     def subset(self, index: Sequence[int]) -> SelectedDraws:
         """The functions with these numbers among these."""
         return SelectedDraws(self.draws, tuple(self.index[i] for i in index))
-
-
-def _own_values(
-    draws: ExactDraws | SelectedDraws, x: Float[Tensor, "s q d"]
-) -> Float[Tensor, "s q"]:
-    """The diagonal of all functions at all points."""
-    values = draws(x.reshape(-1, x.shape[-1]))
-    return values.reshape(*x.shape[:2], -1).diagonal(dim1=0, dim2=2).mT
 
 
 def _cholesky(covariance: Tensor, scale: float) -> Tensor:
