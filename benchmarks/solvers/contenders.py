@@ -29,8 +29,8 @@ from sgdgp.solvers import (
     PivotedCholesky,
     Solver,
 )
+from sgdgp.solvers.auto import choose_solver
 from sgdgp.solvers.base import Progress
-from sgdgp.solvers.choose import choose_solver
 
 SolverFactory = Callable[[KernelOperator, int], Solver]
 """From the operator and the memory budget to a solver of the library."""

@@ -27,8 +27,8 @@ from sgdgp.core.checks import check_count
 from sgdgp.core.memory import resolve_budget
 from sgdgp.core.seeds import generator_of
 from sgdgp.operators.choose import operator_by_name
+from sgdgp.solvers.auto import check_solver_name, choose_solver
 from sgdgp.solvers.base import Solution, Solver
-from sgdgp.solvers.choose import check_solver_name, choose_solver
 
 
 class IterativeUpdate:

@@ -30,8 +30,7 @@ from sgdgp.networks.posterior import LinearisedPosterior
 from sgdgp.networks.priors.settings import GPrior, PriorSettings
 from sgdgp.networks.stream import Split, stream_of
 from sgdgp.networks.weight_solvers import WeightCG, WeightSGD, WeightSolver
-from sgdgp.solvers.base import Callback
-from sgdgp.solvers.progress import progress_bar
+from sgdgp.solvers.base import Callback, progress_bar
 from sgdgp.tangent.jacobian import Tangent
 from sgdgp.tangent.network import Weights
 

@@ -26,7 +26,7 @@ from sgdgp.core.checks import check_positive
 from sgdgp.networks.curvature import WeightSystem, largest_eigenvalue
 from sgdgp.networks.stream import Batch
 from sgdgp.solvers.base import Callback, Reason, Recorder
-from sgdgp.solvers.block_recurrence import BlockRecurrence
+from sgdgp.solvers.conjugate_gradients import BlockRecurrence
 
 _STEP = 0.1
 """Of what the curvature of single batches allows without momentum. A momentum of 0.9

@@ -19,8 +19,12 @@ from torch import Tensor
 from sgdgp.core.files import FileKind, read_file, write_file
 from sgdgp.solvers.preconditioners import Inverse, LowRankInverse
 from sgdgp.solvers.recycling import Appended, Carried
-from sgdgp.solvers.sparse_inverse import SparseFactor, compressed, compressed_rows
-from sgdgp.solvers.two_level import TwoLevelInverse
+from sgdgp.solvers.two_level import (
+    SparseFactor,
+    TwoLevelInverse,
+    compressed,
+    compressed_rows,
+)
 
 KIND = FileKind("sgdgp_carried", 1, "solver state")
 

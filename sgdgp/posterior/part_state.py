@@ -24,8 +24,8 @@ from sgdgp.posterior.solution_state import (
     solver_from,
     solver_state,
 )
+from sgdgp.solvers.auto import choose_solver
 from sgdgp.solvers.base import Solver
-from sgdgp.solvers.choose import choose_solver
 
 CHECKED_ROWS = 16
 """Training inputs at which the model that is given on loading is compared."""

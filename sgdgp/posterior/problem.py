@@ -16,8 +16,7 @@ from sgdgp.posterior import fingerprint
 from sgdgp.posterior.checkpoint import Checkpoint
 from sgdgp.posterior.functions import ConditionedPaths, SampleFunctions
 from sgdgp.solvers.auto import resuming
-from sgdgp.solvers.base import Callback, Solution, Solver
-from sgdgp.solvers.progress import progress_bar
+from sgdgp.solvers.base import Callback, Solution, Solver, progress_bar
 from sgdgp.solvers.recycling import Carried, directions_to_keep
 from sgdgp.solvers.system import as_system
 

@@ -35,8 +35,8 @@ from sgdgp.posterior.problem import (
     right_hand_sides,
     sample_targets,
 )
+from sgdgp.solvers.auto import choose_solver
 from sgdgp.solvers.base import Solver
-from sgdgp.solvers.choose import choose_solver
 from sgdgp.solvers.solutions import split_solution
 
 

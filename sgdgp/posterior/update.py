@@ -22,11 +22,9 @@ from sgdgp.posterior.functions import Points
 from sgdgp.posterior.pathwise import PathwisePosterior
 from sgdgp.posterior.problem import Problem, right_hand_sides, sample_targets
 from sgdgp.posterior.warm_start import warm_start
-from sgdgp.solvers.auto import DIRECT_ROWS, Auto
-from sgdgp.solvers.base import Callback, Solution, Solver, Watch
+from sgdgp.solvers.auto import DIRECT_ROWS, Auto, choose_solver
+from sgdgp.solvers.base import Callback, Solution, Solver, Watch, progress_bar
 from sgdgp.solvers.cholesky import Cholesky
-from sgdgp.solvers.choose import choose_solver
-from sgdgp.solvers.progress import progress_bar
 from sgdgp.solvers.solutions import continued
 
 _FROM_ZERO = "passes_from_zero"

@@ -2,7 +2,7 @@
 
 from sgdgp.solvers.adasap import ADASAP
 from sgdgp.solvers.alternating_projections import AlternatingProjections
-from sgdgp.solvers.auto import Auto, Stage, plan
+from sgdgp.solvers.auto import Auto, Stage, choose_solver, plan
 from sgdgp.solvers.base import (
     Callback,
     HistoryEntry,
@@ -14,7 +14,6 @@ from sgdgp.solvers.base import (
 )
 from sgdgp.solvers.block_preconditioners import ExactBlocks, NystromBlocks
 from sgdgp.solvers.cholesky import Cholesky
-from sgdgp.solvers.choose import choose_solver
 from sgdgp.solvers.conjugate_gradients import CG
 from sgdgp.solvers.inducing_sgd import InducingSGD
 from sgdgp.solvers.preconditioners import Nystrom, PivotedCholesky, Preconditioner

@@ -1,9 +1,9 @@
-"""The solver "auto": a plan of stages, each going on where the last one stopped.
+"""Which solver: by name, or "auto", a plan of stages that go on from one another.
 
 The plan depends on the size of the system, its noise and the memory only, see
 ``plan``; which stages were needed depends on how they end. A stage that stagnates or
 runs out of its share hands its best iterate to the next. ``docs/solvers.md`` has the
-measurements behind the rule.
+measurements behind the rule, ``costs.py`` what it takes a step to cost.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from torch import Tensor
 
 from sgdgp.core.memory import resolve_budget
 from sgdgp.operators.base import KernelOperator
+from sgdgp.solvers.adasap import ADASAP
+from sgdgp.solvers.alternating_projections import AlternatingProjections
 from sgdgp.solvers.base import (
     Callback,
     IterativeSolver,
@@ -30,8 +32,11 @@ from sgdgp.solvers.base import (
 )
 from sgdgp.solvers.cholesky import Cholesky
 from sgdgp.solvers.conjugate_gradients import CG
+from sgdgp.solvers.costs import costs_on
+from sgdgp.solvers.inducing_sgd import InducingSGD
 from sgdgp.solvers.preconditioners import PivotedCholesky, default_rank
 from sgdgp.solvers.sdd import SDD
+from sgdgp.solvers.sgd import SGD
 from sgdgp.solvers.solutions import continued
 from sgdgp.solvers.system import System, as_system
 from sgdgp.solvers.two_level import TwoLevel, default_neighbours, far_rank
@@ -42,20 +47,28 @@ DIRECT_ROWS = 2_000
 SMALLEST_RANK = 100
 """A preconditioner of a lower rank is not worth choosing CG for."""
 
+_WORTH_PASSES = 25.0
+"""Passes that neighbours save, where they tell something: what their setup may cost."""
+
+_LARGE_NOISE = 0.1
+"""Of the prior variance. Above it neighbours tell little that low rank does not."""
+
+_FEW_PASSES = 15.0
+"""With fewer, what SDD has by then predicts better than the first iterates of CG
+(``benchmarks/thompson_sampling``)."""
+
+_FACTORISATIONS = 2.0
+"""CG is left in peace for as long as so many of them take: a solve that the factor has
+to finish then takes at most three times what the factor alone would have."""
+
+_LEAST_SHARE = 50.0
+"""Passes before a factor takes over, however cheap it is: it takes much more memory."""
+
+_TIMED_ROWS = 512
+"""Rows of the product that is timed: enough for a clock, a small part of a pass."""
+
 _BYTES_PER_RANK = 40  # per row: two float64 copies while it is built, and slack
 _BYTES_PER_NEIGHBOUR = 64  # per row: indices, masks, two compressed copies
-
-# Seconds per row of a regression on neighbours, per candidate of their search, and
-# per entry and column of a product: measured on 2 cores; only their ratios matter.
-_REGRESSION = 6e-5
-_SEARCH = 0.3e-9
-_ENTRY_IN_MEMORY, _ENTRY_STREAMED = 0.2e-9, 0.6e-9
-_ENTRY_AND_COLUMN = 0.03e-9
-_WORTH_PASSES = 25.0
-_FEW_PASSES = 15.0
-_TIMED_ROWS = 512
-_LARGE_NOISE = 0.1
-_CHOLESKY_ENTRY = 7e-12  # seconds per n^3
 
 
 @dataclass(frozen=True)
@@ -104,13 +117,14 @@ def plan(
         return (Stage(Cholesky()),)
     if passes < _FEW_PASSES and operator.outputs_per_input == 1:
         return (Stage(SDD()),)
-    entry = _ENTRY_STREAMED if operator.streaming() is operator else _ENTRY_IN_MEMORY
-    entry += _ENTRY_AND_COLUMN * columns
-    setup = _REGRESSION / (n * entry) + _SEARCH / entry
+    costs = costs_on(operator.device)
+    entry = costs.entry(columns, streamed=operator.streaming() is operator)
+    setup = costs.regression / (n * entry) + costs.candidate / entry
+    factorisation = costs.factor * n / entry
     stages: list[Stage] = []
     share = float("inf")
     if factor_fits:
-        share = max(50.0, 2.0 * _CHOLESKY_ENTRY * n / entry)
+        share = max(_LEAST_SHARE, _FACTORISATIONS * factorisation)
     if (
         operator.outputs_per_input == 1
         and not operator.streaming().has_features  # neighbours tell nothing there
@@ -127,7 +141,7 @@ def plan(
             stages.append(
                 Stage(CG(preconditioner=PivotedCholesky(rank=max(1, rank))), share)
             )
-    if factor_fits and _CHOLESKY_ENTRY * n / entry <= passes:
+    if factor_fits and factorisation <= passes:
         stages.append(Stage(Cholesky()))
     elif operator.outputs_per_input == 1:
         stages.append(Stage(SDD()))
@@ -223,7 +237,7 @@ class Auto(IterativeSolver):
                     operator,
                     noise,
                     rhs,
-                    initial=_carried(done, initial),
+                    initial=done[-1].weights if done else initial,
                     noise_draws=noise_draws,
                     generator=generator,
                     callback=Watch.after(passes, seconds, callback),
@@ -272,10 +286,6 @@ def _stopped_by_the_clock(solution: Solution, solver: Solver) -> bool:
     )
 
 
-def _carried(done: Sequence[Solution], initial: Tensor | None) -> Tensor | None:
-    return done[-1].weights if done else initial
-
-
 def _merged(done: Sequence[Solution], tolerance: float) -> Solution:
     """One account of all stages; the columns of whichever ended better."""
     last = done[-1]
@@ -303,3 +313,52 @@ def _merged(done: Sequence[Solution], tolerance: float) -> Solution:
             "stages": tuple((s.solver, s.reason, dict(s.settings)) for s in done),
         },
     )
+
+
+SOLVERS: dict[str, type[Solver]] = {
+    solver.name: solver
+    for solver in (
+        ADASAP,
+        AlternatingProjections,
+        CG,
+        Cholesky,
+        InducingSGD,
+        SDD,
+        SGD,
+    )
+}
+"""Every solver that can be asked for by name, beside "auto"."""
+
+
+def choose_solver(
+    solver: Solver | str, operator: KernelOperator, memory_budget: int
+) -> Solver:
+    """Turn "auto" or a name into a solver.
+
+    Args:
+        solver: A solver, "auto" (see ``auto.plan``), or a name in ``SOLVERS``.
+        operator: The operator to solve with.
+        memory_budget: Bytes that may be used.
+
+    Raises:
+        ValueError: Unknown name.
+    """
+    if isinstance(solver, Solver):
+        return solver
+    if solver == "auto":
+        return Auto(memory_budget=memory_budget)
+    check_solver_name(solver)
+    return SOLVERS[solver]()
+
+
+def check_solver_name(solver: Solver | str) -> None:
+    """Refuse a name that no solver has.
+
+    Raises:
+        ValueError: Unknown name.
+    """
+    if not isinstance(solver, Solver) and solver not in ("auto", *SOLVERS):
+        raise ValueError(
+            f"solver: expected a Solver, 'auto' or one of {sorted(SOLVERS)}, found "
+            f"{solver!r}"
+        )

@@ -6,15 +6,18 @@ A solver is a frozen dataclass of settings with one verb,
 
 from __future__ import annotations
 
+import sys
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from sgdgp.core.checks import check_positive
 from sgdgp.operators.base import KernelOperator
@@ -95,6 +98,37 @@ class Watch:
             passes, seconds = callback._passes + passes, callback._seconds + seconds
             return cls(*callback._listeners, passes=passes, seconds=seconds)
         return cls(callback, passes=passes, seconds=seconds)
+
+
+@contextmanager
+def progress_bar(
+    show: bool | None, title: str, callback: Callback | None
+) -> Iterator[Callback | None]:
+    """Wrap a callback so that it also moves a bar.
+
+    Args:
+        show: Whether to show it. Default: only on a terminal.
+        title: Name on the left of the bar.
+        callback: Callback to call on as well.
+    """
+    if show is None:
+        show = sys.stderr.isatty()
+    if not show:
+        yield callback
+        return
+    with tqdm(
+        desc=title,
+        unit="pass",
+        bar_format="{desc}: {n:.0f} passes [{elapsed}{postfix}]",
+    ) as bar:
+
+        def moved(progress: Progress) -> bool | None:
+            bar.n = progress.passes
+            kind = "residual" if progress.exact else "running residual"
+            bar.set_postfix_str(f"{kind} {float(progress.residuals.max()):.1e}")
+            return None if callback is None else callback(progress)
+
+        yield moved
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,6 @@ from sgdgp.solvers.base import (
 )
 from sgdgp.solvers.conjugate_gradients import CG
 from sgdgp.solvers.preconditioners import Inverse, Preconditioner
-from sgdgp.solvers.substitution import solve_factored
 from sgdgp.solvers.system import System, as_system, in_float64, initial_weights
 
 _BLOCK = 512
@@ -347,3 +346,34 @@ def _fill(matrix: Tensor, system: System) -> None:
     everything = slice(0, system.n)
     for rows in slices(system.n, system.operator.rows_per_step):
         matrix[rows] = system.operator.block(rows, everything)
+
+
+def solve_factored(
+    factor: Float[Tensor, "n n"], rhs: Float[Tensor, "n k"], block: int = 2048
+) -> Tensor:
+    """(L L^T)^-1 B by blocked forward and backward substitution."""
+    return backward_substitute(factor, forward_substitute(factor, rhs, block), block)
+
+
+def forward_substitute(
+    factor: Float[Tensor, "n n"], rhs: Float[Tensor, "n k"], block: int = 2048
+) -> Tensor:
+    """L^-1 B."""
+    out = rhs.clone()
+    for rows in slices(len(factor), block):
+        out[rows] -= factor[rows, : rows.start] @ out[: rows.start]
+        corner = factor[rows, rows]
+        out[rows] = torch.linalg.solve_triangular(corner, out[rows], upper=False)
+    return out
+
+
+def backward_substitute(
+    factor: Float[Tensor, "n n"], rhs: Float[Tensor, "n k"], block: int = 2048
+) -> Tensor:
+    """L^-T B."""
+    out = rhs.clone()
+    for rows in reversed(list(slices(len(factor), block))):
+        out[rows] -= factor[rows.stop :, rows].mT @ out[rows.stop :]
+        corner = factor[rows, rows].mT
+        out[rows] = torch.linalg.solve_triangular(corner, out[rows], upper=True)
+    return out

@@ -237,3 +237,56 @@ def left_singular(
 def default_rank(n: int) -> int:
     """Rank whose setup and use stay small beside a pass over K."""
     return min(n, max(100, min(1000, n // 14)))
+
+
+class CachedPreconditioner(Preconditioner):
+    """A recipe whose result is used for several systems of the same rows.
+
+    From one step of an optimiser to the next the matrix changes little, so the last
+    approximate inverse still serves: a few more iterations against a setup that takes
+    longer than they do.
+
+    Args:
+        recipe: What it is made by.
+        uses: For how many systems.
+    """
+
+    def __init__(self, recipe: Preconditioner, uses: int) -> None:
+        self.recipe = recipe
+        self._uses = uses
+        self._inverse: Inverse | None = None
+        self._rows, self._remaining = 0, 0
+
+    def __repr__(self) -> str:
+        return repr(self.recipe)
+
+    def cost(self, n: int) -> float:
+        """See ``Preconditioner.cost``."""
+        return 0.0 if self._fits(n) else self.recipe.cost(n)
+
+    def prepare(self, system: System, generator: torch.Generator) -> Inverse:
+        """See ``Preconditioner.prepare``."""
+        if self._inverse is not None and self._fits(system.n):
+            self._remaining -= 1
+            return CachedInverse(self._inverse)
+        self._inverse = self.recipe.prepare(system, generator)
+        self._rows, self._remaining = system.n, self._uses - 1
+        return self._inverse
+
+    def _fits(self, n: int) -> bool:
+        return self._remaining > 0 and self._rows == n
+
+
+class CachedInverse(Inverse):
+    """An inverse that cost nothing, because it was there already."""
+
+    passes = 0.0
+
+    def __init__(self, inverse: Inverse) -> None:
+        self._inverse = inverse
+        self.settings = {**inverse.settings, "reused": True}
+        self.magnitude = inverse.magnitude
+
+    def __call__(self, r: Float[Tensor, "n k"]) -> Float[Tensor, "n k"]:
+        """P^-1 r, with the P of an earlier system."""
+        return self._inverse(r)

@@ -24,8 +24,7 @@ from torch import Tensor
 
 from sgdgp.core.slices import slices
 from sgdgp.solvers.preconditioners import Inverse
-from sgdgp.solvers.sparse_inverse import appended_rows, compressed_rows
-from sgdgp.solvers.two_level import default_neighbours
+from sgdgp.solvers.two_level import appended_rows, compressed_rows, default_neighbours
 
 if TYPE_CHECKING:
     from sgdgp.solvers.system import System

@@ -39,12 +39,13 @@ from sgdgp.solvers.base import (
     Solver,
 )
 from sgdgp.solvers.conjugate_gradients import CG
-from sgdgp.solvers.once import Once
+from sgdgp.solvers.preconditioners import CachedPreconditioner
 from sgdgp.solvers.system import System, as_system, in_float64, initial_weights
 
 _GAIN = 0.9
 _EASIEST = 0.5
 _PATIENCE = 4
+_MOST_USES = 10**9
 _SHORTEST_SECONDS = 1e-3
 
 
@@ -317,7 +318,8 @@ class _InnerSolver:
         self._generator = generator
         self._solver = solver
         if isinstance(solver, CG) and solver.preconditioner is not None:
-            self._solver = replace(solver, preconditioner=Once(solver.preconditioner))
+            recipe = CachedPreconditioner(solver.preconditioner, _MOST_USES)
+            self._solver = replace(solver, preconditioner=recipe)
 
     def solve(
         self,

@@ -31,6 +31,7 @@ from torch import Tensor
 from sgdgp.core.slices import slices
 from sgdgp.operators.base import KernelOperator
 from sgdgp.solvers.base import Callback, Limits, Reason, Recorder, Solution
+from sgdgp.solvers.costs import costs_on
 from sgdgp.solvers.recycling import Carried, Directions
 from sgdgp.solvers.system import (
     System,
@@ -50,11 +51,6 @@ _REFINEMENTS = 3
 _ROUNDS_TO_JUDGE = 3
 _PART_WITH_KNOWN = 0.42  # in all about a pass
 _SURPLUS = 1.08
-
-# Seconds, on 2 cores, of a factorisation per cubed row and of a pass per entry, and per
-# entry and column; only their ratio matters.
-_FACTOR = 4e-12
-_ENTRY, _ENTRY_AND_COLUMN = 0.2e-9, 0.03e-9
 
 
 @dataclass(frozen=True)
@@ -206,8 +202,9 @@ def largest_block(system: System, memory_budget: int, worth_passes: float) -> in
         worth_passes: Passes over K in whose time S may be factorised.
     """
     n, columns = system.rhs.shape
-    one_pass = n * n * (_ENTRY + _ENTRY_AND_COLUMN * columns)
-    affordable = (worth_passes * one_pass / _FACTOR) ** (1 / 3)
+    costs = costs_on(system.rhs.device)
+    one_pass = n * n * costs.entry(columns)
+    affordable = (worth_passes * one_pass / costs.block_factor) ** (1 / 3)
     fitting = (memory_budget / (4 * 2 * system.rhs.element_size())) ** 0.5
     return max(1, int(min(_LARGEST_PART * n, affordable, fitting)))
 

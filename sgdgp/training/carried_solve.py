@@ -13,12 +13,11 @@ from torch.nn.functional import pad
 from sgdgp.core.memory import resolve_budget
 from sgdgp.gpytorch_adapter import TracedProblem
 from sgdgp.operators import KernelOperator
-from sgdgp.solvers.auto import Auto, plan
+from sgdgp.solvers.auto import Auto, choose_solver, plan
 from sgdgp.solvers.base import Solution, Solver
-from sgdgp.solvers.choose import choose_solver
 from sgdgp.solvers.conjugate_gradients import CG
+from sgdgp.solvers.preconditioners import CachedPreconditioner
 from sgdgp.training.gradient import residual
-from sgdgp.training.kept_preconditioner import KeptPreconditioner
 from sgdgp.training.probes import Probes, StandardProbes
 
 _PRECONDITIONER_USES = 5
@@ -76,7 +75,7 @@ class CarriedSolve:
 
     settings: SolveSettings
     weights: Float[Tensor, "n k"] | None = None
-    preconditioner: KeptPreconditioner | None = None
+    preconditioner: CachedPreconditioner | None = None
 
     @torch.no_grad()
     def __call__(
@@ -143,6 +142,6 @@ class CarriedSolve:
             return solver
         kept = self.preconditioner
         if kept is None or kept.recipe != solver.preconditioner:
-            kept = KeptPreconditioner(solver.preconditioner, _PRECONDITIONER_USES)
+            kept = CachedPreconditioner(solver.preconditioner, _PRECONDITIONER_USES)
             self.preconditioner = kept
         return replace(solver, preconditioner=kept)

@@ -17,8 +17,8 @@ from sgdgp.core.errors import UnsupportedModelError
 from sgdgp.core.seeds import generator_of, seed_of
 from sgdgp.gpytorch_adapter import TracedProblem, prior_at, training_problems
 from sgdgp.operators.choose import operator_by_name
+from sgdgp.solvers.auto import check_solver_name
 from sgdgp.solvers.base import Solution, Solver
-from sgdgp.solvers.choose import check_solver_name
 from sgdgp.training.carried_solve import CarriedSolve, SolveSettings
 from sgdgp.training.exact import EXACT_ROWS, exact_log_likelihood
 from sgdgp.training.gradient import surrogate

@@ -1,4 +1,4 @@
-"""The plan of "auto", and what happens when its stages end early."""
+"""Solvers by name; the plan of "auto", and what happens when its stages end early."""
 
 from __future__ import annotations
 
@@ -18,8 +18,10 @@ from sgdgp.solvers import (
     PivotedCholesky,
     Stage,
     TwoLevel,
+    choose_solver,
     plan,
 )
+from sgdgp.solvers.auto import SOLVERS
 from tests.solvers.problems import problem, relative_error
 
 GB = 10**9
@@ -195,3 +197,38 @@ def test_no_column_is_worse_after_a_later_stage():
 def test_a_plan_without_stages_is_refused():
     with pytest.raises(ValueError, match="stages"):
         Auto(stages=())
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+def test_a_name_gives_that_solver_with_its_defaults(name):
+    found = choose_solver(name, tiled(3), 1)
+    assert found == SOLVERS[name]()
+    assert found.name == name
+
+
+def test_the_family_has_the_names_of_the_papers():
+    assert {
+        "adasap",
+        "alternating_projections",
+        "cg",
+        "cholesky",
+        "sdd",
+        "sgd",
+    } <= set(SOLVERS)
+    assert SOLVERS["cg"] is CG
+    assert SOLVERS["cholesky"] is Cholesky
+
+
+def test_auto_gets_the_memory_budget():
+    assert choose_solver("auto", tiled(3), 123) == Auto(memory_budget=123)
+
+
+def test_a_solver_is_passed_through_whatever_the_memory():
+    solver = SDD(tolerance=0.3)
+    assert choose_solver(solver, tiled(3), 1) is solver
+
+
+@pytest.mark.parametrize("name", ["", "CG", "lbfgs", None])
+def test_an_unknown_name_is_refused_with_those_that_exist(name):
+    with pytest.raises(ValueError, match=r"solver.*cg.*cholesky.*sdd"):
+        choose_solver(name, tiled(3), 10**9)

@@ -9,9 +9,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sgdgp.operators import DenseOperator
 from sgdgp.solvers import Cholesky
-from sgdgp.solvers.cholesky import factorise, factorise_
-from sgdgp.solvers.substitution import (
+from sgdgp.solvers.cholesky import (
     backward_substitute,
+    factorise,
+    factorise_,
     forward_substitute,
     solve_factored,
 )

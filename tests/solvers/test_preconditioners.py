@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import pytest
 import torch
+from gpytorch.kernels import RBFKernel
 
-from sgdgp.solvers import Nystrom, PivotedCholesky
-from sgdgp.solvers.preconditioners import default_rank, inverse_of
+from sgdgp.operators import DenseOperator
+from sgdgp.solvers import CG, Nystrom, PivotedCholesky
+from sgdgp.solvers.preconditioners import (
+    CachedPreconditioner,
+    default_rank,
+    inverse_of,
+)
 from sgdgp.solvers.system import System, as_system
 from tests.solvers.problems import Problem, problem
+from tests.training.problems import data
 
 RECIPES = [PivotedCholesky(rank=40), Nystrom(rank=40)]
 each_recipe = pytest.mark.parametrize("recipe", RECIPES, ids=lambda r: type(r).__name__)
@@ -159,3 +166,56 @@ def test_tiny_systems_have_a_preconditioner(recipe, n, generator):
     found = inverse(torch.eye(n).double()) @ p.matrix
     values = torch.linalg.eigvals(found).real
     torch.testing.assert_close(values, values[:1].expand(n))
+
+
+def regression(n=120, lengthscale=1.0):
+    x, y = data(n, 2)
+    kernel = RBFKernel().double()
+    kernel.lengthscale = lengthscale
+    noise = torch.full((n,), 0.05, dtype=torch.float64)
+    return as_system(DenseOperator(kernel, x), noise, y.unsqueeze(1))
+
+
+def test_a_cached_one_is_made_once_for_as_many_systems_as_told(generator):
+    cached = CachedPreconditioner(PivotedCholesky(20), uses=3)
+    costs, inverses = [], []
+    for _ in range(7):
+        costs.append(cached.cost(120))
+        inverses.append(cached.prepare(regression(), generator))
+    is_new = [inverse.passes > 0.0 for inverse in inverses]
+    assert is_new == [True, False, False, True, False, False, True]
+    assert [cost > 0.0 for cost in costs] == is_new
+
+
+def test_an_old_inverse_is_that_of_the_first_system(generator):
+    cached = CachedPreconditioner(PivotedCholesky(20), uses=2)
+    r = regression().rhs
+    first = cached.prepare(regression(), generator)(r)
+    again = cached.prepare(regression(lengthscale=1.1), generator)(r)
+    assert torch.equal(first, again)
+    renewed = cached.prepare(regression(lengthscale=1.1), generator)(r)
+    assert not torch.equal(renewed, first)
+
+
+def test_another_number_of_rows_makes_a_new_one(generator):
+    cached = CachedPreconditioner(PivotedCholesky(20), uses=5)
+    cached.prepare(regression(), generator)
+    smaller = regression(n=90)
+    assert cached.prepare(smaller, generator).passes > 0.0
+    assert cached.prepare(smaller, generator)(smaller.rhs).shape == (90, 1)
+
+
+def test_solutions_with_an_old_one_are_as_accurate(generator):
+    cached = CachedPreconditioner(PivotedCholesky(20), uses=2)
+    solver = CG(tolerance=1e-8, preconditioner=cached)
+    x, y = data(120, 2)
+    noise = torch.full((120,), 0.05, dtype=torch.float64)
+    for lengthscale in (1.0, 1.1):
+        kernel = RBFKernel().double()
+        kernel.lengthscale = lengthscale
+        solution = solver.solve(
+            DenseOperator(kernel, x), noise, y.unsqueeze(1), generator=generator
+        )
+        dense = kernel(x).to_dense().detach() + noise.diag()
+        left = (dense @ solution.weights).squeeze(1) - y
+        assert float(left.norm() / y.norm()) < 2e-8

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sgdgp.solvers import CG, PivotedCholesky
-from sgdgp.solvers.block_recurrence import BlockRecurrence
+from sgdgp.solvers.conjugate_gradients import BlockRecurrence
 from sgdgp.solvers.preconditioners import Inverse
 from sgdgp.solvers.recycling import (
     Collector,

@@ -1,4 +1,7 @@
-"""Low rank plus sparse: the documented inverse, and what it does to the spectrum."""
+"""Low rank plus sparse: the documented inverse, and what it does to the spectrum.
+
+The sparse factor is compared with dense regressions and the inverse Cholesky factor.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +9,18 @@ import pytest
 import torch
 
 from sgdgp.operators import DenseOperator, RowBlocksOperator
-from sgdgp.solvers import CG, Nystrom, PivotedCholesky
+from sgdgp.solvers import CG, Nystrom, PivotedCholesky, two_level
 from sgdgp.solvers.preconditioners import inverse_of
 from sgdgp.solvers.system import System, as_system
-from sgdgp.solvers.two_level import TwoLevel, default_neighbours
+from sgdgp.solvers.two_level import (
+    Neighbours,
+    TwoLevel,
+    default_neighbours,
+    nearest_earlier,
+    sparse_factor,
+)
 from tests.operators.kernel_cases import CASES
-from tests.solvers.problems import Problem, problem
+from tests.solvers.problems import OPERATORS, Problem, problem
 
 LOW = PivotedCholesky(rank=10)
 
@@ -146,3 +155,149 @@ def test_the_same_generator_gives_the_same_inverse():
 def test_a_count_that_is_none_is_refused(bad, error):
     with pytest.raises(error, match="neighbours"):
         TwoLevel(neighbours=bad)
+
+
+def no_factor(n: int) -> torch.Tensor:
+    return torch.zeros(n, 0, dtype=torch.float64)
+
+
+def random_order(n: int, seed: int) -> torch.Tensor:
+    # What is drawn is every row's place in the order.
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randperm(n, generator=generator).argsort()
+
+
+def found_neighbours(nearest: Neighbours, row: int) -> set[int]:
+    return set(nearest.index[row][nearest.known[row]].tolist())
+
+
+def correlations(p: Problem) -> torch.Tensor:
+    n = len(p.rhs)
+    k = p.operator.block(slice(0, n), slice(0, n)).double()
+    scale = k.diagonal().clamp_min(1e-30).rsqrt()
+    return (scale.unsqueeze(1) * k * scale).abs()
+
+
+@pytest.mark.parametrize("kernel", ["matern12", "polynomial", "linear", "ard"])
+@pytest.mark.parametrize("tile", [2**22, 60 * 7])
+def test_neighbours_are_the_most_correlated_earlier_rows(kernel, tile, monkeypatch):
+    # With the smaller tiles seven rows are looked at a time.
+    monkeypatch.setattr(two_level, "_TILE_ENTRIES", tile)
+    n, count = 60, 5
+    p = problem(kernel, n)
+    nearest = nearest_earlier(system_of(p), count, torch.Generator().manual_seed(3))
+    order = random_order(n, 3).tolist()
+    correlation = correlations(p)
+    for position, row in enumerate(order):
+        earlier = order[:position]
+        found = found_neighbours(nearest, row)
+        assert found <= set(earlier)
+        assert len(found) == min(count, position)
+        values = sorted((float(correlation[row, j]) for j in earlier), reverse=True)
+        chosen = sorted((float(correlation[row, j]) for j in found), reverse=True)
+        assert chosen == pytest.approx(values[:count], abs=1e-12)
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+@pytest.mark.parametrize("kernel", ["matern12", "rbf", "linear", "polynomial"])
+def test_with_all_neighbours_it_is_the_inverse_cholesky_factor(kernel, operator):
+    n = 40
+    noise = torch.logspace(-2, 0, n).double()
+    p = problem(kernel, n, noise=noise, operator=operator)
+    nearest = nearest_earlier(system_of(p), n - 1, torch.Generator().manual_seed(3))
+    factor = sparse_factor(system_of(p), no_factor(n), nearest)
+    order = random_order(n, 3)
+    lower = torch.linalg.cholesky(p.matrix[order][:, order])
+    expected = torch.linalg.inv(lower)
+    dense = factor.rows.to_dense()[order][:, order]
+    torch.testing.assert_close(dense, expected, rtol=1e-7, atol=1e-7)
+    torch.testing.assert_close(factor.transposed.to_dense(), factor.rows.to_dense().mT)
+
+
+@pytest.mark.parametrize("rank", [0, 8])
+@pytest.mark.parametrize("kernel", ["matern12", "polynomial", "scale"])
+def test_every_row_is_a_regression_on_its_neighbours(kernel, rank, generator):
+    n, count = 50, 6
+    noise = torch.logspace(-2, 0, n).double()
+    p = problem(kernel, n, noise=noise)
+    system = system_of(p)
+    low = no_factor(n)
+    if rank:
+        low, _ = PivotedCholesky(rank=rank).factor(system, generator)
+    nearest = nearest_earlier(system, count, generator)
+    g = sparse_factor(system, low, nearest).rows.to_dense()
+    a = p.matrix - low @ low.mT
+    for row in range(n):
+        near = sorted(found_neighbours(nearest, row))
+        c = torch.linalg.solve(a[near][:, near], a[near, row])
+        d = a[row, row] - a[row, near] @ c
+        expected = torch.zeros(n, dtype=torch.float64)
+        expected[near] = -c / d.sqrt()
+        expected[row] = 1.0 / d.sqrt()
+        torch.testing.assert_close(g[row], expected, rtol=1e-6, atol=1e-8)
+
+
+def test_what_neighbours_tell_is_the_mean_log_ratio_of_variances(generator):
+    n = 40
+    p = problem("matern32", n, noise=0.1)
+    nearest = nearest_earlier(system_of(p), n - 1, generator)
+    factor = sparse_factor(system_of(p), no_factor(n), nearest)
+    expected = p.matrix.diagonal().log().mean() - torch.logdet(p.matrix) / n
+    assert factor.explained == pytest.approx(float(expected), rel=1e-9)
+
+
+def test_more_neighbours_are_closer_to_the_inverse(generator):
+    p = problem("matern32", 200, noise=1e-2)
+    spread = []
+    for count in (2, 10, 40):
+        nearest = nearest_earlier(system_of(p), count, generator)
+        g = sparse_factor(system_of(p), no_factor(200), nearest).rows.to_dense()
+        values = torch.linalg.eigvalsh(g @ p.matrix @ g.mT)
+        spread.append(float(values[-1] / values[0]))
+        assert (g != 0).sum(1).max() <= count + 1
+    assert spread[0] > 2 * spread[1] > 4 * spread[2]
+
+
+@pytest.mark.parametrize("noise", [1e-2, 1e-10])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_duplicates_leave_a_finite_factor_bounded_by_the_noise(dtype, noise, generator):
+    p = problem("rbf", 30, noise=noise, dtype=dtype)
+    operator = DenseOperator(p.operator.kernel, p.operator.x.repeat(4, 1))
+    rhs = torch.ones(120, 1, dtype=dtype)
+    system = as_system(operator, noise, rhs)
+    nearest = nearest_earlier(system, 20, generator)
+    factor = sparse_factor(system, no_factor(120), nearest)
+    values = factor.rows.to_dense()
+    assert torch.isfinite(values).all()
+    # 1 / d_i <= 2 / sigma_i^2, the floor.
+    assert float(values.diagonal().square().max()) <= 2.0 / noise * (1 + 1e-5)
+
+
+def test_rows_of_several_outputs_regress_on_each_other(generator):
+    case = CASES["multitask"]
+    operator = RowBlocksOperator(case.kernel(), case.x(12))
+    rhs = torch.ones(24, 1).double()
+    system = as_system(operator, 0.1, rhs)
+    nearest = nearest_earlier(system, 23, generator)
+    g = sparse_factor(system, no_factor(24), nearest).rows.to_dense()
+    matrix = operator.block(slice(0, 24), slice(0, 24)) + 0.1 * torch.eye(24).double()
+    torch.testing.assert_close(g.mT @ g @ matrix, torch.eye(24).double())
+
+
+def test_the_same_generator_gives_the_same_neighbours():
+    system = system_of(problem("matern12", 80))
+    one, two = (
+        nearest_earlier(system, 7, torch.Generator().manual_seed(5)) for _ in range(2)
+    )
+    assert torch.equal(one.index, two.index)
+    assert torch.equal(one.known, two.known)
+
+
+def test_small_batches_of_regressions_change_nothing(generator, monkeypatch):
+    p = problem("matern12", 50)
+    nearest = nearest_earlier(system_of(p), 6, generator)
+    whole = sparse_factor(system_of(p), no_factor(50), nearest)
+    monkeypatch.setattr(two_level, "_BLOCK_ENTRIES", 49 * 8)
+    parts = sparse_factor(system_of(p), no_factor(50), nearest)
+    torch.testing.assert_close(parts.rows.to_dense(), whole.rows.to_dense())
+    assert parts.explained == pytest.approx(whole.explained)
