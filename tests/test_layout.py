@@ -58,7 +58,6 @@ EXCEPTIONS: set[object] = {
     ("networks", "posterior"),
     "sgdgp.botorch.model",
     "sgdgp.networks.posterior",
-    "sgdgp.operators.base",
     "sgdgp.posterior.outputs",
     "sgdgp.posterior.pathwise",
 }

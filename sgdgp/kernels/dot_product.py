@@ -1,9 +1,13 @@
-"""Tile forms of kernels of the inner product: linear, polynomial, constant."""
+"""Kernels of an inner product: linear, polynomial, constant.
+
+Legend: u = left_i . right_j, an inner product of a form of rows and one of columns;
+S = sum_ij W_ij k_ij, where W already holds what surrounds the kernel.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations_with_replacement
 
@@ -12,17 +16,108 @@ from gpytorch.kernels import ConstantKernel, LinearKernel, PolynomialKernel
 from torch import Tensor
 
 from sgdgp.features.base import FeatureMap
-from sgdgp.features.dispatch import FeatureRequest, NoRandomFeatures, register_features
+from sgdgp.features.dispatch import FeatureRequest, NoRandomFeatures
 from sgdgp.features.finite import ConstantFeatures, LinearFeatures, PolynomialFeatures
-from sgdgp.kernels.registry import Forms, TileKernel, register_tile_kernel
-from sgdgp.kernels.stationary import select
+from sgdgp.kernels.registry import (
+    BoundTile,
+    BoundValues,
+    Buffers,
+    Forms,
+    Gradient,
+    Lazy,
+    TileKernel,
+    register_kernel,
+    scalar,
+    select,
+)
 
 MAX_MONOMIALS = 20_000
-"""Most features that a polynomial kernel may need."""
+"""Most features that a polynomial kernel may need: every function drawn has as many
+weights, and with more of them exact draws at the points are the cheaper way."""
 
 
 @dataclass(frozen=True)
-class LinearTile(TileKernel):
+class InnerProductTile(TileKernel):
+    """A function of the inner product u of one left and one right form.
+
+    ``left`` and ``right`` return one tensor (n, p) each. Without a ``profile`` of its
+    own the tile is the inner product itself.
+    """
+
+    def profile(self, u: Tensor) -> None:
+        """Replace inner products (a, b) by tile values."""
+
+    @property
+    def derivative_scale(self) -> float:
+        """What the derivatives that are written are to be multiplied by."""
+        return 1.0
+
+    def profile_with_derivative(self, u: Tensor, derivative: Tensor) -> None:
+        """Replace inner products by values; write derivatives over their scale.
+
+        Args:
+            u: Inner products (a, b), overwritten with values.
+            derivative: Buffer (a, b) for d tile / du.
+        """
+        raise NotImplementedError(
+            f"{type(self).__name__} has a profile, but not with its derivative"
+        )
+
+    def tile(
+        self, left: Forms, right: Forms, out: Tensor, scratch: Sequence[Tensor]
+    ) -> None:
+        self.profile(torch.mm(left[0], right[0].T, out=out))
+
+    def bind(self, x: Tensor, origin: Tensor) -> BoundTile:
+        (left,), (right,) = self.left(x, origin), self.right(x, origin)
+        return _BoundInnerProduct(self, left, right)
+
+
+class _BoundInnerProduct(BoundTile):
+    """An inner product tile with forms (n, p) of rows and columns, with their graph."""
+
+    buffers = 3
+
+    def __init__(self, tile: InnerProductTile, left: Tensor, right: Tensor) -> None:
+        self._kernel = tile
+        self._is_product = type(tile).profile is InnerProductTile.profile
+        self._inputs = left, right
+        self.wants_gradient = left.requires_grad or right.requires_grad
+        self._left, self._right = left.detach(), right.detach()
+        self._left_sums = torch.zeros_like(self._left)
+        self._right_sums = torch.zeros_like(self._right)
+        self._where = (slice(0, 0), slice(0, 0))
+        self._derivative: Tensor | None = None
+
+    def evaluate(self, rows: slice, columns: slice, buffers: Buffers) -> Tensor:
+        value = buffers.take()
+        torch.mm(self._left[rows], self._right[columns].T, out=value)
+        self._where, self._derivative = (rows, columns), None
+        if not self._is_product:
+            self._derivative = buffers.take()
+            self._kernel.profile_with_derivative(value, self._derivative)
+        return value
+
+    def pull(self, weight: Tensor, buffers: Buffers) -> None:
+        rows, columns = self._where
+        g = weight if self._derivative is None else self._derivative.mul_(weight)
+        left, right = self._inputs
+        if left.requires_grad:
+            self._left_sums[rows].addmm_(g, self._right[columns])
+        if right.requires_grad:
+            self._right_sums[columns].addmm_(g.T, self._left[rows])
+
+    def gradients(self, outer: float) -> Iterator[Gradient]:
+        left, right = self._inputs
+        scale = outer * self._kernel.derivative_scale
+        if left.requires_grad:
+            yield left, scale * self._left_sums
+        if right.requires_grad:
+            yield right, scale * self._right_sums
+
+
+@dataclass(frozen=True)
+class LinearTile(InnerProductTile):
     """sum_i v_i x_i x'_i.
 
     Attributes:
@@ -39,17 +134,31 @@ class LinearTile(TileKernel):
     def right(self, x: Tensor, origin: Tensor) -> Forms:
         return (select(x, self.dims).contiguous(),)
 
-    def tile(
-        self, left: Forms, right: Forms, out: Tensor, scratch: Sequence[Tensor]
-    ) -> None:
-        torch.mm(left[0], right[0].T, out=out)
-
     def tile_diagonal(self, x: Tensor) -> Tensor:
         return (select(x, self.dims).square() * self.variance.to(x)).sum(1)
 
+    def keops_inputs(self, x: Tensor, origin: Tensor) -> Forms:
+        return ((select(x, self.dims) * self.variance.to(x).sqrt()).contiguous(),)
+
+    def keops_formula(self, rows: tuple[Lazy, ...], columns: tuple[Lazy, ...]) -> Lazy:
+        return (rows[0] * columns[0]).sum(-1)
+
+
+def _linear_tile(kernel: LinearKernel, dims: Tensor | None) -> LinearTile:
+    return LinearTile(1.0, dims, kernel.variance[0])
+
+
+def _linear_features(kernel: LinearKernel, request: FeatureRequest) -> FeatureMap:
+    """The scaled inputs themselves."""
+    variance = request.parameter(kernel.variance).reshape(-1).expand(request.dim)
+    return LinearFeatures(variance.to(request.like).contiguous())
+
+
+register_kernel(LinearKernel, tile=_linear_tile, features=_linear_features)
+
 
 @dataclass(frozen=True)
-class PolynomialTile(TileKernel):
+class PolynomialTile(InnerProductTile):
     """(x . x' + c)^p.
 
     Attributes:
@@ -62,6 +171,10 @@ class PolynomialTile(TileKernel):
     offset: float | Tensor
     power: float
 
+    @property
+    def derivative_scale(self) -> float:
+        return self.power
+
     def left(self, x: Tensor, origin: Tensor) -> Forms:
         chosen = select(x, self.dims)
         return (torch.cat([chosen, x.new_ones(x.shape[0], 1) * self.offset], 1),)
@@ -69,68 +182,31 @@ class PolynomialTile(TileKernel):
     def right(self, x: Tensor, origin: Tensor) -> Forms:
         return (torch.cat([select(x, self.dims), x.new_ones(x.shape[0], 1)], 1),)
 
-    def tile(
-        self, left: Forms, right: Forms, out: Tensor, scratch: Sequence[Tensor]
-    ) -> None:
-        torch.mm(left[0], right[0].T, out=out).pow_(self.power)
+    def profile(self, u: Tensor) -> None:
+        u.pow_(self.power)
+
+    def profile_with_derivative(self, u: Tensor, derivative: Tensor) -> None:
+        torch.pow(u, self.power - 1, out=derivative)
+        u.mul_(derivative)
 
     def tile_diagonal(self, x: Tensor) -> Tensor:
         return (select(x, self.dims).square().sum(1) + self.offset).pow(self.power)
 
+    def keops_inputs(self, x: Tensor, origin: Tensor) -> Forms:
+        offset = x.new_full((x.shape[0], 1), float(self.offset) ** 0.5)
+        return (torch.cat([select(x, self.dims), offset], 1),)
 
-@dataclass(frozen=True)
-class ConstantTile(TileKernel):
-    """The same value for every pair of points; it is all in the factor."""
-
-    @property
-    def num_forms(self) -> int:
-        return 0
-
-    def left(self, x: Tensor, origin: Tensor) -> Forms:
-        return ()
-
-    def right(self, x: Tensor, origin: Tensor) -> Forms:
-        return ()
-
-    def tile(
-        self, left: Forms, right: Forms, out: Tensor, scratch: Sequence[Tensor]
-    ) -> None:
-        out.fill_(1)
-
-    def tile_diagonal(self, x: Tensor) -> Tensor:
-        return x.new_ones(x.shape[0])
+    def keops_formula(self, rows: tuple[Lazy, ...], columns: tuple[Lazy, ...]) -> Lazy:
+        inner = (rows[0] * columns[0]).sum(-1)
+        # Whole powers are constants of the compiled formula and keep the sign.
+        return inner ** (int(self.power) if self.power.is_integer() else self.power)
 
 
-@register_tile_kernel(LinearKernel)
-def _(kernel: LinearKernel, dims: Tensor | None) -> TileKernel:
-    return LinearTile(1.0, dims, kernel.variance.detach()[0])
+def _polynomial_tile(kernel: PolynomialKernel, dims: Tensor | None) -> PolynomialTile:
+    return PolynomialTile(1.0, dims, scalar(kernel.offset), float(kernel.power))
 
 
-@register_tile_kernel(PolynomialKernel)
-def _(kernel: PolynomialKernel, dims: Tensor | None) -> TileKernel:
-    return PolynomialTile(1.0, dims, kernel.offset.item(), float(kernel.power))
-
-
-@register_tile_kernel(ConstantKernel)
-def _(kernel: ConstantKernel, dims: Tensor | None) -> TileKernel:
-    return ConstantTile(kernel.constant.item())
-
-
-@register_features(LinearKernel)
-def linear_features(kernel: LinearKernel, request: FeatureRequest) -> FeatureMap:
-    """The scaled inputs themselves."""
-    variance = request.parameter(kernel.variance).reshape(-1).expand(request.dim)
-    return LinearFeatures(variance.to(request.like).contiguous())
-
-
-@register_features(ConstantKernel)
-def constant_features(kernel: ConstantKernel, request: FeatureRequest) -> FeatureMap:
-    """One constant feature."""
-    return ConstantFeatures(float(request.parameter(kernel.constant)))
-
-
-@register_features(PolynomialKernel)
-def polynomial_features(
+def _polynomial_features(
     kernel: PolynomialKernel, request: FeatureRequest
 ) -> FeatureMap:
     """All monomials of degree at most the power.
@@ -162,3 +238,50 @@ def polynomial_features(
         float(request.parameter(kernel.offset)),
         dim,
     )
+
+
+register_kernel(PolynomialKernel, tile=_polynomial_tile, features=_polynomial_features)
+
+
+@dataclass(frozen=True)
+class ConstantTile(TileKernel):
+    """The same value for every pair of points; it is all in the factor."""
+
+    @property
+    def num_forms(self) -> int:
+        return 0
+
+    def left(self, x: Tensor, origin: Tensor) -> Forms:
+        return ()
+
+    def right(self, x: Tensor, origin: Tensor) -> Forms:
+        return ()
+
+    def tile(
+        self, left: Forms, right: Forms, out: Tensor, scratch: Sequence[Tensor]
+    ) -> None:
+        out.fill_(1)
+
+    def tile_diagonal(self, x: Tensor) -> Tensor:
+        return x.new_ones(x.shape[0])
+
+    def bind(self, x: Tensor, origin: Tensor) -> BoundTile:
+        return BoundValues(self, x, origin)
+
+    def keops_inputs(self, x: Tensor, origin: Tensor) -> Forms:
+        return (x.new_ones(x.shape[0], 1),)
+
+    def keops_formula(self, rows: tuple[Lazy, ...], columns: tuple[Lazy, ...]) -> Lazy:
+        return rows[0] * columns[0]
+
+
+def _constant_tile(kernel: ConstantKernel, dims: Tensor | None) -> ConstantTile:
+    return ConstantTile(scalar(kernel.constant))
+
+
+def _constant_features(kernel: ConstantKernel, request: FeatureRequest) -> FeatureMap:
+    """One constant feature."""
+    return ConstantFeatures(float(request.parameter(kernel.constant)))
+
+
+register_kernel(ConstantKernel, tile=_constant_tile, features=_constant_features)

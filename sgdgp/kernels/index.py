@@ -6,7 +6,6 @@ vector, so that the derivative with respect to B is that of an inner product.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,18 +14,14 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 from sgdgp.features.base import FeatureMap
-from sgdgp.features.dispatch import FeatureRequest, register_features
+from sgdgp.features.dispatch import FeatureRequest
 from sgdgp.features.tasks import IndexFeatures
-from sgdgp.kernels.gradient_terms import LiveInnerProduct
-from sgdgp.kernels.keops_formulas import Lazy, keops_formula, keops_inputs
-from sgdgp.kernels.registry import Forms, TileKernel, register_tile_kernel
-from sgdgp.kernels.slopes import Identity
-from sgdgp.kernels.stationary import select
-from sgdgp.kernels.tile_gradients import LiveTile, register_tile_gradient
+from sgdgp.kernels.dot_product import InnerProductTile
+from sgdgp.kernels.registry import Forms, Lazy, register_kernel, select
 
 
 @dataclass(frozen=True)
-class IndexTile(TileKernel):
+class IndexTile(InnerProductTile):
     """B[t, t'].
 
     Attributes:
@@ -63,47 +58,31 @@ class IndexTile(TileKernel):
     def right(self, x: Tensor, origin: Tensor) -> Forms:
         return (one_hot(self.tasks(x), len(self.covariance)).to(x),)
 
-    def tile(
-        self, left: Forms, right: Forms, out: Tensor, scratch: Sequence[Tensor]
-    ) -> None:
-        torch.mm(left[0], right[0].T, out=out)
-
     def tile_diagonal(self, x: Tensor) -> Tensor:
         return self.covariance.to(x).diagonal()[self.tasks(x)]
 
+    def keops_inputs(self, x: Tensor, origin: Tensor) -> Forms:
+        # Rows and columns get the same: the symmetric root of B.
+        return (_root(self.covariance.double()).to(x)[self.tasks(x)].contiguous(),)
 
-def _covariance(kernel: IndexKernel) -> Tensor:
-    """B with its graph, as the kernel's own forward takes it."""
-    found: Tensor = kernel._eval_covar_matrix()
-    return found
-
-
-@register_tile_kernel(IndexKernel, same_forward=True)
-def _(kernel: IndexKernel, dims: Tensor | None) -> TileKernel:
-    return IndexTile(1.0, dims, _covariance(kernel).detach())
+    def keops_formula(self, rows: tuple[Lazy, ...], columns: tuple[Lazy, ...]) -> Lazy:
+        return (rows[0] * columns[0]).sum(-1)
 
 
-@register_tile_gradient(IndexKernel, same_forward=True)
-def _(kernel: IndexKernel, dims: Tensor | None) -> LiveTile:
-    return LiveInnerProduct(1.0, IndexTile(1.0, dims, _covariance(kernel)), Identity())
-
-
-@keops_inputs.register
-def _(tile: IndexTile, x: Tensor, origin: Tensor) -> Forms:
-    # Rows and columns get the same: the symmetric root of B.
-    values, vectors = torch.linalg.eigh(tile.covariance.double())
-    root = vectors * values.clamp_min(0).sqrt()
-    return (root.to(x)[tile.tasks(x)].contiguous(),)
-
-
-@keops_formula.register
-def _(tile: IndexTile, rows: tuple[Lazy, ...], columns: tuple[Lazy, ...]) -> Lazy:
-    return (rows[0] * columns[0]).sum(-1)
-
-
-@register_features(IndexKernel, reads={"forward"})
-def index_features(kernel: IndexKernel, request: FeatureRequest) -> FeatureMap:
-    """The symmetric root of the table, whatever a subclass makes it of."""
-    covariance = request.parameter(kernel._eval_covar_matrix())
+def _root(covariance: Tensor) -> Tensor:
+    """R with R R^T = B."""
     values, vectors = torch.linalg.eigh(covariance)
-    return IndexFeatures((vectors * values.clamp_min(0).sqrt()).to(request.like))
+    return vectors * values.clamp_min(0).sqrt()
+
+
+def _tile(kernel: IndexKernel, dims: Tensor | None) -> IndexTile:
+    # B as the kernel's own forward takes it, whatever a subclass makes it of.
+    return IndexTile(1.0, dims, kernel._eval_covar_matrix())
+
+
+def _features(kernel: IndexKernel, request: FeatureRequest) -> FeatureMap:
+    covariance = request.parameter(kernel._eval_covar_matrix())
+    return IndexFeatures(_root(covariance).to(request.like))
+
+
+register_kernel(IndexKernel, tile=_tile, features=_features, same_forward=True)

@@ -9,7 +9,8 @@ import torch
 from gpytorch.kernels import Kernel
 from torch import Tensor, nn
 
-from sgdgp.features.dispatch import FeatureRequest, register_features
+from sgdgp.features.dispatch import FeatureRequest
+from sgdgp.kernels.registry import register_kernel
 from sgdgp.tangent.features import TangentFeatures, WeightRoot
 from sgdgp.tangent.jacobian import Tangent
 from sgdgp.tangent.network import Weights
@@ -92,10 +93,7 @@ class NeuralTangentKernel(Kernel):
         return phi.reshape(*x.shape[:-2], -1, phi.shape[-1])
 
 
-@register_features(NeuralTangentKernel)
-def tangent_features(
-    kernel: NeuralTangentKernel, request: FeatureRequest
-) -> TangentFeatures:
+def _features(kernel: NeuralTangentKernel, request: FeatureRequest) -> TangentFeatures:
     """The exact map that the kernel itself uses.
 
     Raises:
@@ -103,3 +101,6 @@ def tangent_features(
     """
     kernel.feature_map.inputs(torch.zeros(1, request.dim).to(request.like))
     return kernel.feature_map
+
+
+register_kernel(NeuralTangentKernel, features=_features)

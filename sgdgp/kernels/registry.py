@@ -1,40 +1,57 @@
-"""Kernels that are evaluated tile by tile, in place: the contract and the algebra.
+"""What is known of a kernel: the contract of its tiles, and the table of all kernels.
 
-A ``TileKernel`` is a kernel with its hyperparameters frozen, written as
-``factor * tile(x, x')``. The factor is peeled off, so that K V = factor * (tile V)
-multiplies (n, k) numbers and not n^2. The leaves are in ``stationary`` and
-``dot_product``; here are sums, products, scales, and the dispatch.
+A kernel matrix is evaluated tile by tile, in place. A ``TileKernel`` is a kernel with
+the hyperparameters of a moment, written as ``factor * tile(x, x')``. The factor is
+peeled off, so that K V = factor * (tile V) multiplies (n, k) numbers and not n^2. It
+may also know its derivative (``bind``) and its formula for KeOps (``keops_formula``);
+what it does not know is left to GPyTorch's own evaluation, or refused.
+
+With gradients, a tile kernel is bound to points. A ``BoundTile`` evaluates a tile
+together with its derivative, and pulls dS/dtile back to tensors of size (n, p) (scaled
+inputs, features) and to factors. From there autograd carries on to lengthscales, to
+inputs, to a network.
+
+``register_kernel`` says all that is known of a kernel in one call. Families of tiles
+that one may build on are ``StationaryTile`` and ``InnerProductTile``.
 """
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from functools import singledispatch
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
-from gpytorch.kernels import AdditiveKernel, Kernel, ProductKernel, ScaleKernel
+from gpytorch.kernels import Kernel
 from torch import Tensor
+
+from sgdgp.features.base import FeatureMap
+from sgdgp.features.dispatch import FeatureRequest, register_features
 
 Forms: TypeAlias = tuple[Tensor, ...]
 """Prepared inputs; every tensor has one leading dimension, the points."""
 
+Lazy: TypeAlias = Any
+"""A pykeops ``LazyTensor``; pykeops is imported only where it is used."""
+
+Gradient: TypeAlias = tuple[Tensor, Tensor]
+"""A tensor with a graph, and dS with respect to it."""
+
 TileRule: TypeAlias = "Callable[[Any, Tensor | None], TileKernel | None]"
-"""What ``register_tile_kernel`` takes: (kernel, dims) to a tile form."""
+"""From a kernel, and the columns of the inputs that it sees, to its tile form."""
 
 
 @dataclass(frozen=True)
 class TileKernel(ABC):
-    """k(x, x') = factor * tile(x, x') with frozen hyperparameters.
+    """k(x, x') = factor * tile(x, x').
 
     Attributes:
-        factor: What the tiles are to be multiplied by.
+        factor: What the tiles are to be multiplied by: a number, or 0-dim with a graph
+            where gradients are wanted.
     """
 
-    factor: float
+    factor: float | Tensor
 
     @property
     def scratch(self) -> int:
@@ -72,82 +89,262 @@ class TileKernel(ABC):
         """k(x_i, x_i) for every point (n,)."""
         return self.factor * self.tile_diagonal(x)
 
-
-@dataclass(frozen=True)
-class _CombinedTile(TileKernel):
-    """Several kernels over the same points, their forms laid end to end."""
-
-    parts: tuple[TileKernel, ...]
+    def bind(self, x: Tensor, origin: Tensor) -> BoundTile | None:
+        """The tiles of points x (n, d) with derivatives; None if there are none."""
+        return None
 
     @property
-    def scratch(self) -> int:
-        return 1 + max(part.scratch for part in self.parts)
+    def has_keops(self) -> bool:
+        """Whether there is a formula for KeOps."""
+        return type(self).keops_formula is not TileKernel.keops_formula
 
     @property
-    def num_forms(self) -> int:
-        return sum(part.num_forms for part in self.parts)
+    def num_keops_inputs(self) -> int:
+        """Length of the tuple that ``keops_inputs`` returns."""
+        return 1
 
-    def left(self, x: Tensor, origin: Tensor) -> Forms:
-        return tuple(form for part in self.parts for form in part.left(x, origin))
+    def keops_inputs(self, x: Tensor, origin: Tensor) -> Forms:
+        """What ``keops_formula`` needs of points x (n, d), as rows or as columns.
 
-    def right(self, x: Tensor, origin: Tensor) -> Forms:
-        return tuple(form for part in self.parts for form in part.right(x, origin))
+        Raises:
+            ValueError: There is no formula.
+        """
+        raise ValueError(f"{type(self).__name__} has no KeOps formula")
 
-    def _part_forms(
-        self, left: Forms, right: Forms
-    ) -> Iterator[tuple[TileKernel, Forms, Forms]]:
-        start = 0
-        for part in self.parts:
-            stop = start + part.num_forms
-            yield part, left[start:stop], right[start:stop]
-            start = stop
+    def keops_formula(self, rows: tuple[Lazy, ...], columns: tuple[Lazy, ...]) -> Lazy:
+        """tile(x, x') as a lazy tensor of the inputs, as variables of KeOps."""
+        raise ValueError(f"{type(self).__name__} has no KeOps formula")
 
 
-@dataclass(frozen=True)
-class SumTile(_CombinedTile):
-    """A sum of kernels; its own factor multiplies those of the parts."""
+class Buffers:
+    """Buffers of the size of a tile, handed out anew for every tile."""
 
-    def tile(
-        self, left: Forms, right: Forms, out: Tensor, scratch: Sequence[Tensor]
-    ) -> None:
-        term, *deeper = scratch
-        for i, (part, rows, columns) in enumerate(self._part_forms(left, right)):
-            if i == 0:
-                part.tile(rows, columns, out, scratch)
-                out.mul_(part.factor)
-            else:
-                part.tile(rows, columns, term, deeper)
-                out.add_(term, alpha=part.factor)
+    def __init__(self, like: Tensor, entries: int) -> None:
+        self._like = like
+        self._entries = entries
+        self._flat: list[Tensor] = []
+        self._taken = 0
+        self._shape = (0, 0)
 
-    def tile_diagonal(self, x: Tensor) -> Tensor:
-        return torch.stack([part.diagonal(x) for part in self.parts]).sum(0)
+    def clear(self, rows: int, columns: int) -> None:
+        """Take all buffers back; the next ones are (rows, columns)."""
+        self._taken = 0
+        self._shape = (rows, columns)
 
-
-@dataclass(frozen=True)
-class ProductTile(_CombinedTile):
-    """A product of kernels; its factor already holds those of the parts."""
-
-    def tile(
-        self, left: Forms, right: Forms, out: Tensor, scratch: Sequence[Tensor]
-    ) -> None:
-        term, *deeper = scratch
-        for i, (part, rows, columns) in enumerate(self._part_forms(left, right)):
-            if i == 0:
-                part.tile(rows, columns, out, scratch)
-            else:
-                part.tile(rows, columns, term, deeper)
-                out.mul_(term)
-
-    def tile_diagonal(self, x: Tensor) -> Tensor:
-        return torch.stack([part.tile_diagonal(x) for part in self.parts]).prod(0)
+    def take(self) -> Tensor:
+        """A contiguous buffer, its content arbitrary, until the next ``clear``."""
+        if self._taken == len(self._flat):
+            self._flat.append(self._like.new_empty(self._entries))
+        flat = self._flat[self._taken]
+        self._taken += 1
+        rows, columns = self._shape
+        return flat[: rows * columns].view(rows, columns)
 
 
-@singledispatch
-def _tile_body(kernel: Kernel, dims: Tensor | None) -> TileKernel | None:
-    """The tile form of ``kernel.forward`` on the columns ``dims`` of the inputs."""
-    return None
+class BoundTile(ABC):
+    """A tile kernel bound to the points of one form: values, and what they pull back.
+
+    ``evaluate`` comes first, then ``pull`` for the same tile.
+    """
+
+    buffers: int
+    """How many buffers ``evaluate`` and ``pull`` take for a tile."""
+
+    wants_gradient: bool
+    """Whether anything behind the tile values has a graph."""
+
+    @abstractmethod
+    def evaluate(self, rows: slice, columns: slice, buffers: Buffers) -> Tensor:
+        """The tile (a, b), in a buffer that nobody overwrites until the next tile."""
+
+    @abstractmethod
+    def pull(self, weight: Tensor, buffers: Buffers) -> None:
+        """Add what dS/dtile = ``weight`` (a, b), left as it is, means for inputs."""
+
+    @abstractmethod
+    def gradients(self, outer: float) -> Iterator[Gradient]:
+        """``outer`` times the gradients that were pulled so far."""
 
 
+class BoundValues(BoundTile):
+    """Tiles whose only gradient is that of the factor in front of them.
+
+    Args:
+        tile: The tile kernel; its hyperparameters and inputs are constants.
+        x: Points (n, d).
+        origin: What to centre them by (d,).
+    """
+
+    wants_gradient = False
+
+    def __init__(self, tile: TileKernel, x: Tensor, origin: Tensor) -> None:
+        self._tile = tile
+        self._left, self._right = tile.left(x, origin), tile.right(x, origin)
+        self.buffers = 1 + tile.scratch
+
+    def evaluate(self, rows: slice, columns: slice, buffers: Buffers) -> Tensor:
+        value = buffers.take()
+        left = tuple(form[rows] for form in self._left)
+        right = tuple(form[columns] for form in self._right)
+        scratch = [buffers.take() for _ in range(self._tile.scratch)]
+        self._tile.tile(left, right, value, scratch)
+        return value
+
+    def pull(self, weight: Tensor, buffers: Buffers) -> None:
+        """Nothing to pull."""
+
+    def gradients(self, outer: float) -> Iterator[Gradient]:
+        return iter(())
+
+
+class FactoredTile:
+    """A bound tile, its factor, and dS/dfactor: what sums and whole forms consist of.
+
+    Args:
+        factor: A number, or 0-dim, with a graph where it has one.
+        tile: The bound tile that it is in front of.
+        like: A tensor on the device of the tiles.
+    """
+
+    def __init__(self, factor: float | Tensor, tile: BoundTile, like: Tensor) -> None:
+        self.tile = tile
+        self.number = factor.item() if isinstance(factor, Tensor) else factor
+        self._factor = factor
+        self.wants_gradient = wants_gradient(factor) or tile.wants_gradient
+        self.total = like.new_zeros((), dtype=torch.float64)
+
+    def pull(self, weight: Tensor, value: Tensor, buffers: Buffers) -> None:
+        """Like ``BoundTile.pull``; ``value`` is what the tile evaluated to."""
+        self.total += torch.dot(weight.view(-1), value.view(-1))
+        if self.tile.wants_gradient:
+            self.tile.pull(weight, buffers)
+
+    def gradients(self, outer: float) -> Iterator[Gradient]:
+        """Those of the factor and of everything below."""
+        if isinstance(self._factor, Tensor) and self._factor.requires_grad:
+            yield self._factor, self.total * outer
+        yield from self.tile.gradients(outer * self.number)
+
+
+def wants_gradient(value: float | Tensor | None) -> bool:
+    """Whether a hyperparameter has a graph, where graphs are made."""
+    graph = isinstance(value, Tensor) and value.requires_grad
+    return graph and torch.is_grad_enabled()
+
+
+def select(x: Tensor, dims: Tensor | None) -> Tensor:
+    """The columns ``dims`` of x (n, d), or all of them."""
+    return x if dims is None else x.index_select(-1, dims.to(x.device))
+
+
+def scalar(hyperparameter: Tensor) -> float | Tensor:
+    """A hyperparameter of one element: 0-dim with its graph, or else a number.
+
+    Products of numbers are taken in float64.
+    """
+    if torch.is_grad_enabled():
+        return hyperparameter.reshape(())
+    return hyperparameter.item()
+
+
+_FOR_VALUES: dict[type[Kernel], tuple[TileRule, bool]] = {}
+_FOR_GRADIENTS: dict[type[Kernel], tuple[TileRule, bool]] = {}
+
+
+def register_kernel(
+    kernel_type: type[Kernel],
+    *,
+    tile: TileRule | None = None,
+    features: Callable[[Any, FeatureRequest], FeatureMap] | None = None,
+    parts: Callable[[Any], Sequence[Kernel]] | None = None,
+    same_forward: bool = False,
+) -> None:
+    """Say all that is known of a kernel, one of your own for instance.
+
+    Sums, products, scales and ``active_dims`` around it are taken care of.
+
+    Args:
+        kernel_type: The kernel class. What is said of it is used for the exact type, as
+            a subclass may have another ``forward``; features also serve subclasses
+            that override nothing but their constructor.
+        tile: ``tile(kernel, dims) -> TileKernel | None``: the fast form of
+            ``kernel.forward`` on the columns ``dims`` of the inputs (d',), None for
+            all. It makes the tiles from the kernel's hyperparameters as they are, with
+            their graph (no ``detach`` and no ``item``; see ``scalar``). Default: the
+            kernel is evaluated, and differentiated, through GPyTorch.
+        features: ``features(kernel, request) -> FeatureMap``: random or exact features,
+            see :func:`sgdgp.features.register_features`. Default: prior functions are
+            drawn exactly, at a limited number of points.
+        parts: For a kernel made of kernels: those that must have features.
+        same_forward: Whether all this also serves subclasses that leave ``forward`` as
+            it is; it must then be read from what they may override (a covariance, say).
+            Default: no.
+
+    Example:
+        >>> class Wide(gpytorch.kernels.RBFKernel):
+        ...     def forward(self, x1, x2, **params):
+        ...         return super().forward(x1 / 2, x2 / 2, **params)
+        >>> def tile(kernel, dims):
+        ...     return RBFTile(1.0, dims, 0.5 / kernel.lengthscale[0])
+        >>> def features(kernel, request):
+        ...     omega = request.normal(request.dim, request.num_frequencies)
+        ...     scale = 2 * request.parameter(kernel.lengthscale).T
+        ...     return FourierFeatures((omega / scale).to(request.like))
+        >>> register_kernel(Wide, tile=tile, features=features)
+    """
+    if tile is not None:
+        _FOR_VALUES[kernel_type] = _FOR_GRADIENTS[kernel_type] = tile, same_forward
+    if features is not None:
+        reads = {"forward"} if same_forward else None
+        register_features(kernel_type, parts=parts, reads=reads)(features)
+
+
+def register_tile_kernel(
+    kernel_type: type[Kernel], *, same_forward: bool = False
+) -> Callable[[TileRule], TileRule]:
+    """Decorator for a tile form that knows nothing of gradients.
+
+    Gradients come from GPyTorch's own forward, unless ``register_tile_gradient`` has
+    been told how else; ``register_kernel`` does both in one.
+
+    Args:
+        kernel_type: As in ``register_kernel``.
+        same_forward: As in ``register_kernel``.
+
+    Returns:
+        A decorator for a function ``rule(kernel, dims) -> TileKernel | None``.
+    """
+    return _registers(_FOR_VALUES, kernel_type, same_forward)
+
+
+def register_tile_gradient(
+    kernel_type: type[Kernel], *, same_forward: bool = False
+) -> Callable[[TileRule], TileRule]:
+    """Decorator for a tile form whose hyperparameters keep their graph.
+
+    Args:
+        kernel_type: As in ``register_kernel``.
+        same_forward: As in ``register_kernel``.
+
+    Returns:
+        A decorator for a function ``rule(kernel, dims) -> TileKernel | None``.
+    """
+    return _registers(_FOR_GRADIENTS, kernel_type, same_forward)
+
+
+def _registers(
+    table: dict[type[Kernel], tuple[TileRule, bool]],
+    kernel_type: type[Kernel],
+    same_forward: bool,
+) -> Callable[[TileRule], TileRule]:
+    def register(rule: TileRule) -> TileRule:
+        table[kernel_type] = rule, same_forward
+        return rule
+
+    return register
+
+
+@torch.no_grad()
 def tile_kernel(kernel: Kernel, dims: Tensor | None = None) -> TileKernel | None:
     """The tile form of a GPyTorch kernel, if it has one.
 
@@ -156,91 +353,45 @@ def tile_kernel(kernel: Kernel, dims: Tensor | None = None) -> TileKernel | None
         dims: Columns of the inputs that the kernel sees, (d',). Default: all.
 
     Returns:
-        The tile form with the present hyperparameters, detached, or None when the
+        The tile form with the present hyperparameters as constants, or None when the
         exact type of the kernel, or of one inside it, has not been registered. A
         subclass is never taken for its parent: it may override ``forward``.
     """
-    return _tile_body(kernel, selected_dims(kernel.active_dims, dims))
+    return tile_of(kernel, dims)
 
 
-def register_tile_kernel(
-    kernel_type: type[Kernel], *, same_forward: bool = False
-) -> Callable[[TileRule], TileRule]:
-    """Give a kernel of your own a tile form.
-
-    Args:
-        kernel_type: The exact type that the rule is for.
-        same_forward: Whether the rule also serves subclasses that leave ``forward``
-            as it is; it must then read what they may override (a covariance, say)
-            from the kernel. Default: no.
+@torch.enable_grad()
+def differentiable_tile(
+    kernel: Kernel, dims: Tensor | None = None
+) -> TileKernel | None:
+    """The same with hyperparameters that keep their graph, as ``bind`` needs them.
 
     Returns:
-        A decorator for a function ``rule(kernel, dims) -> TileKernel | None``:
-        ``dims`` are the columns of the inputs (d',) that the kernel sees, after its
-        ``active_dims``, or None for all. Sums, products, scales and ``active_dims``
-        around the kernel are taken care of.
-
-    Example:
-        >>> class Wide(gpytorch.kernels.RBFKernel): ...
-        >>> @register_tile_kernel(Wide)
-        ... def _(kernel, dims):
-        ...     return RBFTile(1.0, dims, 1 / kernel.lengthscale.detach()[0])
+        The tile form, or None where gradients have to come from GPyTorch.
     """
-
-    def decorate(rule: TileRule) -> TileRule:
-        def guarded(kernel: Kernel, dims: Tensor | None) -> TileKernel | None:
-            serves = serves_type(kernel_type, type(kernel), same_forward)
-            return rule(kernel, dims) if serves else None
-
-        _tile_body.register(kernel_type, guarded)
-        return rule
-
-    return decorate
+    return tile_of(kernel, dims)
 
 
-def serves_type(
-    registered: type[Kernel], found: type[Kernel], same_forward: bool
-) -> bool:
-    """Whether a rule for one type is a rule for another, a subclass or itself."""
-    if found is registered:
-        return True
-    return same_forward and found.forward is registered.forward
+def tile_of(kernel: Kernel, dims: Tensor | None) -> TileKernel | None:
+    """The tile form of a kernel inside another, for values or for gradients.
+
+    Whether gradients are enabled says which of the two is being asked for.
+    """
+    active = kernel.active_dims
+    if active is not None:
+        dims = active if dims is None else dims[active.to(dims.device)]
+    return tile_of_forward(kernel, dims)
 
 
-def selected_dims(active: Tensor | None, dims: Tensor | None) -> Tensor | None:
-    """Columns of the full inputs behind ``active`` columns of ``dims``."""
-    if active is None:
-        return dims
-    return active if dims is None else dims[active.to(dims.device)]
-
-
-@register_tile_kernel(ScaleKernel)
-def _(kernel: ScaleKernel, dims: Tensor | None) -> TileKernel | None:
-    # ScaleKernel calls base_kernel.forward, not base_kernel(...): the active_dims of
-    # its base are its own, and must not be applied a second time.
-    base = _tile_body(kernel.base_kernel, dims)
-    if base is None:
+def tile_of_forward(kernel: Kernel, dims: Tensor | None) -> TileKernel | None:
+    """``tile_of`` without the kernel's own ``active_dims``."""
+    table = _FOR_GRADIENTS if torch.is_grad_enabled() else _FOR_VALUES
+    found = type(kernel)
+    registered = next((cls for cls in found.__mro__ if cls in table), None)
+    if registered is None:
         return None
-    return replace(base, factor=base.factor * kernel.outputscale.item())
-
-
-@register_tile_kernel(AdditiveKernel)
-def _(kernel: AdditiveKernel, dims: Tensor | None) -> TileKernel | None:
-    parts = _parts(kernel, dims)
-    return None if parts is None else SumTile(1.0, parts)
-
-
-@register_tile_kernel(ProductKernel)
-def _(kernel: ProductKernel, dims: Tensor | None) -> TileKernel | None:
-    parts = _parts(kernel, dims)
-    if parts is None:
-        return None
-    return ProductTile(math.prod(part.factor for part in parts), parts)
-
-
-def _parts(
-    kernel: AdditiveKernel | ProductKernel, dims: Tensor | None
-) -> tuple[TileKernel, ...] | None:
-    parts = [tile_kernel(part, dims) for part in kernel.kernels]
-    found = tuple(part for part in parts if part is not None)
-    return found if found and len(found) == len(parts) else None
+    rule, same_forward = table[registered]
+    serves = found is registered or (
+        same_forward and found.forward is registered.forward
+    )
+    return rule(kernel, dims) if serves else None

@@ -7,14 +7,17 @@ for every other kernel (row_blocks).
 
 from __future__ import annotations
 
-from sgdgp.kernels.registry import TileKernel, register_tile_kernel, tile_kernel
-from sgdgp.kernels.tile_gradients import register_tile_gradient
+from sgdgp.kernels.registry import (
+    TileKernel,
+    register_tile_gradient,
+    register_tile_kernel,
+    tile_kernel,
+)
 from sgdgp.operators.base import KernelOperator, RowBlock, RowIndex
-from sgdgp.operators.check import check_kernel
 from sgdgp.operators.choose import choose_operator, operator_by_name
 from sgdgp.operators.dense import DenseOperator, streaming_operator
-from sgdgp.operators.feature import FeatureOperator
-from sgdgp.operators.feature_kernel import FeatureKernel
+from sgdgp.operators.evaluation import check_kernel
+from sgdgp.operators.feature import FeatureKernel, FeatureOperator
 from sgdgp.operators.keops import KeopsOperator
 from sgdgp.operators.row_blocks import RowBlocksOperator
 from sgdgp.operators.tiled import TiledOperator

@@ -3,16 +3,25 @@
 Everything downstream (solvers, posterior, training) sees a kernel matrix only
 through this interface, so none of it knows whether the matrix is in memory,
 streamed in tiles, or summed by KeOps.
+
+Whether K is held. Most operators are streaming: they hold the points and make entries
+anew in every product. ``DenseOperator`` holds K beside a streaming operator that fills
+it, from its first product on. So there are three ways from an operator to another over
+the same points: ``streaming()`` never holds K, for a few of its entries or rows;
+``unfilled()`` holds none yet, for a solve to come whose matrix is given back with it;
+``to(dtype)`` is in another precision, and has made none of its entries either.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
+from gpytorch.kernels import Kernel
 from jaxtyping import Float, Int
+from linear_operator import LinearOperator
 from torch import Tensor
 
 from sgdgp.core.memory import resolve_budget
@@ -23,20 +32,19 @@ from sgdgp.operators.arguments import (
     index_length,
     resolve_index,
 )
-from sgdgp.operators.evaluation import detached_copy
-from sgdgp.operators.quadratic_form import check_quadratic, generic_quadratic_form
-from sgdgp.operators.small_blocks import small_blocks
+from sgdgp.operators.evaluation import detached_copy, evaluated_blocks
+from sgdgp.operators.gradients import form_by_autograd
 from sgdgp.operators.tracked import Move, TrackedVectors
-
-if TYPE_CHECKING:
-    from gpytorch.kernels import Kernel
-    from linear_operator import LinearOperator
 
 RowIndex: TypeAlias = Tensor | slice
 """Rows of an operator: an integer tensor (b,), or a slice with step 1."""
 
-# Operators that fuse their products ask for all rows at once; a block is stored.
 _BLOCK_ROWS = 8192
+"""Rows of a block that is stored: operators that fuse their products take all rows at
+once, and their blocks would be as high."""
+
+_ENTRIES_PER_PIECE = 1024
+"""Single entries asked for at a time: their rows and columns make one small block."""
 
 
 class KernelOperator(ABC):
@@ -47,6 +55,7 @@ class KernelOperator(ABC):
         x: Column inputs X2 (n, d).
         x_rows: Row inputs X1 (m, d). Default: the same tensor as ``x``, which
             makes the operator square and symmetric.
+        memory_budget: Bytes that temporaries may take. Default: half of what is free.
     """
 
     name: str
@@ -59,13 +68,19 @@ class KernelOperator(ABC):
     has_features: bool = False
     """Whether rows are known from a feature map: see ``tracked``."""
 
+    rows_per_step: int = 1024
+    """Rows that ``matmul`` asks for at a time (Ctrl-C is heard between them)."""
+
     def __init__(
         self,
         kernel: Kernel,
         x: Float[Tensor, "n d"],
         x_rows: Float[Tensor, "m d"] | None = None,
+        *,
+        memory_budget: int | None = None,
     ) -> None:
         check_inputs(x, x_rows)
+        self.memory_budget = resolve_budget(memory_budget, x.device)
         self.kernel = kernel
         self.x = x.detach()
         if x_rows is None or x_rows is x:
@@ -114,9 +129,12 @@ class KernelOperator(ABC):
         Evaluated by the kernel in batches; kernels that cannot take batches, or have
         several outputs per point, are evaluated block by block.
         """
-        return small_blocks(self, index)
+        if self.outputs_per_input == 1:
+            blocks = evaluated_blocks(self.kernel, self.x[index])
+            if blocks is not None:
+                return blocks.to(self.dtype).contiguous()
+        return torch.stack([self.block(rows, rows) for rows in index])
 
-    @abstractmethod
     def _rebuilt(
         self, x: Tensor, x_rows: Tensor | None, kernel: Kernel | None = None
     ) -> KernelOperator:
@@ -124,6 +142,8 @@ class KernelOperator(ABC):
 
         ``kernel`` replaces the kernel; by default it stays.
         """
+        kernel = self.kernel if kernel is None else kernel
+        return type(self)(kernel, x, x_rows, memory_budget=self.memory_budget)
 
     def rows(self, index: RowIndex) -> RowBlock:
         """The rows ``index`` (b,) as an operator with ``matmul``."""
@@ -175,12 +195,31 @@ class KernelOperator(ABC):
         Raises:
             ValueError: The operator is not square, or an argument does not fit.
         """
-        check_quadratic(self, a, b, x)
-        return self._quadratic_form(a, b, x)
+        if not self.is_square:
+            raise ValueError(
+                "quadratic_form needs a square operator, this one is a cross "
+                f"{self.shape[0]} x {self.shape[1]}"
+            )
+        for name, vectors in (("a", a), ("b", b)):
+            check_vectors(vectors, self.shape[1], self.dtype, name)
+        if a.shape[1] != b.shape[1]:
+            raise ValueError(
+                f"a and b must have as many columns, found {a.shape[1]} and "
+                f"{b.shape[1]}"
+            )
+        if x is not None and (x.shape != self.x.shape or x.dtype != self.dtype):
+            raise ValueError(
+                f"x must be {tuple(self.x.shape)} and {self.dtype} like the "
+                f"operator's, found {tuple(x.shape)} and {x.dtype}"
+            )
+        if x is not None and x.device != self.device:
+            raise ValueError(f"x must be on {self.device}, found {x.device}")
+        return self._quadratic_form(a, b, self.x if x is None else x)
 
-    def _quadratic_form(self, a: Tensor, b: Tensor, x: Tensor | None) -> Tensor:
-        """``quadratic_form`` with checked arguments."""
-        return generic_quadratic_form(self, a, b, x, resolve_budget(None, self.device))
+    def _quadratic_form(self, a: Tensor, b: Tensor, x: Tensor) -> Tensor:
+        """``quadratic_form`` with checked arguments and the points, never None."""
+        outputs, budget = self.outputs_per_input, self.memory_budget
+        return form_by_autograd(self.kernel, x, a, b, budget, outputs=outputs)
 
     def quadratic_gradient(
         self, a: Float[Tensor, "n k"], b: Float[Tensor, "n k"]
@@ -198,9 +237,6 @@ class KernelOperator(ABC):
             form = self.quadratic_form(a, b)
         if form.requires_grad:
             form.backward()
-
-    rows_per_step: int = 1024
-    """Rows that ``matmul`` asks for at a time (Ctrl-C is heard between them)."""
 
     def __matmul__(self, v: Tensor) -> Tensor:
         return self.matmul(v)
@@ -242,11 +278,11 @@ class KernelOperator(ABC):
         return self._rebuilt(self.x[order], None)
 
     def unfilled(self) -> KernelOperator:
-        """The same operator without entries it may have stored (itself, mostly)."""
+        """The same operator, holding no entries yet (itself, where it never does)."""
         return self
 
     def streaming(self) -> KernelOperator:
-        """An operator over the same points that holds no matrix (itself, mostly)."""
+        """An operator over the same points that never holds K (itself, mostly)."""
         return self
 
     def to(self, dtype: torch.dtype) -> KernelOperator:
@@ -265,8 +301,6 @@ class KernelOperator(ABC):
 
     def to_linear_operator(self) -> LinearOperator:
         """Export to the GPyTorch world (Lanczos, pivoted Cholesky, ...)."""
-        from sgdgp.operators.export import KernelLinearOperator
-
         return KernelLinearOperator(self)
 
     def __repr__(self) -> str:
@@ -315,3 +349,108 @@ class ColumnBlock:
     def to_dense(self) -> Float[Tensor, "m b"]:
         """The columns themselves."""
         return self.operator.block(slice(0, self.operator.shape[0]), self.index)
+
+
+class KernelLinearOperator(LinearOperator):
+    """K(X1, X2) for ``linear_operator``: Lanczos, pivoted Cholesky, CG, ...
+
+    No gradients flow through it: hyperparameters and inputs are constants.
+
+    Args:
+        operator: The kernel operator to export.
+
+    Example:
+        >>> exported = TiledOperator(kernel, x).to_linear_operator()
+        >>> exported.pivoted_cholesky(rank=20)
+    """
+
+    def __init__(
+        self,
+        operator: KernelOperator | Tensor,
+        *,
+        source: KernelOperator | None = None,
+    ) -> None:
+        # linear_operator takes operators apart into tensors and puts them together
+        # as cls(*tensors, **kwargs): there the inputs stand for the operator, which
+        # travels beside them as ``source``.
+        if isinstance(operator, Tensor):
+            if source is None:
+                raise TypeError("operator must be a KernelOperator, found a Tensor")
+            operator = source
+        super().__init__(operator.x, source=operator)
+        self.operator = operator
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Data type of the entries."""
+        return self.operator.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Device that computes the entries."""
+        return self.operator.device
+
+    def _size(self) -> torch.Size:
+        return torch.Size(self.operator.shape)
+
+    def _matmul(self, rhs: Tensor) -> Tensor:
+        """K rhs for rhs (n,), (n, k) or (..., n, k)."""
+        if rhs.ndim == 1:
+            return self.operator.matmul(rhs.unsqueeze(-1)).squeeze(-1)
+        if rhs.ndim == 2:
+            return self.operator.matmul(rhs)
+        columns = rhs.movedim(-2, 0)
+        product = self.operator.matmul(columns.reshape(columns.shape[0], -1))
+        return product.view(-1, *columns.shape[1:]).movedim(0, -2)
+
+    def _transpose_nonbatch(self) -> KernelLinearOperator:
+        operator = self.operator
+        if operator.is_square:
+            return self
+        return KernelLinearOperator(operator._rebuilt(operator.x_rows, operator.x))
+
+    def _diagonal(self) -> Tensor:
+        if self.operator.is_square:
+            return self.operator.diagonal()
+        i = torch.arange(min(self.operator.shape), device=self.device)
+        return self._get_indices(i, i)
+
+    def _getitem(self, row_index: Any, col_index: Any, *batch_indices: Any) -> Any:
+        """K[rows, columns] over the selected points, still an operator."""
+        operator = self.operator
+        if operator.outputs_per_input > 1 or batch_indices:
+            return super()._getitem(row_index, col_index, *batch_indices)
+        x, x_rows = operator.x[col_index], operator.x_rows[row_index]
+        same = (
+            isinstance(row_index, slice)
+            and row_index == col_index
+            and operator.is_square
+        )
+        return KernelLinearOperator(operator._rebuilt(x, None if same else x_rows))
+
+    def _get_indices(
+        self, row_index: Tensor, col_index: Tensor, *batch_indices: Tensor
+    ) -> Tensor:
+        """Single entries K[row_k, col_k], from the small blocks that hold them."""
+        row_index, col_index = torch.broadcast_tensors(row_index, col_index)
+        rows, columns = row_index.reshape(-1), col_index.reshape(-1)
+        found = [
+            _entries(self.operator, some_rows, some_columns)
+            for some_rows, some_columns in zip(
+                rows.split(_ENTRIES_PER_PIECE),
+                columns.split(_ENTRIES_PER_PIECE),
+                strict=True,
+            )
+        ]
+        return torch.cat(found).view(row_index.shape)
+
+    def to_dense(self) -> Tensor:
+        """K itself (m, n)."""
+        rows, columns = self.operator.shape
+        return self.operator.block(slice(0, rows), slice(0, columns))
+
+
+def _entries(operator: KernelOperator, rows: Tensor, columns: Tensor) -> Tensor:
+    i, row_position = torch.unique(rows, return_inverse=True)
+    j, column_position = torch.unique(columns, return_inverse=True)
+    return operator.block(i, j)[row_position, column_position]

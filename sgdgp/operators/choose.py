@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal, TypeAlias, get_args
+from typing import Literal, TypeAlias, get_args
 
+from gpytorch.kernels import Kernel
 from jaxtyping import Float
 from torch import Tensor
 
 from sgdgp.core.memory import resolve_budget
-from sgdgp.kernels.keops_formulas import has_formula
 from sgdgp.operators.base import KernelOperator
-from sgdgp.operators.check import check_kernel
 from sgdgp.operators.dense import DenseOperator, streaming_operator
+from sgdgp.operators.evaluation import check_kernel
 from sgdgp.operators.feature import FeatureOperator, features_operator
 from sgdgp.operators.keops import KeopsOperator, keops_is_available
 from sgdgp.operators.row_blocks import RowBlocksOperator
 from sgdgp.operators.tiled import TiledOperator
-
-if TYPE_CHECKING:
-    from gpytorch.kernels import Kernel
 
 OperatorName: TypeAlias = Literal["dense", "tiled", "keops", "row_blocks", "features"]
 
@@ -92,7 +89,7 @@ def choose_operator(
         on_gpu
         and rows >= KEOPS_FROM
         and isinstance(streaming, TiledOperator)
-        and has_formula(streaming.tile)
+        and streaming.tile.has_keops
         and keops_is_available()
     ):
         return KeopsOperator(kernel, x, memory_budget=budget)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING, TypeAlias
 
 import torch
+from gpytorch.kernels import Kernel
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -13,18 +13,13 @@ from sgdgp.core.slices import slices
 from sgdgp.kernels.registry import tile_kernel
 from sgdgp.operators.arguments import check_vectors, resolve_index, take
 from sgdgp.operators.base import KernelOperator, RowIndex
-from sgdgp.operators.check import check_kernel
-from sgdgp.operators.feature import FeatureOperator, features_operator
+from sgdgp.operators.evaluation import check_kernel
+from sgdgp.operators.feature import features_operator
 from sgdgp.operators.row_blocks import RowBlocksOperator
 from sgdgp.operators.tiled import TiledOperator
 
-if TYPE_CHECKING:
-    from gpytorch.kernels import Kernel
-
-Source: TypeAlias = TiledOperator | FeatureOperator | RowBlocksOperator
-"""Operators that hold no matrix."""
-
 _STRIP_ROWS = 128
+"""Rows of K in one product: what it writes of the result stays in the cache."""
 
 
 class DenseOperator(KernelOperator):
@@ -56,15 +51,17 @@ class DenseOperator(KernelOperator):
         self._fill_from(source)
 
     @classmethod
-    def filled_by(cls, source: Source) -> DenseOperator:
+    def filled_by(cls, source: KernelOperator) -> DenseOperator:
         """The same matrix as ``source``, in memory from the first product on."""
         operator = cls.__new__(cls)
         operator._fill_from(source)
         return operator
 
-    def _fill_from(self, source: Source) -> None:
+    def _fill_from(self, source: KernelOperator) -> None:
         x_rows = None if source.is_square else source.x_rows
-        super().__init__(source.kernel, source.x, x_rows)
+        super().__init__(
+            source.kernel, source.x, x_rows, memory_budget=source.memory_budget
+        )
         self.source = source
         self.outputs_per_input = source.outputs_per_input
         self._entries: Tensor | None = None
@@ -121,7 +118,7 @@ class DenseOperator(KernelOperator):
         """The blocks K[index[i], index[i]], gathered from K."""
         return self.entries[index.unsqueeze(2), index.unsqueeze(1)]
 
-    def _quadratic_form(self, a: Tensor, b: Tensor, x: Tensor | None) -> Tensor:
+    def _quadratic_form(self, a: Tensor, b: Tensor, x: Tensor) -> Tensor:
         return self.source._quadratic_form(a, b, x)
 
     def diagonal(self) -> Float[Tensor, " n"]:
@@ -129,7 +126,7 @@ class DenseOperator(KernelOperator):
         return self.source.diagonal()
 
     def unfilled(self) -> DenseOperator:
-        """The same operator, to be filled anew at its first product."""
+        """The same operator, to be filled at its first product again."""
         other = copy.copy(self)
         other._entries = None
         return other
@@ -153,7 +150,7 @@ def streaming_operator(
     x: Float[Tensor, "n d"],
     x_rows: Float[Tensor, "m d"] | None = None,
     memory_budget: int | None = None,
-) -> Source:
+) -> KernelOperator:
     """The operator that needs no n x n; checks the kernel.
 
     Tiles where the kernel has a tile form. Else its exact features, where it has them

@@ -1,4 +1,4 @@
-"""GPyTorch's own evaluation of a kernel: dense, and a function of two points."""
+"""GPyTorch kernels as functions of two points: which are, their values, copies."""
 
 from __future__ import annotations
 
@@ -6,14 +6,92 @@ from copy import deepcopy
 
 import gpytorch
 import torch
-from gpytorch.kernels import GridInterpolationKernel, GridKernel, Kernel
+from gpytorch.kernels import (
+    GridInterpolationKernel,
+    GridKernel,
+    InducingPointKernel,
+    Kernel,
+    RBFKernelGradGrad,
+)
+from jaxtyping import Float
 from torch import Tensor
+
+_MARGIN = 1e-5
+"""Share of its width by which a grid reaches beyond the data: a hundred roundings of
+float32, and nothing beside the distance of two grid points."""
+
+_REFUSED: dict[type[Kernel], str] = {
+    InducingPointKernel: (
+        "its value depends on whether the two sets of points are the same, so it is "
+        "not a function of two points; use its base_kernel, sgdgp needs no inducing "
+        "points"
+    ),
+    RBFKernelGradGrad: (
+        "GPyTorch cannot evaluate it between two different sets of points; "
+        "RBFKernelGrad works"
+    ),
+}
+
+
+def check_kernel(kernel: Kernel) -> None:
+    """Refuse kernels that cannot be evaluated block by block.
+
+    Args:
+        kernel: A GPyTorch kernel; sub-kernels are checked too.
+
+    Raises:
+        TypeError: ``kernel`` is not a GPyTorch kernel.
+        ValueError: It, or a kernel inside it, is not a function of two points, has
+            a batch shape, or has a parameter that is not finite.
+    """
+    if not isinstance(kernel, Kernel):
+        raise TypeError(
+            f"kernel must be a gpytorch.kernels.Kernel, found {type(kernel).__name__}"
+        )
+    for name, module in kernel.named_modules():
+        for refused, reason in _REFUSED.items():
+            if isinstance(module, refused):
+                raise ValueError(f"{type(module).__name__} is not supported: {reason}")
+        if isinstance(module, Kernel) and len(module.batch_shape) > 0:
+            raise ValueError(
+                f"{type(module).__name__} has batch_shape "
+                f"{tuple(module.batch_shape)}; only kernels without a batch shape are "
+                "supported, condition each batch element on its own"
+            )
+        for own, parameter in module.named_parameters(name, recurse=False):
+            if not bool(torch.isfinite(parameter.detach()).all()):
+                raise ValueError(f"kernel parameter {own} is not finite: {parameter}")
 
 
 def evaluated(kernel: Kernel, x1: Tensor, x2: Tensor) -> Tensor:
     """kernel(x1, x2) as a tensor; nothing lazy, nothing sent through Lanczos."""
     with gpytorch.settings.lazily_evaluate_kernels(False):
         return kernel(x1, x2).to_dense()
+
+
+@torch.no_grad()
+def evaluated_blocks(
+    kernel: Kernel, points: Float[Tensor, "m k d"]
+) -> Float[Tensor, "m k k"] | None:
+    """Many small square blocks of a kernel matrix in one batched call of the kernel.
+
+    In float64: GPyTorch's distances cancel, and between near neighbours, which are what
+    is asked for, float32 would be off in the second digit.
+
+    Args:
+        kernel: A kernel with one output per point.
+        points: The points of each block.
+
+    Returns:
+        The blocks in float64, None for a kernel that knows no batches.
+    """
+    points = points.double()
+    kernel = detached_copy(kernel).double()
+    try:
+        blocks = evaluated(kernel, points, points)
+    except RuntimeError:  # a kernel that knows no batches
+        return None
+    return blocks if blocks.shape == (*points.shape[:2], points.shape[1]) else None
 
 
 @torch.no_grad()
@@ -44,7 +122,7 @@ def with_fixed_grids(kernel: Kernel, x: Tensor, x_rows: Tensor) -> Kernel:
     if [grid.grid_bounds for grid in grids] != before:
         # A grid was placed. A margin, lest rounding of its bounds leave the outermost
         # points outside.
-        margin = 1e-5 * (highest - lowest)
+        margin = _MARGIN * (highest - lowest)
         corners = torch.stack([lowest - margin, highest + margin])
         evaluated(kernel, corners, corners)
     for grid in grids:
@@ -52,7 +130,7 @@ def with_fixed_grids(kernel: Kernel, x: Tensor, x_rows: Tensor) -> Kernel:
     return kernel
 
 
-def live_tensors(kernel: Kernel) -> tuple[Tensor, ...]:
+def tensors_with_graph(kernel: Kernel) -> tuple[Tensor, ...]:
     """Every tensor that the kernel depends on and that wants a gradient.
 
     Parameters, and other tensors with a graph that its modules hold as attributes
@@ -70,11 +148,11 @@ def live_tensors(kernel: Kernel) -> tuple[Tensor, ...]:
 
 def sharing_copy(kernel: Kernel) -> Kernel:
     """A copy with modules and buffers of its own, but the very same parameters."""
-    shared = (*kernel.parameters(), *live_tensors(kernel))
+    shared = (*kernel.parameters(), *tensors_with_graph(kernel))
     return deepcopy(kernel, {id(tensor): tensor for tensor in shared})
 
 
 def detached_copy(kernel: Kernel) -> Kernel:
     """A copy that shares nothing; a tensor with a graph becomes a constant."""
-    traced = (tensor for tensor in live_tensors(kernel) if not tensor.is_leaf)
+    traced = (tensor for tensor in tensors_with_graph(kernel) if not tensor.is_leaf)
     return deepcopy(kernel, {id(tensor): tensor.detach().clone() for tensor in traced})

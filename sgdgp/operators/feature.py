@@ -1,18 +1,28 @@
-"""K = phi(X1) phi(X2)^T for an exact feature map: no kernel entry is ever needed."""
+"""K = phi(X1) phi(X2)^T for an exact feature map: no kernel entry is ever needed.
+
+Beside the operator, the two ways between kernels and maps: the exact map of a kernel,
+and a map as a kernel.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
+from gpytorch.kernels import Kernel
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sgdgp.core.memory import resolve_budget
 from sgdgp.core.slices import slices
-from sgdgp.features import FeatureMap
-from sgdgp.kernels.registry import tile_kernel
+from sgdgp.features import (
+    FeatureMap,
+    FeatureRequest,
+    NoRandomFeatures,
+    has_features,
+    random_features,
+)
+from sgdgp.kernels.registry import register_kernel, tile_kernel
 from sgdgp.operators.arguments import (
     check_vectors,
     index_length,
@@ -22,16 +32,13 @@ from sgdgp.operators.arguments import (
     take,
 )
 from sgdgp.operators.base import KernelOperator, RowIndex
-from sgdgp.operators.check import check_kernel
-from sgdgp.operators.feature_kernel import CastFeatures, FeatureKernel, exact_map
-from sgdgp.operators.quadratic_form import generic_quadratic_form
+from sgdgp.operators.evaluation import check_kernel
 from sgdgp.operators.tiled import TiledOperator
 from sgdgp.operators.tracked import Move, TrackedVectors
 
-if TYPE_CHECKING:
-    from gpytorch.kernels import Kernel
-
 _FEW_COLUMNS = 8
+"""Points whose columns of K come from one forward pass of all rows together: with more
+of them the rows' features themselves are worth making."""
 
 
 class FeatureOperator(KernelOperator):
@@ -72,7 +79,7 @@ class FeatureOperator(KernelOperator):
         *,
         memory_budget: int | None = None,
     ) -> None:
-        super().__init__(kernel, x, x_rows)
+        super().__init__(kernel, x, x_rows, memory_budget=memory_budget)
         check_kernel(kernel)
         features = exact_map(kernel, self.x)
         if features is None:
@@ -81,7 +88,7 @@ class FeatureOperator(KernelOperator):
                 "row_blocks operator, or register_features"
             )
         outputs = int(kernel.num_outputs_per_input(self.x[:1], self.x[:1]))
-        self._use(features, outputs, memory_budget)
+        self._use(features, outputs)
 
     @classmethod
     def of_map(
@@ -103,12 +110,9 @@ class FeatureOperator(KernelOperator):
         kernel = FeatureKernel(features, x.dtype, outputs)
         return cls(kernel, x, memory_budget=memory_budget)
 
-    def _use(
-        self, features: FeatureMap, outputs: int, memory_budget: int | None
-    ) -> None:
+    def _use(self, features: FeatureMap, outputs: int) -> None:
         self.features = features
         self.outputs_per_input = outputs
-        self.memory_budget = resolve_budget(memory_budget, self.device)
         # The map cuts a sweep into chunks; cut twice, it would sweep too often.
         self.rows_per_step = max(1, self.shape[0])
         self._last = _LastImage()
@@ -271,21 +275,24 @@ class FeatureOperator(KernelOperator):
             block.copy_(self.block(rows, rows))
         return out
 
-    def _quadratic_form(self, a: Tensor, b: Tensor, x: Tensor | None) -> Tensor:
+    def _quadratic_form(self, a: Tensor, b: Tensor, x: Tensor) -> Tensor:
         if tile_kernel(self.kernel) is not None:
             tiled = TiledOperator(self.kernel, self.x, memory_budget=self.memory_budget)
             return tiled._quadratic_form(a, b, x)
-        return generic_quadratic_form(self, a, b, x, self.memory_budget)
+        return super()._quadratic_form(a, b, x)
 
     def _rebuilt(
         self, x: Tensor, x_rows: Tensor | None, kernel: Kernel | None = None
     ) -> FeatureOperator:
         other = object.__new__(FeatureOperator)
-        KernelOperator.__init__(other, kernel or self.kernel, x, x_rows)
+        budget = self.memory_budget
+        KernelOperator.__init__(
+            other, kernel or self.kernel, x, x_rows, memory_budget=budget
+        )
         features = self.features
         if kernel is not None:
             features = self._features_as(kernel, x)
-        other._use(features, self.outputs_per_input, self.memory_budget)
+        other._use(features, self.outputs_per_input)
         if kernel is None and x is self.x:
             other._last = self._last
         return other
@@ -307,7 +314,7 @@ class _LastImage:
         self._key: tuple[object, ...] = ()
         self._image: Tensor | None = None
 
-    def of(self, v: Tensor, compute) -> Tensor:  # type: ignore[no-untyped-def]
+    def of(self, v: Tensor, compute: Callable[[], Tensor]) -> Tensor:
         """The image of v, computed unless v is the tensor of the last call."""
         if v.is_inference():
             return compute()
@@ -337,3 +344,108 @@ def features_operator(
     except ValueError:
         return None
     return FeatureOperator(kernel, x, x_rows, memory_budget=memory_budget)
+
+
+class FeatureKernel(Kernel):
+    """k(x, x') = phi(x)^T phi(x') of a feature map, as a GPyTorch kernel.
+
+    Args:
+        feature_map: phi; with C outputs per input its rows are i C + c.
+        dtype: Data type of the map.
+        outputs: C. Default: 1.
+    """
+
+    is_stationary = False
+    has_lengthscale = False
+
+    def __init__(
+        self, feature_map: FeatureMap, dtype: torch.dtype, outputs: int = 1
+    ) -> None:
+        super().__init__()
+        self.feature_map = feature_map
+        self.feature_dtype = dtype
+        self.outputs = outputs
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> FeatureKernel:
+        """A kernel of the same map, which may hold a data set and a network."""
+        return FeatureKernel(self.feature_map, self.feature_dtype, self.outputs)
+
+    def num_outputs_per_input(self, x1: Tensor, x2: Tensor) -> int:
+        """C."""
+        return self.outputs
+
+    def forward(
+        self, x1: Tensor, x2: Tensor, diag: bool = False, **params: Any
+    ) -> Tensor:
+        """K (n C, m C), or its diagonal (n C,)."""
+        left = self.feature_map.features(x1)
+        right = left if torch.equal(x1, x2) else self.feature_map.features(x2)
+        return (left * right).sum(-1) if diag else left @ right.mT
+
+
+def _map_of(kernel: FeatureKernel, request: FeatureRequest) -> FeatureMap:
+    if request.dtype != kernel.feature_dtype:
+        raise ValueError(
+            f"x: expected {kernel.feature_dtype} like the feature map, found "
+            f"{request.dtype}"
+        )
+    return kernel.feature_map
+
+
+register_kernel(FeatureKernel, features=_map_of)
+
+
+class CastFeatures(FeatureMap):
+    """A map of another dtype: evaluated in its own, handed on in the caller's.
+
+    A network has the precision of its weights; its features can still take part in
+    products and factors of a wider one.
+
+    Args:
+        base: The map.
+        dtype: Data type that it is evaluated in.
+    """
+
+    def __init__(self, base: FeatureMap, dtype: torch.dtype) -> None:
+        self.base = base
+        self.dtype = dtype
+        self.num_features = base.num_features
+        self.exact = base.exact
+
+    def features(self, x: Float[Tensor, "n d"]) -> Float[Tensor, "r M"]:
+        """The features, widened."""
+        return self.base.features(x.to(self.dtype)).to(x.dtype)
+
+    def forward(
+        self, x: Float[Tensor, "n d"], w: Float[Tensor, "M s"]
+    ) -> Float[Tensor, "r s"]:
+        """phi(x) w, with w rounded."""
+        return self.base.forward(x.to(self.dtype), w.to(self.dtype)).to(x.dtype)
+
+    def adjoint(
+        self, x: Float[Tensor, "n d"], v: Float[Tensor, "r s"]
+    ) -> Float[Tensor, "M s"]:
+        """phi(x)^T v, with v rounded."""
+        return self.base.adjoint(x.to(self.dtype), v.to(self.dtype)).to(x.dtype)
+
+
+def exact_map(kernel: Kernel, x: Float[Tensor, "n d"]) -> FeatureMap | None:
+    """The exact features of a kernel, in the dtype of x; None if it has none.
+
+    Raises:
+        ValueError: The kernel's features do not have that dtype, or do not fit x.
+    """
+    if x.shape[1] == 0 or not has_features(kernel):
+        return None
+    try:
+        found = random_features(
+            kernel,
+            dim=x.shape[1],
+            num_features=1,
+            generator=torch.Generator(),
+            dtype=x.dtype,
+            device=x.device,
+        )
+    except NoRandomFeatures:
+        return None
+    return found if found.exact else None

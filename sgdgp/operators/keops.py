@@ -11,21 +11,20 @@ import contextlib
 import io
 from collections.abc import Iterator
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from gpytorch.kernels import Kernel
 from jaxtyping import Float
 from torch import Tensor
 
-from sgdgp.kernels.keops_formulas import keops_formula, keops_inputs
 from sgdgp.operators.arguments import check_vectors, resolve_index, take
 from sgdgp.operators.base import KernelOperator, RowIndex
 from sgdgp.operators.tiled import TiledOperator
 
-if TYPE_CHECKING:
-    from gpytorch.kernels import Kernel
-
 _PIECES = (1, 8, 64)
+"""Columns of a product: each width is compiled once (10-25 s), and padding to the next
+costs at most eight times the work of the columns there are."""
 
 
 class KeopsOperator(KernelOperator):
@@ -58,19 +57,17 @@ class KeopsOperator(KernelOperator):
         *,
         memory_budget: int | None = None,
     ) -> None:
-        super().__init__(kernel, x, x_rows)
+        super().__init__(kernel, x, x_rows, memory_budget=memory_budget)
         self._tiles = TiledOperator(
             kernel,
             self.x,
             None if self.is_square else self.x_rows,
-            memory_budget=memory_budget,
+            memory_budget=self.memory_budget,
         )
-        origin = self._tiles.origin
-        self._columns = keops_inputs(self._tiles.tile, self.x, origin)
+        tile, origin = self._tiles.tile, self._tiles.origin
+        self._columns = tile.keops_inputs(self.x, origin)
         self._rows = (
-            self._columns
-            if self.is_square
-            else keops_inputs(self._tiles.tile, self.x_rows, origin)
+            self._columns if self.is_square else tile.keops_inputs(self.x_rows, origin)
         )
         import_keops()
 
@@ -83,8 +80,7 @@ class KeopsOperator(KernelOperator):
         keops = import_keops()
         rows = tuple(take(form, index).contiguous() for form in self._rows)
         tile = self._tiles.tile
-        formula = keops_formula(
-            tile,
+        formula = tile.keops_formula(
             tuple(keops.Vi(form) for form in rows),
             tuple(keops.Vj(form) for form in self._columns),
         )
@@ -93,7 +89,7 @@ class KeopsOperator(KernelOperator):
         ]
         return torch.cat(parts, 1).mul_(tile.factor)
 
-    def _quadratic_form(self, a: Tensor, b: Tensor, x: Tensor | None) -> Tensor:
+    def _quadratic_form(self, a: Tensor, b: Tensor, x: Tensor) -> Tensor:
         return self._tiles._quadratic_form(a, b, x)
 
     def block(self, i: RowIndex, j: RowIndex) -> Float[Tensor, "a b"]:
@@ -103,16 +99,6 @@ class KeopsOperator(KernelOperator):
     def diagonal(self) -> Float[Tensor, " n"]:
         """The diagonal of a square operator, from the closed form."""
         return self._tiles.diagonal()
-
-    def _rebuilt(
-        self, x: Tensor, x_rows: Tensor | None, kernel: Kernel | None = None
-    ) -> KeopsOperator:
-        return KeopsOperator(
-            self.kernel if kernel is None else kernel,
-            x,
-            x_rows,
-            memory_budget=self._tiles.memory_budget,
-        )
 
 
 def import_keops() -> ModuleType:

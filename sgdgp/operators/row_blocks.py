@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import gpytorch
 import torch
+from gpytorch.kernels import Kernel
 from jaxtyping import Float
 from torch import Tensor
 
-from sgdgp.core.memory import resolve_budget
 from sgdgp.core.slices import slices
 from sgdgp.operators.arguments import (
     check_vectors,
@@ -20,15 +18,18 @@ from sgdgp.operators.arguments import (
     take,
 )
 from sgdgp.operators.base import KernelOperator, RowIndex
-from sgdgp.operators.check import check_kernel
-from sgdgp.operators.evaluation import evaluated, with_fixed_grids
-from sgdgp.operators.quadratic_form import generic_quadratic_form
-
-if TYPE_CHECKING:
-    from gpytorch.kernels import Kernel
+from sgdgp.operators.evaluation import check_kernel, evaluated, with_fixed_grids
 
 _BASE_COPIES = 6
+"""Copies of a block that GPyTorch keeps to evaluate it, about: distances, their parts,
+exponentials, products."""
+
 _MOST_ROWS = 4096
+"""Points of a block at most: higher ones make no product faster."""
+
+_DIAGONAL_POINTS = 256
+"""Points whose diagonal is asked for at once: kernels without a diagonal of their own
+are evaluated at all pairs of them."""
 
 
 class RowBlocksOperator(KernelOperator):
@@ -58,9 +59,8 @@ class RowBlocksOperator(KernelOperator):
         *,
         memory_budget: int | None = None,
     ) -> None:
-        super().__init__(kernel, x, x_rows)
+        super().__init__(kernel, x, x_rows, memory_budget=memory_budget)
         check_kernel(kernel)
-        self.memory_budget = resolve_budget(memory_budget, self.device)
         self.outputs_per_input = _outputs_per_input(kernel, self.x)
         self.kernel = with_fixed_grids(kernel, self.x, self.x_rows)
         self._points_per_block = self._affordable_points()
@@ -123,9 +123,7 @@ class RowBlocksOperator(KernelOperator):
         """The diagonal of a square operator, from the kernel's own ``diag=True``."""
         if not self.is_square:
             raise ValueError("diagonal needs a square operator, this one is a cross")
-        # Kernels that do not know diag=True are evaluated densely by GPyTorch, so
-        # the number of points is bounded as for a square block.
-        size = max(1, min(256, self._points_per_block))
+        size = max(1, min(_DIAGONAL_POINTS, self._points_per_block))
         return torch.cat(
             [
                 self._diagonal_of(self.x[points])
@@ -140,19 +138,6 @@ class RowBlocksOperator(KernelOperator):
         if found.shape != (expected,):
             found = evaluated(self.kernel, x, x).diagonal()
         return found.to(self.dtype)
-
-    def _quadratic_form(self, a: Tensor, b: Tensor, x: Tensor | None) -> Tensor:
-        return generic_quadratic_form(self, a, b, x, self.memory_budget)
-
-    def _rebuilt(
-        self, x: Tensor, x_rows: Tensor | None, kernel: Kernel | None = None
-    ) -> RowBlocksOperator:
-        return RowBlocksOperator(
-            self.kernel if kernel is None else kernel,
-            x,
-            x_rows,
-            memory_budget=self.memory_budget,
-        )
 
 
 def _outputs_per_input(kernel: Kernel, x: Tensor) -> int:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TypeAlias
 
 import torch
+from gpytorch.kernels import Kernel
 from jaxtyping import Float
 from torch import Tensor
 
-from sgdgp.core.memory import resolve_budget
 from sgdgp.core.slices import slices
-from sgdgp.kernels.registry import Forms, tile_kernel
-from sgdgp.kernels.tile_gradients import live_tile
+from sgdgp.kernels.registry import (
+    FactoredTile,
+    Forms,
+    differentiable_tile,
+    tile_kernel,
+)
 from sgdgp.operators.arguments import (
     check_vectors,
     index_length,
@@ -21,24 +25,20 @@ from sgdgp.operators.arguments import (
     take,
 )
 from sgdgp.operators.base import KernelOperator, RowIndex
-from sgdgp.operators.check import check_kernel
-from sgdgp.operators.exact_diagonal import (
-    DiagonalWriter,
-    IndexDiagonal,
-    NoDiagonal,
-    SliceDiagonal,
-    write_where_equal,
-)
-from sgdgp.operators.quadratic_form import generic_quadratic_form
-from sgdgp.operators.tiled_quadratic_form import tiled_quadratic_form
-
-if TYPE_CHECKING:
-    from gpytorch.kernels import Kernel
+from sgdgp.operators.evaluation import check_kernel
+from sgdgp.operators.gradients import form_by_tiles
 
 _TILE_ROWS = 512
-_MEAN_ROWS = 4096
+"""Rows of a tile: enough for fast products with both sides of it."""
+
 _TILE_ENTRIES_CPU = 512 * 1024
+"""Entries of a tile: 2 MB in float32, so that it stays in the cache between passes."""
+
 _TILE_ENTRIES_GPU = 1024 * 8192
+"""Entries of a tile on a GPU: 32 MB in float32, so that few launches fill it."""
+
+_MEAN_ROWS = 4096
+"""Rows that are copied to float64 at a time to find their mean."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class TiledOperator(KernelOperator):
         *,
         memory_budget: int | None = None,
     ) -> None:
-        super().__init__(kernel, x, x_rows)
+        super().__init__(kernel, x, x_rows, memory_budget=memory_budget)
         check_kernel(kernel)
         tile = tile_kernel(kernel)
         if tile is None:
@@ -91,7 +91,6 @@ class TiledOperator(KernelOperator):
                 f"{type(kernel).__name__} has no tile form; use the row_blocks "
                 "operator, or register_tile_kernel"
             )
-        self.memory_budget = resolve_budget(memory_budget, self.device)
         self.tile = tile
         with torch.no_grad():
             self.origin = _mean(self.x)
@@ -154,12 +153,12 @@ class TiledOperator(KernelOperator):
             out.mT.addmm_(v[cut].mT, entry.mT)
         self._spare_workspaces.append(flat)
 
-    def _diagonal_writer(self, index: RowIndex, edges: Tensor) -> DiagonalWriter:
+    def _diagonal_writer(self, index: RowIndex, edges: Tensor) -> _DiagonalWriter:
         if self._diagonal is None:
-            return NoDiagonal()
+            return _NoDiagonal()
         if isinstance(index, slice):
-            return SliceDiagonal(self._diagonal, index)
-        return IndexDiagonal(self._diagonal, index, edges)
+            return _SliceDiagonal(self._diagonal, index)
+        return _IndexDiagonal(self._diagonal, index, edges)
 
     def _workspace(self) -> Tensor:
         """A workspace (buffers, entries); kept between calls, one per caller."""
@@ -181,7 +180,7 @@ class TiledOperator(KernelOperator):
             scratch = self.x.new_empty(self.tile.scratch, rows.stop - rows.start, width)
             self.tile.tile(left, right, out[rows], tuple(scratch))
             if self._diagonal is not None:
-                write_where_equal(out[rows], strip, j, self._diagonal)
+                _write_where_equal(out[rows], strip, j, self._diagonal)
         return out.mul_(self.tile.factor)
 
     @torch.no_grad()
@@ -191,22 +190,13 @@ class TiledOperator(KernelOperator):
             raise ValueError("diagonal needs a square operator, this one is a cross")
         return self.tile.factor * self._diagonal
 
-    def _quadratic_form(self, a: Tensor, b: Tensor, x: Tensor | None) -> Tensor:
-        live = live_tile(self.kernel)
-        if live is None:
-            return generic_quadratic_form(self, a, b, x, self.memory_budget)
-        points = self.x if x is None else x
-        return tiled_quadratic_form(live, points, a, b, self.origin, self.memory_budget)
-
-    def _rebuilt(
-        self, x: Tensor, x_rows: Tensor | None, kernel: Kernel | None = None
-    ) -> TiledOperator:
-        return TiledOperator(
-            self.kernel if kernel is None else kernel,
-            x,
-            x_rows,
-            memory_budget=self.memory_budget,
-        )
+    def _quadratic_form(self, a: Tensor, b: Tensor, x: Tensor) -> Tensor:
+        tile = differentiable_tile(self.kernel)
+        bound = None if tile is None else tile.bind(x, self.origin)
+        if tile is None or bound is None:
+            return super()._quadratic_form(a, b, x)
+        kernel = FactoredTile(tile.factor, bound, x)
+        return form_by_tiles(kernel, a, b, self.memory_budget)
 
 
 def _buffers(flat: Tensor, rows: int, columns: int) -> tuple[Tensor, ...]:
@@ -219,3 +209,92 @@ def _mean(x: Tensor) -> Tensor:
     # In parts, as each sum copies what it sums to float64.
     parts = [part.sum(0, dtype=torch.float64) for part in x.split(_MEAN_ROWS)]
     return (torch.stack(parts).sum(0) / max(1, len(x))).to(x.dtype)
+
+
+# Distances from a matrix product are off by rounding at zero distance, which is where a
+# Matern-1/2 kernel feels it most, and the diagonal decides whether K + Sigma is
+# positive definite: the entries of tiles that lie on it are overwritten by exact ones.
+
+
+class _NoDiagonal:
+    """For operators whose rows and columns are different points."""
+
+    def write(self, tile: Tensor, columns: slice) -> None:
+        """Leave the tile as it is."""
+
+
+class _SliceDiagonal:
+    """For consecutive rows.
+
+    Args:
+        diagonal: The exact diagonal (n,).
+        rows: The rows of every tile.
+    """
+
+    def __init__(self, diagonal: Tensor, rows: slice) -> None:
+        self._diagonal = diagonal
+        self._rows = rows
+
+    def write(self, tile: Tensor, columns: slice) -> None:
+        """Fix the tile whose columns are ``columns`` of the kernel matrix."""
+        start = max(self._rows.start, columns.start)
+        stop = min(self._rows.stop, columns.stop)
+        if start < stop:
+            square = tile[
+                start - self._rows.start : stop - self._rows.start,
+                start - columns.start : stop - columns.start,
+            ]
+            square.diagonal().copy_(self._diagonal[start:stop])
+
+
+class _IndexDiagonal:
+    """For rows in any order; sorted once, so that a tile finds its own at once.
+
+    Args:
+        diagonal: The exact diagonal (n,).
+        rows: The rows of every tile, (b,).
+        edges: Where the column tiles start, (t,), the first of them 0.
+    """
+
+    def __init__(self, diagonal: Tensor, rows: Tensor, edges: Tensor) -> None:
+        self._columns, self._positions = torch.sort(rows)
+        self._values = diagonal[self._columns]
+        starts = torch.searchsorted(self._columns, edges).tolist()
+        stops = [*starts[1:], rows.shape[0]]
+        self._bounds = dict(
+            zip(edges.tolist(), zip(starts, stops, strict=True), strict=True)
+        )
+
+    def write(self, tile: Tensor, columns: slice) -> None:
+        """Fix the tile whose columns are ``columns`` of the kernel matrix."""
+        start, stop = self._bounds[columns.start]
+        if start < stop:
+            inside = self._columns[start:stop] - columns.start
+            flat = self._positions[start:stop] * tile.shape[1] + inside
+            tile.view(-1).index_copy_(0, flat, self._values[start:stop])
+
+
+_DiagonalWriter: TypeAlias = _NoDiagonal | _SliceDiagonal | _IndexDiagonal
+"""Overwrites the entries of a tile that lie on the diagonal."""
+
+
+def _write_where_equal(
+    tile: Tensor, rows: Tensor | slice, columns: Tensor | slice, diagonal: Tensor
+) -> None:
+    """Fix the entries of a tile whose row and column are the same point.
+
+    Args:
+        tile: K[rows, columns] (a, b), overwritten.
+        rows: Resolved row index.
+        columns: Resolved column index.
+        diagonal: The exact diagonal (n,).
+    """
+    if isinstance(columns, slice) and isinstance(rows, slice):
+        _SliceDiagonal(diagonal, rows).write(tile, columns)
+        return
+    i, j = (
+        torch.arange(k.start, k.stop, device=tile.device) if isinstance(k, slice) else k
+        for k in (rows, columns)
+    )
+    on_diagonal = i[:, None] == j[None, :]
+    torch.where(on_diagonal, diagonal[i][:, None], tile, out=tile)

@@ -22,12 +22,13 @@ from sgdgp.core.slices import recomputed, slices, tracks_gradient
 from sgdgp.gpytorch_adapter import differentiable_block
 from sgdgp.kernels.distance import (
     DIRECT_DIMENSIONS,
+    StationaryTile,
     left_form,
     right_form,
+    rounding_of_distances,
     squared_distances,
 )
-from sgdgp.kernels.gradient_terms import LiveStationary
-from sgdgp.kernels.tile_gradients import live_tile
+from sgdgp.kernels.registry import differentiable_tile
 from sgdgp.operators.base import KernelOperator
 
 _ENTRIES_CPU = 2**17
@@ -54,10 +55,10 @@ def own_products(
         v: Columns (n, s).
     """
     columns = v.mT.contiguous()
-    live = live_tile(operator.kernel)
-    if isinstance(live, LiveStationary):
+    tile = differentiable_tile(operator.kernel)
+    if isinstance(tile, StationaryTile):
         wanted = tracks_gradient(x)
-        return _ClosedForm.apply(operator, live, x, columns, wanted)
+        return _ClosedForm.apply(operator, tile, x, columns, wanted)
     return _by_blocks(operator, x, columns)
 
 
@@ -65,14 +66,14 @@ class _ClosedForm(torch.autograd.Function):
     """Values and gradients of a stationary kernel in one sweep."""
 
     @staticmethod
-    def forward(ctx, operator, live, x, columns, wanted):  # type: ignore[no-untyped-def]
+    def forward(ctx, operator, tile, x, columns, wanted):  # type: ignore[no-untyped-def]
         origin = operator.x.mean(0)
         with torch.set_grad_enabled(wanted):
             own = x.detach().requires_grad_(wanted)
-            z = live.tile.scaled(own.reshape(-1, own.shape[-1]), origin)
-        points = live.tile.scaled(operator.x, origin)
+            z = tile.scaled(own.reshape(-1, own.shape[-1]), origin)
+        points = tile.scaled(operator.x, origin)
         values, slopes = _sweep(
-            live,
+            tile,
             z.detach().view(*x.shape[:2], z.shape[1]),
             points,
             columns,
@@ -97,7 +98,7 @@ class _ClosedForm(torch.autograd.Function):
 
 
 def _sweep(
-    live: LiveStationary, z: Tensor, points: Tensor, columns: Tensor, *, wanted: bool
+    tile: StationaryTile, z: Tensor, points: Tensor, columns: Tensor, *, wanted: bool
 ) -> tuple[Tensor, Tensor]:
     """Values (s, q) and, if wanted, slopes (s, q, p) at scaled points z (s, q, p)."""
     count, own, width = z.shape
@@ -108,13 +109,11 @@ def _sweep(
     entries = _ENTRIES_CPU if z.device.type == "cpu" else _ENTRIES
     at_once = max(1, min(count, _ROWS // max(1, own)))
     step = max(1, min(n, entries // max(1, at_once * own)))
-    # Squared distances below are rounding errors, of points that are the same.
-    error = 0.0 if width <= DIRECT_DIMENSIONS else torch.finfo(z.dtype).eps
     buffers = z.new_empty(3, at_once * own * step)
     for rows in slices(count, at_once):
         flat = z[rows].reshape(-1, width)
         left = _padded(left_form(flat)[0])
-        floor = (8 * error) * flat.square().sum(1, keepdim=True)
+        same = rounding_of_distances(flat)
         gradient = slopes[:, rows.start * own : rows.stop * own]
         for cut in slices(n, step):
             shape = (len(flat), cut.stop - cut.start)
@@ -125,15 +124,15 @@ def _sweep(
             weights = columns[rows, cut].unsqueeze(1)
             grouped = (-1, own, shape[1])
             if wanted:
-                live.slope.evaluate(value, derivative, scratch, floor)
+                tile.profile_with_derivative(value, derivative, scratch, same)
                 derivative.view(grouped).mul_(weights)
                 # Written transposed: a product with so few columns is slow.
                 gradient.addmm_(displaced[:, cut], derivative.mT)
             else:
-                live.tile.profile(value, (scratch,))
+                tile.profile(value, (scratch,))
             values[rows].unsqueeze(-1).baddbmm_(value.view(grouped), weights.mT)
-    factor = float(live.factor)
-    scale = 2 * factor * live.slope.constant
+    factor = float(tile.factor)
+    scale = 2 * factor * tile.derivative_scale
     slopes = slopes.mT.reshape(count, own, width + 1)
     return values.mul_(factor), (z * slopes[..., -1:] - slopes[..., :-1]).mul_(scale)
 

@@ -12,8 +12,7 @@ from sgdgp.core.checks import check_finite, check_same
 from sgdgp.core.slices import slices
 from sgdgp.operators.arguments import whole_points
 from sgdgp.operators.base import KernelOperator
-from sgdgp.operators.feature import FeatureOperator
-from sgdgp.operators.feature_kernel import CastFeatures
+from sgdgp.operators.feature import CastFeatures, FeatureOperator
 from sgdgp.operators.tracked import TrackedVectors
 
 _PROBE_ROWS = 128

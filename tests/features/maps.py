@@ -13,7 +13,7 @@ from torch import Tensor
 from sgdgp.features import FeatureMap, TanimotoFeatures
 from sgdgp.features.base import RestrictedFeatures, ScaledFeatures
 from sgdgp.features.tasks import PairFeatures
-from sgdgp.operators.feature_kernel import CastFeatures
+from sgdgp.operators.feature import CastFeatures
 from tests.features.kernels import (
     COMPOSITES,
     EXACT,

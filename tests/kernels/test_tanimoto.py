@@ -13,7 +13,7 @@ from gpytorch.kernels import RBFKernel, ScaleKernel
 import sgdgp
 from sgdgp.features.fingerprints import NoInputGradientError
 from sgdgp.kernels import TanimotoKernel
-from sgdgp.kernels.tanimoto_tiles import TanimotoTile
+from sgdgp.kernels.tanimoto import TanimotoTile
 from sgdgp.operators import TiledOperator, choose_operator, tile_kernel
 
 DIM = 12

@@ -1,4 +1,4 @@
-"""The door for kernels of one's own: analytic gradients when a rule says how."""
+"""The door for kernels of one's own: tiles, gradients and features in one call."""
 
 from __future__ import annotations
 
@@ -6,34 +6,33 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from gpytorch.kernels import IndexKernel, LinearKernel, RBFKernel, ScaleKernel
+from gpytorch.kernels import (
+    IndexKernel,
+    LinearKernel,
+    RBFKernel,
+    RQKernel,
+    ScaleKernel,
+)
 
-from sgdgp.kernels.gradient_terms import LiveInnerProduct, LiveStationary
-from sgdgp.kernels.registry import TileKernel
-from sgdgp.kernels.slopes import (
-    Matern12Slope,
-    Matern32Slope,
-    Matern52Slope,
-    PeriodicSlope,
-    PowerSlope,
-    RationalQuadraticSlope,
-    RBFSlope,
-    Slope,
-)
-from sgdgp.kernels.stationary import (
-    Matern12Tile,
-    Matern32Tile,
-    Matern52Tile,
-    RationalQuadraticTile,
-    RBFTile,
-)
-from sgdgp.kernels.tile_gradients import live_tile
-from sgdgp.operators import (
-    TiledOperator,
+from sgdgp.features import FourierFeatures, has_features
+from sgdgp.kernels import (
+    InnerProductTile,
+    differentiable_tile,
+    register_kernel,
     register_tile_gradient,
     register_tile_kernel,
     tile_kernel,
 )
+from sgdgp.kernels.dot_product import PolynomialTile
+from sgdgp.kernels.stationary import (
+    Matern12Tile,
+    Matern32Tile,
+    Matern52Tile,
+    PeriodicTile,
+    RationalQuadraticTile,
+    RBFTile,
+)
+from sgdgp.operators import TiledOperator
 from tests.operators.kernel_cases import gaussian
 
 
@@ -67,7 +66,7 @@ def test_a_tile_without_a_gradient_rule_is_differentiated_by_autograd():
 
     kernel = (ScaleKernel(Halved()) + LinearKernel()).double()
     assert tile_kernel(kernel) is not None
-    assert live_tile(kernel) is None
+    assert differentiable_tile(kernel) is None
     gradients_agree(kernel, gaussian(12, 5, generator()))
 
 
@@ -82,13 +81,12 @@ def test_a_registered_gradient_is_used_inside_sums_products_and_scales(monkeypat
 
     @register_tile_gradient(Quartered)
     def _(kernel, dims):
-        tile = RBFTile(1.0, dims, kernel.lengthscale[0].reciprocal())
-        return LiveStationary(0.25, tile, RBFSlope())
+        return RBFTile(0.25, dims, kernel.lengthscale[0].reciprocal())
 
     x = gaussian(12, 5, generator())
     inner = Quartered(active_dims=(2, 0)) * LinearKernel() + Quartered()
     kernel = ScaleKernel(inner).double()
-    assert live_tile(kernel) is not None
+    assert differentiable_tile(kernel) is not None
     gradients_agree(kernel, x)
 
 
@@ -111,15 +109,14 @@ def test_rules_for_subclasses_with_the_same_forward_end_where_it_is_overridden()
 
     @register_tile_gradient(Wide, same_forward=True)
     def _(kernel, dims):
-        tile = RBFTile(1.0, dims, kernel.lengthscale[0].reciprocal())
-        return LiveStationary(1.0, tile, RBFSlope())
+        return RBFTile(1.0, dims, kernel.lengthscale[0].reciprocal())
 
     x = gaussian(12, 5, generator())
     for kernel in (Wide().double(), Wider().double()):
-        assert live_tile(kernel) is not None
+        assert differentiable_tile(kernel) is not None
         gradients_agree(kernel, x)
     assert tile_kernel(Squared()) is None
-    assert live_tile(Squared()) is None
+    assert differentiable_tile(Squared()) is None
 
 
 def test_an_inner_product_of_features_needs_no_derivatives_of_its_own():
@@ -127,7 +124,7 @@ def test_an_inner_product_of_features_needs_no_derivatives_of_its_own():
         """A covariance between tasks, by its table."""
 
     @dataclass(frozen=True)
-    class TableTile(TileKernel):
+    class TableTile(InnerProductTile):
         dims: torch.Tensor | None
         table: torch.Tensor
 
@@ -141,9 +138,6 @@ def test_an_inner_product_of_features_needs_no_derivatives_of_its_own():
         def right(self, x, origin):
             return (torch.eye(self.table.shape[0]).to(x)[self._tasks(x)],)
 
-        def tile(self, left, right, out, scratch):
-            torch.mm(left[0], right[0].T, out=out)
-
         def tile_diagonal(self, x):
             return self.table.diagonal()[self._tasks(x)]
 
@@ -151,13 +145,10 @@ def test_an_inner_product_of_features_needs_no_derivatives_of_its_own():
         diagonal = torch.diag(kernel.var)
         return kernel.covar_factor @ kernel.covar_factor.T + diagonal
 
-    @register_tile_kernel(Coregionalisation)
-    def _(kernel, dims):
-        return TableTile(1.0, dims, table(kernel).detach())
+    def tile(kernel, dims):
+        return TableTile(1.0, dims, table(kernel))
 
-    @register_tile_gradient(Coregionalisation)
-    def _(kernel, dims):
-        return LiveInnerProduct(1.0, TableTile(1.0, dims, table(kernel)))
+    register_kernel(Coregionalisation, tile=tile)
 
     task_kernel = Coregionalisation(num_tasks=3, rank=2, active_dims=(4,))
     with torch.no_grad():
@@ -165,51 +156,110 @@ def test_an_inner_product_of_features_needs_no_derivatives_of_its_own():
     kernel = (ScaleKernel(RBFKernel(active_dims=(0, 1, 2, 3))) * task_kernel).double()
     x = gaussian(14, 5, generator())
     x[:, 4] = torch.randint(0, 3, (14,), generator=generator()).double()
-    assert live_tile(kernel) is not None
+    assert differentiable_tile(kernel) is not None
     gradients_agree(kernel, x)
 
 
+def test_a_tile_that_knows_no_derivative_is_differentiated_by_autograd():
+    class Same(RBFKernel):
+        pass
+
+    class OnlyValues(RBFTile):
+        def bind(self, x, origin):
+            return None
+
+    def tile(kernel, dims):
+        return OnlyValues(1.0, dims, kernel.lengthscale[0].reciprocal())
+
+    register_kernel(Same, tile=tile)
+    kernel = (ScaleKernel(Same() * LinearKernel()) + RBFKernel()).double()
+    assert differentiable_tile(kernel) is not None
+    gradients_agree(kernel, gaussian(12, 5, generator()))
+
+
+def test_one_call_says_tile_gradient_and_features():
+    class Wide(RBFKernel):
+        def forward(self, x1, x2, diag=False, **params):
+            return super().forward(x1 / 2, x2 / 2, diag=diag, **params)
+
+    def tile(kernel, dims):
+        return RBFTile(1.0, dims, 0.5 / kernel.lengthscale[0])
+
+    def features(kernel, request):
+        omega = request.normal(request.dim, request.num_frequencies)
+        scale = 2 * request.parameter(kernel.lengthscale).T
+        return FourierFeatures((omega / scale).to(request.like))
+
+    assert not has_features(Wide())
+    register_kernel(Wide, tile=tile, features=features)
+    assert has_features(ScaleKernel(Wide()) + LinearKernel())
+    gradients_agree(Wide(ard_num_dims=5).double(), gaussian(12, 5, generator()))
+
+
+def test_a_tile_form_holds_the_hyperparameters_of_its_moment():
+    kernel = ScaleKernel(RQKernel())
+    found, graph = tile_kernel(kernel), differentiable_tile(kernel)
+    assert isinstance(found.factor, float)
+    assert not found.inverse_lengthscale.requires_grad
+    assert graph.factor.requires_grad
+    assert graph.alpha.requires_grad
+    kernel.outputscale = 9.0
+    assert found.factor != pytest.approx(9.0)
+
+
 _ONE = torch.ones(1)
-_ALPHA = torch.tensor(1.7, dtype=torch.float64)
 
 
 @pytest.mark.parametrize(
-    ("slope", "tile"),
+    "tile",
     [
-        (RBFSlope(), RBFTile(1.0, None, _ONE)),
-        (Matern12Slope(), Matern12Tile(1.0, None, _ONE)),
-        (Matern32Slope(), Matern32Tile(1.0, None, _ONE)),
-        (Matern52Slope(), Matern52Tile(1.0, None, _ONE)),
-        (
-            RationalQuadraticSlope(_ALPHA),
-            RationalQuadraticTile(1.0, None, _ONE, 1.7),
-        ),
+        RBFTile(1.0, None, _ONE),
+        Matern12Tile(1.0, None, _ONE),
+        Matern32Tile(1.0, None, _ONE),
+        Matern52Tile(1.0, None, _ONE),
+        RationalQuadraticTile(1.0, None, _ONE, 1.7),
     ],
-    ids=lambda value: type(value).__name__,
+    ids=lambda tile: type(tile).__name__,
 )
-def test_values_are_those_of_the_profile_and_slopes_their_derivatives(slope, tile):
+def test_profiles_come_with_their_derivatives(tile):
     d2 = torch.linspace(0.01, 30.0, 300, dtype=torch.float64).view(1, -1)
-    value, derivative = evaluate(slope, d2)
+
+    def evaluate(d2):
+        value, derivative, scratch = d2.clone(), *torch.empty(2, *d2.shape).to(d2)
+        tile.profile_with_derivative(value, derivative, scratch, torch.zeros(1, 1))
+        return value, derivative * tile.derivative_scale
+
     profile = d2.clone()
     tile.profile(profile, (torch.empty_like(d2),))
-    torch.testing.assert_close(value, profile, rtol=1e-12, atol=1e-13)
-    torch.testing.assert_close(derivative, differences(slope, d2), rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(evaluate(d2)[0], profile, rtol=1e-12, atol=1e-13)
+    is_derivative(evaluate, d2)
 
 
-@pytest.mark.parametrize("slope", [PeriodicSlope(), PowerSlope(3.0), PowerSlope(1.0)])
-def test_slopes_of_inner_products_are_their_derivatives(slope):
+@pytest.mark.parametrize(
+    "tile",
+    [
+        PeriodicTile(1.0, None, _ONE, _ONE),
+        PolynomialTile(1.0, None, 0.0, 3.0),
+        PolynomialTile(1.0, None, 0.0, 1.0),
+    ],
+)
+def test_profiles_of_inner_products_come_with_their_derivatives(tile):
     u = torch.linspace(-4.0, -0.01, 100, dtype=torch.float64).view(1, -1)
-    _, derivative = evaluate(slope, u)
-    torch.testing.assert_close(derivative, differences(slope, u), rtol=1e-6, atol=1e-8)
+
+    def evaluate(u):
+        value, derivative = u.clone(), torch.empty_like(u)
+        tile.profile_with_derivative(value, derivative)
+        return value, derivative * tile.derivative_scale
+
+    profile = u.clone()
+    tile.profile(profile)
+    torch.testing.assert_close(evaluate(u)[0], profile, rtol=1e-12, atol=1e-13)
+    is_derivative(evaluate, u)
 
 
-def evaluate(slope: Slope, u: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    value, derivative = u.clone(), torch.empty_like(u)
-    slope.evaluate(value, derivative, torch.empty_like(u), torch.zeros_like(u[:, :1]))
-    return value, derivative * slope.constant
-
-
-def differences(slope: Slope, u: torch.Tensor) -> torch.Tensor:
+def is_derivative(evaluate, u: torch.Tensor) -> None:
+    """The second of what is returned is the derivative of the first."""
     step = 1e-6
-    above, below = (evaluate(slope, u + sign * step)[0] for sign in (1, -1))
-    return (above - below) / (2 * step)
+    above, below = (evaluate(u + sign * step)[0] for sign in (1, -1))
+    difference = (above - below) / (2 * step)
+    torch.testing.assert_close(evaluate(u)[1], difference, rtol=1e-6, atol=1e-8)

@@ -1,0 +1,215 @@
+"""a^T K b with gradients, found tile by tile: never n x n, never kept for later.
+
+Legend: S = sum_c a_c^T K b_c = sum_ij W_ij K_ij with W = a b^T. K is symmetric, so
+(a b^T + b a^T) may stand for W, and tiles on and above the diagonal suffice.
+
+The gradient is found while the tiles are there, in the forward pass; what autograd
+keeps for the backward pass is one number per parameter.
+
+Kernels with analytic derivatives: per tile one product for what the kernel is a
+function of, one for W, a few passes, and one thin product for the gradients of rows and
+one for those of columns. In all about the work of K v with as many columns. Every other
+kernel: autograd through GPyTorch's own evaluation, one block after another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from gpytorch.kernels import Kernel
+from jaxtyping import Float
+from torch import Tensor
+
+from sgdgp.core.slices import slices
+from sgdgp.kernels.registry import Buffers, FactoredTile
+from sgdgp.operators.evaluation import evaluated, tensors_with_graph
+
+_TILE_ROWS = 512
+"""Rows of a tile: enough for fast products, and at this height it is 512 wide too."""
+
+_TILE_ENTRIES_CPU = 256 * 1024
+"""Entries of a tile: half of what products take, as it comes with its derivatives."""
+
+_TILE_ENTRIES_GPU = 1024 * 8192
+"""Entries of a tile on a GPU: 32 MB in float32, so that few launches fill it."""
+
+_BLOCK_ENTRIES = 512 * 1024
+"""Entries of a block for autograd, so that one stays in the cache."""
+
+_BLOCK_COPIES = 12
+"""Copies of a block that GPyTorch and autograd keep, about."""
+
+
+def form_by_tiles(
+    kernel: FactoredTile,
+    a: Float[Tensor, "n k"],
+    b: Float[Tensor, "n k"],
+    memory_budget: int,
+) -> Float[Tensor, ""]:
+    """S of a kernel with analytic derivatives, bound to its points.
+
+    Args:
+        kernel: The kernel; its tensors, and the points, with their graph.
+        a: Left vectors (n, k).
+        b: Right vectors (n, k).
+        memory_budget: Bytes that the tiles may take.
+
+    Returns:
+        0-dim, in the dtype of ``a``, with a graph to what has one.
+    """
+    with torch.no_grad():
+        _sum_over_tiles(kernel, a, b, memory_budget)
+        value = (kernel.total * kernel.number).to(a.dtype)
+        gradients = list(kernel.gradients(1.0)) if kernel.wants_gradient else []
+    return _with_gradient(
+        value,
+        [tensor for tensor, _ in gradients],
+        [gradient.to(tensor) for tensor, gradient in gradients],
+    )
+
+
+def _sum_over_tiles(
+    kernel: FactoredTile, a: Tensor, b: Tensor, memory_budget: int
+) -> None:
+    preferred = _TILE_ENTRIES_CPU if a.device.type == "cpu" else _TILE_ENTRIES_GPU
+    count = 1 + kernel.tile.buffers
+    entries = max(1, min(preferred, memory_budget // (count * a.element_size())))
+    left, right = _symmetric_factors(a, b)
+    buffers = Buffers(a, entries)
+    height = max(1, min(_TILE_ROWS, int(entries**0.5)))
+    for rows, columns in _upper_blocks(len(a), height, max(1, entries // height)):
+        buffers.clear(rows.stop - rows.start, columns.stop - columns.start)
+        weight = torch.mm(left[rows], right[columns].mT, out=buffers.take())
+        if rows == columns:
+            weight.mul_(0.5)
+        kernel.pull(weight, kernel.tile.evaluate(rows, columns, buffers), buffers)
+
+
+def form_by_autograd(
+    kernel: Kernel,
+    points: Float[Tensor, "p d"],
+    a: Float[Tensor, "n k"],
+    b: Float[Tensor, "n k"],
+    memory_budget: int,
+    *,
+    outputs: int = 1,
+) -> Float[Tensor, ""]:
+    """S of any kernel: its blocks, differentiated by autograd one by one.
+
+    Args:
+        kernel: The kernel, with its parameters' graph.
+        points: Points, with a graph where they have one.
+        a: Left vectors (n, k), n = p outputs.
+        b: Right vectors (n, k).
+        memory_budget: Bytes that a block with its derivatives may take.
+        outputs: Rows per point.
+
+    Returns:
+        0-dim, in the dtype of ``a``, with a graph to what has one.
+    """
+    x, points = points, points.detach()
+    wants_x = x.requires_grad and torch.is_grad_enabled()
+    leaves = tensors_with_graph(kernel) if torch.is_grad_enabled() else ()
+    sums = [torch.zeros_like(leaf, dtype=torch.float64) for leaf in leaves]
+    x_sum = torch.zeros_like(points, dtype=torch.float64) if wants_x else None
+    total = torch.zeros((), dtype=torch.float64, device=points.device)
+    left, right = _symmetric_factors(a, b)
+    height = _block_height(kernel, points, outputs, memory_budget)
+    for rows, columns in _upper_blocks(len(points), height, height):
+        i, j = (slice(s.start * outputs, s.stop * outputs) for s in (rows, columns))
+        weight = left[i].detach() @ right[j].mT.detach()
+        if rows == columns:
+            weight *= 0.5
+        x1 = points[rows].requires_grad_(wants_x)
+        x2 = x1 if rows == columns else points[columns].requires_grad_(wants_x)
+        ends = [(rows, x1)] if rows == columns else [(rows, x1), (columns, x2)]
+        with torch.set_grad_enabled(wants_x or bool(leaves)):
+            part = (weight * evaluated(kernel, x1, x2).to(weight)).sum()
+        total += part.detach()
+        if not part.requires_grad:
+            continue
+        wanted = [*leaves, *(end for _, end in ends if wants_x)]
+        gradients = torch.autograd.grad(part, wanted, allow_unused=True)
+        for leaf_sum, gradient in zip(sums, gradients, strict=False):
+            if gradient is not None:
+                leaf_sum.add_(gradient)
+        for (where, _), gradient in zip(ends, gradients[len(leaves) :], strict=False):
+            if x_sum is not None and gradient is not None:
+                x_sum[where] += gradient
+    inputs = [*leaves, x] if wants_x else [*leaves]
+    found = sums if x_sum is None else [*sums, x_sum]
+    return _with_gradient(
+        total.to(a.dtype),
+        inputs,
+        [g.to(t.dtype) for g, t in zip(found, inputs, strict=True)],
+    )
+
+
+def _block_height(
+    kernel: Kernel, points: Tensor, outputs: int, memory_budget: int
+) -> int:
+    """Points of a block, such that what autograd keeps of it fits as well."""
+    size = points.element_size() * outputs**2
+    largest = max((p.numel() for p in kernel.parameters()), default=1)
+    # Kernels that sum over inputs or components keep one copy per one of them.
+    per_entry = size * (_BLOCK_COPIES + 4 * max(largest, points.shape[1]))
+    entries = min(_BLOCK_ENTRIES, max(1, memory_budget // per_entry))
+    return max(1, int(entries**0.5))
+
+
+@torch.no_grad()
+def _symmetric_factors(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Factors (n, k') of a b^T + b a^T: with rows i and j, W_ij = left_i . right_j."""
+    if a.data_ptr() == b.data_ptr() and a.stride() == b.stride():
+        return a, 2 * a
+    return torch.cat([a, b], 1), torch.cat([b, a], 1)
+
+
+def _upper_blocks(n: int, height: int, width: int) -> Iterator[tuple[slice, slice]]:
+    """Blocks on and above the diagonal; those on it are square."""
+    for rows in slices(n, height):
+        yield rows, rows
+        for columns in slices(n - rows.stop, width):
+            yield rows, slice(rows.stop + columns.start, rows.stop + columns.stop)
+
+
+class _KnownGradient(torch.autograd.Function):
+    """A number whose gradient with respect to some tensors is already known."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, value: Tensor, gradients: Sequence[Tensor], *inputs: Tensor
+    ) -> Tensor:
+        ctx.gradients = gradients
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, outer: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            # The known gradients are numbers here: what was computed with them could
+            # be differentiated once more, and would be wrong.
+            raise RuntimeError(
+                "a quadratic form of an operator can be differentiated only once; "
+                "call backward or autograd.grad without create_graph"
+            )
+        return None, None, *(outer.to(g) * g for g in ctx.gradients)
+
+
+def _with_gradient(
+    value: Tensor, inputs: Sequence[Tensor], gradients: Sequence[Tensor]
+) -> Tensor:
+    """``value`` as a function of ``inputs`` whose gradients are known.
+
+    Args:
+        value: 0-dim, without a graph.
+        inputs: Tensors, each a parameter or with a graph of its own.
+        gradients: d value / d input for each of them.
+
+    Returns:
+        ``value`` with a graph; it can be differentiated once.
+    """
+    if not inputs:
+        return value
+    return _KnownGradient.apply(value, gradients, *inputs)
