@@ -23,87 +23,11 @@ from torch.nn import functional
 from sgdgp.core.checks import check_finite
 
 _LARGEST_FALL = 100.0
+"""Factor by which a learned noise falls at most in one step: an exact fit has none, and
+systems that get there in one go are not solvable."""
+
 _SMALLEST = torch.finfo(torch.float32).tiny
-
-
-def updated_noise(
-    squared_error: Float[Tensor, " C"],
-    num_examples: int,
-    effective_dimension: float | Float[Tensor, " C"] = 0.0,
-    before: float | Sequence[float] | Tensor = 0.0,
-) -> Float[Tensor, " C"]:
-    """Noise variance of each output, sigma_c^2 = |y_c - f_c|^2 / (N - gamma_c).
-
-    The fixed point of the evidence in the noise (MacKay, Neural Computation 4, 1992).
-    Where the model takes up more than half of the targets, gamma from samples is not
-    good enough to divide by what it leaves: there it is the step of expectation
-    maximisation, (|y_c - f_c|^2 + gamma_c sigma_c^2) / N, with the same fixed point.
-
-    Args:
-        squared_error: Sums over the examples of (y - f)^2 (C,), f the outputs of the
-            linear model's optimum.
-        num_examples: N.
-        effective_dimension: gamma, shared evenly by the outputs, or that of each
-            (C,), sum_n var(f_nc) / sigma_c^2. Default: 0, the mean squared error.
-        before: The noise at which gamma was found, one or one each.
-
-    Returns:
-        Variances (C,) in float64, positive even where the fit is exact, and no less
-        than a hundredth of those before. If gamma was shared evenly, their mean is the
-        one variance for all outputs.
-
-    Raises:
-        ValueError: Negative or non-finite errors or dimensions.
-    """
-    error = _in_float64(squared_error)
-    gamma = _in_float64(effective_dimension)
-    check_finite("squared_error", error)
-    check_finite("effective_dimension", gamma)
-    for name, value in (("squared_error", error), ("effective_dimension", gamma)):
-        if bool((value < 0).any()):
-            raise ValueError(
-                f"{name}: expected no negative value, found {value.min().item():.6g}"
-            )
-    gamma = (gamma if gamma.ndim else gamma / len(error)).clamp_max(num_examples)
-    earlier = _in_float64(before)
-    step = (error + gamma * earlier) / num_examples
-    left = num_examples - gamma
-    noise = torch.where(2 * gamma <= num_examples, error / left, step)
-    # An exact fit has no noise; systems that get there in one go are not solvable.
-    return noise.maximum(earlier / _LARGEST_FALL).clamp_min(_SMALLEST)
-
-
-def as_variances(
-    name: str, value: float | Sequence[float] | Tensor | None
-) -> float | tuple[float, ...] | None:
-    """One variance, or one per output, as plain numbers: they compare, hash and store.
-
-    Args:
-        name: What the caller calls it.
-        value: A number, a sequence, a tensor of shape () or (C,), or None.
-
-    Raises:
-        ValueError: Of another shape, or a variance that is not positive and finite.
-    """
-    if value is None:
-        return None
-    tensor = _in_float64(value)
-    if tensor.ndim > 1 or tensor.numel() == 0:
-        raise ValueError(
-            f"{name}: expected one variance, or one per output as shape (C,), found "
-            f"shape {tuple(tensor.shape)}"
-        )
-    check_finite(name, tensor)
-    if not bool((tensor > 0).all()):
-        raise ValueError(
-            f"{name}: expected positive variances, found {tensor.min().item():.6g}"
-        )
-    return tuple(tensor.tolist()) if tensor.ndim else float(tensor)
-
-
-def _in_float64(value: float | Sequence[float] | Tensor) -> Tensor:
-    """A tensor on the CPU, without gradient; numbers lose no digits."""
-    return torch.as_tensor(value, dtype=torch.float64, device="cpu").detach()
+"""Noise variance is never below: its inverse is finite in float32 too."""
 
 
 class Likelihood(ABC):
@@ -117,6 +41,11 @@ class Likelihood(ABC):
     def learns_noise(self) -> bool:
         """Whether there is a noise variance to learn from the data."""
         return False
+
+    @property
+    def variance(self) -> float | tuple[float, ...] | None:
+        """Noise variance in use, one for all outputs or one each; None without any."""
+        return None
 
     @abstractmethod
     def hessian_root(
@@ -268,8 +197,8 @@ class Gaussian(Likelihood):
                 "one variance per output as noise=tensor of shape (C,), or noise=None"
             )
         # Plain numbers compare, hash and store; tensors do not.
-        object.__setattr__(self, "noise", as_variances("noise", self.noise))
-        object.__setattr__(self, "estimate", as_variances("estimate", self.estimate))
+        object.__setattr__(self, "noise", _as_variances("noise", self.noise))
+        object.__setattr__(self, "estimate", _as_variances("estimate", self.estimate))
 
     @property
     def learns_noise(self) -> bool:
@@ -311,20 +240,45 @@ class Gaussian(Likelihood):
     ) -> Gaussian:
         """This likelihood with the noise that fits best, if it is learned.
 
+        sigma_c^2 = |y_c - f_c|^2 / (N - gamma_c) is the fixed point of the evidence in
+        the noise (MacKay, Neural Computation 4, 1992). Where the model takes up more
+        than half of the targets, gamma from samples is not good enough to divide by
+        what it leaves: there it is the step of expectation maximisation,
+        (|y_c - f_c|^2 + gamma_c sigma_c^2) / N, with the same fixed point. It is
+        positive even where the fit is exact, and no less than a hundredth of the
+        current estimate.
+
         Args:
-            squared_error: Sums over the examples of (y - f)^2 (C,).
+            squared_error: Sums over the examples of (y - f)^2 (C,), f the outputs of
+                the linear model's optimum.
             num_examples: N.
-            effective_dimension: gamma of the model, or of each output (C,).
+            effective_dimension: gamma, shared evenly by the outputs, or that of each
+                (C,), sum_n var(f_nc) / sigma_c^2. Default: 0, the mean squared error.
 
         Raises:
-            ValueError: As in ``sgdgp.networks.likelihoods.updated_noise``.
+            ValueError: Negative or non-finite errors or dimensions.
         """
         if not self.learns_noise:
             return self
-        gamma, before = effective_dimension, self.estimate or 0.0
-        if not self.per_output and isinstance(gamma, Tensor):
-            gamma = float(gamma.sum())
-        noise = updated_noise(squared_error, num_examples, gamma, before)
+        error, gamma = _in_float64(squared_error), _in_float64(effective_dimension)
+        for name, value in (("squared_error", error), ("effective_dimension", gamma)):
+            check_finite(name, value)
+            if bool((value < 0).any()):
+                raise ValueError(
+                    f"{name}: expected no negative value, found "
+                    f"{value.min().item():.6g}"
+                )
+        if not self.per_output:
+            gamma = gamma.sum()
+        shares = gamma if gamma.ndim else gamma / len(error)
+        shares = shares.clamp_max(num_examples)
+        before = _in_float64(self.estimate or 0.0)
+        noise = torch.where(
+            2 * shares <= num_examples,
+            error / (num_examples - shares),
+            (error + shares * before) / num_examples,
+        )
+        noise = noise.maximum(before / _LARGEST_FALL).clamp_min(_SMALLEST)
         return self.with_noise(noise if self.per_output else float(noise.mean()))
 
     def hessian_root(
@@ -430,3 +384,36 @@ def _targets(y: Tensor, outputs: Tensor) -> Tensor:
 def _check_tensor(y: Any) -> None:
     if not isinstance(y, Tensor):
         raise TypeError(f"y: expected a torch.Tensor, found {type(y).__name__}")
+
+
+def _as_variances(
+    name: str, value: float | Sequence[float] | Tensor | None
+) -> float | tuple[float, ...] | None:
+    """One variance, or one per output, as plain numbers: they compare, hash and store.
+
+    Args:
+        name: What the caller calls it.
+        value: A number, a sequence, a tensor of shape () or (C,), or None.
+
+    Raises:
+        ValueError: Of another shape, or a variance that is not positive and finite.
+    """
+    if value is None:
+        return None
+    tensor = _in_float64(value)
+    if tensor.ndim > 1 or tensor.numel() == 0:
+        raise ValueError(
+            f"{name}: expected one variance, or one per output as shape (C,), found "
+            f"shape {tuple(tensor.shape)}"
+        )
+    check_finite(name, tensor)
+    if not bool((tensor > 0).all()):
+        raise ValueError(
+            f"{name}: expected positive variances, found {tensor.min().item():.6g}"
+        )
+    return tuple(tensor.tolist()) if tensor.ndim else float(tensor)
+
+
+def _in_float64(value: float | Sequence[float] | Tensor) -> Tensor:
+    """A tensor on the CPU, without gradient; numbers lose no digits."""
+    return torch.as_tensor(value, dtype=torch.float64, device="cpu").detach()

@@ -28,6 +28,17 @@ from torch.utils.data.distributed import DistributedSampler
 from sgdgp.core.checks import check_finite
 from sgdgp.core.processes import Processes, current_processes
 
+DEFAULT_BATCH = 128
+"""Examples per batch of a data set that comes without a loader: many enough to fill a
+device with images, few enough for the activations of a large network."""
+
+KEPT_BYTES = 2**30
+"""A data set of up to so many bytes is read once and kept: a GiB is little beside the
+samples of a network, and decoding images takes longer than most passes over them."""
+
+Split: TypeAlias = Callable[[Any], tuple[Any, Tensor]]
+"""From what the loader yields to (inputs, targets)."""
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -46,73 +57,6 @@ class Batch:
     y: Tensor
 
 
-class Marks:
-    """Notices data that change from pass to pass, and data that are no numbers."""
-
-    def __init__(self) -> None:
-        self._seen: dict[int, tuple[float, ...]] = {}
-
-    @property
-    def total(self) -> float:
-        """One number for all that was seen."""
-        return float(sum(sum(marks) for marks in self._seen.values()))
-
-    def check(self, batch: Batch) -> None:
-        """Refuse a batch that has NaN, or differs from that of an earlier pass."""
-        leaves = list(leaves_of((batch.x, batch.y)))
-        marks = tuple(float(leaf.double().sum()) for leaf in leaves)
-        first = int(batch.rows[0])
-        if first not in self._seen:
-            for leaf in leaves:
-                check_finite("loader", leaf)
-            self._seen[first] = marks
-        elif self._seen[first] != marks:
-            raise ValueError(
-                f"loader: the batch from example {int(batch.examples[0])} on differs "
-                "from that of an earlier pass; switch shuffling and random "
-                "augmentation off"
-            )
-
-
-def size_of(batch: Batch) -> int:
-    """Bytes of a batch."""
-    return sum(leaf.numel() * leaf.itemsize for leaf in leaves_of((batch.x, batch.y)))
-
-
-def moved_to(value: Any, device: torch.device) -> Any:
-    """Tensors, and tuples, lists and mappings of them, on a device."""
-    if isinstance(value, Tensor):
-        return value.to(device, non_blocking=True)
-    if isinstance(value, Mapping):
-        moved = {key: moved_to(part, device) for key, part in value.items()}
-        return moved if type(value) is dict else type(value)(moved)  # type: ignore[call-arg]
-    if isinstance(value, list | tuple):
-        return type(value)(moved_to(part, device) for part in value)
-    return value
-
-
-def leaves_of(value: Any) -> Iterator[Tensor]:
-    """The tensors in a structure of them."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for part in value.values():
-            yield from leaves_of(part)
-    elif isinstance(value, list | tuple):
-        for part in value:
-            yield from leaves_of(part)
-
-
-DEFAULT_BATCH = 128
-"""Examples per batch of a data set that comes without a loader."""
-
-KEPT_BYTES = 2**30
-"""A data set of up to so many bytes is read once and kept."""
-
-Split: TypeAlias = Callable[[Any], tuple[Any, Tensor]]
-"""From what the loader yields to (inputs, targets)."""
-
-
 class Stream(ABC):
     """Numbered batches of (inputs, targets), those of this process only.
 
@@ -126,16 +70,26 @@ class Stream(ABC):
     num_examples: int
     num_rows: int
     num_batches: int
-    processes: Processes
+
+    def __init__(
+        self, device: torch.device, split: Split, processes: Processes
+    ) -> None:
+        self.processes = processes
+        self._device = device
+        self._split = split
+        self._fixed = FixedData()
+
+    @property
+    def mark(self) -> float:
+        """A number that other data would not have; known after the first pass."""
+        return self._fixed.mark
+
+    def _inputs_and_targets(self, loaded: Any) -> tuple[Any, Tensor]:
+        return _moved_to(self._split(loaded), self._device)
 
     @abstractmethod
     def __iter__(self) -> Iterator[Batch]:
         """One pass, in the order of the data."""
-
-    @property
-    @abstractmethod
-    def mark(self) -> float:
-        """A number that other data would not have; known after the first pass."""
 
     @abstractmethod
     def shuffled(self, generator: torch.Generator) -> Iterator[Batch]:
@@ -155,7 +109,7 @@ def stream_of(
     device: torch.device,
     split: Split | None = None,
     processes: Processes | None = None,
-) -> IndexedStream | RepeatedStream:
+) -> Stream:
     """The stream behind whatever a user trains with.
 
     Args:
@@ -215,10 +169,8 @@ class IndexedStream(Stream):
     ) -> None:
         if len(examples) == 0:
             raise ValueError("loader: the data set is empty")
+        super().__init__(device, split, processes)
         self._loader = loader
-        self._device = device
-        self._split = split
-        self.processes = processes
         self._batch = loader.batch_size or DEFAULT_BATCH
         self.num_examples = len(examples)
         # Whole batches, so that they are the same however many processes there are.
@@ -229,7 +181,6 @@ class IndexedStream(Stream):
         self._examples = list(examples[start:stop])
         self.num_rows = len(self._examples)
         self.num_batches = len(share)
-        self._seen = Marks()
         self._kept: list[Batch] = []
 
     def __iter__(self) -> Iterator[Batch]:
@@ -238,18 +189,13 @@ class IndexedStream(Stream):
             return
         kept: list[Batch] | None = []
         for batch in self._in_order(torch.arange(self.num_rows)):
-            self._seen.check(batch)
+            self._fixed.check(batch)
             if kept is not None:
                 kept.append(batch)
-            if size_of(batch) * self.num_batches > KEPT_BYTES:
+            if _size_of(batch) * self.num_batches > KEPT_BYTES:
                 kept = None
             yield batch
         self._kept = kept or []
-
-    @property
-    def mark(self) -> float:
-        """A number that other data would not have."""
-        return self._seen.total
 
     def shuffled(self, generator: torch.Generator) -> Iterator[Batch]:
         """One pass in random order."""
@@ -280,7 +226,7 @@ class IndexedStream(Stream):
             yield self._batch_of(found, part)
 
     def _batch_of(self, found: Any, rows: Tensor) -> Batch:
-        x, y = moved_to(self._split(found), self._device)
+        x, y = self._inputs_and_targets(found)
         if len(y) != len(rows):
             raise ValueError(
                 f"loader: a batch of {len(rows)} examples has {len(y)} targets"
@@ -306,11 +252,8 @@ class RepeatedStream(Stream):
         split: Split,
         processes: Processes,
     ) -> None:
+        super().__init__(device, split, processes)
         self._source = source
-        self._device = device
-        self._split = split
-        self.processes = processes
-        self._seen = Marks()
         self._counted = False
         self.num_examples = self.num_rows = self.num_batches = 0
         for batch in self._batches():
@@ -322,11 +265,6 @@ class RepeatedStream(Stream):
 
     def __iter__(self) -> Iterator[Batch]:
         yield from self._batches()
-
-    @property
-    def mark(self) -> float:
-        """A number that other data would not have."""
-        return self._seen.total
 
     def shuffled(self, generator: torch.Generator) -> Iterator[Batch]:
         """One pass in the order of the source."""
@@ -342,13 +280,13 @@ class RepeatedStream(Stream):
     def _batches(self) -> Iterator[Batch]:
         seen = mine = 0
         for turn, found in enumerate(self._source):
-            x, y = moved_to(self._split(found), self._device)
+            x, y = self._inputs_and_targets(found)
             first, seen = seen, seen + len(y)
             if turn % self.processes.size != self.processes.rank:
                 continue
             here = torch.arange(len(y), device=self._device)
             batch = Batch(mine + here, first + here, x, y)
-            self._seen.check(batch)
+            self._fixed.check(batch)
             mine += len(y)
             yield batch
         if not self._counted:
@@ -399,3 +337,60 @@ def _pair(batch: Any) -> tuple[Any, Tensor]:
         f"loader: expected batches (inputs, targets), found {kind}; give split=, a "
         "function from a batch to that pair"
     )
+
+
+class FixedData:
+    """Notices data that change from pass to pass, and data that are no numbers."""
+
+    def __init__(self) -> None:
+        self._sums: dict[int, tuple[float, ...]] = {}
+
+    @property
+    def mark(self) -> float:
+        """One number for all that was seen."""
+        return float(sum(sum(sums) for sums in self._sums.values()))
+
+    def check(self, batch: Batch) -> None:
+        """Refuse a batch that has NaN, or differs from that of an earlier pass."""
+        leaves = list(_leaves_of((batch.x, batch.y)))
+        sums = tuple(float(leaf.double().sum()) for leaf in leaves)
+        first = int(batch.rows[0])
+        if first not in self._sums:
+            for leaf in leaves:
+                check_finite("loader", leaf)
+            self._sums[first] = sums
+        elif self._sums[first] != sums:
+            raise ValueError(
+                f"loader: the batch from example {int(batch.examples[0])} on differs "
+                "from that of an earlier pass; switch shuffling and random "
+                "augmentation off"
+            )
+
+
+def _size_of(batch: Batch) -> int:
+    """Bytes of a batch."""
+    return sum(leaf.numel() * leaf.itemsize for leaf in _leaves_of((batch.x, batch.y)))
+
+
+def _moved_to(value: Any, device: torch.device) -> Any:
+    """Tensors, and tuples, lists and mappings of them, on a device."""
+    if isinstance(value, Tensor):
+        return value.to(device, non_blocking=True)
+    if isinstance(value, Mapping):
+        moved = {key: _moved_to(part, device) for key, part in value.items()}
+        return moved if type(value) is dict else type(value)(moved)  # type: ignore[call-arg]
+    if isinstance(value, list | tuple):
+        return type(value)(_moved_to(part, device) for part in value)
+    return value
+
+
+def _leaves_of(value: Any) -> Iterator[Tensor]:
+    """The tensors in a structure of them."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for part in value.values():
+            yield from _leaves_of(part)
+    elif isinstance(value, list | tuple):
+        for part in value:
+            yield from _leaves_of(part)
