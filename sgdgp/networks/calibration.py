@@ -1,10 +1,12 @@
-"""One variance scale for a posterior, fitted on held-out examples.
+"""One variance scale for a posterior, fitted on held-out examples; and a verdict.
 
 The evidence sets prior precision and noise of a linearised network from its training
 data, which often leaves too much or too little variance around a well-trained network.
 Scaling all variances by one number that minimises the negative log likelihood of
-held-out examples repairs most of that; scale 0 is the network itself. Everything here
-works on cached outputs and fluctuations: no pass through the network.
+held-out examples repairs most of that; scale 0 is the network itself. The network alone
+gets a number fitted on the same examples, and the comparison says which of the two to
+use. Everything here works on cached outputs and fluctuations: no pass through the
+network.
 """
 
 from __future__ import annotations
@@ -12,7 +14,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
 
 import torch
 from jaxtyping import Float
@@ -23,6 +24,8 @@ from sgdgp.metrics import interval_coverage, reliability_of, rmse
 from sgdgp.networks.likelihoods import Categorical, Gaussian, Likelihood
 from sgdgp.networks.predictive import (
     GaussianPrediction,
+    Link,
+    check_link,
     dyadic_joint_log_prob,
     log_monte_carlo,
     log_probit,
@@ -172,12 +175,12 @@ def paired_difference(
     return float(difference.mean()), float(error)
 
 
-Link: TypeAlias = Literal["probit", "monte_carlo"]
-
 SCALES: tuple[float, ...] = (0.0, *(10 ** (i / 3) for i in range(-12, 13)))
 """Variance scales that are tried before the best is refined: 0 and 1e-4 to 1e4."""
 
 _CHUNK = 2**22
+"""Numbers of one temporary: with several of them alive, well below a GiB."""
+
 _GOLDEN = (math.sqrt(5) - 1) / 2
 
 
@@ -452,8 +455,7 @@ def _checked(
             f"y: expected a target for each of at least two held-out examples, found "
             f"{len(y)} targets and {n} outputs"
         )
-    if link not in ("probit", "monte_carlo"):
-        raise ValueError(f'link: expected "probit" or "monte_carlo", found {link!r}')
+    check_link(link)
     if fluctuations is None and (link == "monte_carlo" or variance is None):
         raise ValueError("fluctuations: they are needed here, found None")
     if variance is None:

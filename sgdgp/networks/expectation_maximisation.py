@@ -23,9 +23,24 @@ from torch import Tensor
 
 _LARGEST_RISE = math.log(100.0)
 _LARGEST_FALL = math.log(30.0)
+"""Of a log precision in one step: see ``PrecisionUpdate``."""
+
 _NEAR = 0.7
+"""A step in log alpha, a factor of two, below which its secant is believed."""
+
+_LONGEST_NEAR, _LONGEST_FAR, _SHORTEST = 4.0, 1.25, 0.25
+"""A move over the step that the map asks for: near its fixed point, far off, and at
+least, where a secant over noisy steps would stop it."""
+
+_SETTLED = 0.03
+"""Change of a log precision that ends learning: well below what a few samples know of
+gamma."""
+
 _NEGLIGIBLE = 1e-3
+"""Share of gamma below which a group is switched off."""
+
 _SMALLEST_DIMENSION = 1e-3
+"""gamma of a group is at least this much of a weight: it is divided by, and logged."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +80,31 @@ def effective_dimension(
     upper = products.new_tensor([float(size) for size in sizes])
     gamma = products.mean(1).clamp_min(_SMALLEST_DIMENSION).minimum(upper)
     return EffectiveDimension(gamma, error)
+
+
+@dataclass(frozen=True)
+class EMStep:
+    """One step of expectation maximisation.
+
+    Attributes:
+        precisions: alpha before the step, one for each group.
+        effective_dimension: gamma, one for each group.
+        standard_error: Of gamma's sum.
+        noise: Noise variance before the step; None for other likelihoods.
+        loss: Negative log-likelihood of the linear model, summed over the data.
+        errors: Bounds on the relative errors of mean and samples.
+        passes: Passes over the data so far.
+        seconds: Wall time so far.
+    """
+
+    precisions: tuple[float, ...]
+    effective_dimension: tuple[float, ...]
+    standard_error: float
+    noise: float | tuple[float, ...] | None
+    loss: float
+    errors: tuple[float, ...]
+    passes: float
+    seconds: float
 
 
 class PrecisionUpdate:
@@ -112,9 +152,11 @@ class PrecisionUpdate:
         moves = steps
         if self.steps is not None and self.moves is not None:
             slope = (steps - self.steps) / self.moves
-            ratio = torch.where(slope < 0, -1.0 / slope, torch.full_like(slope, 4.0))
-            longest = torch.where(steps.abs() < _NEAR, 4.0, 1.25)
-            moves = steps * ratio.nan_to_num(1.0).clamp_min(0.25).minimum(longest)
+            ratio = torch.where(
+                slope < 0, -1.0 / slope, torch.full_like(slope, _LONGEST_NEAR)
+            )
+            longest = torch.where(steps.abs() < _NEAR, _LONGEST_NEAR, _LONGEST_FAR)
+            moves = steps * ratio.nan_to_num(1.0).clamp_min(_SHORTEST).minimum(longest)
         moves = moves.clamp(-_LARGEST_FALL, _LARGEST_RISE)
         self.steps, self.moves = steps, moves
         return precisions * moves.exp().to(precisions)
@@ -122,4 +164,4 @@ class PrecisionUpdate:
     @property
     def has_settled(self) -> bool:
         """Whether the last move changed no precision by more than 3 %."""
-        return self.moves is not None and bool((self.moves.abs() < 0.03).all())
+        return self.moves is not None and bool((self.moves.abs() < _SETTLED).all())

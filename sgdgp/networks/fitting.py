@@ -41,6 +41,7 @@ from sgdgp.networks.curvature import (
 )
 from sgdgp.networks.expectation_maximisation import (
     EffectiveDimension,
+    EMStep,
     PrecisionUpdate,
     effective_dimension,
 )
@@ -53,30 +54,24 @@ from sgdgp.solvers.base import Callback, Progress
 CurvatureAt: TypeAlias = Literal["linear", "network"]
 """Outputs at which the likelihood's Hessian is taken."""
 
+_POWER_STEPS = 5
+"""Power iterations for the first precision. It has to be of the right size only:
+learning moves it by factors."""
 
-@dataclass(frozen=True)
-class EMStep:
-    """One step of expectation maximisation.
+_LEAST_NOISE = 1e-4
+"""The first noise variance over the targets' mean square, at least: a network that fits
+its data exactly would make the first systems unsolvable."""
 
-    Attributes:
-        precisions: alpha before the step, one for each group.
-        effective_dimension: gamma, one for each group.
-        standard_error: Of gamma's sum.
-        noise: Noise variance before the step; None for other likelihoods.
-        loss: Negative log-likelihood of the linear model, summed over the data.
-        errors: Bounds on the relative errors of mean and samples.
-        passes: Passes over the data so far.
-        seconds: Wall time so far.
-    """
+_SETTLED_NOISE = 0.05
+"""Change of the log noise variance that ends learning, about that of the precision."""
 
-    precisions: tuple[float, ...]
-    effective_dimension: tuple[float, ...]
-    standard_error: float
-    noise: float | tuple[float, ...] | None
-    loss: float
-    errors: tuple[float, ...]
-    passes: float
-    seconds: float
+_LIVE_COLUMNS = 12
+"""Blocks (D, k) that a solve is granted: a solver's own half dozen, and as many
+temporaries of a pass."""
+
+_MOST_COLUMNS = 64
+"""Columns of one solve: more share a pass, but making k of them orthonormal costs a
+block recurrence k^2 D."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +86,7 @@ class Schedule:
         solver: For all linear systems.
         seed: Of everything random.
         columns: Most samples solved for together.
+        curvature_at: Where the Hessian of the samples is taken.
     """
 
     num_samples: int
@@ -100,6 +96,7 @@ class Schedule:
     solver: WeightSolver
     seed: int
     columns: int
+    curvature_at: CurvatureAt
 
 
 @dataclass
@@ -134,96 +131,11 @@ class RunState:
     seconds: float = 0.0
     warnings: list[str] = field(default_factory=list)
 
-
-def noise_in_use(likelihood: Likelihood) -> float | tuple[float, ...] | None:
-    """Noise variance of a Gaussian likelihood, None for others."""
-    return likelihood.variance if isinstance(likelihood, Gaussian) else None
-
-
-def warn_once(state: RunState, sentence: str) -> None:
-    """Keep the last sentence of each kind only."""
-    kind = sentence.split(maxsplit=3)[:3]
-    others = [kept for kept in state.warnings if kept.split(maxsplit=3)[:3] != kind]
-    state.warnings = [*others, sentence]
-
-
-_POWER_STEPS = 5
-
-
-def start(
-    data: TangentData,
-    likelihood: Likelihood,
-    settings: PriorSettings,
-    schedule: Schedule,
-    curvature_at: CurvatureAt,
-) -> RunState:
-    """The state before the first step: prior, noise and precision to start from."""
-    passes = 2.0
-    outputs = data.network_outputs()
-    likelihood.check_targets(data.targets, outputs.shape[1])
-    if isinstance(likelihood, Gaussian) and likelihood.learns_noise:
-        likelihood = _first_noise(data, likelihood, outputs)
-    if curvature_at == "linear":
-        outputs = torch.zeros_like(outputs)
-    seed = schedule.seed
-    prior = settings.build(
-        data.tangent,
-        lambda count: curvature_probes(data, likelihood, outputs, count, seed),
-    )
-    system = WeightSystem(data, prior, likelihood, outputs)
-    precision = schedule.precision
-    if precision is None:
-        precision = _largest_curvature(system, seed)
-        passes += 1.0 + _POWER_STEPS
-    prior = prior.with_precisions(torch.full_like(prior.precisions, precision))
-    empty = data.zeros(1)
-    samples = prior_draws(empty, range(schedule.num_samples), seed)
-    return RunState(prior, likelihood, empty, samples, passes=passes)
-
-
-def _first_noise(
-    data: TangentData, likelihood: Gaussian, outputs: Float[Tensor, "r C"]
-) -> Gaussian:
-    """The noise the network itself leaves, not below 1e-4 of the targets' scale."""
-    errors = data.total(likelihood.squared_error(outputs, data.targets))
-    nothing = torch.zeros_like(outputs)
-    squares = data.total(likelihood.squared_error(nothing, data.targets))
-    floor = 1e-4 * squares.clamp_min(torch.finfo(outputs.dtype).tiny)
-    if not bool(squares.any()):
-        raise ValueError(
-            "loader: all targets are zero, so there is no noise to learn; give it as "
-            "Gaussian(noise=...)"
-        )
-    return likelihood.update_noise(errors.maximum(floor), data.stream.num_examples, 0.0)
-
-
-def _largest_curvature(system: WeightSystem, seed: int) -> float:
-    """Largest eigenvalue of phi^T phi, by power iteration from a noise draw.
-
-    Raises:
-        ValueError: It is zero or not finite.
-    """
-    noise = system.noise(range(1), seed)
-    value = largest_eigenvalue(system.product, noise, _POWER_STEPS)
-    if not 0 < value < float("inf"):
-        raise ValueError(
-            "network: its Jacobian in the chosen weights is zero or not finite on the "
-            f"training data (largest eigenvalue of the curvature: {value})"
-        )
-    return value
-
-
-def prior_draws(
-    like: Float[Tensor, "D k"], columns: range, seed: int
-) -> Float[Tensor, "D c"]:
-    """theta_0 ~ N(0, I) of the samples with these numbers (D, c), like ``like``."""
-    rows = torch.empty(len(columns), like.shape[0], dtype=like.dtype)
-    for row, column in zip(rows, columns, strict=True):
-        row.normal_(generator=derived_generator(seed, "prior weights", column))
-    return rows.to(like.device).mT
-
-
-_LIVE_COLUMNS = 12
+    def warn(self, sentence: str) -> None:
+        """Keep the last sentence of each kind only."""
+        kind = sentence.split(maxsplit=3)[:3]
+        others = [kept for kept in self.warnings if kept.split(maxsplit=3)[:3] != kind]
+        self.warnings = [*others, sentence]
 
 
 class Interrupted(Exception):
@@ -235,7 +147,6 @@ class Run:
 
     Args:
         data: The data set seen through the tangent model.
-        curvature_at: Where the Hessian of the samples is taken.
         schedule: How much to do.
         state: From :func:`start`, or a checkpoint.
         callback: Told of the solver's advance, in relative errors; True stops.
@@ -244,7 +155,6 @@ class Run:
     def __init__(
         self,
         data: TangentData,
-        curvature_at: CurvatureAt,
         schedule: Schedule,
         state: RunState,
         callback: Callback | None,
@@ -253,11 +163,11 @@ class Run:
         self.state = state
         self._schedule = schedule
         self._callback = callback
+        self._asked_to_stop = False
         self._started = time.perf_counter() - state.seconds
-        self._network_outputs = (
-            data.network_outputs() if curvature_at == "network" else None
-        )
-        if self._network_outputs is not None:
+        self._network_outputs: Tensor | None = None
+        if schedule.curvature_at == "network":
+            self._network_outputs = data.network_outputs()
             state.passes += 1.0
 
     @property
@@ -292,9 +202,8 @@ class Run:
         )
         state.passes += optimum.passes
         state.mean = optimum.mean
-        if not optimum.converged and not self._asked:
-            warn_once(
-                state,
+        if not optimum.converged and not self._asked_to_stop:
+            state.warn(
                 f"The linear model's mean has not converged after {optimum.passes:.0f} "
                 "passes: give the solver more passes (max_passes), or a larger "
                 "precision to start from.",
@@ -335,7 +244,7 @@ class Run:
             precisions=tuple(prior.precisions.tolist()),
             effective_dimension=tuple(gamma.groups.tolist()),
             standard_error=gamma.standard_error,
-            noise=noise_in_use(state.likelihood),
+            noise=state.likelihood.variance,
             loss=optimum.loss,
             errors=tuple(solution.errors.tolist()),
             passes=state.passes,
@@ -348,14 +257,14 @@ class Run:
         )
         # The mean keeps its weights w = R v, in the coordinates of the new R. Samples
         # keep v: in all directions that the data do not see it is the prior draw.
-        state.mean = rewhitened(state.mean, prior, state.prior)
+        state.mean = state.prior.rewhiten(state.mean, prior)
         state.samples = samples
         state.likelihood = likelihood
         state.history.append(entry)
         state.step += 1
         state.is_learned = state.update.has_settled and quiet
         state.seconds = self.seconds
-        _warn(state, solution, schedule.solver, f"step {state.step}")
+        self._warn_unless_solved(solution, f"step {state.step}")
 
     def _learned_noise(
         self, optimum: LinearOptimum, gamma: EffectiveDimension, samples: Tensor
@@ -392,10 +301,21 @@ class Run:
             solution, _ = self._solve(system, columns, state.samples[:, part])
             state.samples[:, part] = solution.weights
             self._stop_if_asked()
-            _warn(state, solution, schedule.solver, "the posterior samples")
+            self._warn_unless_solved(solution, "the posterior samples")
             state.finished = stop
             state.seconds = self.seconds
             yield state
+
+    def _warn_unless_solved(self, solution: WeightSolution, where: str) -> None:
+        if solution.reason in ("converged", "interrupted"):
+            return
+        solver = self._schedule.solver
+        self.state.warn(
+            f"{type(solver).__name__} stopped ({solution.reason}) at {where} with a "
+            f"relative error of up to {float(solution.errors.max()):.2e}, the "
+            f"tolerance is {solver.tolerance:g}: give it more passes (max_passes) or a "
+            "larger tolerance."
+        )
 
     def _tell(self, progress: Progress) -> bool:
         """Tell the callback of a solve; whether it asks to stop."""
@@ -406,49 +326,95 @@ class Run:
             passes=self.state.passes + progress.passes,
             seconds=self.seconds,
         )
-        self._asked = bool(self._callback(whole))
-        return self._asked
-
-    _asked = False
+        self._asked_to_stop = bool(self._callback(whole))
+        return self._asked_to_stop
 
     def _stop_if_asked(self) -> None:
-        if self._asked:
+        if self._asked_to_stop:
             raise Interrupted
 
 
-def rewhitened(
-    v: Float[Tensor, "D k"], old: WeightPrior, new: WeightPrior
-) -> Float[Tensor, "D k"]:
-    """R_new^-1 R_old v, for priors that differ in their precisions only."""
-    factors = (new.precisions / old.precisions).sqrt()
-    out = v.mT.clone()
-    for group, number in zip(new.groups, new.group_of, strict=True):
-        out[:, group] *= factors[number]
-    return out.mT
+def start(
+    data: TangentData,
+    likelihood: Likelihood,
+    settings: PriorSettings,
+    schedule: Schedule,
+) -> RunState:
+    """The state before the first step: prior, noise and precision to start from."""
+    passes = 2.0
+    outputs = data.network_outputs()
+    likelihood.check_targets(data.targets, outputs.shape[1])
+    if isinstance(likelihood, Gaussian) and likelihood.learns_noise:
+        likelihood = _first_noise(data, likelihood, outputs)
+    if schedule.curvature_at == "linear":
+        outputs = torch.zeros_like(outputs)
+    seed = schedule.seed
+    prior = settings.build(
+        data.tangent,
+        lambda count: curvature_probes(data, likelihood, outputs, count, seed),
+    )
+    system = WeightSystem(data, prior, likelihood, outputs)
+    precision = schedule.precision
+    if precision is None:
+        precision = _largest_curvature(system, seed)
+        passes += 1.0 + _POWER_STEPS
+    prior = prior.with_precisions(torch.full_like(prior.precisions, precision))
+    empty = data.zeros(1)
+    samples = prior_draws(empty, range(schedule.num_samples), seed)
+    return RunState(prior, likelihood, empty, samples, passes=passes)
+
+
+def _first_noise(
+    data: TangentData, likelihood: Gaussian, outputs: Float[Tensor, "r C"]
+) -> Gaussian:
+    """The noise the network itself leaves, not too small beside the targets."""
+    errors = data.total(likelihood.squared_error(outputs, data.targets))
+    nothing = torch.zeros_like(outputs)
+    squares = data.total(likelihood.squared_error(nothing, data.targets))
+    floor = _LEAST_NOISE * squares.clamp_min(torch.finfo(outputs.dtype).tiny)
+    if not bool(squares.any()):
+        raise ValueError(
+            "loader: all targets are zero, so there is no noise to learn; give it as "
+            "Gaussian(noise=...)"
+        )
+    return likelihood.update_noise(errors.maximum(floor), data.stream.num_examples, 0.0)
+
+
+def _largest_curvature(system: WeightSystem, seed: int) -> float:
+    """Largest eigenvalue of phi^T phi, by power iteration from a noise draw.
+
+    Raises:
+        ValueError: It is zero or not finite.
+    """
+    noise = system.noise(range(1), seed)
+    value = largest_eigenvalue(system.product, noise, _POWER_STEPS)
+    if not 0 < value < float("inf"):
+        raise ValueError(
+            "network: its Jacobian in the chosen weights is zero or not finite on the "
+            f"training data (largest eigenvalue of the curvature: {value})"
+        )
+    return value
+
+
+def prior_draws(
+    like: Float[Tensor, "D k"], columns: range, seed: int
+) -> Float[Tensor, "D c"]:
+    """theta_0 ~ N(0, I) of the samples with these numbers (D, c), like ``like``."""
+    rows = torch.empty(len(columns), like.shape[0], dtype=like.dtype)
+    for row, column in zip(rows, columns, strict=True):
+        row.normal_(generator=derived_generator(seed, "prior weights", column))
+    return rows.to(like.device).mT
 
 
 def _is_near(one: Likelihood, other: Likelihood) -> bool:
-    """Whether noise variances differ by less than 5 %; other likelihoods have none."""
-    if not isinstance(one, Gaussian) or not isinstance(other, Gaussian):
+    """Whether noise variances have settled; some likelihoods have none."""
+    if one.variance is None or other.variance is None:
         return True
     ratio = torch.as_tensor(one.variance).double() / torch.as_tensor(other.variance)
-    return bool((ratio.log().abs() < 0.05).all())
+    return bool((ratio.log().abs() < _SETTLED_NOISE).all())
 
 
 def columns_within(budget: int, num_weights: int, element_size: int) -> int:
     """How many columns a solver can work on together within a memory budget."""
-    return max(1, min(64, budget // (_LIVE_COLUMNS * num_weights * element_size)))
-
-
-def _warn(
-    state: RunState, solution: WeightSolution, solver: WeightSolver, where: str
-) -> None:
-    if solution.reason in ("converged", "interrupted"):
-        return
-    warn_once(
-        state,
-        f"{type(solver).__name__} stopped ({solution.reason}) at {where} with a "
-        f"relative error of up to {float(solution.errors.max()):.2e}, the tolerance "
-        f"is {solver.tolerance:g}: give it more passes (max_passes) or a larger "
-        "tolerance.",
-    )
+    block = num_weights * element_size
+    return max(1, min(_MOST_COLUMNS, budget // (_LIVE_COLUMNS * block)))

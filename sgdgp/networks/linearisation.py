@@ -192,6 +192,7 @@ class LinearisedNetwork:
                 tangent.num_weights,
                 tangent.dtype.itemsize,
             ),
+            curvature_at=self.curvature_at,
         )
         data = TangentData(tangent, stream)
         keeper, state = None, None
@@ -201,12 +202,10 @@ class LinearisedNetwork:
             )
             state = keeper.load()
         if state is None:
-            state = start(
-                data, self.likelihood, self.prior, schedule, self.curvature_at
-            )
+            state = start(data, self.likelihood, self.prior, schedule)
         reason = "finished"
         with progress_bar(progress, "linearised Laplace", callback) as told:
-            run = Run(data, self.curvature_at, schedule, state, told)
+            run = Run(data, schedule, state, told)
             try:
                 for reached in run.stages():
                     if keeper is not None:

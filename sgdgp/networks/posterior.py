@@ -14,11 +14,13 @@ from torch import Tensor
 from sgdgp.core.checks import check_count
 from sgdgp.core.processes import Processes
 from sgdgp.core.seeds import generator_of
-from sgdgp.networks.calibration import Comparison, Link, compare
-from sgdgp.networks.fitting import EMStep, noise_in_use
+from sgdgp.networks.calibration import Comparison, compare
+from sgdgp.networks.expectation_maximisation import EMStep
 from sgdgp.networks.likelihoods import Gaussian, Likelihood
 from sgdgp.networks.predictive import (
     GaussianPrediction,
+    Link,
+    check_link,
     dyadic_joint_log_prob,
     joint_log_prob,
     logit_variance,
@@ -33,12 +35,14 @@ from sgdgp.networks.stream import Split, stream_of
 from sgdgp.tangent.jacobian import Tangent
 
 _KEPT_NUMBERS = 2**28
+"""Most numbers of held-out fluctuations that are kept, a GiB of float32: without them
+calibration does by variances, but has no joint log-likelihood of the posterior."""
 
 Score: TypeAlias = Literal["entropy", "mutual_information", "variance"]
 """What tells strange inputs from usual ones."""
 
 PREDICTED_TOGETHER = 256
-"""Examples predicted at a time unless told otherwise."""
+"""Examples predicted at a time unless told otherwise: what a tangent takes at once."""
 
 
 @dataclass
@@ -89,7 +93,7 @@ class LinearisedPosterior:
     @property
     def noise(self) -> float | tuple[float, ...] | None:
         """Noise variance of a Gaussian likelihood, None for others."""
-        return noise_in_use(self.likelihood)
+        return self.likelihood.variance
 
     @property
     def effective_dimension(self) -> float | None:
@@ -110,17 +114,19 @@ class LinearisedPosterior:
         found = [self.tangent.at(part).jvp(self.weight_mean) for part in _parts(x)]
         return torch.cat(found)[..., 0]
 
-    @torch.no_grad()
     def fluctuations(
         self, x: Any, *, batch_size: int = PREDICTED_TOGETHER
     ) -> tuple[Float[Tensor, "b C"], Float[Tensor, "b C K"]]:
         """The network's outputs (b, C), and what the samples add to them (b, C, K)."""
-        outputs, added = [], []
+        outputs, added = zip(*self._in_batches(x, batch_size), strict=True)
+        return torch.cat(outputs), torch.cat(added)
+
+    @torch.no_grad()
+    def _in_batches(self, x: Any, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
         for part in _parts(x, batch_size):
             at = self.tangent.at(part)
-            outputs.append(at.outputs)
-            added.append(at.jvp(self.weight_samples) * self.scale**0.5)
-        return torch.cat(outputs), torch.cat(added)
+            added = at.jvp(self.weight_samples) * self.scale**0.5
+            yield at.outputs, added.contiguous()
 
     def samples(
         self, x: Any, *, batch_size: int = PREDICTED_TOGETHER
@@ -143,23 +149,15 @@ class LinearisedPosterior:
         Raises:
             ValueError: No such link.
         """
-        _check_link(link)
-        found: list[Tensor] = []
-        means: list[Tensor] = []
-        for part in _parts(x, batch_size):
-            outputs, added = self.fluctuations(part, batch_size=batch_size)
-            if isinstance(self.likelihood, Gaussian):
-                means.append(outputs)
-                found.append(variance_of(added))
-            elif link == "probit":
-                found.append(probit(outputs, variance_of(added)))
-            else:
-                found.append(monte_carlo(outputs, added))
+        check_link(link)
+        batches = self._in_batches(x, batch_size)
         if isinstance(self.likelihood, Gaussian):
-            return GaussianPrediction(
-                torch.cat(means), torch.cat(found), self.likelihood.variance
-            )
-        return torch.cat(found)
+            parts = [(outputs, variance_of(added)) for outputs, added in batches]
+            mean, variance = map(torch.cat, zip(*parts, strict=True))
+            return GaussianPrediction(mean, variance, self.likelihood.variance)
+        if link == "probit":
+            return torch.cat([probit(f, variance_of(added)) for f, added in batches])
+        return torch.cat([monte_carlo(f, added) for f, added in batches])
 
     def joint_log_prob(
         self,
@@ -212,18 +210,21 @@ class LinearisedPosterior:
             )
         if isinstance(self.likelihood, Gaussian) and score != "variance":
             raise ValueError(f'score: regression has "variance" only, found {score!r}')
-        found = []
-        for part in _parts(x, batch_size):
-            outputs, added = self.fluctuations(part, batch_size=batch_size)
-            if score == "entropy":
-                found.append(predictive_entropy(probit(outputs, variance_of(added))))
-            elif score == "mutual_information":
-                found.append(mutual_information(outputs, added))
-            elif isinstance(self.likelihood, Gaussian):
-                found.append(variance_of(added).mean(1))
-            else:
-                found.append(logit_variance(added))
-        return torch.cat(found)
+        return torch.cat(
+            [
+                self._score(outputs, added, score)
+                for outputs, added in self._in_batches(x, batch_size)
+            ]
+        )
+
+    def _score(self, outputs: Tensor, added: Tensor, score: Score) -> Tensor:
+        if score == "entropy":
+            return predictive_entropy(probit(outputs, variance_of(added)))
+        if score == "mutual_information":
+            return mutual_information(outputs, added)
+        if isinstance(self.likelihood, Gaussian):
+            return variance_of(added).mean(1)
+        return logit_variance(added)
 
     @torch.no_grad()
     def calibrate(
@@ -251,7 +252,7 @@ class LinearisedPosterior:
             of the posterior by evidence and calibrated, and a recommendation;
             ``print`` it.
         """
-        _check_link(link)
+        check_link(link)
         stream = stream_of(loader, self.tangent.device, split, Processes())
         outputs, targets, variances, kept = [], [], [], []
         numbers = stream.num_examples * self.num_samples
@@ -307,8 +308,3 @@ def _parts(x: Any, size: int = PREDICTED_TOGETHER) -> Iterator[Any]:
     if x.ndim == 0 or len(x) == 0:
         raise ValueError(f"x: expected inputs, found shape {tuple(x.shape)}")
     yield from x.split(size)
-
-
-def _check_link(link: str) -> None:
-    if link not in get_args(Link):
-        raise ValueError(f'link: expected "probit" or "monte_carlo", found {link!r}')

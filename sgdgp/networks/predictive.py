@@ -9,13 +9,28 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal, TypeAlias, get_args
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+Link: TypeAlias = Literal["probit", "monte_carlo"]
+"""From logits and their samples to class probabilities."""
+
 DYADIC_LABELS = 10
-"""Labels that a pair of anchors gets in the dyadic joint log-likelihood."""
+"""Labels that a pair of anchors gets in the dyadic joint log-likelihood: the choice of
+the paper that proposes it, and numbers of other choices do not compare."""
+
+
+def check_link(link: str) -> None:
+    """Refuse what is no link.
+
+    Raises:
+        ValueError: Names both.
+    """
+    if link not in get_args(Link):
+        raise ValueError(f'link: expected "probit" or "monte_carlo", found {link!r}')
 
 
 @dataclass(frozen=True)

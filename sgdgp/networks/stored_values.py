@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from sgdgp.core.errors import NotStorableError
-from sgdgp.networks.expectation_maximisation import PrecisionUpdate
-from sgdgp.networks.fitting import EMStep, RunState
+from sgdgp.networks.expectation_maximisation import EMStep, PrecisionUpdate
+from sgdgp.networks.fitting import RunState
 from sgdgp.networks.likelihoods import Categorical, Gaussian
 from sgdgp.networks.priors.base import WeightPrior, prior_from
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from sgdgp.core.errors import CheckpointError, NotStorableError, StorageError
 from sgdgp.networks.checkpoint import RunKeeper
-from sgdgp.networks.expectation_maximisation import PrecisionUpdate
-from sgdgp.networks.fitting import EMStep, RunState
+from sgdgp.networks.expectation_maximisation import EMStep, PrecisionUpdate
+from sgdgp.networks.fitting import RunState
 from sgdgp.networks.likelihoods import Categorical, Gaussian
 from sgdgp.networks.posterior import LinearisedPosterior
 from sgdgp.networks.priors.base import DiagonalPrior

@@ -111,6 +111,16 @@ class WeightPrior(ABC):
         """
         return self._rebuilt(precisions.to(self.precisions), self.groups, self.group_of)
 
+    def rewhiten(
+        self, v: Float[Tensor, "D k"], old: WeightPrior
+    ) -> Float[Tensor, "D k"]:
+        """R^-1 R_old v, the same weights as v under a prior of other precisions."""
+        factors = (self.precisions / old.precisions).sqrt()
+        out = v.mT.clone()
+        for group, number in zip(self.groups, self.group_of, strict=True):
+            out[:, group] *= factors[number]
+        return out.mT
+
     @abstractmethod
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Tensors by name, and all else as JSON can hold it; see ``prior_from``."""
