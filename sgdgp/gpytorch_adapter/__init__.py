@@ -1,10 +1,11 @@
 """Reads a prior and a noise model out of a GPyTorch model definition.
 
-The only package that touches GPyTorch and linear_operator internals. A model is a
-*specification* here: its ``forward`` is called to learn mean and covariance, its
-inference engine never is. Whatever ``forward`` does (a plain kernel, a sum of
-kernels, a network in front of a kernel, several tasks) becomes one GPyTorch kernel
-over one matrix of kernel inputs, which is all that the rest of the package sees.
+The only room that takes models apart, and that knows how GPyTorch and linear_operator
+keep what they have not evaluated yet. A model is a *specification* here: its
+``forward`` is called to learn mean and covariance, its inference engine never is.
+Whatever ``forward`` does (a plain kernel, a sum of kernels, a network in front of a
+kernel, several tasks) becomes one GPyTorch kernel over one matrix of kernel inputs,
+which is all that the rest of the package sees.
 
 ``prior_of`` reads a finished model, frozen; ``prior_at``, ``traced_prior`` and
 ``training_problems`` one that is being trained, with the graph to its parameters.
@@ -21,13 +22,17 @@ from sgdgp.gpytorch_adapter.data import (
     training_data,
 )
 from sgdgp.gpytorch_adapter.kernel_matrix import differentiable_block
-from sgdgp.gpytorch_adapter.noise import has_fixed_noise, noise_of, noise_variances
+from sgdgp.gpytorch_adapter.noise import (
+    has_fixed_noise,
+    noise_of,
+    noise_of_rows,
+    noise_variances,
+)
 from sgdgp.gpytorch_adapter.outcome_scale import TargetScale, to_model_units
 from sgdgp.gpytorch_adapter.prior import PairPrior, Prior, pairs_of, prior_at, prior_of
 from sgdgp.gpytorch_adapter.training import (
     TracedPrior,
     TracedProblem,
-    noise_of_rows,
     traced_prior,
     training_problems,
 )

@@ -47,7 +47,7 @@ from sgdgp.features.dispatch import forward_features_of
 from sgdgp.features.tasks import PairFeatures, points_and_rows
 
 
-def pairs_kernel(kernel: Kernel, columns: int) -> Kernel:
+def multitask_kernel(kernel: Kernel, columns: int) -> Kernel:
     """The kernel over rows [x, t] of a kernel with several outputs per input.
 
     It shares the kernel's parameters. Its own active dims count as applied already.
@@ -128,13 +128,13 @@ def _(kernel: MultitaskKernel, columns: int) -> Kernel:
 @_pairs.register
 def _(kernel: LCMKernel, columns: int) -> Kernel:
     return AdditiveKernel(
-        *(pairs_kernel(part, columns) for part in kernel.covar_module_list)
+        *(multitask_kernel(part, columns) for part in kernel.covar_module_list)
     )
 
 
 @_pairs.register
 def _(kernel: ScaleKernel, columns: int) -> Kernel:
-    base = pairs_kernel(kernel.base_kernel, columns)
+    base = multitask_kernel(kernel.base_kernel, columns)
     return on_columns(with_parts(kernel, {"base_kernel": base}), None)
 
 
@@ -153,7 +153,7 @@ def _called(kernel: Kernel, columns: int) -> Kernel:
     dims = torch.arange(columns) if kernel.active_dims is None else kernel.active_dims
     task = torch.tensor([columns], device=dims.device)
     return on_columns(
-        pairs_kernel(kernel, dims.numel()), torch.cat([dims.long(), task])
+        multitask_kernel(kernel, dims.numel()), torch.cat([dims.long(), task])
     )
 
 

@@ -149,6 +149,22 @@ def noise_of(
     return noise
 
 
+def noise_of_rows(noise: Tensor, n: int, tasks: int) -> Tensor:
+    """Noise variances (n T,), of a likelihood that may know only those of inputs (n,).
+
+    Raises:
+        ValueError: There are neither n nor n T of them.
+    """
+    if len(noise) == n * tasks:
+        return noise
+    if len(noise) == n:
+        return noise.repeat_interleave(tasks)
+    raise ValueError(
+        f"likelihood: expected a noise variance for each of {n} inputs and {tasks} "
+        f"outputs, found {len(noise)}"
+    )
+
+
 def has_fixed_noise(likelihood: Likelihood) -> bool:
     """Whether the likelihood only knows the noise of its training points."""
     return isinstance(likelihood, FixedNoiseGaussianLikelihood)

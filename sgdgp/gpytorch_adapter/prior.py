@@ -42,8 +42,8 @@ from sgdgp.core.errors import UnsupportedModelError
 from sgdgp.gpytorch_adapter.data import NO_BATCHES, InputLayout, Inputs, layout_of
 from sgdgp.gpytorch_adapter.multitask import (
     ProductOperator,
+    multitask_kernel,
     on_columns,
-    pairs_kernel,
     products_kept,
 )
 from sgdgp.gpytorch_adapter.noise import noise_of
@@ -253,6 +253,7 @@ def _check_pointwise(prior: Prior, probe: Tensor) -> None:
         together = prior.evaluate(probe)
         alone = [prior.evaluate(row) for row in probe.split(1)]
     for whole, *parts in zip(together, *alone, strict=True):
+        # Far above rounding of a network in float32, far below a shift by the batch.
         tolerance = 1e-3 * whole.abs().max().clamp_min(1e-6)
         if not bool((whole - torch.cat(parts)).abs().le(tolerance).all()):
             raise UnsupportedModelError(
@@ -483,7 +484,7 @@ def _kernel_from(tree: Tree, start: int) -> tuple[Kernel, int]:
     width = tree.inputs.shape[-1]
     kernel = tree.kernel
     if tree.outputs > 1:
-        kernel = pairs_kernel(kernel, width)
+        kernel = multitask_kernel(kernel, width)
         width += 1
     device = tree.inputs.device
     kernel = on_columns(kernel, torch.arange(start, start + width, device=device))

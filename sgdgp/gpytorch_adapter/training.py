@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sgdgp.gpytorch_adapter.data import Inputs, Observed, observed_rows
-from sgdgp.gpytorch_adapter.noise import noise_variances
+from sgdgp.gpytorch_adapter.noise import noise_of_rows, noise_variances
 from sgdgp.gpytorch_adapter.prior import (
     Rows,
     columns_of,
@@ -151,22 +151,6 @@ def training_problems(
             )
         )
     return tuple(problems)
-
-
-def noise_of_rows(noise: Tensor, n: int, tasks: int) -> Tensor:
-    """Noise variances (n T,), of a likelihood that may know only those of inputs (n,).
-
-    Raises:
-        ValueError: There are neither n nor n T of them.
-    """
-    if len(noise) == n * tasks:
-        return noise
-    if len(noise) == n:
-        return noise.repeat_interleave(tasks)
-    raise ValueError(
-        f"likelihood: expected a noise variance for each of {n} inputs and {tasks} "
-        f"outputs, found {len(noise)}"
-    )
 
 
 def _systems(y: Tensor, n: int, tasks: int) -> tuple[Observed, ...]:

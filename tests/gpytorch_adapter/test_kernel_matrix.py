@@ -7,7 +7,7 @@ import torch
 from gpytorch.kernels import IndexKernel, LinearKernel, MultitaskKernel
 
 from sgdgp.gpytorch_adapter import differentiable_block, pairs_of
-from sgdgp.gpytorch_adapter.multitask import pairs_kernel
+from sgdgp.gpytorch_adapter.multitask import multitask_kernel
 from tests.models import multitask_data, uneven
 from tests.operators.kernel_cases import CASES
 
@@ -31,7 +31,7 @@ def test_a_product_of_roots_is_exact_where_points_are_equal(dtype):
     pairs = pairs_of(x, 3)
     data, task = kernel.data_covar_module, kernel.task_covar_module
     truth = torch.kron(data(x).to_dense(), task._eval_covar_matrix())
-    found = differentiable_block(pairs_kernel(kernel, 2), pairs, pairs)
+    found = differentiable_block(multitask_kernel(kernel, 2), pairs, pairs)
     torch.testing.assert_close(found, truth)
 
 

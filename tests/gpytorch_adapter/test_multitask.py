@@ -9,7 +9,7 @@ from gpytorch.kernels import LinearKernel, MultitaskKernel, RBFKernel, RBFKernel
 
 from sgdgp.core.errors import UnsupportedModelError
 from sgdgp.gpytorch_adapter import PairPrior, pairs_of, prior_of, traced_prior
-from sgdgp.gpytorch_adapter.multitask import pairs_kernel
+from sgdgp.gpytorch_adapter.multitask import multitask_kernel
 from sgdgp.operators import tile_kernel
 from tests.models import (
     MULTITASK_KERNELS,
@@ -29,7 +29,7 @@ def test_the_kernel_over_pairs_is_the_multitask_kernel(name):
     truth = kernel(x).to_dense()
     columns = x if kernel.active_dims is None else x[:, kernel.active_dims]
     pairs = pairs_of(columns, 3)
-    ours = pairs_kernel(kernel, columns.shape[1])
+    ours = multitask_kernel(kernel, columns.shape[1])
     torch.testing.assert_close(ours(pairs).to_dense(), truth, rtol=0, atol=1e-8)
     order = torch.randperm(30, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(
@@ -40,13 +40,13 @@ def test_the_kernel_over_pairs_is_the_multitask_kernel(name):
 @KERNELS
 def test_it_shares_the_parameters(name):
     kernel = MULTITASK_KERNELS[name]()
-    ours = set(map(id, pairs_kernel(kernel, 2).parameters()))
+    ours = set(map(id, multitask_kernel(kernel, 2).parameters()))
     assert ours == set(map(id, kernel.parameters()))
 
 
 @KERNELS
 def test_it_has_a_tile_form(name):
-    assert tile_kernel(pairs_kernel(MULTITASK_KERNELS[name](), 2)) is not None
+    assert tile_kernel(multitask_kernel(MULTITASK_KERNELS[name](), 2)) is not None
 
 
 @KERNELS
@@ -146,7 +146,7 @@ def test_kernels_that_are_not_over_pairs_are_refused_by_name(build, named):
 def test_a_product_with_a_linear_kernel_is_not_sent_through_a_root():
     kernel = uneven(MultitaskKernel(LinearKernel(), 3))
     x, _ = multitask_data(10)
-    ours = pairs_kernel(kernel, 2)
+    ours = multitask_kernel(kernel, 2)
     pairs = pairs_of(x, 3)
     data = kernel.data_covar_module(x).to_dense()
     truth = torch.kron(data, kernel.task_covar_module._eval_covar_matrix())

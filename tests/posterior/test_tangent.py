@@ -18,7 +18,7 @@ from torch import nn
 
 import sgdgp
 from sgdgp.gpytorch_adapter import pairs_of
-from sgdgp.gpytorch_adapter.multitask import pairs_kernel
+from sgdgp.gpytorch_adapter.multitask import multitask_kernel
 from sgdgp.kernels import NeuralTangentKernel
 from sgdgp.operators import operator_by_name
 from sgdgp.solvers import CG, SDD
@@ -256,7 +256,7 @@ def test_new_data_update_the_posterior():
 def test_the_kernel_over_pairs_is_the_kernel_of_all_outputs(operator):
     case = Case(2, n=7)
     pairs = pairs_of(case.x, 2)
-    kernel = pairs_kernel(case.model.kernel, 2)
+    kernel = multitask_kernel(case.model.kernel, 2)
     j = case.jacobian(case.x)
     truth = SCALE * j @ j.mT
     order = torch.tensor([3, 0, 1, 12, 5])
