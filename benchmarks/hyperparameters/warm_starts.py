@@ -37,7 +37,7 @@ from sgdgp.training import (
     StandardProbes,
     StochasticMarginalLogLikelihood,
 )
-from sgdgp.training.exact import exact_log_likelihood
+from sgdgp.training.gradient import exact_log_likelihood
 
 SOLVERS: dict[str, sgdgp.Solver] = {
     "auto": Auto(tolerance=1e-2),

@@ -10,8 +10,7 @@ from torch import Tensor
 from sgdgp.sklearn.arguments import Settings
 from sgdgp.sklearn.model import GPModel, weighted_model
 from sgdgp.training import fit
-from sgdgp.training.history import Fitted
-from sgdgp.training.plateau import Plateau
+from sgdgp.training.run import Fitted, Plateau
 
 
 def learn(

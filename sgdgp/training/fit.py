@@ -2,31 +2,45 @@
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from gpytorch.models import ExactGP
 from jaxtyping import Float
 from torch import Tensor
 from torch.optim import Optimizer
+from tqdm.auto import tqdm
 
 from sgdgp.core.checks import check_count, check_finite_parameters, check_positive
-from sgdgp.core.seeds import generator_of, seed_of
+from sgdgp.core.seeds import derived_generator, generator_of, seed_of
 from sgdgp.gpytorch_adapter import Inputs
 from sgdgp.gpytorch_adapter.data import training_data
 from sgdgp.solvers.base import Solver
+from sgdgp.training.evidence import total_log_likelihood
 from sgdgp.training.fit_checkpoint import FitCheckpoint
-from sgdgp.training.fit_progress import fit_bar
-from sgdgp.training.history import FitCallback, FitReason, Fitted
 from sgdgp.training.marginal_likelihood import StochasticMarginalLogLikelihood
-from sgdgp.training.plateau import Plateau
+from sgdgp.training.parameters import put_state, scatter, state_of
 from sgdgp.training.probes import Probes
-from sgdgp.training.restarts import best_of
-from sgdgp.training.run import Limits, Run
+from sgdgp.training.run import (
+    FitCallback,
+    FitEntry,
+    FitLimits,
+    FitReason,
+    Fitted,
+    Plateau,
+    Run,
+)
 
 _POOR_RESIDUAL = 0.3
+"""Relative residual of the last solve from which a fit warns that it was cut short."""
+
+_SHOWN = 4
+"""Parameters beside the progress bar, which have to fit into a line."""
 
 
 def adam(parameters: Iterable[torch.nn.Parameter]) -> Optimizer:
@@ -79,7 +93,7 @@ def fit(
         max_passes: Budget of all steps. Default: none.
         max_seconds: Budget of all steps in seconds. Default: none.
         plateau: When to stop early; None for never.
-        restarts: Further fits from scattered parameters (``restarts.scatter``); the
+        restarts: Further fits from scattered parameters (``parameters.scatter``); the
             model gets the best one's by the estimated log marginal likelihood.
         seed: Seed or generator of the probes and restarts.
         operator: "auto", "dense", "tiled", "keops" or "row_blocks".
@@ -122,7 +136,7 @@ def fit(
     check_finite_parameters("model", model)
     _check_optimiser(optimiser)
     number = seed_of(generator_of(seed))
-    limits = Limits(steps, max_passes, max_seconds, plateau)
+    limits = FitLimits(steps, max_passes, max_seconds, plateau)
 
     def start() -> Run:
         mll = StochasticMarginalLogLikelihood(
@@ -153,7 +167,7 @@ def _fitted(
     run: Run,
     x: Inputs,
     y: Tensor,
-    limits: Limits,
+    limits: FitLimits,
     callback: FitCallback | None,
     keeper: FitCheckpoint | None,
 ) -> Fitted:
@@ -242,3 +256,101 @@ def _warnings(run: Run, reason: FitReason) -> tuple[str, ...]:
             "gradients are biased. Give it more passes (passes_per_step)."
         )
     return tuple(found)
+
+
+def best_of(
+    count: int,
+    attempt: Callable[[int, Sequence[Fitted]], Fitted],
+    model: ExactGP,
+    x: Inputs,
+    y: Tensor,
+    seed: int,
+) -> Fitted:
+    """Fit ``count`` times, from where the model is and from scattered parameters.
+
+    Args:
+        count: Number of fits; with one, nothing is compared.
+        attempt: (number of the fit, the earlier ones) to a fit, which changes the
+            model in place.
+        model: The model; it ends with the best fit's parameters, by the estimated log
+            marginal likelihood.
+        x: Training inputs.
+        y: Targets in the model's units.
+        seed: Seed of the scattered parameters and of the estimates.
+
+    Returns:
+        The best fit, its passes and seconds those of all.
+    """
+    if count == 1:
+        return attempt(0, ())
+    start = state_of(model)
+    runs: list[Fitted] = []
+    values: list[float] = []
+    states: list[dict[str, Tensor]] = []
+    for i in range(count):
+        if i:
+            put_state(model, start)
+            scatter(model, derived_generator(seed, "restart", i))
+        runs.append(attempt(i, runs))
+        states.append(state_of(model))
+        values.append(_value(model, x, y, seed))
+        if runs[-1].reason in ("interrupted", "budget"):
+            break
+    chosen = max(range(len(runs)), key=values.__getitem__)
+    put_state(model, states[chosen])
+    return replace(
+        runs[chosen],
+        passes=sum(run.passes for run in runs),
+        seconds=sum(run.seconds for run in runs),
+    )
+
+
+def _value(model: ExactGP, x: Inputs, y: Tensor, seed: int) -> float:
+    """The estimated log marginal likelihood; of parameters without one, minus infinity.
+
+    A fit that diverged may have left such parameters.
+    """
+    try:
+        value = total_log_likelihood(model, x, y, seed=seed).value
+    except (torch.linalg.LinAlgError, ValueError):
+        return -math.inf
+    return value if math.isfinite(value) else -math.inf
+
+
+@contextmanager
+def fit_bar(
+    show: bool | None, steps: int, callback: FitCallback | None
+) -> Iterator[FitCallback | None]:
+    """Wrap a callback so that it also moves a bar.
+
+    Args:
+        show: Whether to show it. Default: only on a terminal.
+        steps: Length of the bar.
+        callback: Callback to call on as well.
+    """
+    if show is None:
+        show = sys.stderr.isatty()
+    if not show:
+        yield callback
+        return
+    with tqdm(desc="fit", total=steps, unit="step") as bar:
+
+        def moved(entry: FitEntry) -> bool | None:
+            bar.update(entry.step + 1 - bar.n)
+            bar.set_postfix_str(
+                f"{describe(entry.parameters)}, residual {entry.residual:.0e}"
+            )
+            return None if callback is None else callback(entry)
+
+        yield moved
+
+
+def describe(parameters: Mapping[str, tuple[float, ...]]) -> str:
+    """The first parameters in a few characters: a value, or smallest to largest."""
+    parts = []
+    for path, values in list(parameters.items())[:_SHOWN]:
+        name = path.rpartition(".")[2]
+        low, high = min(values), max(values)
+        span = f"{low:.3g}" if len(values) == 1 else f"{low:.2g}..{high:.2g}"
+        parts.append(f"{name} {span}")
+    return ", ".join(parts)

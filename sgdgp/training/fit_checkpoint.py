@@ -16,9 +16,8 @@ from sgdgp.core.hashes import digest, structure_of
 from sgdgp.gpytorch_adapter import Inputs
 from sgdgp.posterior.checkpoint_file import checked_place
 from sgdgp.posterior.fingerprint import differing_components
-from sgdgp.training.history import FitEntry, FitReason
-from sgdgp.training.model_state import put_state
-from sgdgp.training.run import Run
+from sgdgp.training.parameters import put_state
+from sgdgp.training.run import FitEntry, FitReason, Run
 
 _KIND = FileKind("sgdgp.fit", 1, "checkpoint of a fit")
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from typing import Literal, TypeAlias
 
 import gpytorch
@@ -16,8 +15,9 @@ from sgdgp.core.checks import check_count
 from sgdgp.core.seeds import generator_of
 from sgdgp.gpytorch_adapter import Inputs, layout_of
 from sgdgp.gpytorch_adapter.data import training_data
-from sgdgp.training.exact import EXACT_ROWS
 from sgdgp.training.fit import fit
+from sgdgp.training.gradient import EXACT_ROWS
+from sgdgp.training.parameters import from_average, learned_parameters, to_average
 
 SubsetKind: TypeAlias = Literal["neighbourhoods", "random"]
 
@@ -66,8 +66,7 @@ def initialise(
     layout = layout_of(model, inputs)
     joined = layout.join(inputs)
     generator = generator_of(seed)
-    names = [name for name, _, _ in _averaged(model)]
-    if not names:
+    if not any(learned_parameters(model)):
         raise ValueError(
             "model: expected parameters of kernels, means or noise that require a "
             "gradient, found 0"
@@ -76,51 +75,14 @@ def initialise(
     for _ in range(subsets):
         rows = _subset(joined, min(size, len(joined)), kind, generator)
         part = _restricted(model, rows)
-        some = layout.split(joined[rows])
-        fit(part, some, targets[rows], steps=steps, progress=False)
-        for name, parameter, constraint in _averaged(part):
-            value = _averageable(parameter, constraint) / subsets
+        subset = layout.split(joined[rows])
+        fit(part, subset, targets[rows], steps=steps, progress=False)
+        for name, parameter, constraint in learned_parameters(part):
+            value = to_average(parameter, constraint) / subsets
             totals[name] = totals.get(name, torch.zeros_like(value)) + value
     with torch.no_grad():
-        for name, parameter, constraint in _averaged(model):
-            parameter.copy_(_undone(totals[name], constraint))
-
-
-def _averaged(
-    model: torch.nn.Module,
-) -> Iterator[tuple[str, torch.nn.Parameter, gpytorch.constraints.Interval | None]]:
-    """Parameters that GPyTorch modules own, with their constraints."""
-    for path, module in model.named_modules():
-        if isinstance(module, gpytorch.Module):
-            for name, parameter in module.named_parameters(recurse=False):
-                if parameter.requires_grad:
-                    yield (
-                        f"{path}.{name}",
-                        parameter,
-                        getattr(module, f"{name}_constraint", None),
-                    )
-
-
-def _averageable(
-    parameter: Tensor, constraint: gpytorch.constraints.Interval | None
-) -> Tensor:
-    value = parameter.detach()
-    if constraint is None:
-        return value
-    value = constraint.transform(value)
-    return value.log() if _is_positive(constraint) else value
-
-
-def _undone(value: Tensor, constraint: gpytorch.constraints.Interval | None) -> Tensor:
-    if constraint is None:
-        return value
-    return constraint.inverse_transform(
-        value.exp() if _is_positive(constraint) else value
-    )
-
-
-def _is_positive(constraint: gpytorch.constraints.Interval) -> bool:
-    return bool((constraint.lower_bound >= 0).all())
+        for name, parameter, constraint in learned_parameters(model):
+            parameter.copy_(from_average(totals[name], constraint))
 
 
 def _subset(
@@ -148,8 +110,8 @@ def _restricted(model: ExactGP, rows: Tensor) -> ExactGP:
     if isinstance(likelihood, gpytorch.likelihoods.FixedNoiseGaussianLikelihood):
         # Not that of the likelihood itself: it has what is learned beside in it.
         likelihood.noise_covar.noise = likelihood.noise_covar.noise[rows]
-    kept = {name for name, _, _ in _averaged(part)}
+    averaged = {name for name, _, _ in learned_parameters(part)}
     for name, parameter in part.named_parameters():
-        if name not in kept and f".{name}" not in kept:
+        if name not in averaged:
             parameter.requires_grad_(False)
     return part

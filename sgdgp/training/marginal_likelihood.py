@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -20,10 +22,8 @@ from sgdgp.operators.choose import operator_by_name
 from sgdgp.solvers.auto import check_solver_name
 from sgdgp.solvers.base import Solution, Solver
 from sgdgp.training.carried_solve import CarriedSolve, SolveSettings
-from sgdgp.training.exact import EXACT_ROWS, exact_log_likelihood
-from sgdgp.training.gradient import surrogate
-from sgdgp.training.log_determinant import estimate_log_likelihood
-from sgdgp.training.path_integral import PathIntegral
+from sgdgp.training.evidence import estimate_log_likelihood
+from sgdgp.training.gradient import EXACT_ROWS, exact_log_likelihood, surrogate
 from sgdgp.training.probes import Probes
 
 
@@ -45,7 +45,7 @@ class StochasticMarginalLogLikelihood(MarginalLogLikelihood):
     exactly.
 
     The *value* of a large system is integrated along the path of the parameters from
-    an estimate at the first evaluation (``path_integral.py``), so it is good for
+    an estimate at the first evaluation (``PathIntegral``), so it is good for
     looking at, not for a line search; ``log_marginal_likelihood`` estimates it afresh.
 
     Like GPyTorch's it is divided by the number of observations, and so are the log
@@ -270,3 +270,70 @@ class StochasticMarginalLogLikelihood(MarginalLogLikelihood):
         for _, module, prior, closure, _ in self.model.named_priors():
             total = total + prior.log_prob(closure(module)).sum()
         return total
+
+
+@dataclass
+class PathIntegral:
+    """Adds up what a function gains along a path, from its gradient alone.
+
+    The log determinant of a large matrix is dear, its gradient is not. Along the steps
+    of an optimiser
+
+        L(t + 1) - L(t) ~ (g_t + g_{t+1})^T (p_{t+1} - p_t) / 2,
+
+    the trapezoid rule, which is exact for quadratics and of third order in the step.
+
+    Attributes:
+        value: At the last point; counted from its first value.
+    """
+
+    value: float = 0.0
+    _point: list[Tensor] = field(default_factory=list, repr=False)
+    _gradient: list[Tensor] = field(default_factory=list, repr=False)
+
+    def move(self, point: Sequence[Tensor], gradient: Sequence[Tensor]) -> float:
+        """Go on to a point with the gradient there; the value at it.
+
+        Where the gradient is not finite there is no value (NaN), and the path does
+        not lead there.
+
+        Args:
+            point: Parameters, in the same order every time.
+            gradient: Gradients of the function with respect to them.
+        """
+        parameters = [p.detach().clone() for p in point]
+        slopes = [g.detach().clone() for g in gradient]
+        if not all(bool(torch.isfinite(g).all()) for g in slopes):
+            return math.nan
+        if self._point:
+            self.value += 0.5 * sum(
+                float(((before + now) * _step(p, q)).double().sum())
+                for before, now, p, q in zip(
+                    self._gradient, slopes, parameters, self._point, strict=True
+                )
+            )
+        self._point, self._gradient = parameters, slopes
+        return self.value
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything, as tensors by name."""
+        return {
+            "value": torch.tensor(self.value, dtype=torch.float64),
+            **{f"point.{i}": p for i, p in enumerate(self._point)},
+            **{f"gradient.{i}": g for i, g in enumerate(self._gradient)},
+        }
+
+    @classmethod
+    def from_state(cls, state: dict[str, Tensor]) -> PathIntegral:
+        """The inverse of ``state``."""
+        count = sum(name.startswith("point.") for name in state)
+        return cls(
+            float(state["value"]),
+            [state[f"point.{i}"] for i in range(count)],
+            [state[f"gradient.{i}"] for i in range(count)],
+        )
+
+
+def _step(p: Tensor, q: Tensor) -> Tensor:
+    """The way from q to p; zero also where both are infinite, as on a bound."""
+    return torch.where(p == q, torch.zeros_like(p), p - q)

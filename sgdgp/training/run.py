@@ -1,34 +1,109 @@
-"""The loop of a fit: evaluate, step, recover, stop, keep."""
+"""The loop of a fit: evaluate, step, recover, stop, keep; and what it tells."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Literal, TypeAlias
 
 import torch
 from gpytorch.models import ExactGP
 from torch import Tensor
 from torch.optim import Optimizer
 
+from sgdgp.core.checks import check_count, check_positive
 from sgdgp.gpytorch_adapter import Inputs, prior_at
-from sgdgp.training.history import (
-    FitCallback,
-    FitEntry,
-    FitReason,
-    Fitted,
-    parameter_values,
-)
 from sgdgp.training.marginal_likelihood import StochasticMarginalLogLikelihood
-from sgdgp.training.plateau import Plateau
+from sgdgp.training.parameters import parameter_values
+
+FitReason: TypeAlias = Literal["plateau", "steps", "budget", "interrupted", "diverged"]
 
 _MOST_RECOVERIES = 5
+"""Halvings of the learning rate before a fit gives up: 32 times slower is no fit."""
+
 _COLLAPSE = 1.0
 """A loss of log p(y | X) / n that no step of a fit that converges makes."""
 
 
 @dataclass(frozen=True)
-class Limits:
+class FitEntry:
+    """One step of a fit, before the parameters move.
+
+    Attributes:
+        step: Steps made before this one.
+        passes: Passes over K so far.
+        seconds: Wall time so far.
+        value: log p(y | X) and log priors over n; above 1,000 rows counted from the
+            first step (integrated along the path).
+        residual: Largest relative residual of the step's solve.
+        parameters: Values in the user's units, by GPyTorch's names without "raw_";
+            of networks none.
+    """
+
+    step: int
+    passes: float
+    seconds: float
+    value: float
+    residual: float
+    parameters: Mapping[str, tuple[float, ...]] = field(repr=False)
+
+
+FitCallback: TypeAlias = Callable[[FitEntry], bool | None]
+"""Called after every step with what was found before it; True stops the fit."""
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """How a fit went; the parameters themselves are in the model.
+
+    Attributes:
+        reason: "plateau", "steps", "budget", "interrupted" or "diverged".
+        steps: Steps of the optimiser.
+        passes: Passes over K of all solves.
+        seconds: Wall time, of all runs together where a checkpoint was gone on from.
+        history: One entry per step.
+        warnings: Sentences that say what a user may want to do about it.
+    """
+
+    reason: FitReason
+    steps: int
+    passes: float
+    seconds: float
+    history: tuple[FitEntry, ...] = field(repr=False)
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Plateau:
+    """Stop when the last steps together gained next to nothing.
+
+    Attributes:
+        patience: Number of steps looked at.
+        gain: Least gain of log p(y | X) / n over them.
+    """
+
+    patience: int = 10
+    gain: float = 1e-3
+
+    def __post_init__(self) -> None:
+        check_count("patience", self.patience, 1)
+        check_positive("gain", self.gain)
+
+    def is_reached(self, values: Sequence[float]) -> bool:
+        """Whether a series of values has come to rest.
+
+        Compared are the best value before and among the last ``patience``: a fit that
+        oscillates around its optimum gains nothing.
+        """
+        if len(values) <= self.patience:
+            return False
+        earlier, recent = values[: -self.patience], values[-self.patience :]
+        return max(recent) - max(earlier) < self.gain
+
+
+@dataclass(frozen=True)
+class FitLimits:
     """When a fit ends.
 
     Attributes:
@@ -43,7 +118,7 @@ class Limits:
     max_seconds: float | None
     plateau: Plateau | None
 
-    def after(self, earlier: Sequence[Fitted]) -> Limits:
+    def after(self, earlier: Sequence[Fitted]) -> FitLimits:
         """The limits of a fit whose budgets earlier ones have drawn on."""
 
         def left(budget: float | None, used: int | float) -> float | None:
@@ -105,7 +180,7 @@ class Run:
         self,
         x: Inputs,
         y: Tensor,
-        limits: Limits,
+        limits: FitLimits,
         callback: FitCallback | None,
         keep: Callable[[Run], None],
     ) -> FitReason:

@@ -1,5 +1,6 @@
 import copy
 import math
+import sys
 
 import gpytorch
 import pytest
@@ -11,7 +12,16 @@ from gpytorch.priors import NormalPrior
 
 import sgdgp
 from sgdgp.features import NoRandomFeatures, has_features
-from sgdgp.training import PathwiseProbes, Plateau, StandardProbes, fit
+from sgdgp.training import (
+    FitEntry,
+    PathwiseProbes,
+    Plateau,
+    StandardProbes,
+    fit,
+    log_marginal_likelihood,
+)
+from sgdgp.training.fit import best_of, describe, fit_bar
+from sgdgp.training.run import Fitted
 from tests.models import hadamard_gp, multitask_gp
 from tests.training.problems import (
     Model,
@@ -434,3 +444,152 @@ def test_models_that_cannot_be_fitted_are_refused():
 def test_plateau_is_a_setting():
     fitted = fit(rbf_model(), steps=100, plateau=Plateau(patience=2, gain=10.0))
     assert (fitted.reason, fitted.steps) == ("plateau", 3)
+
+
+def test_one_value_is_shown_as_it_is_and_several_by_their_range():
+    parameters = {
+        "likelihood.noise_covar.noise": (0.012345,),
+        "covar_module.base_kernel.lengthscale": (0.5, 12.0, 0.031),
+    }
+    assert describe(parameters) == "noise 0.0123, lengthscale 0.031..12"
+
+
+def test_no_more_than_four_are_shown():
+    many = {f"kernel.part{i}": (float(i),) for i in range(9)}
+    assert describe(many) == "part0 0, part1 1, part2 2, part3 3"
+
+
+def test_nothing_to_show_is_shown_as_nothing():
+    assert describe({}) == ""
+
+
+def entry(step):
+    return FitEntry(step, 3.0, 0.1, -1.0, 0.02, {"likelihood.noise": (0.25,)})
+
+
+def test_the_bar_counts_steps_and_shows_parameters_and_residual(capsys):
+    with fit_bar(True, 7, None) as moved:
+        assert moved(entry(0)) is None
+        assert moved(entry(4)) is None
+    shown = capsys.readouterr().err
+    assert "5/7" in shown
+    assert "noise 0.25, residual 2e-02" in shown
+
+
+def test_the_callback_behind_the_bar_decides():
+    with fit_bar(True, 7, lambda found: found.step == 2) as moved:
+        assert not moved(entry(1))
+        assert moved(entry(2))
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_by_default_there_is_a_bar_on_a_terminal_only(is_terminal, monkeypatch, capsys):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: is_terminal, raising=False)
+    fit(rbf_model(20), steps=2)
+    assert ("lengthscale" in capsys.readouterr().err) is is_terminal
+
+
+def test_without_a_bar_the_callback_is_handed_through():
+    def callback(found):
+        return None
+
+    with fit_bar(False, 7, callback) as moved:
+        assert moved is callback
+
+
+def wave():
+    """Three periods, and a model that starts where all seems to be noise."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.linspace(0.0, 1.0, 40, dtype=torch.float64).unsqueeze(1)
+    noise = torch.randn(40, generator=generator, dtype=torch.float64)
+    kernel = ScaleKernel(RBFKernel())
+    model = Model(x, torch.sin(20.0 * x[:, 0]) + 0.3 * noise, kernel)
+    kernel.base_kernel.lengthscale = 0.3
+    model.likelihood.noise = 1.0
+    return model
+
+
+def test_restarts_find_the_better_optimum():
+    alone, restarted = wave(), wave()
+    fit(alone, steps=60)
+    fitted = fit(restarted, steps=60, restarts=3)
+    values = [log_marginal_likelihood(model).value for model in (alone, restarted)]
+    assert values[1] > values[0] + 10.0
+    assert fitted.steps <= 60
+
+
+def test_the_first_fit_starts_where_the_model_is():
+    """So restarts never end worse than without them."""
+    alone, restarted = rbf_model(), rbf_model()
+    fit(alone, steps=30)
+    fit(restarted, steps=30, restarts=2)
+    values = [log_marginal_likelihood(model).value for model in (alone, restarted)]
+    assert values[1] >= values[0] - 1e-9
+
+
+def attempts(model, outcomes):
+    """Fits that set the mean and end as they are told."""
+    seen = []
+
+    def attempt(i, earlier):
+        seen.append(len(earlier))
+        mean, reason = outcomes[i]
+        model.mean_module.constant = mean
+        return Fitted(reason, steps=i, passes=2.0, seconds=0.5, history=())
+
+    return attempt, seen
+
+
+def run(model, outcomes):
+    attempt, seen = attempts(model, outcomes)
+    x, y = model.train_inputs[0], model.train_targets
+    return best_of(len(outcomes), attempt, model, x, y, 0), seen
+
+
+def test_the_model_ends_with_the_best_fits_parameters_and_all_costs():
+    model = rbf_model()
+    fitted, seen = run(model, [(5.0, "steps"), (0.1, "plateau"), (-7.0, "steps")])
+    assert float(model.mean_module.constant.detach()) == pytest.approx(0.1)
+    assert (fitted.reason, fitted.steps) == ("plateau", 1)
+    assert (fitted.passes, fitted.seconds) == (6.0, 1.5)
+    assert seen == [0, 1, 2]
+
+
+@pytest.mark.parametrize("reason", ["interrupted", "budget"])
+def test_a_stop_or_an_empty_budget_ends_all(reason):
+    model = rbf_model()
+    _, seen = run(model, [(0.2, "steps"), (4.0, reason), (0.0, "steps")])
+    assert len(seen) == 2
+    assert float(model.mean_module.constant.detach()) == pytest.approx(0.2)
+
+
+def test_a_fit_that_ended_nowhere_is_never_the_best():
+    model = rbf_model()
+    run(model, [(math.nan, "diverged"), (9.0, "steps")])
+    assert float(model.mean_module.constant.detach()) == pytest.approx(9.0)
+
+
+def test_a_budget_is_for_all_fits_together():
+    fitted = fit(rbf_model(), steps=10**5, plateau=None, restarts=3, max_seconds=0.3)
+    assert fitted.reason == "budget"
+    assert fitted.seconds < 3.0
+
+
+def test_every_restart_has_a_checkpoint_of_its_own(tmp_path):
+    path = tmp_path / "fit.sgdgp"
+    whole, model = rbf_model(), rbf_model()
+    truth = fit(whole, steps=6, restarts=2)
+    seen = []
+
+    def stop(entry):
+        seen.append(entry)
+        return len(seen) == 9
+
+    fit(model, steps=6, restarts=2, checkpoint=path, callback=stop)
+    assert len(list(tmp_path.iterdir())) == 2
+    model, seen = rbf_model(), []
+    fitted = fit(model, steps=6, restarts=2, checkpoint=path, callback=seen.append)
+    assert len(seen) == 3 + 6
+    assert len(list(tmp_path.iterdir())) == 3
+    assert_same(parameters(model), parameters(whole), rtol=1e-6, atol=1e-8)
+    assert fitted.steps == truth.steps

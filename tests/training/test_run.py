@@ -1,15 +1,16 @@
 import math
 from itertools import pairwise
 
+import hypothesis
 import pytest
 import torch
+from hypothesis import strategies as st
 
 from sgdgp.training import Plateau, StochasticMarginalLogLikelihood
-from sgdgp.training.history import FitEntry, Fitted
-from sgdgp.training.run import Limits, Run
+from sgdgp.training.run import FitEntry, FitLimits, Fitted, Run
 from tests.training.problems import assert_same, parameters, rbf_model
 
-NONE = Limits(steps=100, max_passes=None, max_seconds=None, plateau=None)
+NONE = FitLimits(steps=100, max_passes=None, max_seconds=None, plateau=None)
 
 
 def run(model, lr=0.1, kind=torch.optim.Adam):
@@ -20,7 +21,7 @@ def run(model, lr=0.1, kind=torch.optim.Adam):
 
 def go(found, steps, callback=None, keep=lambda run: None):
     x, y = found.model.train_inputs[0], found.model.train_targets
-    limits = Limits(steps, None, None, None)
+    limits = FitLimits(steps, None, None, None)
     return found.go(x, y, limits, callback, keep)
 
 
@@ -29,10 +30,10 @@ def entries(values):
 
 
 def test_earlier_fits_draw_on_the_budgets_but_not_on_the_steps():
-    limits = Limits(50, 100.0, 20.0, Plateau())
+    limits = FitLimits(50, 100.0, 20.0, Plateau())
     earlier = [Fitted("steps", 9, 30.0, 15.0, ()), Fitted("steps", 9, 80.0, 2.0, ())]
     left = limits.after(earlier)
-    assert left == Limits(50, 0.0, 3.0, Plateau())
+    assert left == FitLimits(50, 0.0, 3.0, Plateau())
     assert limits.after([]) == limits
     assert NONE.after(earlier) == NONE
 
@@ -41,15 +42,15 @@ def test_each_limit_has_its_reason():
     found = run(rbf_model())
     assert NONE.reason(found) is None
     found.history = entries([0.0] * 20)
-    assert Limits(20, None, None, None).reason(found) == "steps"
-    assert Limits(21, None, None, None).reason(found) is None
-    assert Limits(21, None, None, Plateau()).reason(found) == "plateau"
+    assert FitLimits(20, None, None, None).reason(found) == "steps"
+    assert FitLimits(21, None, None, None).reason(found) is None
+    assert FitLimits(21, None, None, Plateau()).reason(found) == "plateau"
     found.mll.passes = 7.0
-    assert Limits(21, 7.0, None, None).reason(found) == "budget"
-    assert Limits(21, 7.5, None, None).reason(found) is None
+    assert FitLimits(21, 7.0, None, None).reason(found) == "budget"
+    assert FitLimits(21, 7.5, None, None).reason(found) is None
     found.earlier_seconds = 60.0
-    assert Limits(21, None, 60.0, None).reason(found) == "budget"
-    assert Limits(21, None, 90.0, None).reason(found) is None
+    assert FitLimits(21, None, 60.0, None).reason(found) == "budget"
+    assert FitLimits(21, None, 90.0, None).reason(found) is None
 
 
 def test_an_entry_tells_of_the_parameters_before_its_step():
@@ -130,3 +131,43 @@ def test_a_small_loss_is_no_divergence():
     values = [entry.value for entry in found.history]
     assert any(later < earlier for earlier, later in pairwise(values))
     assert found.recoveries == 0
+
+
+values = st.lists(st.floats(-10, 10), max_size=30)
+
+
+@hypothesis.given(values, st.integers(1, 8))
+def test_a_short_series_has_no_plateau(series, patience):
+    assert not Plateau(patience=patience).is_reached(series[:patience])
+
+
+@hypothesis.given(values, st.integers(1, 8), st.floats(1e-6, 1.0))
+def test_a_new_best_by_more_than_the_gain_is_no_plateau(series, patience, gain):
+    best = max(series, default=0.0)
+    rising = [*series, 0.0, best + gain * (1.0 + 1e-6) + 1e-9]
+    if len(rising) > patience and max(rising[:-patience]) <= best:
+        assert not Plateau(patience, gain).is_reached(rising)
+
+
+@hypothesis.given(values, st.integers(1, 8), st.floats(1e-6, 1.0))
+def test_patience_steps_below_the_best_are_a_plateau(series, patience, gain):
+    best = max(series, default=0.0)
+    resting = [*series, best] + [best - 0.1, best - 0.3] * patience
+    assert Plateau(patience, gain).is_reached(resting)
+
+
+@pytest.mark.parametrize(
+    ("last", "is_reached"), [(1.09, True), (1.11, False)], ids=["less", "more"]
+)
+def test_what_counts_is_the_gain_over_all_the_last_steps(last, is_reached):
+    slow = [0.5, 1.0, 1.03, 1.06, last]
+    assert Plateau(patience=3, gain=0.1).is_reached(slow) is is_reached
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [({"patience": 0}, "patience"), ({"gain": 0.0}, "gain"), ({"gain": -1.0}, "gain")],
+)
+def test_bad_settings_are_refused(settings, words):
+    with pytest.raises(ValueError, match=words):
+        Plateau(**settings)

@@ -1,0 +1,128 @@
+"""The parameters of a model: read, averaged and scattered through their constraints."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TypeAlias
+
+import gpytorch
+import torch
+from torch import Tensor
+
+Constraint: TypeAlias = gpytorch.constraints.Interval | None
+
+_LARGEST = 64
+"""Numbers of one parameter that are told, at most: lengthscales, but no tables."""
+
+_EDGE = 0.05
+"""Share of an interval at each end that scattered parameters keep out of: on a bound
+itself the gradient is zero."""
+
+
+def state_of(model: torch.nn.Module) -> dict[str, Tensor]:
+    """A copy of all parameters and buffers by name."""
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def put_state(model: torch.nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Load parameters and buffers, and touch nothing else.
+
+    BoTorch's own method also transforms the training data anew, which rounds them.
+
+    Args:
+        model: The model, changed in place.
+        state: What ``state_of`` returned.
+    """
+    torch.nn.Module.load_state_dict(model, state)
+
+
+def learned_parameters(
+    model: torch.nn.Module,
+) -> Iterator[tuple[str, torch.nn.Parameter, Constraint]]:
+    """Names, parameters and constraints of what GPyTorch modules learn.
+
+    Networks in front of a kernel are none, so their weights are left out.
+
+    Args:
+        model: A GPyTorch model.
+    """
+    for path, module in model.named_modules():
+        if isinstance(module, gpytorch.Module):
+            for name, parameter in module.named_parameters(recurse=False):
+                if parameter.requires_grad:
+                    constraint = getattr(module, f"{name}_constraint", None)
+                    yield ".".join(filter(None, (path, name))), parameter, constraint
+
+
+def parameter_values(model: torch.nn.Module) -> dict[str, tuple[float, ...]]:
+    """Learned parameters through their constraints, by names without "raw_".
+
+    Args:
+        model: A GPyTorch model.
+    """
+    values: dict[str, tuple[float, ...]] = {}
+    for name, parameter, constraint in learned_parameters(model):
+        if 0 < parameter.numel() <= _LARGEST:
+            value = parameter.detach()
+            if constraint is not None:
+                value = constraint.transform(value)
+            path, dot, last = name.rpartition(".")
+            shown = f"{path}{dot}{last.removeprefix('raw_')}"
+            values[shown] = tuple(value.flatten().tolist())
+    return values
+
+
+def to_average(parameter: Tensor, constraint: Constraint) -> Tensor:
+    """What is averaged of a parameter: of positive ones their logarithm."""
+    value = parameter.detach()
+    if constraint is None:
+        return value
+    value = constraint.transform(value)
+    return value.log() if _is_positive(constraint) else value
+
+
+def from_average(average: Tensor, constraint: Constraint) -> Tensor:
+    """The parameter of an average; the inverse of ``to_average``."""
+    if constraint is None:
+        return average
+    return constraint.inverse_transform(
+        average.exp() if _is_positive(constraint) else average
+    )
+
+
+@torch.no_grad()
+def scatter(model: torch.nn.Module, generator: torch.Generator) -> None:
+    """Move a model's constrained parameters to a random place, in place.
+
+    Positive parameters are multiplied by exp(N(0, 1)), those in an interval drawn
+    uniformly from it. Parameters without a constraint (means, networks) stay.
+
+    Args:
+        model: A GPyTorch model.
+        generator: Source of all randomness.
+    """
+    for _, parameter, constraint in learned_parameters(model):
+        if constraint is not None:
+            value = _scattered(constraint.transform(parameter), constraint, generator)
+            parameter.copy_(constraint.inverse_transform(value))
+
+
+def _scattered(
+    value: Tensor,
+    constraint: gpytorch.constraints.Interval,
+    generator: torch.Generator,
+) -> Tensor:
+    lower = constraint.lower_bound.to(value)
+    upper = constraint.upper_bound.to(value)
+    if bool(torch.isfinite(lower).all() and torch.isfinite(upper).all()):
+        share = torch.rand(value.shape, generator=generator, dtype=torch.float64)
+        share = _EDGE + (1 - 2 * _EDGE) * share.to(value)
+        return lower + (upper - lower) * share
+    if bool((lower >= 0).all()):
+        factor = torch.randn(value.shape, generator=generator, dtype=torch.float64)
+        return lower + (value - lower) * factor.exp().to(value)
+    return value
+
+
+def _is_positive(constraint: gpytorch.constraints.Interval) -> bool:
+    return bool((constraint.lower_bound >= 0).all())
