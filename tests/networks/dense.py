@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import torch
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from sgdgp.networks import Categorical
 from sgdgp.networks.curvature import TangentData, WeightSystem
 from sgdgp.networks.priors.base import DiagonalPrior
 from sgdgp.networks.stream import stream_of
-from sgdgp.tangent.jacobian import Tangent
+from sgdgp.tangent import Tangent
 
 EXAMPLES, CLASSES = 23, 3
 
@@ -22,8 +23,8 @@ def tiny_system(batch: int = 7, precision: float = 0.3):
     torch.manual_seed(0)
     network = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, CLASSES))
     tangent = Tangent(network.double().eval())
-    batches = list(zip(x.split(batch), y.split(batch), strict=True))
-    data = TangentData(tangent, stream_of(batches, tangent.device))
+    loader = DataLoader(TensorDataset(x, y), batch_size=batch)
+    data = TangentData(tangent, stream_of(loader, tangent.device))
     scales = 0.5 + torch.rand(
         tangent.num_weights, generator=generator, dtype=torch.float64
     )

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sgdgp.networks.curvature import curvature_probes, example_noise
+from sgdgp.networks.curvature import TangentData, curvature_probes, example_noise
+from sgdgp.networks.stream import stream_of
 from tests.networks.dense import CLASSES, EXAMPLES, columns, tiny_system
 
 
@@ -84,22 +85,34 @@ def test_squares_of_probes_estimate_the_diagonal_of_the_curvature():
     assert float((squares / exact - 1).abs().max()) < 5 * (2 / count) ** 0.5
 
 
-def test_example_noise_is_standard_normal_and_independent():
-    noise = example_noise(torch.arange(300), 4, range(16), seed=9).flatten(0, 1)
-    count = noise.numel()
-    assert abs(float(noise.mean())) < 4 / count**0.5
-    assert abs(float(noise.var()) - 1) < 4 * (2 / count) ** 0.5
-    correlation = torch.corrcoef(noise.T) - torch.eye(16)
-    assert float(correlation.abs().max()) < 5 / 1200**0.5
+def test_noise_of_an_example_depends_on_its_number_and_the_sample_only():
+    numbers = torch.tensor([3, 40, 41, 100])
+    all_at_once = example_noise(numbers, 5, range(20), seed=7)
+    assert all_at_once.shape == (4, 5, 20)
+    one = example_noise(numbers[2:3], 5, range(9, 11), seed=7)
+    assert torch.equal(one[0], all_at_once[2, :, 9:11])
+    turned = example_noise(numbers.flip(0), 5, range(20), seed=7)
+    assert torch.equal(turned.flip(0), all_at_once)
+    other = example_noise(numbers, 5, range(20), seed=8)
+    assert not (other == all_at_once).any()
+
+
+def test_noise_is_standard_normal_and_independent():
+    n, k = 400, 16
+    noise = example_noise(torch.arange(n), 3, range(k), seed=0).double()
+    assert abs(float(noise.mean())) < 4 / noise.numel() ** 0.5
+    assert abs(float(noise.var()) - 1) < 4 * (2 / noise.numel()) ** 0.5
+    for matrix in (noise.flatten(0, 1).mT, noise.flatten(1).mT):
+        columns = matrix.shape[1]
+        correlation = matrix @ matrix.mT / columns
+        off = correlation - correlation.diagonal().diag()
+        assert float(off.abs().max()) < 4.5 / columns**0.5
 
 
 def test_targets_that_do_not_match_the_inputs_are_refused():
     system, _, _, _ = tiny_system()
     stream = system.data.stream
     x, y = next(iter(stream)).x, next(iter(stream)).y
-    from sgdgp.networks.curvature import TangentData
-    from sgdgp.networks.stream import stream_of
-
     data = TangentData(
         system.data.tangent, stream_of([(x, y[:-2])], system.outputs.device)
     )

@@ -10,9 +10,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from sgdgp.core.errors import CheckpointError
 from sgdgp.networks import Categorical, Gaussian, Isotropic, WeightCG, linearise
 from sgdgp.networks.checkpoint import RunKeeper
-from sgdgp.networks.curvature import example_noise
 from sgdgp.networks.fitting import prior_draws
-from sgdgp.networks.priors.base import DiagonalPrior
 
 SETTINGS = {
     "num_samples": 4,
@@ -186,46 +184,9 @@ def test_batches_and_their_order_do_not_matter(network, data, kind: str):
     assert_same(*fits, 1e-6)
 
 
-def test_noise_of_an_example_depends_on_its_number_and_the_sample_only():
-    numbers = torch.tensor([3, 40, 41, 100])
-    all_at_once = example_noise(numbers, 5, range(20), seed=7)
-    assert all_at_once.shape == (4, 5, 20)
-    one = example_noise(numbers[2:3], 5, range(9, 11), seed=7)
-    assert torch.equal(one[0], all_at_once[2, :, 9:11])
-    turned = example_noise(numbers.flip(0), 5, range(20), seed=7)
-    assert torch.equal(turned.flip(0), all_at_once)
-    other = example_noise(numbers, 5, range(20), seed=8)
-    assert not (other == all_at_once).any()
-
-
-def test_noise_is_standard_normal_and_independent():
-    n, k = 400, 16
-    noise = example_noise(torch.arange(n), 3, range(k), seed=0).double()
-    assert abs(float(noise.mean())) < 4 / noise.numel() ** 0.5
-    assert abs(float(noise.var()) - 1) < 4 * (2 / noise.numel()) ** 0.5
-    for matrix in (noise.flatten(0, 1).mT, noise.flatten(1).mT):
-        columns = matrix.shape[1]
-        correlation = matrix @ matrix.mT / columns
-        off = correlation - correlation.diagonal().diag()
-        assert float(off.abs().max()) < 4.5 / columns**0.5
-
-
 def test_prior_draws_are_those_of_their_numbers():
     like = torch.zeros(50, 1, dtype=torch.float64)
     draws = prior_draws(like, range(6), seed=3)
     assert draws.shape == (50, 6)
     assert torch.equal(prior_draws(like, range(4, 6), seed=3), draws[:, 4:])
     assert not torch.equal(prior_draws(like, range(6), seed=4), draws)
-
-
-def test_rewhitened_weights_are_the_same_weights():
-    scales = torch.rand(6, dtype=torch.float64) + 0.5
-    groups = (slice(0, 2), slice(2, 6))
-    old, new = (
-        DiagonalPrior(
-            6, torch.tensor(p, dtype=torch.float64), groups=groups, scales=scales
-        )
-        for p in ([2.0, 3.0], [5.0, 0.7])
-    )
-    v = torch.randn(6, 3, generator=torch.Generator().manual_seed(0)).double()
-    torch.testing.assert_close(new.root(new.rewhiten(v, old)), old.root(v))

@@ -383,3 +383,16 @@ def test_probes_of_a_large_network_are_fewer(monkeypatch, tangent):
 def _covariance(n: int, generator: torch.Generator) -> Tensor:
     a = torch.randn(n, n + 2, generator=generator).double()
     return a @ a.mT / n
+
+
+def test_rewhitened_weights_are_the_same_weights():
+    scales = torch.rand(6, dtype=torch.float64) + 0.5
+    groups = (slice(0, 2), slice(2, 6))
+    old, new = (
+        DiagonalPrior(
+            6, torch.tensor(p, dtype=torch.float64), groups=groups, scales=scales
+        )
+        for p in ([2.0, 3.0], [5.0, 0.7])
+    )
+    v = torch.randn(6, 3, generator=torch.Generator().manual_seed(0)).double()
+    torch.testing.assert_close(new.root(new.rewhiten(v, old)), old.root(v))
