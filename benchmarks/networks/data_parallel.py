@@ -28,7 +28,7 @@ from sgdgp.networks import Categorical, Isotropic, WeightCG, linearise
 from sgdgp.networks.curvature import TangentData, WeightSystem
 from sgdgp.networks.priors.base import DiagonalPrior
 from sgdgp.networks.stream import stream_of
-from sgdgp.tangent.jacobian import Tangent
+from sgdgp.tangent import Tangent
 
 MEASURED = Path(__file__).parent / "measured" / "data_parallel.json"
 

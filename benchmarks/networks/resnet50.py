@@ -26,7 +26,7 @@ from sgdgp.networks.curvature import TangentData, WeightSystem
 from sgdgp.networks.likelihoods import Categorical
 from sgdgp.networks.priors.base import DiagonalPrior
 from sgdgp.networks.stream import stream_of
-from sgdgp.tangent.jacobian import Tangent
+from sgdgp.tangent import Tangent
 
 MEASURED = Path(__file__).parent / "measured" / "resnet50.json"
 

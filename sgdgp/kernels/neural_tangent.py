@@ -11,9 +11,7 @@ from torch import Tensor, nn
 
 from sgdgp.features.dispatch import FeatureRequest
 from sgdgp.kernels.registry import register_kernel
-from sgdgp.tangent.features import TangentFeatures, WeightRoot
-from sgdgp.tangent.jacobian import Tangent
-from sgdgp.tangent.network import Weights
+from sgdgp.tangent import Tangent, TangentFeatures, WeightRoot, Weights
 
 
 class NeuralTangentKernel(Kernel):
@@ -30,7 +28,7 @@ class NeuralTangentKernel(Kernel):
         input_shape: Shape of one of its inputs, for rows of x that are flattened
             ones. Default: rows go to the network as they are.
         prior: A root of Sigma_0, such as a weight prior. Default: the identity.
-        weights: The uncertain weights, see :class:`sgdgp.tangent.jacobian.Tangent`.
+        weights: The uncertain weights, see :class:`sgdgp.tangent.Tangent`.
         output: Takes what the network returns to a tensor.
         memory_budget: Bytes for temporaries. Default: half of what is free.
         **kwargs: ``active_dims``.

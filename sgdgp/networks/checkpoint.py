@@ -20,7 +20,7 @@ from sgdgp.networks.fitting import RunState
 from sgdgp.networks.storage import differences, in_words, network_fingerprint
 from sgdgp.networks.stored_values import decoded, encoded
 from sgdgp.posterior.checkpoint_file import checked_place
-from sgdgp.tangent.jacobian import Tangent
+from sgdgp.tangent import Tangent
 
 KIND = FileKind("sgdgp.networks.fit", 1, "checkpoint of a network's fit")
 

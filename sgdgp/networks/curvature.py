@@ -21,7 +21,7 @@ from torch import Tensor
 from sgdgp.networks.likelihoods import Likelihood
 from sgdgp.networks.priors.settings import WeightPrior
 from sgdgp.networks.stream import Batch, Stream
-from sgdgp.tangent.jacobian import Tangent, TangentBatch
+from sgdgp.tangent import Tangent, TangentBatch
 
 _EXAMPLES, _SAMPLES = 32, 8
 """Noise is drawn for blocks of so many examples and samples: one seeding of a generator

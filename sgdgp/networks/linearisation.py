@@ -31,8 +31,7 @@ from sgdgp.networks.priors.settings import GPrior, PriorSettings
 from sgdgp.networks.stream import Split, stream_of
 from sgdgp.networks.weight_solvers import WeightCG, WeightSGD, WeightSolver
 from sgdgp.solvers.base import Callback, progress_bar
-from sgdgp.tangent.jacobian import Tangent
-from sgdgp.tangent.network import Weights
+from sgdgp.tangent import Tangent, Weights
 
 STREAMED_FROM = 200_000
 """From so many examples "auto" is stochastic gradient descent."""

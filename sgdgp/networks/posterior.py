@@ -32,7 +32,7 @@ from sgdgp.networks.predictive import (
 )
 from sgdgp.networks.priors.settings import WeightPrior
 from sgdgp.networks.stream import Split, stream_of
-from sgdgp.tangent.jacobian import Tangent
+from sgdgp.tangent import Tangent
 
 _KEPT_NUMBERS = 2**28
 """Most numbers of held-out fluctuations that are kept, a GiB of float32: without them

@@ -20,7 +20,7 @@ from sgdgp.core.hashes import digest
 from sgdgp.networks.posterior import LinearisedPosterior
 from sgdgp.networks.stored_values import decoded, encoded
 from sgdgp.posterior.storage import _versions
-from sgdgp.tangent.jacobian import Tangent
+from sgdgp.tangent import Tangent
 
 KIND = FileKind("sgdgp.networks", 1, "posterior of a network")
 

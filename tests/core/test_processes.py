@@ -49,7 +49,7 @@ CHILD = (
     + """
 import json
 from torch import nn
-from sgdgp.tangent.jacobian import Tangent
+from sgdgp.tangent import Tangent
 from sgdgp.core import processes as room
 from sgdgp.networks.priors.settings import GPrior, Kronecker
 
@@ -155,7 +155,7 @@ def test_priors_of_shared_data_are_those_of_all_data(pair):
     from torch import nn
 
     from sgdgp.networks.priors.settings import GPrior, Kronecker
-    from sgdgp.tangent.jacobian import Tangent
+    from sgdgp.tangent import Tangent
 
     tangent = Tangent(nn.Linear(3, 2).double())
     g = torch.Generator().manual_seed(0)

@@ -19,7 +19,7 @@ from sgdgp.networks.priors.base import DiagonalPrior
 from sgdgp.networks.priors.settings import Layerwise
 from sgdgp.networks.storage import load, load_fields, save, save_fields
 from sgdgp.networks.stored_values import decoded, encoded, register_stored_class
-from sgdgp.tangent.jacobian import Tangent
+from sgdgp.tangent import Tangent
 
 STEP = EMStep((1.5,), (3.0,), 0.25, None, 12.5, (1e-3, float("inf")), 7.0, 1.25)
 

@@ -16,7 +16,7 @@ from sgdgp.networks.priors import probes as probe_moments
 from sgdgp.networks.priors.base import DiagonalPrior, KroneckerPrior, prior_from
 from sgdgp.networks.priors.probes import LARGEST_FACTOR
 from sgdgp.networks.priors.settings import GPrior, Isotropic, Kronecker, Layerwise
-from sgdgp.tangent.jacobian import Tangent
+from sgdgp.tangent import Tangent
 
 SETTINGS = [
     Isotropic(),

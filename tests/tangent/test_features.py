@@ -6,8 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from sgdgp.tangent.features import IdentityRoot, TangentFeatures, WeightRoot
-from sgdgp.tangent.jacobian import Tangent
+from sgdgp.tangent import IdentityRoot, Tangent, TangentFeatures, WeightRoot
 from tests.networks.kinds import CLASSES, inputs_of, network_of
 
 

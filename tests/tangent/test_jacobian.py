@@ -9,9 +9,9 @@ import torch
 from torch import nn
 from torch.func import functional_call, jacrev
 
+from sgdgp.tangent import Tangent
 from sgdgp.tangent import jacobian as module
 from sgdgp.tangent.forward import RULES
-from sgdgp.tangent.jacobian import Tangent
 from tests.networks.kinds import KINDS, inputs_of, network_of
 
 EXAMPLES = 5

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from sgdgp.tangent.jacobian import Tangent
+from sgdgp.tangent import Tangent
 from tests.networks.kinds import inputs_of, network_of
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from sgdgp.core.checks import check_finite
 from sgdgp.core.processes import current_processes
 from sgdgp.networks.priors.base import MatrixRoot
-from sgdgp.tangent.jacobian import Tangent
+from sgdgp.tangent import Tangent
 
 Probes: TypeAlias = Callable[[int], Iterator[Tensor]]
 """From p to J_b^T L_b e (D, p) for each batch b of this process."""

@@ -33,8 +33,7 @@ from sgdgp.networks.priors.probes import (
     floored_squares,
     given_blocks,
 )
-from sgdgp.tangent.jacobian import Tangent
-from sgdgp.tangent.network import NORMS
+from sgdgp.tangent import NORMS, Tangent
 
 __all__ = [
     "GPrior",
