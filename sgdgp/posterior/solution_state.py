@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sgdgp.solvers.auto import SOLVERS, Auto, Stage
 from sgdgp.solvers.base import HistoryEntry, Reason, Solution, Solver
-from sgdgp.solvers.block_preconditioners import ExactBlocks, NystromBlocks
+from sgdgp.solvers.blocks import ExactBlocks, NystromBlocks
 from sgdgp.solvers.preconditioners import Nystrom, PivotedCholesky
 from sgdgp.solvers.refinement import Refined
 from sgdgp.solvers.selection import Greedy, RandomOrder

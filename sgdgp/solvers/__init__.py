@@ -12,7 +12,7 @@ from sgdgp.solvers.base import (
     Solution,
     Solver,
 )
-from sgdgp.solvers.block_preconditioners import ExactBlocks, NystromBlocks
+from sgdgp.solvers.blocks import ExactBlocks, NystromBlocks
 from sgdgp.solvers.cholesky import Cholesky
 from sgdgp.solvers.conjugate_gradients import CG
 from sgdgp.solvers.inducing_sgd import InducingSGD

@@ -38,40 +38,35 @@ Deviations from the paper:
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
-from sgdgp.core.checks import check_count, check_positive
-from sgdgp.operators.base import KernelOperator
-from sgdgp.solvers.adasap_parameters import Acceleration, default_mu
-from sgdgp.solvers.base import (
-    Callback,
-    IterativeSolver,
-    Reason,
-    Recorder,
-    Solution,
+from sgdgp.core.checks import check_positive
+from sgdgp.operators.base import RowIndex
+from sgdgp.solvers.blocks import (
+    BlockPreconditioner,
+    NystromBlocks,
+    Shuffled,
+    fresh_partition,
 )
-from sgdgp.solvers.block_preconditioners import BlockPreconditioner, NystromBlocks
-from sgdgp.solvers.blocks import BestChecked, fresh_partition
+from sgdgp.solvers.driver import Algorithm, StochasticSolver, Task, check_steps
+from sgdgp.solvers.iterates import BlockIterate
 from sgdgp.solvers.stopping import Monitor
-from sgdgp.solvers.system import (
-    System,
-    accurate_residual,
-    as_system,
-    believed_norms,
-    initial_weights,
-    true_residual,
-)
+from sgdgp.solvers.system import System, true_residual
 
-_MAX_RESTARTS = 20
-_UNDERFLOW = 1e-12
+_CALMER = 10.0
+"""Factor of mu after a restart: a third of the memory 1 / q, as the step is halved."""
+
+_LEAST_MU = 0.1
+"""The least mu in units of 1 / nu (deviation 2): no more memory than three passes."""
 
 
 @dataclass(frozen=True)
-class ADASAP(IterativeSolver):
+class ADASAP(StochasticSolver):
     """Accelerated sketch-and-project; nothing needs to be set.
 
     Attributes:
@@ -92,11 +87,15 @@ class ADASAP(IterativeSolver):
     averaging: float | None = None
 
     name = "adasap"
+    title = "ADASAP"
+    advice = (
+        "Give it more passes (max_passes), ExactBlocks(), float64 data, or use CG or "
+        "Cholesky."
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.block_size is not None:
-            check_count("block_size", self.block_size, 1)
+        check_steps(self.block_size)
         if not isinstance(self.preconditioner, BlockPreconditioner):
             raise TypeError(
                 f"preconditioner: expected NystromBlocks(), found {self.preconditioner}"
@@ -108,223 +107,136 @@ class ADASAP(IterativeSolver):
         if self.averaging is not None and not 0 < self.averaging <= 1:
             raise ValueError(f"averaging: expected (0, 1], found {self.averaging}")
 
-    def solve(
-        self,
-        operator: KernelOperator,
-        noise: Tensor | float,
-        rhs: Float[Tensor, "n k"],
-        *,
-        initial: Tensor | None = None,
-        noise_draws: Tensor | None = None,
-        generator: torch.Generator | None = None,
-        callback: Callback | None = None,
-    ) -> Solution:
-        """Solve (K + Sigma) V = B; see ``Solver.solve``."""
-        generator = generator or torch.Generator().manual_seed(0)
-        system = as_system(operator, noise, rhs)
-        start = initial_weights(system, initial)
-        record = Recorder(callback)
-        n = system.n
-        size = min(n, self.block_size or default_block_size(n))
-        num_blocks = math.ceil(n / size)
-        nu = self.nu or float(num_blocks)
-        acceleration = Acceleration(
-            min(self.mu or default_mu(system, nu), 1.0 / nu), nu
-        )
-
-        residual = system.rhs
-        # With features the iterate has an image: one adjoint on all rows.
-        image_cost = 0.5 if operator.has_features else 0.0
-        passes = image_cost  # and the diagonal is made from features
-        if initial is not None:
-            residual = true_residual(system, start)
-            passes += 1.0 + image_cost
-        best = BestChecked(start, residual.norm(dim=0))
-        # Momentum remembers 1 / (2 q) steps: no verdict before that has faded.
-        patience = max(300.0, 10.0 / acceleration.q / num_blocks)
-        monitor = Monitor(self.tolerance, best.norms, patience)
-        work = _Work(system, start, residual, acceleration, self.averaging)
-        work.dismiss(best.norms <= self.tolerance)
-        norms = best.norms.clone()
-        scale, restarts = 1.0, 0
-
-        def weights() -> Tensor:
-            return best.with_columns(work.live, work.current()) * system.scale
-
-        def is_out_of_budget() -> bool:
-            # The true residual at the end is part of the budget.
-            return passes + 1.0 >= self.max_passes or record.is_past(self.max_seconds)
-
-        reason: Reason | None = None
-        if best.is_within(self.tolerance):
-            reason = "converged"
-        while reason is None:
-            diverged = False
-            for block in fresh_partition(system, size, generator):
-                gradient = work.gradient(block)
-                diverged = monitor.is_diverging(gradient, num_blocks)
-                if diverged or is_out_of_budget():
-                    break
-                step = self.preconditioner.step(system, block, generator)
-                work.step(block, step(gradient).mul_(scale))
-                part = len(block) / n
-                passes += part * (1.0 + (0.5 if operator.has_features else part))
-            norms[work.live] = work.residual.norm(dim=0).double()
-            diverged = diverged or not bool(torch.isfinite(norms).all())
-            exact = False
-            if diverged:
-                restarts += 1
-                scale /= 2.0
-                acceleration = acceleration.calmer()
-                residual = true_residual(system, best.weights)
-                passes += 1.0 + image_cost
-                work = _Work(
-                    system, best.weights, residual, acceleration, self.averaging
-                )
-                norms = best.norms.clone()
-                work.dismiss(norms <= self.tolerance)
-                monitor.forget()
-                if restarts > _MAX_RESTARTS:
-                    reason = "diverged"
-            elif is_out_of_budget() or monitor.wants_check(norms[work.live], passes):
-                exact = True
-                candidate = best.with_columns(work.live, work.current())
-                residual = true_residual(system, candidate)
-                norms = believed_norms(system, candidate, residual)
-                passes += 1.0
-                best.offer(candidate, norms)
-                reason = monitor.verdict(norms, passes)
-            if record(
-                passes, norms.to(rhs.dtype, copy=True), exact=exact, weights=weights
-            ):
-                reason = reason or "interrupted"
-            if exact:
-                work.dismiss(norms[work.live] <= self.tolerance)
-            if is_out_of_budget():
-                reason = reason or "budget"
-            if reason is not None and not exact and not diverged:
-                candidate = best.with_columns(work.live, work.current())
-                best.offer(candidate, accurate_residual(system, candidate))
-                passes += 1.0
-
-        if best.is_within(self.tolerance):
-            reason = "converged"
-        return Solution(
-            solver=self.name,
-            operator=operator.name,
-            weights=best.weights * system.scale,
-            residuals=best.norms.to(rhs.dtype),
-            passes=passes,
-            seconds=record.seconds,
-            reason=reason,
-            history=tuple(record.history),
-            warnings=_warnings(reason, best.norms, self.tolerance, restarts),
-            settings={
-                "block_size": size,
-                "preconditioner": repr(self.preconditioner),
-                "mu": acceleration.mu,
-                "nu": acceleration.nu,
-                "averaging": self.averaging,
-                "step_scale": scale,
-                "restarts": restarts,
-            },
-        )
-
-
-class _Work:
-    """Z and D of the columns still worked on, with updates only on the block."""
-
-    def __init__(
-        self,
-        system: System,
-        start: Tensor,
-        residual: Tensor,
-        acceleration: Acceleration,
-        averaging: float | None,
-    ) -> None:
-        q, gamma = acceleration.q, acceleration.gamma
-        self._system = system
-        self._rho = (1.0 - q) / (1.0 + q)
-        self._lag = (1.0 - q) / 2.0
-        self._z_step = (gamma + 1.0) / 2.0
-        self._d_step = (gamma - 1.0) / (1.0 + q)
-        self._averaging = averaging
-        self._steps = 0
-        self._decay = 1.0
-        self.live = torch.arange(start.shape[1], device=start.device)
-        self._rhs = system.rhs
-        self.residual = residual.to(start.dtype, copy=True)
-        self._z = system.operator.tracked(start)
-        self._u = self._z.zeros_like()
-        self._y = self._z.clone()
-        self._average = start.clone()
-
-    def dismiss(self, done: Tensor) -> None:
-        """Leave the columns that are done."""
-        if not bool(done.any()):
-            return
-        rest = ~done
-        self.live = self.live[rest]
-        for name in ("_rhs", "residual", "_average"):
-            setattr(self, name, getattr(self, name)[:, rest])
-        for name in ("_z", "_u", "_y"):
-            setattr(self, name, getattr(self, name).columns(rest))
-
-    def gradient(self, block: Tensor) -> Tensor:
-        """H[I, :] Y - B[I], minus the residual of the block."""
-        system = self._system
-        gradient = system.operator.rows_of_product(block, self._y)
-        gradient.addcmul_(system.noise[block], self._y.values[block])
-        gradient.sub_(self._rhs[block])
-        self.residual[block] = -gradient
-        return gradient
-
-    def step(self, block: Tensor, direction: Tensor) -> None:
-        """One accelerated step along -``direction`` (b, k) on a block."""
-        move = self._system.operator.move(block, direction)
-        if self._decay < _UNDERFLOW:
-            self._u.scale(self._decay)
-            self._decay = 1.0
-        self._decay *= self._rho
-        self._z.move(move, -self._z_step)
-        if self._d_step > 0.0 and self._decay > 0.0:
-            self._u.move(move, -self._d_step / self._decay)
-        self._y.set_to_difference(self._z, self._u, self._lag * self._decay)
-        self._steps += 1
-        if self._averaging is not None:
-            self._accumulate(1.0 / self._averaging)
-
-    def _accumulate(self, k: float) -> None:
-        # The window is t / k steps long: every t / (4 k)-th of them will do.
-        stride = max(1, int(self._steps / (4.0 * k)))
-        if self._steps % stride == 0:
-            weight = min(1.0, k * stride / (self._steps + k - 1.0))
-            self._average.lerp_(self._y.values, weight)
-
-    def current(self) -> Tensor:
-        """What would be returned now (n, k), of the columns still worked on."""
-        return self._y.values if self._averaging is None else self._average
+    def begin(self, task: Task) -> Algorithm[Any]:
+        return _SketchAndProject(self, task)
 
 
 def default_block_size(n: int) -> int:
-    """Equations per step when none are asked for: the paper's n / 100."""
+    """Equations per step when none are asked for: the paper's n / 100.
+
+    At least 64, below which a step costs more than its entries, and at most 10,000,
+    of which the block itself takes 0.4 GB.
+    """
     return min(10_000, max(64, n // 100))
 
 
-def _warnings(
-    reason: Reason, norms: Tensor, tolerance: float, restarts: int
-) -> tuple[str, ...]:
-    warnings = []
-    if reason != "converged":
-        warnings.append(
-            f"ADASAP stopped ({reason}) with {int((norms > tolerance).sum())} of "
-            f"{len(norms)} columns above the tolerance {tolerance:g}; the largest "
-            f"relative residual is {float(norms.max()):.2e}. Give it more passes "
-            "(max_passes), ExactBlocks(), float64 data, or use CG or Cholesky."
+@dataclass(frozen=True)
+class Acceleration:
+    """The paper's mu and nu, and what follows from them."""
+
+    mu: float
+    nu: float
+
+    @property
+    def q(self) -> float:
+        """sqrt(mu / nu)."""
+        return math.sqrt(self.mu / self.nu)
+
+    @property
+    def gamma(self) -> float:
+        """1 / sqrt(mu nu)."""
+        return 1.0 / math.sqrt(self.mu * self.nu)
+
+    @property
+    def decay(self) -> float:
+        """(1 - q) / (1 + q), what a step leaves of D."""
+        return (1.0 - self.q) / (1.0 + self.q)
+
+    def calmer(self) -> Acceleration:
+        """Ten times less memory in the momentum's square."""
+        return Acceleration(min(_CALMER * self.mu, 1.0 / self.nu), self.nu)
+
+
+def default_mu(system: System, nu: float) -> float:
+    """The noise over the diagonal of H, between 0.1 / nu and 1 / nu."""
+    ratio = system.noise[:, 0] / (system.operator.diagonal() + system.noise[:, 0])
+    return min(max(float(ratio.double().mean()), _LEAST_MU / nu), 1.0 / nu)
+
+
+class _SketchAndProject(Algorithm[ADASAP]):
+    """The recurrence of this module at work, in Z and U = D / ((1 - q) / (1 + q))^t."""
+
+    def __init__(self, solver: ADASAP, task: Task) -> None:
+        system = task.system
+        everything = torch.arange(system.n, device=system.rhs.device)
+        super().__init__(solver, task, Shuffled(system, everything, ()))
+        self.passes += self.adjoint_cost  # the diagonal is made from features
+        self._size = min(system.n, solver.block_size or default_block_size(system.n))
+        self.num_blocks = math.ceil(system.n / self._size)
+        nu = solver.nu or float(self.num_blocks)
+        mu = min(solver.mu or default_mu(system, nu), 1.0 / nu)
+        self._acceleration = Acceleration(mu, nu)
+        self._scale = 1.0
+        # Momentum remembers 1 / (2 q) steps: no verdict before that has faded.
+        patience = max(300.0, 10.0 / self._acceleration.q / self.num_blocks)
+        self.monitor = Monitor(solver.tolerance, self.norms, patience)
+        self._iterate = BlockIterate(system, self.checked.weights)
+
+    def blocks(self) -> Iterator[RowIndex]:
+        """A new random partition of the equations."""
+        return iter(fresh_partition(self.system, self._size, self.generator))
+
+    def visit(self, block: RowIndex) -> Tensor:
+        self._gradient = self._iterate.gradient(block)
+        self.residual[block] = -self._gradient
+        return self._gradient
+
+    def step(self, block: RowIndex) -> None:
+        """See ``Algorithm.step``; the passes count when the step is made."""
+        precondition = self.solver.preconditioner.step
+        inverse = precondition(self.system, block, self.generator)
+        q, gamma = self._acceleration.q, self._acceleration.gamma
+        self._iterate.step(
+            block,
+            inverse(self._gradient).mul_(self._scale),
+            z_step=(gamma + 1.0) / 2.0,
+            u_step=(gamma - 1.0) / (1.0 + q),
+            momentum=self._acceleration.decay,
+            lag=(1.0 - q) / 2.0,
         )
-    if restarts:
-        warnings.append(
-            f"ADASAP met a growing residual, halved its step size {restarts} times and "
-            "lowered its momentum. A larger mu or block_size avoids it."
+        averaging = self.solver.averaging
+        if averaging is not None:
+            self._iterate.accumulate(averaging, power=1.0 / averaging - 1.0)
+        part = len(self._gradient) / self.system.n
+        self.passes += part * (1.0 + (self.adjoint_cost or part))
+
+    def restart(self) -> None:
+        """Half the step and less momentum from the best weights that were checked."""
+        super().restart()
+        self._scale /= 2.0
+        self._acceleration = self._acceleration.calmer()
+        best = self.checked.weights
+        self.residual = true_residual(self.system, best).to(best.dtype)
+        self.passes += 1.0 + self.adjoint_cost
+        self._iterate = BlockIterate(self.system, best)
+        self.live = torch.arange(len(self.norms), device=best.device)
+        self.norms = self.checked.norms.clone()
+        self.dismiss()
+        self.is_verified = True
+
+    def weights(self) -> Tensor:
+        if self.solver.averaging is None:
+            return self._iterate.point.values
+        return self._iterate.average
+
+    def keep(self, rest: Tensor) -> None:
+        self._iterate.keep(rest)
+
+    def settings(self) -> dict[str, Any]:
+        return {
+            "block_size": self._size,
+            "preconditioner": repr(self.solver.preconditioner),
+            "mu": self._acceleration.mu,
+            "nu": self._acceleration.nu,
+            "averaging": self.solver.averaging,
+            "step_scale": self._scale,
+            "restarts": self.restarts,
+        }
+
+    def restart_warnings(self) -> tuple[str, ...]:
+        if not self.restarts:
+            return ()
+        return (
+            f"ADASAP met a growing residual, halved its step size {self.restarts} "
+            "times and lowered its momentum. A larger mu or block_size avoids it.",
         )
-    return tuple(warnings)

@@ -30,37 +30,34 @@ Deviations from the paper:
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
-from sgdgp.core.checks import check_count, check_positive
-from sgdgp.operators.base import KernelOperator
-from sgdgp.solvers.base import (
-    Callback,
-    IterativeSolver,
-    Reason,
-    Recorder,
-    Solution,
-)
-from sgdgp.solvers.blocks import BestChecked, in_random_order, partition
-from sgdgp.solvers.dual_iterate import DualIterate
-from sgdgp.solvers.step_size import Spectrum, StepRule, estimate_spectrum, step_rule
+from sgdgp.operators.base import RowIndex
+from sgdgp.solvers.base import Reason
+from sgdgp.solvers.blocks import in_random_order, shuffle
+from sgdgp.solvers.driver import Algorithm, StochasticSolver, Task, check_steps
+from sgdgp.solvers.iterates import BlockIterate
+from sgdgp.solvers.step_size import StepRule, estimate_spectrum, step_rule
 from sgdgp.solvers.stopping import Monitor, rounding_floor
-from sgdgp.solvers.system import (
-    accurate_residual,
-    as_system,
-    initial_weights,
-    true_residual,
-)
 
-_MAX_RESTARTS = 20
+_GROWTH = 5.0
+"""Growth of the residual beyond the best that is no fluctuation."""
+
+_PROGRESS = 0.9
+"""A residual this much below the best is worth a copy of the iterate."""
+
+_FEWEST_RECENT = 4
+"""Blocks that a running residual is taken from at least, and at least this part of
+them: fewer are a small sample, more are stale."""
 
 
 @dataclass(frozen=True)
-class SDD(IterativeSolver):
+class SDD(StochasticSolver):
     """Stochastic dual descent; nothing needs to be set.
 
     Attributes:
@@ -80,147 +77,17 @@ class SDD(IterativeSolver):
     averaging: float = 0.01
 
     name = "sdd"
+    title = "SDD"
+    advice = "Give it more passes (max_passes), float64 data, or use CG or Cholesky."
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.block_size is not None:
-            check_count("block_size", self.block_size, 1)
-        if self.momentum is not None and not 0 <= self.momentum < 1:
-            raise ValueError(f"momentum: expected [0, 1), found {self.momentum}")
-        if self.step_size is not None:
-            check_positive("step_size", self.step_size)
+        check_steps(self.block_size, self.momentum, self.step_size)
         if not 0 < self.averaging <= 1:
             raise ValueError(f"averaging: expected (0, 1], found {self.averaging}")
 
-    def solve(
-        self,
-        operator: KernelOperator,
-        noise: Tensor | float,
-        rhs: Float[Tensor, "n k"],
-        *,
-        initial: Tensor | None = None,
-        noise_draws: Tensor | None = None,
-        generator: torch.Generator | None = None,
-        callback: Callback | None = None,
-    ) -> Solution:
-        """Solve (K + Sigma) V = B; see ``Solver.solve``."""
-        generator = generator or torch.Generator().manual_seed(0)
-        system = as_system(operator, noise, rhs)
-        start = initial_weights(system, initial)
-        record = Recorder(callback)
-        n = system.n
-
-        order = operator.random_order(generator)
-        shuffled = system.permuted(order)
-        spectrum = estimate_spectrum(shuffled, generator)
-        outputs = operator.outputs_per_input
-        size = self.block_size or outputs * default_block_size(n // outputs)
-        blocks = partition(n, size, outputs)
-
-        start = start[order]
-        residual = shuffled.rhs.double()
-        passes = spectrum.passes
-        # With features the iterate has an image: one adjoint on all rows.
-        image_cost = 0.5 if operator.has_features else 0.0
-        if initial is not None:
-            residual = true_residual(shuffled, start)
-            passes += 1.0 + image_cost
-        best = BestChecked(start, residual.norm(dim=0))
-        norms = best.norms.clone()
-        work = DualIterate(shuffled, spectrum.diagonal, start, residual, self.averaging)
-        work.dismiss(norms <= self.tolerance)
-        # Momentum remembers 1 / (1 - rho) steps: no verdict before that has faded.
-        last = self._rule(spectrum, blocks[0].stop, self.max_passes)
-        patience = max(300.0, 20.0 / (1.0 - last.momentum) / len(blocks))
-        monitor = Monitor(self.tolerance, best.norms, patience)
-        restarts, since_start = 0, 0
-
-        def weights() -> Tensor:
-            unshuffled = torch.empty_like(start)
-            unshuffled[order] = best.with_columns(work.live, work.average)
-            return unshuffled * system.scale
-
-        def is_out_of_budget() -> bool:
-            # The true residual at the end is part of the budget.
-            return passes + 1.0 >= self.max_passes or record.is_past(self.max_seconds)
-
-        reason: Reason | None = "converged" if best.is_within(self.tolerance) else None
-        rule = self._rule(spectrum, blocks[0].stop, 1.0)
-        while reason is None:
-            since_start += 1
-            rule = self._rule(spectrum, blocks[0].stop, float(since_start))
-            rule = StepRule(rule.step_size / 2.0**restarts, rule.momentum)
-            work.adopt(rule)
-            diverged = False
-            visited: list[slice] = []
-            for block in in_random_order(blocks, generator):
-                gradient = work.gradient(block)
-                visited.append(block)
-                passes += (block.stop - block.start) / n
-                diverged = monitor.is_diverging(gradient, len(blocks))
-                if diverged or is_out_of_budget():
-                    break
-                work.step(block, gradient, len(blocks))
-            running = work.recent(visited)
-            diverged = diverged or work.has_grown()
-            norms = norms.index_copy(0, work.live, running.double())
-            exact = False
-            if diverged:
-                restarts += 1
-                since_start = 0
-                passes += image_cost
-                norms = norms.index_copy(0, work.live, work.restart())
-                monitor.forget()
-                if restarts > _MAX_RESTARTS:
-                    reason = "diverged"
-            elif is_out_of_budget() or monitor.wants_check(running, passes):
-                exact = True
-                candidate = best.with_columns(work.live, work.average)
-                norms = accurate_residual(shuffled, candidate)
-                passes += 1.0
-                best.offer(candidate, norms)
-                reason = monitor.verdict(norms, passes)
-            if record(passes, norms.to(rhs.dtype), exact=exact, weights=weights):
-                reason = reason or "interrupted"
-            if exact:
-                work.dismiss(norms[work.live] <= self.tolerance)
-            if is_out_of_budget():
-                reason = reason or "budget"
-            if reason is not None and not exact:
-                candidate = best.with_columns(work.live, work.average)
-                best.offer(candidate, accurate_residual(shuffled, candidate))
-                passes += 1.0
-
-        if best.is_within(self.tolerance):
-            reason = "converged"
-        found = torch.empty_like(start)
-        found[order] = best.weights
-        floor = rounding_floor(spectrum.largest, spectrum.diagonal, best.weights)
-        return Solution(
-            solver=self.name,
-            operator=operator.name,
-            weights=found * system.scale,
-            residuals=best.norms.to(rhs.dtype),
-            passes=passes,
-            seconds=record.seconds,
-            reason=reason,
-            history=tuple(record.history),
-            warnings=_warnings(reason, best.norms, self.tolerance, restarts, floor),
-            settings={
-                "block_size": blocks[0].stop,
-                "momentum": rule.momentum,
-                "step_size": rule.step_size,
-                "averaging": self.averaging,
-                "restarts": restarts,
-                "largest_eigenvalue": spectrum.largest,
-            },
-        )
-
-    def _rule(self, spectrum: Spectrum, block_size: int, passes: float) -> StepRule:
-        rule = step_rule(spectrum, block_size, passes, momentum=self.momentum)
-        if self.step_size is None:
-            return rule
-        return StepRule(self.step_size, rule.momentum)
+    def begin(self, task: Task) -> Algorithm[Any]:
+        return _DualDescent(self, task)
 
 
 def default_block_size(n: int) -> int:
@@ -228,25 +95,121 @@ def default_block_size(n: int) -> int:
     return min(512, max(64, n // 64))
 
 
-def _warnings(
-    reason: Reason, norms: Tensor, tolerance: float, restarts: int, floor: float
-) -> tuple[str, ...]:
-    warnings = []
-    if reason != "converged":
-        warnings.append(
-            f"SDD stopped ({reason}) with {int((norms > tolerance).sum())} of "
-            f"{len(norms)} columns above the tolerance {tolerance:g}; the largest "
-            f"relative residual is {float(norms.max()):.2e}. Give it more passes "
-            "(max_passes), float64 data, or use CG or Cholesky."
+class _DualDescent(Algorithm[SDD]):
+    """The recurrence of this module at work, in Z = A + c V and U = V / rho^t."""
+
+    def __init__(self, solver: SDD, task: Task) -> None:
+        n, outputs = task.system.n, task.system.operator.outputs_per_input
+        size = solver.block_size or outputs * default_block_size(n // outputs)
+        data = shuffle(task.system, size, task.generator)
+        self._spectrum = estimate_spectrum(data.system, task.generator)
+        super().__init__(solver, task, data, self._spectrum.passes)
+        start = self.checked.weights
+        self._iterate = BlockIterate(self.system, start)
+        self._best, self._best_norms = start.clone(), self.residual.norm(dim=0)
+        self._passes_since_start = 0
+        self._rule = self._rule_after(1.0)
+        # Momentum remembers 1 / (1 - rho) steps: no verdict before that has faded.
+        last = self._rule_after(solver.max_passes)
+        patience = max(300.0, 20.0 / (1.0 - last.momentum) / self.num_blocks)
+        self.monitor = Monitor(solver.tolerance, self.norms, patience)
+
+    def _rule_after(self, passes: float) -> StepRule:
+        """Step size and momentum after some passes since the start."""
+        size, momentum = self.data.block_size, self.solver.momentum
+        rule = step_rule(self._spectrum, size, passes, momentum=momentum)
+        step_size = self.solver.step_size or rule.step_size
+        return StepRule(step_size / 2.0**self.restarts, rule.momentum)
+
+    def blocks(self) -> Iterator[RowIndex]:
+        """Every block once, with the step and momentum of this pass."""
+        self._passes_since_start += 1
+        old = self._rule.momentum
+        self._rule = self._rule_after(float(self._passes_since_start))
+        new = self._rule.momentum
+        if new != old:
+            self._iterate.shift(_ahead(new) - _ahead(old), _ahead(new) - new)
+        self._visited: list[RowIndex] = []
+        yield from in_random_order(self.data.blocks, self.generator)
+
+    def visit(self, block: RowIndex) -> Tensor:
+        self._visited.append(block)
+        self._gradient = self._iterate.gradient(block)
+        self.residual[block] = -self._gradient
+        self.passes += len(self._gradient) / self.system.n
+        return self._gradient
+
+    def step(self, block: RowIndex) -> None:
+        rho, beta = self._rule.momentum, self._rule.step_size * self.num_blocks
+        self._iterate.step(
+            block,
+            self._gradient / self._spectrum.diagonal[block],
+            z_step=beta / (1.0 - rho),
+            u_step=beta,
+            momentum=rho,
+            lag=_ahead(rho) - rho,
         )
-        if tolerance < floor:
-            warnings.append(
+        averaging = self.solver.averaging
+        self._iterate.accumulate(averaging, power=1.0 / averaging)
+
+    def end_pass(self) -> None:
+        """Residual norms as the last quarter of a pass has seen them."""
+        last = self._visited[-max(_FEWEST_RECENT, len(self._visited) // 4) :]
+        seen = [self.residual[block] for block in last]
+        squares = torch.stack([part.square().sum(0) for part in seen]).sum(0)
+        rows = sum(len(part) for part in seen)
+        self.see((squares * (self.system.n / rows)).sqrt())
+
+    def has_grown(self) -> bool:
+        """Whether the residual is far above the best; keeps the best iterate."""
+        norms = self.residual.norm(dim=0)
+        now, best = float(norms.norm()), float(self._best_norms.norm())
+        if now < _PROGRESS * best:
+            self._best_norms = norms
+            self._best.copy_(self._iterate.average)
+        return not now <= _GROWTH * best
+
+    def restart(self) -> None:
+        """Half the step from the best iterate, at rest."""
+        super().restart()
+        self._passes_since_start = 0
+        self.passes += self.adjoint_cost
+        self._iterate.restart(self._best)
+        self.see(self._best_norms)
+
+    def weights(self) -> Tensor:
+        return self._iterate.average
+
+    def keep(self, rest: Tensor) -> None:
+        self._iterate.keep(rest)
+        self._best = self._best[:, rest].contiguous()
+        self._best_norms = self._best_norms[rest]
+
+    def settings(self) -> dict[str, Any]:
+        return {
+            "block_size": self.data.block_size,
+            "momentum": self._rule.momentum,
+            "step_size": self._rule.step_size,
+            "averaging": self.solver.averaging,
+            "restarts": self.restarts,
+            "largest_eigenvalue": self._spectrum.largest,
+        }
+
+    def column_warnings(self, reason: Reason, advice: str) -> tuple[str, ...]:
+        """See ``Algorithm.column_warnings``; says so where rounding is to blame."""
+        sentences = super().column_warnings(reason, advice)
+        spectrum, tolerance = self._spectrum, self.solver.tolerance
+        weights = self.checked.weights
+        floor = rounding_floor(spectrum.largest, spectrum.diagonal, weights)
+        if sentences and tolerance < floor:
+            sentences += (
                 f"Rounding alone leaves a relative residual of about {floor:.0e} in "
                 f"this precision, above the tolerance {tolerance:g}: give float64 "
-                "data or a larger tolerance."
+                "data or a larger tolerance.",
             )
-    if restarts:
-        warnings.append(
-            f"SDD met a growing residual and halved its step size {restarts} times."
-        )
-    return tuple(warnings)
+        return sentences
+
+
+def _ahead(momentum: float) -> float:
+    """The c = rho / (1 - rho) of Z."""
+    return momentum / (1.0 - momentum)

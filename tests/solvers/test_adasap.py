@@ -7,10 +7,8 @@ import math
 import pytest
 import torch
 
-from sgdgp.solvers.adasap import ADASAP, default_block_size
-from sgdgp.solvers.adasap_parameters import Acceleration
-from sgdgp.solvers.block_preconditioners import ExactBlocks, NystromBlocks
-from sgdgp.solvers.blocks import fresh_partition
+from sgdgp.solvers.adasap import ADASAP, Acceleration, default_block_size
+from sgdgp.solvers.blocks import ExactBlocks, NystromBlocks, fresh_partition
 from sgdgp.solvers.system import as_system
 from tests.solvers.problems import OPERATORS, Problem, problem, relative_error
 

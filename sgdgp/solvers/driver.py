@@ -1,0 +1,397 @@
+"""The loop of every stochastic solver: passes, checks, restarts, an honest end.
+
+An ``Algorithm`` visits blocks of equations and moves its iterate; what it sees on the
+way is an estimate of the residual for nothing. What they all have in common is here:
+
+1. A pass visits blocks until all had their turn, the residual grows, or the budget
+   is used up.
+2. A residual that has grown makes the algorithm start again, more carefully, from the
+   best it knows.
+3. Where the estimate says that it is worth it, the true residual is checked
+   (``stopping.py``). Only that can end a solve, and columns that are done are left
+   alone from there on.
+4. Of every column the best weights whose true residual is known are returned, with that
+   residual. The check that this takes at the end is part of the budget.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar, Generic, TypeVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from sgdgp.core.checks import check_count, check_positive
+from sgdgp.operators.base import KernelOperator, RowIndex
+from sgdgp.solvers.base import (
+    Callback,
+    IterativeSolver,
+    Reason,
+    Recorder,
+    Solution,
+)
+from sgdgp.solvers.blocks import Shuffled
+from sgdgp.solvers.stopping import Monitor
+from sgdgp.solvers.system import (
+    System,
+    as_system,
+    believed_norms,
+    initial_weights,
+    true_residual,
+)
+
+Settings = TypeVar("Settings", bound="StochasticSolver")
+
+MAX_RESTARTS = 20
+"""Restarts before a solve counts as diverged: a step halved as often is a millionth of
+what was thought stable, and what grows then does not grow because of the step."""
+
+
+class BestChecked:
+    """The weights with the best true residual of every column so far.
+
+    Args:
+        start: Weights (n, k) to begin with.
+        norms: Their true relative residuals (k,).
+    """
+
+    def __init__(self, start: Tensor, norms: Tensor) -> None:
+        self.weights = start.clone()
+        self.norms = norms.to(torch.float64, copy=True)
+
+    def offer(self, weights: Tensor, norms: Tensor) -> None:
+        """Take the columns whose true residual (k,) is better; NaN never is."""
+        better = norms < self.norms
+        self.weights[:, better] = weights[:, better]
+        self.norms = torch.where(better, norms, self.norms)
+
+    def with_columns(self, columns: Tensor, weights: Tensor) -> Tensor:
+        """The best weights (n, k) with some columns replaced by others."""
+        out = self.weights.clone()
+        out[:, columns] = weights
+        return out
+
+    def is_within(self, tolerance: float) -> bool:
+        """Whether all columns have reached a tolerance."""
+        return float(self.norms.max()) <= tolerance
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a solve is given.
+
+    Attributes:
+        system: The system, its columns of unit norm.
+        initial: Starting point (n, k) in the system's scale, or None for zero.
+        noise_draws: The part of the right-hand sides that is noise (n, k), in the
+            caller's scale, or None.
+        generator: Source of all randomness.
+    """
+
+    system: System
+    initial: Tensor | None
+    noise_draws: Tensor | None
+    generator: torch.Generator
+
+
+class Algorithm(ABC, Generic[Settings]):
+    """An algorithm at work on one system; ``run`` asks it for the rest.
+
+    Args:
+        solver: Its settings.
+        task: What the solve was given.
+        data: The system in the order of rows that the algorithm works in, with blocks.
+        passes: What it took to get here.
+
+    Attributes:
+        system: That of ``data``.
+        num_blocks: Blocks of a pass.
+        live: Columns that are still worked on (k',).
+        residual: Their residuals, every row as it was last seen (n, k').
+        norms: Residuals of all columns as they are known now (k,): the true ones at a
+            check, running ones between.
+        checked: What a check has found so far.
+        monitor: Says when to check and when to stop.
+        passes: Passes spent so far.
+        restarts: How often the residual has grown.
+        is_verified: Whether the true residual of the present weights is known.
+    """
+
+    check_cost: float = 1.0
+    """Passes that a check takes."""
+
+    whole_passes: ClassVar[bool] = False
+    """Whether a pass, once begun, is finished whatever the budget."""
+
+    growing: ClassVar[str] = "residual"
+    """What a restart is due to, in the warning of it."""
+
+    max_restarts: ClassVar[int] = MAX_RESTARTS
+    """Restarts that are not too many."""
+
+    monitor: Monitor
+
+    def __init__(
+        self,
+        solver: Settings,
+        task: Task,
+        data: Shuffled,
+        passes: float = 0.0,
+    ) -> None:
+        self.solver, self.generator = solver, task.generator
+        self.data, self.system = data, data.system
+        self.num_blocks = len(data.blocks)
+        self.passes = passes
+        self.restarts = 0
+        self.is_verified = True
+        start, residual = torch.zeros_like(self.system.rhs), self.system.rhs
+        if task.initial is not None:
+            start = task.initial[data.order]
+            residual = true_residual(self.system, start)
+            self.passes += 1.0 + self.adjoint_cost
+        self.residual = residual.to(start.dtype, copy=True)
+        self.checked = BestChecked(start, residual.norm(dim=0))
+        self.norms = self.checked.norms.clone()
+        self.live = torch.arange(start.shape[1], device=start.device)
+
+    @property
+    def adjoint_cost(self) -> float:
+        """Passes for phi^T V, where K has features: one adjoint on all rows."""
+        return 0.5 if self.system.operator.has_features else 0.0
+
+    @property
+    def reserve(self) -> float:
+        """Passes that the end of a solve takes."""
+        return self.check_cost
+
+    @abstractmethod
+    def blocks(self) -> Iterator[RowIndex]:
+        """The blocks of the next pass, one after the other."""
+
+    @abstractmethod
+    def visit(self, block: RowIndex) -> Tensor:
+        """Evaluate a block; the residual on it (b, k'), up to its sign."""
+
+    @abstractmethod
+    def step(self, block: RowIndex) -> None:
+        """Move the iterate by what the last visit has found."""
+
+    def is_diverging(self, residual: Tensor) -> bool:
+        """Whether what a visit has returned is a reason to break off."""
+        return self.monitor.is_diverging(residual, self.num_blocks)
+
+    def end_pass(self) -> None:
+        """Bring ``norms`` up to date with what the pass has seen."""
+        self.see(self.residual.norm(dim=0))
+
+    def see(self, running: Float[Tensor, " _"]) -> None:
+        """Take note of running residuals of the columns still worked on (k',)."""
+        self.norms = self.norms.index_copy(0, self.live, running.double())
+
+    def has_grown(self) -> bool:
+        """Whether a pass has made it worse; a place to remember one that has not."""
+        return not bool(torch.isfinite(self.norms[self.live]).all())
+
+    def restart(self) -> None:
+        """Start again from the best that is known, with smaller steps."""
+        self.monitor.forget()
+
+    @abstractmethod
+    def weights(self) -> Float[Tensor, "n _"]:
+        """What would be returned now, of the columns still worked on (n, k')."""
+
+    def candidate(self) -> Float[Tensor, "n k"]:
+        """What would be returned now, of all columns."""
+        return self.checked.with_columns(self.live, self.weights())
+
+    def current(self) -> Float[Tensor, "n k"]:
+        """What a callback sees."""
+        return self.candidate()
+
+    def wants_check(self, is_last: bool) -> bool:
+        """Whether the true residual is worth its price; mostly so at the end."""
+        return is_last or self.monitor.wants_check(self.norms[self.live], self.passes)
+
+    def check(self) -> None:
+        """Find the true residual of the present weights and remember the best."""
+        candidate = self.candidate()
+        self.take_note(candidate, true_residual(self.system, candidate))
+
+    def take_note(self, candidate: Tensor, residual: Tensor) -> None:
+        """Remember the true residual (n, k) of all columns."""
+        self.norms = believed_norms(self.system, candidate, residual)
+        self.checked.offer(candidate, self.norms)
+        self.passes += self.check_cost
+        self.is_verified = True
+
+    def verdict(self) -> Reason | None:
+        """A reason to stop after a check, if there is one."""
+        return self.monitor.verdict(self.norms, self.passes)
+
+    def dismiss(self) -> None:
+        """Leave the columns that a check has found to be done alone from now on."""
+        rest = ~(self.norms[self.live] <= self.solver.tolerance)
+        if not bool(rest.all()):
+            self.live = self.live[rest]
+            self.residual = self.residual[:, rest].contiguous()
+            self.keep(rest)
+
+    @abstractmethod
+    def keep(self, rest: Tensor) -> None:
+        """Go on with some of the columns (a mask); ``live`` is without the others."""
+
+    def finish(self) -> None:
+        """See to it that what is returned has a true residual."""
+        if not self.is_verified:
+            self.check()
+
+    @abstractmethod
+    def settings(self) -> dict[str, Any]:
+        """What the solution says of the settings chosen."""
+
+    def warnings(self, reason: Reason) -> tuple[str, ...]:
+        """What the solution warns of."""
+        return (
+            *self.column_warnings(reason, self.solver.advice),
+            *self.restart_warnings(),
+        )
+
+    def column_warnings(self, reason: Reason, advice: str) -> tuple[str, ...]:
+        """What is said of columns above the tolerance, unless the solve converged."""
+        if reason == "converged":
+            return ()
+        norms, tolerance = self.checked.norms, self.solver.tolerance
+        return (
+            f"{self.solver.title} stopped ({reason}) with "
+            f"{int((norms > tolerance).sum())} of {len(norms)} columns above the "
+            f"tolerance {tolerance:g}; the largest relative residual is "
+            f"{float(norms.max()):.2e}. {advice}",
+        )
+
+    def restart_warnings(self) -> tuple[str, ...]:
+        """What is said of restarts, if there were any."""
+        if not self.restarts:
+            return ()
+        return (
+            f"{self.solver.title} met a growing {self.growing} and halved its step "
+            f"size {self.restarts} times.",
+        )
+
+
+@dataclass(frozen=True)
+class StochasticSolver(IterativeSolver):
+    """Settings of a solver that works on blocks of equations.
+
+    Attributes:
+        tolerance: Relative residual that every column must reach.
+        max_passes: Budget in passes over K.
+        max_seconds: Budget in seconds. Default: none.
+    """
+
+    title: ClassVar[str]
+    """Its name in sentences."""
+
+    advice: ClassVar[str]
+    """What a user may do about columns above the tolerance."""
+
+    @abstractmethod
+    def begin(self, task: Task) -> Algorithm[Any]:
+        """The algorithm, ready for its first pass."""
+
+    def solve(
+        self,
+        operator: KernelOperator,
+        noise: Tensor | float,
+        rhs: Float[Tensor, "n k"],
+        *,
+        initial: Tensor | None = None,
+        noise_draws: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        callback: Callback | None = None,
+    ) -> Solution:
+        """Solve (K + Sigma) V = B; see ``Solver.solve``."""
+        generator = generator or torch.Generator().manual_seed(0)
+        system = as_system(operator, noise, rhs)
+        start = None if initial is None else initial_weights(system, initial)
+        record = Recorder(callback)
+        algorithm = self.begin(Task(system, start, noise_draws, generator))
+        reason = run(algorithm, record)
+        return Solution(
+            solver=self.name,
+            operator=operator.name,
+            weights=algorithm.data.unshuffled(algorithm.checked.weights) * system.scale,
+            residuals=algorithm.checked.norms.to(rhs.dtype),
+            passes=algorithm.passes,
+            seconds=record.seconds,
+            reason=reason,
+            history=tuple(record.history),
+            warnings=algorithm.warnings(reason),
+            settings=algorithm.settings(),
+        )
+
+
+def run(algorithm: Algorithm[Any], record: Recorder) -> Reason:
+    """Let an algorithm work until there is a reason to stop."""
+    solver, system = algorithm.solver, algorithm.system
+
+    def weights() -> Tensor:
+        return algorithm.data.unshuffled(algorithm.current()) * system.scale
+
+    def is_out_of_budget() -> bool:
+        needed = algorithm.passes + algorithm.reserve
+        return needed >= solver.max_passes or record.is_past(solver.max_seconds)
+
+    reason: Reason | None = None
+    if algorithm.checked.is_within(solver.tolerance):
+        reason = "converged"
+    else:
+        algorithm.dismiss()
+    while reason is None:
+        algorithm.is_verified, exact = False, False
+        diverged = False
+        for block in algorithm.blocks():
+            diverged = algorithm.is_diverging(algorithm.visit(block))
+            if diverged or (not algorithm.whole_passes and is_out_of_budget()):
+                break
+            algorithm.step(block)
+        algorithm.end_pass()
+        if diverged or algorithm.has_grown():
+            algorithm.restarts += 1
+            algorithm.restart()
+            if algorithm.restarts > algorithm.max_restarts:
+                reason = "diverged"
+        elif algorithm.wants_check(is_out_of_budget()):
+            exact = True
+            algorithm.check()
+            reason = algorithm.verdict()
+        residuals = algorithm.norms.to(system.rhs.dtype, copy=True)
+        if record(algorithm.passes, residuals, exact=exact, weights=weights):
+            reason = reason or "interrupted"
+        if exact:
+            algorithm.dismiss()
+        if is_out_of_budget():
+            reason = reason or "budget"
+    algorithm.finish()
+    return "converged" if algorithm.checked.is_within(solver.tolerance) else reason
+
+
+def check_steps(
+    block_size: int | None,
+    momentum: float | None = None,
+    step_size: float | None = None,
+) -> None:
+    """Refuse settings of the steps that are out of range; None is always fine.
+
+    Raises:
+        ValueError: Names the one, with what was found.
+    """
+    if block_size is not None:
+        check_count("block_size", block_size, 1)
+    if momentum is not None and not 0 <= momentum < 1:
+        raise ValueError(f"momentum: expected [0, 1), found {momentum}")
+    if step_size is not None:
+        check_positive("step_size", step_size)

@@ -1,0 +1,145 @@
+"""Iterates of stochastic descent: momentum that touches only a block, and averages."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from sgdgp.operators.base import RowIndex
+from sgdgp.solvers.system import System
+
+_UNDERFLOW = 1e-12
+"""Where U is rescaled: far from the smallest float32, and rarely reached."""
+
+_PER_WINDOW = 4.0
+"""Iterates of a window that enter its average: the others are much like them."""
+
+
+class BlockIterate:
+    """A point Y = Z - l rho^t U of which a step changes only a block of rows.
+
+    Nesterov's sequences move all rows in every step, but those outside of the block
+    only by factors that all rows share. Z and U are the combinations that these
+    factors leave alone: a step changes a block of them, and one number. Y, where
+    gradients are taken, is made of them anew in every step.
+
+    Args:
+        system: The system.
+        start: Z = Y (n, k); U is zero.
+
+    Attributes:
+        average: Average of the points (n, k').
+        point: Y (n, k'), with phi^T Y.
+        steps: Steps taken.
+    """
+
+    def __init__(self, system: System, start: Tensor) -> None:
+        self._system = system
+        self._rhs = system.rhs
+        self.average = start.clone()
+        self._z = system.operator.tracked(start)
+        self.steps = 0
+        self._rest()
+
+    def _rest(self) -> None:
+        """Take away all momentum."""
+        self.point = self._z.clone()
+        self._u = self._z.zeros_like()
+        self._decay = 1.0
+
+    def keep(self, rest: Tensor) -> None:
+        """Go on with some of the columns (a mask)."""
+        self._rhs = self._rhs[:, rest].contiguous()
+        self.average = self.average[:, rest].contiguous()
+        self._z = self._z.columns(rest)
+        self._u = self._u.columns(rest)
+        self.point = self.point.columns(rest)
+
+    def restart(self, start: Tensor) -> None:
+        """Go back to a point (n, k'), at rest."""
+        self.average.copy_(start)
+        self._z = self._system.operator.tracked(start)
+        self._rest()
+
+    def gradient(self, block: RowIndex) -> Tensor:
+        """H[I, :] Y - B[I] (b, k'), minus the residual of the block."""
+        system = self._system
+        gradient = system.operator.rows_of_product(block, self.point)
+        gradient.addcmul_(system.noise[block], self.point.values[block])
+        return gradient.sub_(self._rhs[block])
+
+    def step(
+        self,
+        block: RowIndex,
+        direction: Tensor,
+        *,
+        z_step: float,
+        u_step: float,
+        momentum: float,
+        lag: float,
+    ) -> None:
+        """Z[I] -= z_step d, U[I] -= u_step d / rho^t, Y = Z - lag rho^t U.
+
+        Args:
+            block: Rows I.
+            direction: d (b, k').
+            z_step: Step of Z.
+            u_step: Step of U at its present size.
+            momentum: rho.
+            lag: l.
+        """
+        move = self._system.operator.move(block, direction)
+        self._z.move(move, -z_step)
+        if momentum == 0.0:
+            self.point.move(move, -z_step)
+        else:
+            if self._decay < _UNDERFLOW:
+                self.rescale()
+            self._decay *= momentum
+            self._u.move(move, -u_step / self._decay)
+            self.look_ahead(lag)
+        self.steps += 1
+
+    def rescale(self) -> None:
+        """Put the factor rho^t into U."""
+        self._u.scale(self._decay)
+        self._decay = 1.0
+
+    def shift(self, factor: float, lag: float) -> None:
+        """Z += factor rho^t U and Y anew."""
+        self.rescale()
+        self._z.add(self._u, factor)
+        self.look_ahead(lag)
+
+    def look_ahead(self, lag: float) -> None:
+        """Y = Z - lag rho^t U."""
+        self.point.set_to_difference(self._z, self._u, lag * self._decay)
+
+    def accumulate(self, averaging: float, power: float) -> None:
+        """Take Y into the average; see ``average_in``."""
+        average_in(
+            self.average,
+            self.point.values,
+            steps=self.steps,
+            power=power,
+            every=_PER_WINDOW / averaging,
+        )
+
+
+def average_in(
+    average: Tensor, point: Tensor, *, steps: int, power: float, every: float
+) -> None:
+    """Move an average by w (point - average), w = (k + 1) / (t + k): no horizon.
+
+    The window is t / k steps long; of t steps only every (t / ``every``)-th is taken,
+    with as much more weight.
+
+    Args:
+        average: Changed in place (n, k).
+        point: The latest iterate (n, k).
+        steps: t.
+        power: k.
+        every: Points of all steps so far.
+    """
+    stride = max(1, int(steps / every))
+    if steps % stride == 0:
+        average.lerp_(point, min(1.0, (power + 1.0) * stride / (steps + power)))
