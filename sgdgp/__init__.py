@@ -38,6 +38,7 @@ from sgdgp.training import (
     StochasticMarginalLogLikelihood,
     fit,
     initialise,
+    initialize,
     log_marginal_likelihood,
 )
 
@@ -64,6 +65,7 @@ __all__ = [
     "condition",
     "fit",
     "initialise",
+    "initialize",
     "load",
     "log_marginal_likelihood",
     "metrics",

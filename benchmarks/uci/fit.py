@@ -46,7 +46,7 @@ def fit_result(request: RunRequest, folder: Path, split: Split) -> dict[str, Any
             split.x,
             split.y,
             steps=request.setting("fit_steps"),
-            optimiser=partial(
+            optimizer=partial(
                 _adam, learning_rate=request.setting("fit_learning_rate")
             ),
             solver=request.solver,

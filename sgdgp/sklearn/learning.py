@@ -47,7 +47,7 @@ def learn(
         x,
         y,
         steps=settings.steps,
-        optimiser=settings.optimiser,
+        optimizer=settings.optimiser,
         solver=settings.solver,
         plateau=plateau,
         seed=seed,

@@ -2,7 +2,7 @@
 
 from sgdgp.training.evidence import LogLikelihoodEstimate, log_marginal_likelihood
 from sgdgp.training.fit import fit
-from sgdgp.training.initialise import initialise
+from sgdgp.training.initialise import initialise, initialize
 from sgdgp.training.marginal_likelihood import StochasticMarginalLogLikelihood
 from sgdgp.training.probes import PathwiseProbes, Probes, StandardProbes
 from sgdgp.training.run import FitEntry, Fitted, Plateau
@@ -18,5 +18,6 @@ __all__ = [
     "StochasticMarginalLogLikelihood",
     "fit",
     "initialise",
+    "initialize",
     "log_marginal_likelihood",
 ]

@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from tqdm.auto import tqdm
 
 from sgdgp.core.checks import check_count, check_finite_parameters, check_positive
+from sgdgp.core.deprecation import renamed_arguments
 from sgdgp.core.seeds import derived_generator, generator_of, seed_of
 from sgdgp.gpytorch_adapter import Inputs
 from sgdgp.gpytorch_adapter.data import training_data
@@ -48,16 +49,17 @@ def adam(parameters: Iterable[torch.nn.Parameter]) -> Optimizer:
     return torch.optim.Adam(parameters, lr=0.1)
 
 
+@renamed_arguments(optimiser="optimizer", every="checkpoint_every")
 def fit(
     model: ExactGP,
     x: Inputs | None = None,
     y: Float[Tensor, " n"] | Float[Tensor, "n t"] | None = None,
     *,
     steps: int = 100,
-    optimiser: Callable[[Iterable[torch.nn.Parameter]], Optimizer] = adam,
+    optimizer: Callable[[Iterable[torch.nn.Parameter]], Optimizer] = adam,
     solver: Solver | str = "auto",
     probes: Probes | str = "auto",
-    tolerance: float = 1e-2,
+    tolerance: float | None = None,
     passes_per_step: float = 10.0,
     max_passes: float | None = None,
     max_seconds: float | None = None,
@@ -69,7 +71,7 @@ def fit(
     progress: bool | None = None,
     callback: FitCallback | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
-    every: int | float = 60,
+    checkpoint_every: int | float = 60,
 ) -> Fitted:
     """Learn kernel, mean and noise by stochastic marginal-likelihood gradients.
 
@@ -84,11 +86,12 @@ def fit(
             model's.
         y: Training targets (n,), or (n, t) for several outputs. Default: the model's.
         steps: Most steps of the optimiser.
-        optimiser: Parameters to an optimiser. Default: Adam with learning rate 0.1.
+        optimizer: Parameters to an optimiser. Default: Adam with learning rate 0.1.
         solver: A solver, its name, or "auto".
         probes: ``PathwiseProbes``, ``StandardProbes``, or "auto": exact gradients up
             to 1,000 rows, else standard probes.
-        tolerance: Relative residual that ends a step's solve.
+        tolerance: Relative residual that ends a step's solve. Default: 0.01, or that of
+            the solver where ``solver`` is not a name.
         passes_per_step: Budget of a step's solve in passes over K.
         max_passes: Budget of all steps. Default: none.
         max_seconds: Budget of all steps in seconds. Default: none.
@@ -104,7 +107,7 @@ def fit(
         checkpoint: File that keeps the fit, also when Ctrl-C or an error ends it.
             Calling again with the same model, data and settings goes on from there; an
             ended fit is returned at once.
-        every: Seconds between two writes of the checkpoint, at least.
+        checkpoint_every: Seconds between two writes of it, at least.
 
     Returns:
         How it went. The learned parameters are in the model, which is left in the
@@ -134,7 +137,7 @@ def fit(
     if not parameters:
         raise ValueError("model: expected parameters that require a gradient, found 0")
     check_finite_parameters("model", model)
-    _check_optimiser(optimiser)
+    _check_optimizer(optimizer)
     number = seed_of(generator_of(seed))
     limits = FitLimits(steps, max_passes, max_seconds, plateau)
 
@@ -151,11 +154,11 @@ def fit(
             operator=operator,
             memory_budget=memory_budget,
         )
-        return Run(model, mll, _built(optimiser, parameters), parameters)
+        return Run(model, mll, _built(optimizer, parameters), parameters)
 
     def attempt(i: int, earlier: Sequence[Fitted]) -> Fitted:
         place = checkpoint if i == 0 or checkpoint is None else f"{checkpoint}.{i}"
-        keeper = None if place is None else FitCheckpoint(place, every)
+        keeper = None if place is None else FitCheckpoint(place, checkpoint_every)
         with fit_bar(progress, steps, callback) as shown:
             return _fitted(start(), x, y, limits.after(earlier), shown, keeper)
 
@@ -209,22 +212,22 @@ def in_train_mode(model: torch.nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-def _check_optimiser(optimiser: Callable[..., Optimizer]) -> None:
-    if not callable(optimiser):
+def _check_optimizer(optimizer: Callable[..., Optimizer]) -> None:
+    if not callable(optimizer):
         raise TypeError(
-            "optimiser: expected a function of the parameters, such as "
-            f"torch.optim.Adam, found {optimiser!r}"
+            "optimizer: expected a function of the parameters, such as "
+            f"torch.optim.Adam, found {optimizer!r}"
         )
 
 
 def _built(
-    optimiser: Callable[[Iterable[torch.nn.Parameter]], Optimizer],
+    optimizer: Callable[[Iterable[torch.nn.Parameter]], Optimizer],
     parameters: Sequence[torch.nn.Parameter],
 ) -> Optimizer:
-    built = optimiser(parameters)
+    built = optimizer(parameters)
     if not isinstance(built, Optimizer) or isinstance(built, torch.optim.LBFGS):
         raise TypeError(
-            "optimiser: expected one that steps along a stochastic gradient, such as "
+            "optimizer: expected one that steps along a stochastic gradient, such as "
             f"torch.optim.Adam, found {type(built).__name__}"
         )
     return built

@@ -85,6 +85,10 @@ def initialise(
             parameter.copy_(from_average(totals[name], constraint))
 
 
+initialize = initialise
+"""The same in US spelling."""
+
+
 def _subset(
     x: Tensor, size: int, kind: SubsetKind, generator: torch.Generator
 ) -> Tensor:

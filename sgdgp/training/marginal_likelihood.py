@@ -26,6 +26,9 @@ from sgdgp.training.evidence import estimate_log_likelihood
 from sgdgp.training.gradient import EXACT_ROWS, exact_log_likelihood, surrogate
 from sgdgp.training.probes import Probes
 
+_TOLERANCE = 1e-2
+"""Of solvers given by name: a step's gradient has more noise from its probes."""
+
 
 class _Term(NamedTuple):
     """One system's part: a scalar with the gradient, and its value if known."""
@@ -62,7 +65,8 @@ class StochasticMarginalLogLikelihood(MarginalLogLikelihood):
         solver: A solver, its name, or "auto".
         probes: ``PathwiseProbes``, ``StandardProbes``, or "auto": exact up to 1,000
             rows, else standard.
-        tolerance: Relative residual that ends a solve, for solvers given by name.
+        tolerance: Relative residual that ends a solve. Default: 0.01, or that of the
+            solver where ``solver`` is not a name.
         passes_per_evaluation: Budget of each solve in passes over K.
         warm_start: Start each solve at the last solution.
         initial_value: log p at the first evaluation. Default: estimated there.
@@ -89,7 +93,7 @@ class StochasticMarginalLogLikelihood(MarginalLogLikelihood):
         *,
         solver: Solver | str = "auto",
         probes: Probes | str = "auto",
-        tolerance: float = 1e-2,
+        tolerance: float | None = None,
         passes_per_evaluation: float = 10.0,
         warm_start: bool = True,
         initial_value: float | None = None,
@@ -111,7 +115,11 @@ class StochasticMarginalLogLikelihood(MarginalLogLikelihood):
                 f"probes: expected PathwiseProbes(), StandardProbes() or 'auto', found "
                 f"{probes!r}"
             )
-        check_positive("tolerance", tolerance)
+        if tolerance is not None:
+            check_positive("tolerance", tolerance)
+            if isinstance(solver, Solver):
+                limits = replace(solver.limits, tolerance=tolerance)
+                solver = solver.with_limits(limits)
         check_positive("passes_per_evaluation", passes_per_evaluation)
         if memory_budget is not None:
             check_count("memory_budget", memory_budget, 1)
@@ -122,7 +130,7 @@ class StochasticMarginalLogLikelihood(MarginalLogLikelihood):
         self._settings = SolveSettings(
             solver=solver,
             probes=probes,
-            tolerance=tolerance,
+            tolerance=_TOLERANCE if tolerance is None else tolerance,
             passes=passes_per_evaluation,
             warm_start=warm_start,
             seed=seed_of(generator_of(seed)),

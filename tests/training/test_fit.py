@@ -1,4 +1,5 @@
 import copy
+import functools
 import math
 import sys
 
@@ -246,7 +247,7 @@ def test_the_same_seed_gives_the_same_parameters():
 
 def test_another_optimiser_makes_its_own_steps():
     model, truth = rbf_model(), rbf_model()
-    fit(model, steps=1, optimiser=lambda p: torch.optim.SGD(p, lr=0.5))
+    fit(model, steps=1, optimizer=lambda p: torch.optim.SGD(p, lr=0.5))
     mll = gpytorch.mlls.ExactMarginalLogLikelihood(truth.likelihood, truth.train())
     (-mll(truth(truth.train_inputs[0]), truth.train_targets)).backward()
     torch.optim.SGD(truth.parameters(), lr=0.5).step()
@@ -303,7 +304,7 @@ def test_history_tells_parameters_in_the_users_units():
 
 def test_a_fit_that_diverges_goes_back_and_says_so():
     model = rbf_model(100)
-    fitted = fit(model, steps=40, optimiser=lambda p: torch.optim.Adam(p, lr=50.0))
+    fitted = fit(model, steps=40, optimizer=lambda p: torch.optim.Adam(p, lr=50.0))
     assert all(bool(torch.isfinite(p).all()) for p in model.parameters())
     assert any("diverged" in warning for warning in fitted.warnings)
     values = [entry.value for entry in fitted.history]
@@ -328,7 +329,7 @@ class Explosive(torch.optim.SGD):
 @pytest.mark.parametrize("settings", [{}, STOCHASTIC], ids=["exact", "stochastic"])
 def test_a_fit_that_cannot_recover_ends_at_the_last_good_parameters(settings):
     model = rbf_model()
-    fitted = fit(model, steps=40, optimiser=lambda p: Explosive(p, lr=0.01), **settings)
+    fitted = fit(model, steps=40, optimizer=lambda p: Explosive(p, lr=0.01), **settings)
     assert fitted.reason == "diverged"
     assert "last good parameters" in fitted.warnings[0]
     assert all(bool(torch.isfinite(p).all()) for p in model.parameters())
@@ -352,12 +353,51 @@ class OnceTooFar(torch.optim.SGD):
 @pytest.mark.parametrize("settings", [{}, STOCHASTIC], ids=["exact", "stochastic"])
 def test_one_step_to_nowhere_is_made_again_and_the_value_stays_finite(settings):
     fitted = fit(
-        rbf_model(), steps=10, optimiser=lambda p: OnceTooFar(p, lr=0.1), **settings
+        rbf_model(), steps=10, optimizer=lambda p: OnceTooFar(p, lr=0.1), **settings
     )
     assert (fitted.reason, fitted.steps) == ("steps", 10)
     assert "number of times: 1" in fitted.warnings[0]
     assert all(math.isfinite(entry.value) for entry in fitted.history)
     assert fitted.history[-1].value > fitted.history[0].value
+
+
+@pytest.mark.parametrize(
+    ("solver", "tolerance", "used"),
+    [
+        ("cg", None, (0.01, 10.0)),
+        ("cg", 1e-6, (1e-6, 10.0)),
+        (sgdgp.CG(tolerance=1e-3, max_passes=500.0), None, (1e-3, 10.0)),
+        (sgdgp.CG(tolerance=1e-3, max_passes=500.0), 1e-6, (1e-6, 10.0)),
+        (sgdgp.CG(max_passes=4.0), 1e-6, (1e-6, 4.0)),
+    ],
+)
+def test_a_tolerance_that_is_given_holds_for_names_and_solvers(
+    solver, tolerance, used, monkeypatch
+):
+    seen, solve = set(), sgdgp.CG.solve
+
+    def solved(cg, *arguments, **settings):
+        seen.add((cg.tolerance, cg.max_passes))
+        return solve(cg, *arguments, **settings)
+
+    monkeypatch.setattr(sgdgp.CG, "solve", solved)
+    fit(
+        rbf_model(),
+        steps=2,
+        probes=StandardProbes(2),
+        solver=solver,
+        tolerance=tolerance,
+    )
+    assert seen == {used}
+
+
+def test_old_names_of_arguments_are_known():
+    found, wanted = rbf_model(), rbf_model()
+    sgd = functools.partial(torch.optim.SGD, lr=0.1)
+    with pytest.warns(DeprecationWarning, match="optimiser is now called optimizer"):
+        fit(found, steps=1, optimiser=sgd)
+    fit(wanted, steps=1, optimizer=sgd)
+    assert_same(parameters(found), parameters(wanted), rtol=0.0, atol=0.0)
 
 
 def test_a_poor_solve_is_told():
@@ -393,9 +433,9 @@ def nan_at(model, where):
         ({"probes": 64}, TypeError, "probes: expected PathwiseProbes"),
         ({"probes": "many"}, TypeError, "probes"),
         ({"seed": 1.5}, TypeError, "seed"),
-        ({"optimiser": "adam"}, TypeError, "optimiser: expected a function"),
-        ({"optimiser": list}, TypeError, "optimiser: expected one that steps"),
-        ({"optimiser": torch.optim.LBFGS}, TypeError, "optimiser.*LBFGS"),
+        ({"optimizer": "adam"}, TypeError, "optimizer: expected a function"),
+        ({"optimizer": list}, TypeError, "optimizer: expected one that steps"),
+        ({"optimizer": torch.optim.LBFGS}, TypeError, "optimizer.*LBFGS"),
         ({"x": torch.zeros(3, 2)}, ValueError, "x, y: expected both"),
         (
             {"x": torch.zeros(3, 2).double(), "y": torch.zeros(4).double()},
@@ -408,7 +448,7 @@ def nan_at(model, where):
             "x: expected the dtype of the model's parameters",
         ),
         (nan_at(rbf_model(), 7), ValueError, r"y: .*NaN.*index \(7,\)"),
-        ({"every": 0, "checkpoint": "fit.sgdgp"}, ValueError, "every"),
+        ({"checkpoint_every": 0, "checkpoint": "fit.sgdgp"}, ValueError, "every"),
         ({"checkpoint": 3}, TypeError, "checkpoint: expected a path"),
         (
             {"checkpoint": "/nowhere/fit.sgdgp"},

@@ -64,7 +64,14 @@ def test_what_a_killed_fit_had_written_is_gone_on_from(settings, tmp_path):
             shutil.copy(path, kept)
 
     whole, again = rbf_model(), rbf_model()
-    fit(whole, steps=STEPS, checkpoint=path, every=1e-9, callback=callback, **settings)
+    fit(
+        whole,
+        steps=STEPS,
+        checkpoint=path,
+        checkpoint_every=1e-9,
+        callback=callback,
+        **settings,
+    )
     seen = []
     fit(again, steps=STEPS, checkpoint=kept, callback=seen.append, **settings)
     assert [entry.step for entry in seen] == list(range(5, STEPS))
@@ -147,7 +154,7 @@ def test_the_file_is_written_while_the_fit_runs(tmp_path):
         rbf_model(),
         steps=4,
         checkpoint=path,
-        every=1e-9,
+        checkpoint_every=1e-9,
         callback=lambda entry: seen.append(path.exists()),
     )
     assert all(seen)
@@ -195,11 +202,11 @@ def test_a_fit_goes_back_to_where_it_was_sound_also_after_a_restart(tmp_path):
         rbf_model(),
         steps=5,
         checkpoint=path,
-        optimiser=lambda p: Burst(p, lr=0.1),
+        optimizer=lambda p: Burst(p, lr=0.1),
         callback=lambda entry: True,
     )
     model = rbf_model()
-    fitted = fit(model, steps=5, checkpoint=path, optimiser=lambda p: Burst(p, lr=0.1))
+    fitted = fit(model, steps=5, checkpoint=path, optimizer=lambda p: Burst(p, lr=0.1))
     assert fitted.reason == "diverged"
     assert_same(parameters(model), parameters(rbf_model()), rtol=0.0, atol=0.0)
 
@@ -225,10 +232,10 @@ def sound(learned):
 def test_a_learning_rate_that_was_halved_stays_so_after_a_restart(tmp_path):
     path = tmp_path / "fit.sgdgp"
     whole, model = rbf_model(), rbf_model()
-    slip = {"optimiser": lambda p: Slip(p, lr=0.1)}
+    slip = {"optimizer": lambda p: Slip(p, lr=0.1)}
     fit(whole, steps=STEPS, **slip)
     fit(rbf_model(), steps=STEPS, checkpoint=path, callback=stop_after(4), **slip)
-    fitted = fit(model, steps=STEPS, checkpoint=path, optimiser=sound)
+    fitted = fit(model, steps=STEPS, checkpoint=path, optimizer=sound)
     assert "number of times: 1" in fitted.warnings[0]
     assert_same(parameters(model), parameters(whole), rtol=1e-6, atol=1e-8)
 
@@ -281,7 +288,7 @@ def test_foreign_files_are_refused(tmp_path):
         ({"seed": 1}, "settings of the fit"),
         ({"passes_per_step": 3.0}, "settings of the fit"),
         ({"probes": StandardProbes(3)}, "settings of the fit"),
-        ({"optimiser": lambda p: torch.optim.SGD(p, lr=0.1)}, "optimiser"),
+        ({"optimizer": lambda p: torch.optim.SGD(p, lr=0.1)}, "optimiser"),
     ],
     ids=["y", "x", "seed", "passes", "probes", "optimiser"],
 )

@@ -7,6 +7,7 @@ from botorch.models import SingleTaskGP
 from botorch.models.transforms import Normalize, Standardize
 from gpytorch.kernels import MaternKernel, RBFKernel, ScaleKernel
 
+import sgdgp
 from sgdgp.training import fit, initialise
 from tests.models import hadamard_gp, multitask_gp
 from tests.training.problems import Model, assert_same, data, parameters, rbf_model
@@ -210,3 +211,7 @@ def test_a_model_with_nothing_to_average_is_refused():
         module.requires_grad_(False)
     with pytest.raises(ValueError, match="parameters of kernels, means or noise"):
         initialise(model)
+
+
+def test_it_is_known_by_both_spellings():
+    assert sgdgp.initialize is sgdgp.initialise is initialise
