@@ -7,7 +7,7 @@ except ImportError as error:
         "sgdgp.sklearn needs scikit-learn; install it with pip install 'sgdgp[sklearn]'"
     ) from error
 
-from sgdgp.sklearn.kernels import KERNEL_NAMES
+from sgdgp.sklearn.model import KERNEL_NAMES
 from sgdgp.sklearn.regressor import SGDGPRegressor
 
 __all__ = ["KERNEL_NAMES", "SGDGPRegressor"]

@@ -1,4 +1,4 @@
-"""The GPyTorch model behind the regressor, and what sample weights mean in it.
+"""The GPyTorch model behind the regressor: kernels by name, a start, sample weights.
 
 A weight w makes an observation count w times: its likelihood to the power w. Up to a
 constant that is one observation of noise variance sigma^2 / w, times a function of
@@ -12,13 +12,25 @@ knows as a prior on the noise.
 
 from __future__ import annotations
 
+import copy
 import math
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
-from gpytorch.constraints import GreaterThan
+from gpytorch.constraints import GreaterThan, Positive
 from gpytorch.distributions import MultivariateNormal
-from gpytorch.kernels import Kernel
+from gpytorch.kernels import (
+    AdditiveKernel,
+    Kernel,
+    LinearKernel,
+    MaternKernel,
+    RBFKernel,
+    RQKernel,
+    ScaleKernel,
+)
 from gpytorch.likelihoods import (
     FixedNoiseGaussianLikelihood,
     GaussianLikelihood,
@@ -32,11 +44,125 @@ from jaxtyping import Float
 from linear_operator.operators import DiagLinearOperator
 from torch import Tensor
 
-from sgdgp.sklearn.kernels import make_kernel
-from sgdgp.sklearn.scales import mean_and_spread
+from sgdgp.sklearn.arguments import Settings
+from sgdgp.training import Fitted, Plateau, fit
 
 NOISE_BOUND = 1e-4
 """Smallest noise variance that is learned, over the variance of the targets."""
+
+
+def _logarithmic() -> Positive:
+    """Positive, learned as a logarithm: a step is a factor, in whatever units."""
+    return Positive(transform=torch.exp, inv_transform=torch.log)
+
+
+def _stationary(
+    base: Callable[..., Kernel], spread: Tensor, variance: float
+) -> ScaleKernel:
+    dim = len(spread)
+    kernel = ScaleKernel(
+        base(ard_num_dims=dim, lengthscale_constraint=_logarithmic()),
+        outputscale_constraint=_logarithmic(),
+    ).to(spread)
+    # The squared distance of two points is about 2 d in units of the spread.
+    kernel.base_kernel.lengthscale = spread * dim**0.5
+    kernel.outputscale = variance
+    return kernel
+
+
+def _linear(spread: Tensor, variance: float) -> LinearKernel:
+    kernel = LinearKernel(
+        ard_num_dims=len(spread), variance_constraint=_logarithmic()
+    ).to(spread)
+    kernel.variance = variance / (len(spread) * spread.square())
+    return kernel
+
+
+_KERNELS: dict[str, Callable[[Tensor, float], Kernel]] = {
+    "matern12": partial(_stationary, partial(MaternKernel, nu=0.5)),
+    "matern32": partial(_stationary, partial(MaternKernel, nu=1.5)),
+    "matern52": partial(_stationary, partial(MaternKernel, nu=2.5)),
+    "rbf": partial(_stationary, RBFKernel),
+    "rq": partial(_stationary, RQKernel),
+    "linear": _linear,
+}
+
+KERNEL_NAMES = tuple(_KERNELS)
+"""Names that can be given for a kernel, alone or as a sum: "linear + matern32"."""
+
+
+def make_kernel(
+    kernel: Kernel | str, spread: Float[Tensor, " d"], variance: float
+) -> Kernel:
+    """The kernel to learn: a copy of the one given, or a new one of that name.
+
+    Args:
+        kernel: A GPyTorch kernel, which is never changed, or a name or a sum of names
+            such as "linear + matern32".
+        spread: Standard deviation of each input column (d,), where named kernels
+            start; its dtype and device are the kernel's.
+        variance: Prior variance of named kernels.
+
+    Raises:
+        TypeError: Neither a GPyTorch kernel nor a string.
+        ValueError: A name is not known, or the kernel does not fit the inputs.
+    """
+    if isinstance(kernel, Kernel):
+        return _fitting(copy.deepcopy(kernel).to(spread), spread)
+    if not isinstance(kernel, str):
+        raise TypeError(
+            "kernel: expected a GPyTorch kernel or a name, found "
+            f"{type(kernel).__name__}"
+        )
+    names = [name.strip() for name in kernel.split("+")]
+    unknown = [name for name in names if name not in _KERNELS]
+    if unknown:
+        known = ", ".join(repr(name) for name in KERNEL_NAMES)
+        raise ValueError(
+            f"kernel: expected one of {known} or a sum of them, found {kernel!r}"
+        )
+    share = variance / len(names)
+    terms = [_KERNELS[name](spread, share) for name in names]
+    return terms[0] if len(terms) == 1 else AdditiveKernel(*terms)
+
+
+def _fitting(kernel: Kernel, spread: Tensor) -> Kernel:
+    """The kernel, if it can be evaluated at inputs with so many columns."""
+    if kernel.batch_shape:
+        raise ValueError(
+            "kernel: expected one without batch shape, found batch shape "
+            f"{tuple(kernel.batch_shape)}"
+        )
+    try:
+        with torch.no_grad():
+            kernel(spread.unsqueeze(0)).to_dense()
+    except (RuntimeError, IndexError) as error:
+        raise ValueError(
+            f"kernel: cannot be evaluated at inputs with {len(spread)} columns: {error}"
+        ) from error
+    return kernel
+
+
+def mean_and_spread(
+    values: Float[Tensor, "n d"], weights: Float[Tensor, " n"] | None
+) -> tuple[Float[Tensor, " d"], Float[Tensor, " d"]]:
+    """Weighted mean and standard deviation of each column.
+
+    Args:
+        values: (n, d).
+        weights: How often each row counts (n,). Default: once.
+
+    Returns:
+        The means (d,), and the standard deviations (d,) with ones for constant columns.
+    """
+    exact = values.double()
+    counts = exact.new_ones(len(exact)) if weights is None else weights.double()
+    share = counts / counts.sum()
+    mean = share @ exact
+    spread = (share @ (exact - mean).square()).sqrt()
+    # The rounding of its mean gives a constant column a spread.
+    spread = torch.where(spread <= 1e-12 * mean.abs(), torch.ones_like(spread), spread)
+    return mean.to(values), spread.to(values)
 
 
 class GPModel(ExactGP):
@@ -169,6 +295,48 @@ def conditioned_model(model: GPModel, weights: Float[Tensor, " n"] | None) -> GP
     # Past the constructor, which would round small variances up.
     likelihood.noise_covar.noise = noise
     return GPModel(model.mean_module, model.covar_module, likelihood)
+
+
+def learn(
+    model: GPModel,
+    x: Float[Tensor, "n d"],
+    y: Float[Tensor, " n"] | Float[Tensor, "n t"],
+    weights: Float[Tensor, " n"] | None,
+    settings: Settings,
+    seed: int,
+) -> Fitted | None:
+    """Learn the parameters of ``model`` in place.
+
+    Args:
+        model: Model to learn.
+        x: Inputs (n, d).
+        y: Targets (n,) or (n, t), in the model's units.
+        weights: How often each row counts (n,). Default: once.
+        settings: Optimiser, steps and solver.
+        seed: Seed of the probes.
+
+    Returns:
+        How it went, or None if nothing was to be learned.
+    """
+    if settings.optimiser is None or settings.steps == 0:
+        return None
+    plateau = Plateau()
+    learned = model
+    if weights is not None:
+        learned, x = weighted_model(model, x, weights, 1 if y.ndim == 1 else y.shape[1])
+        # Gains count per observation, and a row is as many as its weight.
+        plateau = replace(plateau, gain=plateau.gain * float(weights.mean()))
+    return fit(
+        learned,
+        x,
+        y,
+        steps=settings.steps,
+        optimizer=settings.optimiser,
+        solver=settings.solver,
+        plateau=plateau,
+        seed=seed,
+        progress=settings.progress,
+    )
 
 
 def _noise_of(model: GPModel) -> Tensor:

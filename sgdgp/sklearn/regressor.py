@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -17,16 +18,16 @@ from torch import Tensor
 
 from sgdgp.posterior import condition
 from sgdgp.sklearn import arguments
-from sgdgp.sklearn.learning import learn
-from sgdgp.sklearn.model import conditioned_model, starting_model
-from sgdgp.sklearn.predictive import (
-    covariances,
-    function_values,
-    marginals,
-    posterior_mean,
+from sgdgp.sklearn.model import (
+    conditioned_model,
+    learn,
+    mean_and_spread,
+    starting_model,
 )
-from sgdgp.sklearn.scales import mean_and_spread
 from sgdgp.solvers import Solver
+
+_ROWS = 4096
+"""Points at a time: enough to use all cores, few beside data that want a solver."""
 
 
 class SGDGPRegressor(MultiOutputMixin, RegressorMixin, BaseEstimator):
@@ -335,3 +336,45 @@ class SGDGPRegressor(MultiOutputMixin, RegressorMixin, BaseEstimator):
         self.posterior_ = posterior
         self.solver_ = posterior.solution.solver
         return self
+
+
+def posterior_mean(posterior: Any, x: Tensor) -> np.ndarray:
+    """Posterior mean (n', T)."""
+    return _with_outputs(_by_batch(posterior.mean, x), axes=1)
+
+
+def marginals(posterior: Any, x: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Posterior mean and variance (n', T), in one pass over the kernel."""
+    mean, variance = posterior.predict(x, batch_size=_ROWS)
+    return _with_outputs(mean, axes=1), _with_outputs(variance, axes=1)
+
+
+def covariances(posterior: Any, x: Tensor, mean: np.ndarray) -> np.ndarray:
+    """Covariance of the posterior samples (n', n', T), of rank ``num_samples``.
+
+    Args:
+        posterior: The posterior.
+        x: Inputs (n', d).
+        mean: Its mean there (n', T).
+    """
+    samples = function_values(posterior.samples, x)
+    deviations = (samples - mean[..., None]).transpose(1, 0, 2)
+    covariance = deviations @ deviations.transpose(0, 2, 1) / samples.shape[-1]
+    return covariance.transpose(1, 2, 0)
+
+
+def function_values(functions: Callable[[Tensor], Tensor], x: Tensor) -> np.ndarray:
+    """Values of s functions (n', T, s)."""
+    values = _by_batch(lambda rows: functions(rows).movedim(0, -1), x)
+    return _with_outputs(values, axes=2)
+
+
+def _by_batch(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    with torch.no_grad():
+        return torch.cat([function(rows) for rows in x.split(_ROWS)])
+
+
+def _with_outputs(values: Tensor, axes: int) -> np.ndarray:
+    """An axis for the only output, behind that of the points, if there is none."""
+    array = values.double().cpu().numpy()
+    return array if array.ndim > axes else np.expand_dims(array, 1)
