@@ -1,13 +1,15 @@
-"""Several inputs of a model are one matrix, and come back as they were."""
+"""Inputs side by side in one matrix, and targets with gaps."""
 
 from __future__ import annotations
+
+import math
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sgdgp.gpytorch_adapter import InputLayout, layout_of, prior_of
+from sgdgp.gpytorch_adapter import InputLayout, layout_of, observed_rows, prior_of
 from tests.models import gp, hadamard_gp
 
 DTYPES = st.sampled_from([torch.float64, torch.int64, torch.int32])
@@ -83,3 +85,21 @@ def test_gradients_reach_the_points_of_a_model_of_two_inputs():
     covar = model.covar_module(own, x[:3]) * model.task_covar_module(i, i[:3])
     covar.to_dense().sum().backward()
     torch.testing.assert_close(points.grad, own.grad)
+
+
+@pytest.mark.parametrize(
+    ("y", "tasks", "message"),
+    [
+        (torch.full((4, 2), math.nan), 1, "NaN in every row"),
+        (torch.full((4, 2), math.nan), 2, "NaN in every row"),
+        (torch.tensor([[1.0, math.nan], [2.0, math.nan]]), 1, "only NaN in column 1"),
+    ],
+)
+def test_nothing_observed_is_refused(y, tasks, message):
+    with pytest.raises(ValueError, match=message):
+        observed_rows(y, tasks)
+
+
+def test_a_task_without_observations_is_fine():
+    (seen,) = observed_rows(torch.tensor([[1.0, math.nan], [2.0, math.nan]]), 2)
+    assert seen.rows.tolist() == [0, 2]

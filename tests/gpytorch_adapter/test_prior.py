@@ -11,7 +11,7 @@ import gpytorch
 import pytest
 import torch
 from botorch.models import SingleTaskGP
-from botorch.models.transforms import Log, Normalize, Standardize
+from botorch.models.transforms import Normalize, Standardize
 from gpytorch.kernels import (
     InducingPointKernel,
     LinearKernel,
@@ -32,7 +32,6 @@ from gpytorch.likelihoods.noise_models import HeteroskedasticNoise
 from gpytorch.priors import GammaPrior
 
 import sgdgp
-from sgdgp.core.errors import UnsupportedModelError
 from sgdgp.gpytorch_adapter import noise_of, prior_of
 from tests.models import GP, gp, own_posterior, toy_data
 
@@ -356,22 +355,6 @@ def test_botorch_fixed_noise_is_read_in_the_models_units():
     expected = model.eval().posterior(x).mean[:, 0]
     posterior = sgdgp.condition(model, num_samples=0)
     torch.testing.assert_close(posterior.mean(x), expected, rtol=1e-9, atol=1e-6)
-
-
-def test_a_large_shift_in_float32_does_not_hide_the_scale():
-    x, y = toy_data(30, dtype=torch.float32)
-    targets = 3e4 + 0.5 * y[:, None]
-    model = SingleTaskGP(x, targets)
-    units = prior_of(model, x).target_scale
-    assert units.scale == pytest.approx(float(targets.std()), rel=1e-5)
-    assert units.shift == pytest.approx(float(targets.mean()), rel=1e-6)
-
-
-def test_transforms_that_are_not_affine_are_refused():
-    x, y = toy_data(30)
-    model = SingleTaskGP(x, y[:, None].exp(), outcome_transform=Log())
-    with pytest.raises(UnsupportedModelError, match="Log is not affine"):
-        sgdgp.condition(model)
 
 
 def inducing_points():

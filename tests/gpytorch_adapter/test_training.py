@@ -16,7 +16,6 @@ from gpytorch.mlls import ExactMarginalLogLikelihood
 
 from sgdgp.core.errors import UnsupportedModelError
 from sgdgp.gpytorch_adapter import (
-    observed_rows,
     prior_at,
     traced_prior,
     training_problems,
@@ -325,24 +324,6 @@ def test_outputs_observed_in_different_rows_are_different_systems():
         for seen in [~torch.isnan(y[:, column])]
     )
     torch.testing.assert_close(total, by_column)
-
-
-@pytest.mark.parametrize(
-    ("y", "tasks", "message"),
-    [
-        (torch.full((4, 2), NAN), 1, "NaN in every row"),
-        (torch.full((4, 2), NAN), 2, "NaN in every row"),
-        (torch.tensor([[1.0, NAN], [2.0, NAN]]), 1, "only NaN in column 1"),
-    ],
-)
-def test_nothing_observed_is_refused(y, tasks, message):
-    with pytest.raises(ValueError, match=message):
-        observed_rows(y, tasks)
-
-
-def test_a_task_without_observations_is_fine():
-    (seen,) = observed_rows(torch.tensor([[1.0, NAN], [2.0, NAN]]), 2)
-    assert seen.rows.tolist() == [0, 2]
 
 
 def test_targets_must_have_the_models_outputs():
