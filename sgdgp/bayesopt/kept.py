@@ -27,12 +27,12 @@ def store_posterior(posterior: PathwisePosterior, place: Path) -> PathwisePoster
     """
     solution = posterior.solution
     own = _carried_file(place, len(posterior.problem.x))
-    if solution.carried is not None:
+    if solution.recycled is not None:
         try:
-            save_carried(own, solution.carried)
-            solution = replace(solution, carried=settled(solution.carried))
+            save_carried(own, solution.recycled)
+            solution = replace(solution, recycled=settled(solution.recycled))
         except TypeError:
-            solution = replace(solution, carried=None)
+            solution = replace(solution, recycled=None)
     posterior = replace(posterior, solution=solution)
     posterior.save(place)
     for path in _carried_files(place):
@@ -56,10 +56,10 @@ def stored_posterior(
     if not own.exists():
         return found
     try:
-        carried = load_carried(own, found.problem.x.device)
+        recycled = load_carried(own, found.problem.x.device)
     except UnusableFileError as error:
         raise CheckpointError(f"checkpoint: {error}; it may be deleted") from error
-    return replace(found, solution=replace(found.solution, carried=carried))
+    return replace(found, solution=replace(found.solution, recycled=recycled))
 
 
 def remove_posterior(place: Path) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from sgdgp.posterior import PathwisePosterior
 from sgdgp.posterior.problem import prior_draws, right_hand_sides, sample_targets
 from sgdgp.posterior.update import extended
-from sgdgp.posterior.warm_start import renewed
+from sgdgp.solvers.warm_start import solve_new_columns
 
 
 def with_new_functions(
@@ -48,7 +48,14 @@ def with_new_functions(
     rhs, noise_draws = right_hand_sides(problem.targets, *sampled)
     problem = replace(problem, draws=draws, rhs=rhs, noise_draws=noise_draws)
     drawn = time.perf_counter()
-    solution = renewed(problem, posterior.solution)
+    solution = solve_new_columns(
+        problem.solver,
+        problem.operator.unfilled(),
+        problem.noise,
+        rhs,
+        posterior.solution,
+        memory_budget=problem.settings.memory_budget,
+    )
     if solution is None or solution.reason == "stagnated":
         mean = posterior.solution.weights[:, :1]
         initial = rhs.new_zeros(rhs.shape)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from sgdgp.core.files import FileKind, read_file, write_file
 from sgdgp.solvers.preconditioners import Inverse, LowRankInverse
-from sgdgp.solvers.recycling import Appended, Carried
+from sgdgp.solvers.recycling import ExtendedInverse, Recycled
 from sgdgp.solvers.two_level import (
     SparseFactor,
     TwoLevelInverse,
@@ -32,14 +32,14 @@ Parts = tuple[dict[str, Tensor], dict[str, Any]]
 """Tensors by name, and everything else."""
 
 
-def save_carried(path: str | os.PathLike[str], carried: Carried) -> None:
+def save_carried(path: str | os.PathLike[str], carried: Recycled) -> None:
     """Write what a solve left behind.
 
     Of its directions only the leading ones are kept, which are all that is ever used.
 
     Args:
         path: The file; its directory must exist.
-        carried: What ``Solution.carried`` holds.
+        carried: What ``Solution.recycled`` holds.
 
     Raises:
         OSError: The file could not be written.
@@ -58,7 +58,7 @@ def save_carried(path: str | os.PathLike[str], carried: Carried) -> None:
 
 def load_carried(
     path: str | os.PathLike[str], device: torch.device | str = "cpu"
-) -> Carried:
+) -> Recycled:
     """Read what ``save_carried`` wrote.
 
     Args:
@@ -76,10 +76,10 @@ def load_carried(
     pairs: tuple[tuple[Tensor, Tensor], ...] = ()
     if "directions" in tensors:
         pairs = ((tensors["directions"], tensors["images"]),)
-    return Carried(tensors["residual"], inverse, pairs)
+    return Recycled(tensors["residual"], inverse, pairs)
 
 
-def settled(carried: Carried) -> Carried:
+def settled(carried: Recycled) -> Recycled:
     """The same with its leading directions only, as it is read from a file."""
     known = carried.leading()
     if known is None:
@@ -116,7 +116,7 @@ def _(inverse: TwoLevelInverse) -> Parts:
 
 
 @parts_of.register
-def _(inverse: Appended) -> Parts:
+def _(inverse: ExtendedInverse) -> Parts:
     tensors, state = parts_of(inverse.inverse)
     tensors = {f"first.{name}": tensor for name, tensor in tensors.items()}
     return tensors | _compressed_parts(inverse.rows), {
@@ -148,7 +148,7 @@ def _inverse(tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> Inverse
             state["passes"],
             state["settings"],
         )
-    return Appended(
+    return ExtendedInverse(
         _inverse(_below("first.", tensors), state["inverse"]),
         state["first"],
         _compressed(tensors, state["first"] + len(tensors["starts"]) - 1),

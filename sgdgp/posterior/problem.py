@@ -15,10 +15,9 @@ from sgdgp.operators import KernelOperator
 from sgdgp.posterior import fingerprint
 from sgdgp.posterior.checkpoint import Checkpoint
 from sgdgp.posterior.functions import ConditionedPaths, SampleFunctions
-from sgdgp.solvers.auto import resuming
 from sgdgp.solvers.base import Callback, Solution, Solver, progress_bar
-from sgdgp.solvers.recycling import Carried, directions_to_keep
-from sgdgp.solvers.system import as_system
+from sgdgp.solvers.recycling import Recycled, directions_to_keep
+from sgdgp.solvers.warm_start import solve_again
 
 
 @dataclass(frozen=True)
@@ -119,7 +118,7 @@ class Problem:
         sampled, noise_draws = sample_targets(
             draws, self.operator.x, self.noise, generator
         )
-        solution = self._solve_again(sampled, noise_draws, generator, solved.carried)
+        solution = self._solve_again(sampled, noise_draws, generator, solved.recycled)
         weights = torch.cat([solved.weights[:, :1], solution.weights], dim=1)
         return SampleFunctions(self.paths(weights, draws), solution)
 
@@ -139,26 +138,16 @@ class Problem:
         rhs: Tensor,
         noise_draws: Tensor,
         generator: torch.Generator,
-        left: Carried | None,
+        recycled: Recycled | None,
     ) -> Solution:
         """Other right-hand sides, with preconditioner and directions of a solve."""
         shown, callback = self.settings.progress, self.settings.callback
-        solver = resuming(self.solver)
-        if left is None or solver is None:
+        if recycled is None or not self.solver.resumes:
             return self._solve(rhs, noise_draws, generator)
         operator = self.operator.unfilled()
-        system = as_system(operator, self.noise, rhs)
-        with (
-            torch.no_grad(),
-            progress_bar(shown, solver.name, callback) as callback,
-        ):
-            solution = solver.resume(
-                system,
-                torch.zeros_like(rhs),
-                system.rhs,
-                left.inverse,
-                left.leading(),
-                callback,
+        with progress_bar(shown, "cg", callback) as callback:
+            solution = solve_again(
+                self.solver, operator, self.noise, rhs, recycled, callback
             )
         if solution.reason == "stagnated":
             return self._solve(rhs, noise_draws, generator, solution.weights)

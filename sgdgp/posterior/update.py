@@ -21,11 +21,11 @@ from sgdgp.operators.choose import operator_by_name
 from sgdgp.posterior.functions import Points
 from sgdgp.posterior.pathwise import PathwisePosterior
 from sgdgp.posterior.problem import Problem, right_hand_sides, sample_targets
-from sgdgp.posterior.warm_start import warm_start
 from sgdgp.solvers.auto import DIRECT_ROWS, Auto, choose_solver
 from sgdgp.solvers.base import Callback, Solution, Solver, Watch, progress_bar
 from sgdgp.solvers.cholesky import Cholesky
 from sgdgp.solvers.solutions import continued
+from sgdgp.solvers.warm_start import warm_start
 
 _FROM_ZERO = "passes_from_zero"
 
@@ -120,7 +120,14 @@ def solved(problem: Problem, before: Solution) -> Solution:
         progress_bar(settings.progress, "update", settings.callback) as callback,
     ):
         solution = warm_start(
-            problem, operator, before, initial, _WORTH * from_zero, callback
+            problem.solver,
+            operator,
+            problem.noise,
+            problem.rhs,
+            before,
+            worth_passes=_WORTH * from_zero,
+            memory_budget=settings.memory_budget,
+            callback=callback,
         )
     if solution.reason not in ("converged", "interrupted"):
         rest = replace(

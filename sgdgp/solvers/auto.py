@@ -148,19 +148,6 @@ def plan(
     return tuple(stages or (Stage(CG(preconditioner=None)),))
 
 
-def resuming(solver: Solver) -> CG | None:
-    """CG with the limits of a solver that it may go on for; None for others.
-
-    A solver of the user's own is asked itself, even one derived from CG.
-    """
-    if type(solver) not in (CG, Auto):
-        return None
-    assert isinstance(solver, CG | Auto)
-    return CG(
-        solver.tolerance, solver.max_passes, solver.max_seconds, preconditioner=None
-    )
-
-
 def _seconds_of_a_pass(system: System) -> float:
     """Measured on some rows, which takes a small part of one."""
     rows = min(system.n, _TIMED_ROWS)
@@ -201,6 +188,11 @@ class Auto(IterativeSolver):
         super().__post_init__()
         if self.stages is not None and not self.stages:
             raise ValueError("stages: expected at least one Stage, found none")
+
+    @property
+    def resumes(self) -> bool:
+        """See ``Solver.resumes``."""
+        return type(self) is Auto
 
     def with_recycling(self, directions: int) -> Auto:
         """See ``Solver.with_recycling``."""
@@ -307,7 +299,7 @@ def _merged(done: Sequence[Solution], tolerance: float) -> Solution:
         residuals=residuals,
         reason=reason,
         warnings=(f"auto went on from {earlier} to {last.solver}.", *last.warnings),
-        carried=None,
+        recycled=None,
         settings={
             **last.settings,
             "stages": tuple((s.solver, s.reason, dict(s.settings)) for s in done),

@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -21,13 +21,13 @@ from tqdm.auto import tqdm
 
 from sgdgp.core.checks import check_positive
 from sgdgp.operators.base import KernelOperator
-
-if TYPE_CHECKING:
-    from sgdgp.solvers.recycling import Carried
+from sgdgp.solvers.recycling import Recycled
 
 Reason: TypeAlias = Literal[
     "converged", "budget", "stagnated", "diverged", "interrupted"
 ]
+
+S = TypeVar("S", bound="IterativeSolver")
 
 # What a solve is given at least: its first residual takes a pass.
 _LEAST_PASSES = 1.0
@@ -156,7 +156,7 @@ class Solution:
         history: Residuals against passes and seconds.
         warnings: Sentences that say what a user may want to do about it.
         settings: Everything the solver chose by itself (step size, block size, ...).
-        carried: What a solve of the same matrix with more rows may start from; held
+        recycled: What a solve of the same matrix with more rows may start from; held
             in memory only.
     """
 
@@ -170,7 +170,7 @@ class Solution:
     history: tuple[HistoryEntry, ...] = field(default=(), repr=False)
     warnings: tuple[str, ...] = ()
     settings: Mapping[str, Any] = field(default_factory=dict)
-    carried: Carried | None = field(default=None, repr=False, compare=False)
+    recycled: Recycled | None = field(default=None, repr=False, compare=False)
 
 
 @dataclass(frozen=True)
@@ -220,6 +220,14 @@ class Solver(ABC):
     name: str
 
     @property
+    def resumes(self) -> bool:
+        """Whether CG with its limits may go on for it, from what CG has left.
+
+        Any other solver is asked itself, also one that is derived from one that does.
+        """
+        return False
+
+    @property
     def limits(self) -> Limits:
         """What ends a solve. Default: nothing that can be set from outside."""
         return Limits()
@@ -229,7 +237,7 @@ class Solver(ABC):
         return self
 
     def with_recycling(self, directions: int) -> Solver:
-        """The same solver, told to keep directions; see ``Solution.carried``."""
+        """The same solver, told to keep directions; see ``Solution.recycled``."""
         return self
 
     @abstractmethod
@@ -289,7 +297,7 @@ class IterativeSolver(Solver):
         """See ``Solver.limits``."""
         return Limits(self.tolerance, self.max_passes, self.max_seconds)
 
-    def with_limits(self, limits: Limits) -> IterativeSolver:
+    def with_limits(self: S, limits: Limits) -> S:
         """See ``Solver.with_limits``; None leaves tolerance and passes as they are."""
         return replace(
             self,

@@ -43,7 +43,7 @@ from sgdgp.solvers.base import (
     Solution,
 )
 from sgdgp.solvers.preconditioners import Inverse, Preconditioner
-from sgdgp.solvers.recycling import Carried, Collector, Directions
+from sgdgp.solvers.recycling import Collector, Directions, Recycled
 from sgdgp.solvers.system import (
     System,
     as_system,
@@ -234,7 +234,7 @@ class CG(IterativeSolver):
         max_seconds: Budget in seconds. Default: none.
         preconditioner: ``TwoLevel()`` (default), ``PivotedCholesky()``,
             ``Nystrom()`` or None.
-        recycle: Directions to keep in ``Solution.carried``, with preconditioner and
+        recycle: Directions to keep in ``Solution.recycled``, with preconditioner and
             residuals, for the same matrix with more rows. Default: none of that.
     """
 
@@ -242,6 +242,11 @@ class CG(IterativeSolver):
     recycle: int = field(default=0, repr=False)
 
     name = "cg"
+
+    @property
+    def resumes(self) -> bool:
+        """See ``Solver.resumes``."""
+        return type(self) is CG
 
     def with_recycling(self, directions: int) -> CG:
         """See ``Solver.with_recycling``."""
@@ -390,9 +395,9 @@ class CG(IterativeSolver):
                 reason = reason or "stagnated"
             if reason is None:
                 passes += _readmit(run, system, norms > self.tolerance, best)
-        carried = None
+        recycled = None
         if left is not None:
-            carried = Carried(left * system.scale, inverse, collector.pairs)
+            recycled = Recycled(left * system.scale, inverse, collector.pairs)
         return Solution(
             solver=self.name,
             operator=system.operator.name,
@@ -407,7 +412,7 @@ class CG(IterativeSolver):
                 "preconditioner": repr(self.preconditioner),
                 **({} if inverse is None else inverse.settings),
             },
-            carried=carried,
+            recycled=recycled,
         )
 
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -24,10 +24,8 @@ from torch import Tensor
 
 from sgdgp.core.slices import slices
 from sgdgp.solvers.preconditioners import Inverse
+from sgdgp.solvers.system import System
 from sgdgp.solvers.two_level import appended_rows, compressed_rows, default_neighbours
-
-if TYPE_CHECKING:
-    from sgdgp.solvers.system import System
 
 KEPT = 256
 """Directions that the next solve starts with."""
@@ -58,7 +56,7 @@ class Directions:
         """Z - D (Q^T Z)."""
         return torch.addmm(z, self.directions, self.images.mT @ z, alpha=-1.0)
 
-    def extended(self, images: Float[Tensor, "m r"]) -> Directions:
+    def with_rows(self, images: Float[Tensor, "m r"]) -> Directions:
         """The same directions in a system with more rows, and their images there.
 
         Args:
@@ -71,7 +69,7 @@ class Directions:
 
 
 @dataclass(frozen=True, eq=False)
-class Appended(Inverse):
+class ExtendedInverse(Inverse):
     """[[P^-1, 0], [0, 0]] + c G^T G: a preconditioner that has gained rows.
 
     Attributes:
@@ -101,15 +99,17 @@ class Appended(Inverse):
         return out.add_(self.rows.mT @ (self.rows @ r), alpha=size)
 
 
-def appended(inverse: Inverse, system: System, num_new: int) -> Appended:
+def extend_inverse(inverse: Inverse, system: System, num_new: int) -> ExtendedInverse:
     """The preconditioner of a system that has gained ``num_new`` rows at its end."""
     first = system.n - num_new
-    grown = appended_rows(system, num_new, default_neighbours(system.n))
-    if isinstance(inverse, Appended):
-        grown = _stacked(inverse.rows, grown)
+    rows = appended_rows(system, num_new, default_neighbours(system.n))
+    if isinstance(inverse, ExtendedInverse):
+        rows = _stacked(inverse.rows, rows)
         first, inverse = inverse.first, inverse.inverse
     entries = num_new * (system.n + (default_neighbours(system.n) + 1) ** 2)
-    return Appended(inverse, first, grown, entries / system.n**2, inverse.settings)
+    return ExtendedInverse(
+        inverse, first, rows, entries / system.n**2, inverse.settings
+    )
 
 
 def _stacked(above: Tensor, below: Tensor) -> Tensor:
@@ -124,7 +124,7 @@ def _stacked(above: Tensor, below: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True, eq=False)
-class Carried:
+class Recycled:
     """What a finished solve leaves for one of the same matrix with more rows.
 
     Attributes:
@@ -143,10 +143,12 @@ class Carried:
             return None
         if len(self.collected) == 1 and self.collected[0][0].shape[1] <= KEPT:
             return Directions(*self.collected[0])
-        return leading(self.collected, KEPT)
+        return leading_directions(self.collected, KEPT)
 
 
-def leading(pairs: tuple[tuple[Tensor, Tensor], ...], rank: int) -> Directions | None:
+def leading_directions(
+    pairs: tuple[tuple[Tensor, Tensor], ...], rank: int
+) -> Directions | None:
     """H-orthonormal directions in the span of all, with the largest Ritz values of H.
 
     Args:

@@ -22,20 +22,17 @@ the data that screens the rest from it (the screening effect; Stein, 2002).
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from sgdgp.core.slices import slices
-from sgdgp.operators.base import KernelOperator
 from sgdgp.solvers.base import Callback, Limits, Reason, Recorder, Solution
 from sgdgp.solvers.costs import costs_on
-from sgdgp.solvers.recycling import Carried, Directions
+from sgdgp.solvers.recycling import Directions, Recycled
 from sgdgp.solvers.system import (
     System,
-    as_system,
     float64_residual,
     initial_weights,
     rounding_shows,
@@ -43,146 +40,150 @@ from sgdgp.solvers.system import (
 )
 
 _NEIGHBOURS = 10
+"""Old rows for each new one in the first S: few, as S grows by what is seen to lack."""
+
 _GROWTH = 2.0
-_MARGIN = 0.99  # the residual is the true one, up to rounding
-_LARGEST_PART = 0.85
-_TILE_ENTRIES = 2**22
-_REFINEMENTS = 3
-_ROUNDS_TO_JUDGE = 3
-_PART_WITH_KNOWN = 0.42  # in all about a pass
+"""Of S: all smaller factorisations together then cost a seventh of the last."""
+
 _SURPLUS = 1.08
+"""Over the size that is predicted to do: one round more costs more than some rows."""
+
+_ROUNDS_TO_JUDGE, _ROUNDS_TO_JUDGE_WITH_KNOWN = 3, 2
+"""Sizes of S after which how the residual falls is extrapolated. With directions known
+the alternative, conjugate gradients, is cheap: it is asked earlier."""
+
+_LARGEST_PART = 0.85
+"""Of all rows: beyond, S is the whole system, and the solver's business."""
+
+_PART_WITH_KNOWN = 0.42
+"""The same with directions known: the rounds up to there cost about a pass in all."""
+
+_MARGIN = 0.99
+"""Of the tolerance. The residual is the true one, but for rounding."""
+
+_REFINEMENTS = 3
+"""Of the solve on S, each good for the digits of its factor: enough in float32."""
+
+_TILE_ENTRIES = 2**22  # of the search for neighbours; bounds its memory
 
 
-@dataclass(frozen=True)
-class LocalCorrection:
-    """Settings of the correction.
+def solve_on_subset(
+    system: System,
+    old: Float[Tensor, "n k"],
+    num_new: int,
+    limits: Limits,
+    *,
+    worth_passes: float,
+    memory_budget: int,
+    callback: Callback | None = None,
+    residual: Float[Tensor, "n k"] | None = None,
+    known: Directions | None = None,
+    passes: float = 0.0,
+) -> Solution:
+    """Corrected weights, with their true residual and what they cost.
 
-    Attributes:
+    Args:
+        system: The system over all rows (n), the new ones last.
+        old: Old weights in the caller's scale, zero in the new rows (n, k).
+        num_new: New rows.
         limits: Relative residual at which it is done, which must be given; budgets.
         worth_passes: Passes over K in whose time S may be factorised.
+        memory_budget: Bytes that may be used.
+        callback: Called after every size of S; True stops ("interrupted").
+        residual: That of ``old``, in the scale of the caller (n, k). Default: a pass
+            finds it.
+        known: Directions whose images are known. S stays small with them: what is
+            left is for conjugate gradients that know them too.
+        passes: What it took to find these two.
+
+    Returns:
+        A solution; "converged", "interrupted", or "budget" where S would become too
+        large or the budget is used up. The weights minimise the error in the norm of
+        H over all changes of the rows S, although a residual may be larger than it
+        was; after an interruption every column is the better of the two.
     """
+    tolerance, most_passes = limits.tolerance, limits.max_passes
+    assert tolerance is not None
+    rhs = system.rhs
+    record = Recorder(callback)
+    first = initial_weights(system, old)
+    weights = first
+    if residual is None:
+        base = true_residual(system, weights)
+        passes += 1.0
+    else:
+        base = residual.double() / system.scale
+    residual = base
+    norms = residual.norm(dim=0)
+    most = largest_block(system, memory_budget, worth_passes)
+    judged = _ROUNDS_TO_JUDGE
+    if known is not None:
+        most = max(1, min(most, int(_PART_WITH_KNOWN * system.n)))
+        judged = _ROUNDS_TO_JUDGE_WITH_KNOWN
+        inner = known.directions.mT @ base.to(rhs.dtype)
+    else:
+        inner = rhs.new_zeros(0, rhs.shape[1])
+    sizes: list[tuple[int, float]] = []
+    rows = torch.empty(0, dtype=torch.long, device=rhs.device)
+    reason: Reason | None = None
+    while reason is None:
+        at_hand = weights
 
-    limits: Limits
-    worth_passes: float
+        def scaled(found: Tensor = at_hand) -> Tensor:
+            return found * system.scale
 
-    def start(
-        self,
-        operator: KernelOperator,
-        noise: Float[Tensor, " n"],
-        rhs: Float[Tensor, "n k"],
-        old: Float[Tensor, "n k"],
-        num_new: int,
-        *,
-        memory_budget: int,
-        callback: Callback | None = None,
-        residual: Float[Tensor, "n k"] | None = None,
-        known: Directions | None = None,
-        passes: float = 0.0,
-    ) -> Solution:
-        """Corrected weights, with their true residual and what they cost.
-
-        Args:
-            operator: K over all rows (n, n), the new ones last.
-            noise: Noise variances (n,).
-            rhs: Right-hand sides of all rows (n, k).
-            old: Old weights, zero in the new rows (n, k).
-            num_new: New rows.
-            memory_budget: Bytes that may be used.
-            callback: Called after every size of S; True stops ("interrupted").
-            residual: That of ``old``, in the scale of ``rhs`` (n, k). Default: a pass
-                finds it.
-            known: Directions whose images are known. S stays small with them: what
-                is left is for conjugate gradients that know them too.
-            passes: What it took to find these two.
-
-        Returns:
-            A solution; "converged", "interrupted", or "budget" where S would become
-            too large or the budget is used up. The weights minimise the error in the
-            norm of H over all changes of the rows S, although a residual may be larger
-            than it was; after an interruption every column is the better of the two.
-        """
-        tolerance, most_passes = self.limits.tolerance, self.limits.max_passes
-        assert tolerance is not None
-        system = as_system(operator, noise, rhs)
-        record = Recorder(callback)
-        first = initial_weights(system, old)
-        weights = first
-        if residual is None:
-            base = true_residual(system, weights)
-            passes += 1.0
+        if record(passes, norms, exact=True, weights=scaled):
+            reason = "interrupted"
+        elif float(norms.max()) <= _MARGIN * tolerance:
+            reason = "converged"
+        elif (
+            len(rows) >= most
+            or _needed(sizes, tolerance, judged) > most
+            or (most_passes is not None and passes + 1.0 >= most_passes)
+            or record.is_past(limits.max_seconds)
+        ):
+            reason = "budget"
         else:
-            base = residual.double() / system.scale
-        residual = base
-        norms = residual.norm(dim=0)
-        most = largest_block(system, memory_budget, self.worth_passes)
-        judged = _ROUNDS_TO_JUDGE
-        if known is not None:
-            most = max(1, min(most, int(_PART_WITH_KNOWN * system.n)))
-            judged = 2
-            inner = known.directions.mT @ base.to(rhs.dtype)
-        else:
-            inner = rhs.new_zeros(0, rhs.shape[1])
-        sizes: list[tuple[int, float]] = []
-        rows = torch.empty(0, dtype=torch.long, device=rhs.device)
-        reason: Reason | None = None
-        while reason is None:
-            at_hand = weights
-
-            def scaled(found: Tensor = at_hand) -> Tensor:
-                return found * system.scale
-
-            if record(passes, norms, exact=True, weights=scaled):
-                reason = "interrupted"
-            elif float(norms.max()) <= _MARGIN * tolerance:
-                reason = "converged"
-            elif (
-                len(rows) >= most
-                or _needed(sizes, tolerance, judged) > most
-                or (most_passes is not None and passes + 1.0 >= most_passes)
-                or record.is_past(self.limits.max_seconds)
-            ):
-                reason = "budget"
+            if len(rows):
+                size = min(most, _next_size(sizes, tolerance))
+                rows = _grown(rows, residual, size)
             else:
-                if len(rows):
-                    size = min(most, _next_size(sizes, tolerance))
-                    rows = _grown(rows, residual, size)
-                else:
-                    rows = _around_new_rows(system, base, num_new, most)
-                    passes += num_new / system.n
-                change = _solved_on(system, rows, base, known, inner)
-                part = len(rows) / system.n
-                passes += part + part**2
-                if change is None:
-                    weights, norms, reason = first, base.norm(dim=0), "budget"
-                    residual = base
-                    break
-                weights, effect = _applied(system, rows, change, known, inner)
-                weights += first
-                residual = base - effect
-                norms = residual.norm(dim=0)
-                sizes.append((len(rows), float(norms.max())))
-        if reason == "interrupted":
-            better = norms < base.norm(dim=0)
-            weights = torch.where(better, weights, first)
-            residual = torch.where(better, residual, base)
-            norms = torch.where(better, norms, base.norm(dim=0))
-        if reason == "converged" and rounding_shows(system, weights, norms):
-            norms = float64_residual(system, weights).norm(dim=0)
-            passes += 1.0
-            if float(norms.max()) > tolerance:
-                reason = "budget"
-        return Solution(
-            solver="local",
-            operator=operator.name,
-            weights=weights * system.scale,
-            residuals=norms.to(rhs.dtype),
-            passes=passes,
-            seconds=record.seconds,
-            reason=reason,
-            history=tuple(record.history),
-            settings={"rows": len(rows)},
-            carried=Carried((residual * system.scale).to(rhs.dtype), None, ()),
-        )
+                rows = _around_new_rows(system, base, num_new, most)
+                passes += num_new / system.n
+            change = _solved_on(system, rows, base, known, inner)
+            part = len(rows) / system.n
+            passes += part + part**2
+            if change is None:
+                weights, norms, reason = first, base.norm(dim=0), "budget"
+                residual = base
+                break
+            weights, effect = _applied(system, rows, change, known, inner)
+            weights += first
+            residual = base - effect
+            norms = residual.norm(dim=0)
+            sizes.append((len(rows), float(norms.max())))
+    if reason == "interrupted":
+        better = norms < base.norm(dim=0)
+        weights = torch.where(better, weights, first)
+        residual = torch.where(better, residual, base)
+        norms = torch.where(better, norms, base.norm(dim=0))
+    if reason == "converged" and rounding_shows(system, weights, norms):
+        norms = float64_residual(system, weights).norm(dim=0)
+        passes += 1.0
+        if float(norms.max()) > tolerance:
+            reason = "budget"
+    return Solution(
+        solver="local",
+        operator=system.operator.name,
+        weights=weights * system.scale,
+        residuals=norms.to(rhs.dtype),
+        passes=passes,
+        seconds=record.seconds,
+        reason=reason,
+        history=tuple(record.history),
+        settings={"rows": len(rows)},
+        recycled=Recycled((residual * system.scale).to(rhs.dtype), None, ()),
+    )
 
 
 def _next_size(sizes: list[tuple[int, float]], tolerance: float) -> int:

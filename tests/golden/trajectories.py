@@ -152,7 +152,7 @@ class Case:
 
 def account_of(solution: Solution) -> dict[str, Any]:
     """A solution in numbers: no seconds, weights as a few sums."""
-    carried = solution.carried
+    carried = solution.recycled
     return {
         "solver": solution.solver,
         "reason": solution.reason,

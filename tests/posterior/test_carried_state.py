@@ -9,7 +9,7 @@ import sgdgp
 from sgdgp.core.errors import UnusableFileError
 from sgdgp.posterior.carried_state import load_carried, parts_of, save_carried, settled
 from sgdgp.solvers import PivotedCholesky
-from sgdgp.solvers.recycling import Appended
+from sgdgp.solvers.recycling import ExtendedInverse
 from tests.posterior.test_warm_start import thompson_data
 
 PRECONDITIONERS = {
@@ -35,10 +35,10 @@ def updates(solver, count):
 def test_an_update_goes_on_from_the_file_as_from_memory(name, count, tmp_path):
     solver = sgdgp.CG(tolerance=1e-4, preconditioner=PRECONDITIONERS[name])
     posterior, x_new, y_new = updates(solver, count)
-    carried = settled(posterior.solution.carried)
-    save_carried(tmp_path / "carried", posterior.solution.carried)
+    carried = settled(posterior.solution.recycled)
+    save_carried(tmp_path / "carried", posterior.solution.recycled)
     loaded = load_carried(tmp_path / "carried")
-    assert isinstance(loaded.inverse, Appended) == (name != "none" and count > 0)
+    assert isinstance(loaded.inverse, ExtendedInverse) == (name != "none" and count > 0)
     found = []
     for state in (carried, loaded):
         object.__setattr__(posterior.solution, "carried", state)
@@ -50,7 +50,7 @@ def test_an_update_goes_on_from_the_file_as_from_memory(name, count, tmp_path):
 def test_a_damaged_file_is_refused(tmp_path):
     path = tmp_path / "carried"
     posterior, _, _ = updates(sgdgp.CG(tolerance=1e-2), 0)
-    save_carried(path, posterior.solution.carried)
+    save_carried(path, posterior.solution.recycled)
     content = bytearray(path.read_bytes())
     content[-5] ^= 1
     path.write_bytes(content)

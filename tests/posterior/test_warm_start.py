@@ -11,10 +11,11 @@ from gpytorch.likelihoods import GaussianLikelihood
 import sgdgp
 from sgdgp.bayesopt.renewal import with_new_functions
 from sgdgp.features import draw_prior
-from sgdgp.posterior.warm_start import renewed
 from sgdgp.solvers import Limits
 from sgdgp.solvers.recycling import Directions
-from sgdgp.solvers.subset_solve import LocalCorrection
+from sgdgp.solvers.subset_solve import solve_on_subset
+from sgdgp.solvers.system import as_system
+from sgdgp.solvers.warm_start import solve_new_columns
 from tests.models import GP
 from tests.solvers.test_recycling import random_directions
 
@@ -107,12 +108,12 @@ def test_a_correction_with_known_directions_is_that_of_the_larger_subspace(dtype
     small = random_directions(matrix[:290, :290], 25)
     directions = torch.cat([small.directions, torch.zeros(10, 25).double()])
     known = Directions(directions.to(dtype), (matrix @ directions).to(dtype))
-    found = LocalCorrection(Limits(1e-12, max_passes=1.5), 1e6).start(
-        operator,
-        noise,
-        rhs,
+    found = solve_on_subset(
+        as_system(operator, noise, rhs),
         old.to(dtype),
         10,
+        Limits(1e-12, max_passes=1.5),
+        worth_passes=1e6,
         memory_budget=2**30,
         residual=(rhs.double() - matrix @ old).to(dtype),
         known=known,
@@ -160,4 +161,7 @@ def test_without_anything_left_nothing_is_renewed():
     posterior = sgdgp.condition(
         model, x, y, solver=sgdgp.SDD(1e-1), num_samples=2, num_features=64
     )
-    assert renewed(posterior.problem, posterior.solution) is None
+    problem, before = posterior.problem, posterior.solution
+    settings = {"memory_budget": problem.settings.memory_budget}
+    system = (problem.operator, problem.noise, problem.rhs)
+    assert solve_new_columns(problem.solver, *system, before, **settings) is None

@@ -11,9 +11,9 @@ from sgdgp.solvers.preconditioners import Inverse
 from sgdgp.solvers.recycling import (
     Collector,
     Directions,
-    appended,
     directions_to_keep,
-    leading,
+    extend_inverse,
+    leading_directions,
 )
 from sgdgp.solvers.sdd import SDD
 from sgdgp.solvers.system import System, as_system
@@ -54,7 +54,7 @@ def test_directions_of_a_solve_are_conjugate_and_their_images_are_known():
     p = problem("scale", 200, k=3, noise=1e-3)
     solver = CG(tolerance=1e-10, preconditioner=None, recycle=10_000)
     found = p.solve(solver)
-    kept = leading(found.carried.collected, 20)
+    kept = leading_directions(found.recycled.collected, 20)
     gram = kept.directions.mT @ p.matrix @ kept.directions
     torch.testing.assert_close(gram, torch.eye(20).to(gram), rtol=0, atol=1e-8)
     torch.testing.assert_close(
@@ -72,25 +72,25 @@ def test_the_ones_kept_have_the_largest_ritz_values():
     square = basis.mT @ p.matrix @ p.matrix @ basis
     inner = torch.linalg.solve_triangular(pencil, square, upper=False)
     inner = torch.linalg.solve_triangular(pencil, inner.mT, upper=False)
-    kept = leading(pairs, 4)
+    kept = leading_directions(pairs, 4)
     found = torch.linalg.eigvalsh(kept.images.mT @ kept.images)
     torch.testing.assert_close(found, torch.linalg.eigvalsh(inner)[-4:])
 
 
 def test_no_directions_are_found_among_zeros():
     nothing = torch.zeros(10, 3, dtype=torch.float64)
-    assert leading(((nothing, nothing),), 2) is None
+    assert leading_directions(((nothing, nothing),), 2) is None
 
 
 def test_residuals_left_behind_are_those_of_the_weights():
     p = problem("scale", 200, k=3, noise=1e-3)
     found = p.solve(CG(tolerance=1e-6, recycle=5))
     left = p.rhs - p.matrix @ found.weights
-    torch.testing.assert_close(found.carried.residual, left, rtol=1e-6, atol=1e-12)
+    torch.testing.assert_close(found.recycled.residual, left, rtol=1e-6, atol=1e-12)
 
 
 def test_nothing_is_kept_unless_asked_for():
-    assert problem("scale", 50).solve(CG()).carried is None
+    assert problem("scale", 50).solve(CG()).recycled is None
 
 
 @pytest.mark.parametrize("limit", [1, 5, 6, 100])
@@ -106,7 +106,7 @@ def test_a_collector_keeps_the_latest_within_its_limit(limit):
 def test_directions_in_a_system_with_more_rows_have_its_images():
     p = problem("scale", N, noise=1e-2)
     small = random_directions(p.matrix[:-NEW, :-NEW], 5)
-    known = small.extended(p.matrix[-NEW:, :-NEW] @ small.directions)
+    known = small.with_rows(p.matrix[-NEW:, :-NEW] @ small.directions)
     torch.testing.assert_close(known.images, p.matrix @ known.directions)
     gram = known.directions.mT @ known.images
     torch.testing.assert_close(gram, torch.eye(5).to(gram), rtol=0, atol=1e-10)
@@ -137,7 +137,7 @@ def test_with_all_neighbours_appended_rows_complete_an_exact_inverse(monkeypatch
     monkeypatch.setattr(
         "sgdgp.solvers.recycling.default_neighbours", lambda n: system.n
     )
-    inverse = appended(Exactly(p.matrix[:-NEW, :-NEW]), system, NEW)
+    inverse = extend_inverse(Exactly(p.matrix[:-NEW, :-NEW]), system, NEW)
     torch.testing.assert_close(
         inverse(p.rhs), torch.linalg.solve(p.matrix, p.rhs), rtol=1e-6, atol=1e-8
     )
@@ -154,21 +154,21 @@ def test_rows_appended_one_after_another_are_rows_appended_together(monkeypatch)
         system.rhs[:-2],
         system.scale,
     )
-    first = appended(Exactly(p.matrix[:-NEW, :-NEW]), half, NEW - 2)
-    twice = appended(first, system, 2)
-    once = appended(Exactly(p.matrix[:-NEW, :-NEW]), system, NEW)
+    first = extend_inverse(Exactly(p.matrix[:-NEW, :-NEW]), half, NEW - 2)
+    twice = extend_inverse(first, system, 2)
+    once = extend_inverse(Exactly(p.matrix[:-NEW, :-NEW]), system, NEW)
     torch.testing.assert_close(twice(p.rhs), once(p.rhs), rtol=1e-6, atol=1e-8)
 
 
 def test_a_preconditioner_knows_when_it_is_outgrown():
     p, system = grown()
-    assert appended(Exactly(p.matrix[:40, :40]), system, N - 40).is_outgrown
-    assert not appended(Exactly(p.matrix[:-NEW, :-NEW]), system, NEW).is_outgrown
+    assert extend_inverse(Exactly(p.matrix[:40, :40]), system, N - 40).is_outgrown
+    assert not extend_inverse(Exactly(p.matrix[:-NEW, :-NEW]), system, NEW).is_outgrown
 
 
 def test_what_appended_rows_cost_is_counted():
     p, system = grown()
-    inverse = appended(Exactly(p.matrix[:-NEW, :-NEW]), system, NEW)
+    inverse = extend_inverse(Exactly(p.matrix[:-NEW, :-NEW]), system, NEW)
     assert NEW / N < inverse.passes < 2.0
 
 
@@ -185,12 +185,12 @@ def test_conjugate_gradients_resume_from_what_is_known():
     p = problem("scale", 300, k=3, noise=1e-3)
     solver = CG(tolerance=1e-8, preconditioner=PivotedCholesky(20), recycle=10_000)
     cold = p.solve(solver)
-    known = leading(cold.carried.collected, 30)
+    known = leading_directions(cold.recycled.collected, 30)
     other = torch.roll(p.rhs, 50, dims=0)
     system = as_system(p.operator, p.noise, other)
     inner = known.directions.mT @ system.rhs
     start, residual = known.directions @ inner, system.rhs - known.images @ inner
-    warm = solver.resume(system, start, residual, cold.carried.inverse, known)
+    warm = solver.resume(system, start, residual, cold.recycled.inverse, known)
     assert warm.reason == "converged"
     again = CG(tolerance=1e-8, preconditioner=PivotedCholesky(20)).solve(
         p.operator, p.noise, other

@@ -10,7 +10,7 @@ from gpytorch.kernels import MaternKernel
 
 from sgdgp.operators import choose_operator
 from sgdgp.solvers import Limits
-from sgdgp.solvers.subset_solve import LocalCorrection, largest_block
+from sgdgp.solvers.subset_solve import largest_block, solve_on_subset
 from sgdgp.solvers.system import as_system
 from tests.models import toy_data
 
@@ -42,8 +42,14 @@ def residuals(problem, weights):
 
 def corrected(problem, tolerance=1e-2, worth_passes=1e6, **settings):
     operator, noise, rhs, old, _ = problem
-    return LocalCorrection(Limits(tolerance), worth_passes).start(
-        operator, noise, rhs, old, NEW, memory_budget=BUDGET, **settings
+    return solve_on_subset(
+        as_system(operator, noise, rhs),
+        old,
+        NEW,
+        Limits(tolerance),
+        worth_passes=worth_passes,
+        memory_budget=BUDGET,
+        **settings,
     )
 
 
@@ -71,8 +77,13 @@ def test_it_costs_few_passes_and_says_how_many(problem):
 def test_weights_that_are_good_enough_are_left_alone(problem):
     operator, noise, rhs, _, system = problem
     solved = torch.linalg.solve(system, rhs.double()).to(rhs)
-    found = LocalCorrection(Limits(1e-2), 1e6).start(
-        operator, noise, rhs, solved, NEW, memory_budget=BUDGET
+    found = solve_on_subset(
+        as_system(operator, noise, rhs),
+        solved,
+        NEW,
+        Limits(1e-2),
+        worth_passes=1e6,
+        memory_budget=BUDGET,
     )
     assert found.reason == "converged"
     assert found.settings["rows"] == 0
@@ -132,8 +143,13 @@ def test_the_largest_block_grows_with_what_a_solve_costs_and_fits_the_memory(
 def test_more_new_rows_than_a_block_may_hold(problem):
     operator, noise, rhs, _, _ = problem
     old = torch.zeros_like(rhs)
-    found = LocalCorrection(Limits(1e-3), 1e-3).start(
-        operator, noise, rhs, old, N - 1, memory_budget=BUDGET
+    found = solve_on_subset(
+        as_system(operator, noise, rhs),
+        old,
+        N - 1,
+        Limits(1e-3),
+        worth_passes=1e-3,
+        memory_budget=BUDGET,
     )
     assert found.reason == "budget"
     assert found.settings["rows"] < N - 1
@@ -145,8 +161,13 @@ def test_more_new_rows_than_a_block_may_hold(problem):
 def test_budgets_in_passes_and_seconds_hold(problem):
     operator, noise, rhs, old, _ = problem
     for settings in ({"max_passes": 2.3}, {"max_seconds": 1e-9}):
-        found = LocalCorrection(Limits(1e-9, **settings), 1e6).start(
-            operator, noise, rhs, old, NEW, memory_budget=BUDGET
+        found = solve_on_subset(
+            as_system(operator, noise, rhs),
+            old,
+            NEW,
+            Limits(1e-9, **settings),
+            worth_passes=1e6,
+            memory_budget=BUDGET,
         )
         assert found.reason == "budget"
         assert found.passes < 3.0
