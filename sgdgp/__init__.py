@@ -22,7 +22,8 @@ from sgdgp.features import (
     register_features,
 )
 from sgdgp.gpytorch_adapter import UnsupportedModelError
-from sgdgp.operators import KernelOperator, choose_operator, register_tile_kernel
+from sgdgp.kernels import TileKernel, register_kernel, register_tile_kernel
+from sgdgp.operators import KernelOperator, choose_operator
 from sgdgp.posterior import PathwisePosterior, condition, load
 from sgdgp.solvers import (
     ADASAP,
@@ -59,6 +60,7 @@ __all__ = [
     "Solution",
     "Solver",
     "StochasticMarginalLogLikelihood",
+    "TileKernel",
     "UnsupportedModelError",
     "__version__",
     "choose_operator",
@@ -71,5 +73,6 @@ __all__ = [
     "metrics",
     "random_features",
     "register_features",
+    "register_kernel",
     "register_tile_kernel",
 ]

@@ -1,4 +1,6 @@
-"""Every GPyTorch kernel that is said to work, with inputs that suit it."""
+"""Every kernel that is said to work, with inputs that suit it. Any other is welcome:
+the tests of this room, those of gradients and of features are made for all of CASES.
+"""
 
 from __future__ import annotations
 
@@ -37,6 +39,8 @@ from gpytorch.kernels import (
 )
 from gpytorch.priors import GammaPrior
 from torch import Tensor
+
+from examples.wendland import WendlandKernel
 
 
 class L1Kernel(Kernel):
@@ -198,6 +202,9 @@ CASES: dict[str, Case] = {
     "matern52_grad": Case(lambda d: Matern52KernelGrad(), d=2),
     "polynomial_grad": Case(lambda d: PolynomialKernelGrad(power=2), d=2),
     "user_l1": Case(lambda d: L1Kernel()),
+    "user_wendland": Case(
+        lambda d: ScaleKernel(WendlandKernel(ard_num_dims=d)), tiled=True, d=3
+    ),
     "user_subclass": Case(lambda d: SquaredMatern(1.5)),
     "sum_with_unknown": Case(lambda d: ScaleKernel(L1Kernel()) + RBFKernel()),
 }

@@ -9,6 +9,7 @@ import hypothesis.strategies as st
 import pytest
 import torch
 
+from sgdgp.features import has_features, random_features
 from sgdgp.operators import (
     DenseOperator,
     RowBlocksOperator,
@@ -16,7 +17,7 @@ from sgdgp.operators import (
     choose_operator,
     tile_kernel,
 )
-from tests.operators.kernel_cases import CASES, tolerance
+from tests.operators.kernel_cases import CASES, TILED, tolerance
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32}
 
@@ -120,3 +121,72 @@ def test_a_permuted_operator_is_the_operator_of_the_permuted_points(name):
     torch.testing.assert_close(
         permuted.block(everything, everything), kernel(x[order]).to_dense().detach()
     )
+
+
+class Formula:
+    """What a lazy tensor of KeOps is to a formula, evaluated at once (a, b, p)."""
+
+    def __init__(self, values: torch.Tensor) -> None:
+        self.values = values
+
+    def sqdist(self, other: Formula) -> Formula:
+        difference = self.values - other.values
+        return Formula(difference.square().sum(-1, keepdim=True))
+
+    def sum(self, axis: int) -> Formula:
+        return Formula(self.values.sum(axis, keepdim=True))
+
+    def __getattr__(self, name: str):  # exp, sqrt, log, relu
+        return lambda: Formula(getattr(self.values, name)())
+
+
+def _of_values(name: str):
+    def operation(self: Formula, other: Formula | float) -> Formula:
+        other = other.values if isinstance(other, Formula) else other
+        return Formula(getattr(self.values, name)(other))
+
+    return operation
+
+
+for _name in ("add", "radd", "sub", "rsub", "mul", "rmul", "pow"):
+    setattr(Formula, f"__{_name}__", _of_values(f"__{_name}__"))
+
+
+@pytest.mark.parametrize("name", TILED)
+def test_formulas_for_keops_are_the_kernel(name):
+    case = CASES[name]
+    kernel, x, x_new = case.kernel(2), case.x(11, 2), case.x(7, 3)
+    tile, origin = tile_kernel(kernel), x.mean(0)
+    assert tile.has_keops
+    rows, columns = (tile.keops_inputs(points, origin) for points in (x_new, x))
+    assert len(rows) == len(columns) == tile.num_keops_inputs
+    found = tile.keops_formula(
+        tuple(Formula(form.unsqueeze(1)) for form in rows),
+        tuple(Formula(form.unsqueeze(0)) for form in columns),
+    )
+    truth = kernel(x_new, x).to_dense().detach()
+    torch.testing.assert_close(tile.factor * found.values.squeeze(-1), truth)
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in CASES if has_features(CASES[name].kernel())]
+)
+def test_features_have_the_kernel_as_their_mean(name):
+    case = CASES[name]
+    kernel, x, count = case.kernel(2), case.x(8, 2), 16
+    products = []
+    for seed in range(count):
+        found = random_features(
+            kernel,
+            dim=x.shape[1],
+            num_features=1000,
+            generator=torch.Generator().manual_seed(seed),
+            dtype=x.dtype,
+        )
+        phi = found.features(x)
+        products.append(phi @ phi.T)
+    deviation, mean = torch.std_mean(torch.stack(products), 0)
+    # An exact map and a diagonal deviate by rounding, which is no random error.
+    error = (mean - kernel(x).to_dense().detach()).abs() - 1e-10 * mean.abs().max()
+    assert (error < 6 * deviation / count**0.5).all()
+    assert found.exact == bool((deviation < 1e-10).all())
