@@ -22,7 +22,7 @@ from sgdgp.core.slices import recomputed, slices
 from sgdgp.gpytorch_adapter import differentiable_block
 from sgdgp.operators.base import KernelOperator
 from sgdgp.posterior import PathwisePosterior
-from sgdgp.solvers.differentiable import Inverse
+from sgdgp.solvers.differentiable import DifferentiableSolve
 
 _ENTRIES = 2**21
 """Kernel entries held at once."""
@@ -44,7 +44,7 @@ class Block:
     """
 
     part: PathwisePosterior
-    inverse: Inverse
+    inverse: DifferentiableSolve
     columns: tuple[int, ...]
     tasks: tuple[int, ...] | None
     factor: Tensor

@@ -16,7 +16,7 @@ from sgdgp.posterior import MultiOutputPosterior, PathwisePosterior
 from sgdgp.posterior.functions import ConditionedPaths, SampleFunctions
 from sgdgp.posterior.multitask import MultitaskPosterior
 from sgdgp.posterior.output_paths import OutputFunctions, OutputPaths
-from sgdgp.solvers.differentiable import Inverse
+from sgdgp.solvers.differentiable import DifferentiableSolve
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,7 +37,7 @@ class Outputs(Evaluated):
     _subsets: dict[tuple[int, ...], ConditionedPaths | OutputPaths] = field(
         default_factory=dict, repr=False
     )
-    _inverses: dict[int, Inverse] = field(default_factory=dict, repr=False)
+    _inverses: dict[int, DifferentiableSolve] = field(default_factory=dict, repr=False)
 
     @property
     def num_paths(self) -> int:
@@ -157,11 +157,18 @@ class Outputs(Evaluated):
             for output, column in enumerate(self.columns)
         )
 
-    def _inverse(self, part: PathwisePosterior) -> Inverse:
+    def _inverse(self, part: PathwisePosterior) -> DifferentiableSolve:
         """Outputs over the same rows share one."""
         key = id(part.problem.operator)
         if key not in self._inverses:
-            self._inverses[key] = Inverse(part.problem)
+            problem = part.problem
+            self._inverses[key] = DifferentiableSolve(
+                problem.operator,
+                problem.noise,
+                problem.solver,
+                problem.settings.memory_budget,
+                problem.settings.seed,
+            )
         return self._inverses[key]
 
     @property

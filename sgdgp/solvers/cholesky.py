@@ -42,11 +42,17 @@ from sgdgp.solvers.preconditioners import Inverse, Preconditioner
 from sgdgp.solvers.system import System, as_system, in_float64, initial_weights
 
 _BLOCK = 512
+"""Columns at a time: wide enough for fast products, and Ctrl-C gets in between."""
+
 _JITTERS = {
     torch.float64: (0.0, 1e-12, 1e-10, 1e-8, 1e-6),
     torch.float32: (0.0, 1e-7, 1e-6, 1e-5, 1e-4),
 }
+"""Times the kernel's diagonal, the smallest that does: from about its rounding on."""
+
 _STEPS = {torch.float64: 3, torch.float32: 100}
+"""Of refinement: with a float64 factor the first does nearly all; with a float32 one
+they are iterations of conjugate gradients, a streamed pass each."""
 
 
 @dataclass(frozen=True)

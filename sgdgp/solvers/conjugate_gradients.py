@@ -55,12 +55,31 @@ from sgdgp.solvers.system import (
 from sgdgp.solvers.two_level import TwoLevel
 
 _REPLACE_EVERY = 50
+"""Iterations between true residuals: a pass each, so 2 % of the work."""
+
 _FIRST_FALL = 0.3
-_LAST_STEPS = 2.5  # this one, with its true residual, and half of another
+"""What the first iteration is taken to reduce the residual by; later ones as the one
+before did."""
+
 _NEAR = 2.0
-_STALLED_CHECKS = 4
-_STALLED_GAIN = 1e-5
+"""Times the tolerance: a residual predicted to come so near is evaluated anew in the
+same iteration, where its product shares the entries of K."""
+
+_LAST_STEPS = 2.5
+"""Iterations whose time must be left for another one: it, with its true residual, and
+half of one, as they do not take the same time."""
+
+_STALLED_GAIN, _STALLED_CHECKS = 1e-5, 4
+"""CG stagnates where so many checks in a row find an energy that has grown by less
+than this part: the residual may rise for hundreds of iterations meanwhile."""
+
 _CLEAR_GAIN = 1e-3
+"""Part of the energy that tells iterates apart; below it rounding in float32 and the
+residual decide."""
+
+_DEPENDENT = 16.0
+"""Times the rounding unit: smaller eigenvalues of a block's curvature, scaled to unit
+diagonal, are rounding."""
 
 
 class BlockRecurrence:
@@ -98,8 +117,7 @@ class BlockRecurrence:
         self._stay_orthogonal(slice(None))
         self.norms = self._residual.norm(dim=0)
         self._columns = active.nonzero()[:, 0]
-        eps = torch.finfo(weights.dtype).eps
-        self._dependent = 16.0 * eps
+        self._dependent = _DEPENDENT * torch.finfo(weights.dtype).eps
         self._directions = self._preconditioned()
         self._last: tuple[Tensor, Tensor] | None = None
         self.is_fresh = False

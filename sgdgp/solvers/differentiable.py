@@ -1,4 +1,4 @@
-"""(K + Sigma)^-1 V with a graph to V, by the solver of a posterior.
+"""(K + Sigma)^-1 V with a graph to V.
 
 The derivative of a solve is another solve: H^-1 is symmetric, so what comes back
 through V -> H^-1 V is H^-1 times what arrives.
@@ -15,82 +15,80 @@ from linear_operator.utils.cholesky import psd_safe_cholesky
 from torch import Tensor
 
 from sgdgp.core.seeds import derived_generator
-from sgdgp.posterior.problem import Problem
-from sgdgp.solvers import Solver
+from sgdgp.operators.base import KernelOperator
+from sgdgp.solvers.base import Solver
 
 TOLERANCE = 1e-4
-"""Relative residual of solves without a factor."""
+"""Relative residual of solves without a factor: what is made of them is a small
+difference, of the prior covariance and of what data explain."""
 
 FACTOR_ROWS = 8192
 """Up to here a Cholesky factor is kept, if the memory budget allows: a fantasy model
 asks for many solves of a few columns."""
 
 
-class Inverse:
-    """H^-1 of a conditioned problem, H = K + Sigma (n, n)."""
+class DifferentiableSolve:
+    """H^-1 as a function of its right-hand sides, H = K + Sigma (n, n).
 
-    def __init__(self, problem: Problem) -> None:
-        """Nothing is computed before the first solve.
+    Args:
+        operator: K (n, n).
+        noise: The diagonal of Sigma (n,).
+        solver: Solver where there is no factor; made more accurate, if need be.
+        memory_budget: Bytes, of which a factor and its matrix may take all.
+        seed: Where the randomness of the solves is derived from.
 
-        Args:
-            problem: What a posterior was conditioned on.
-        """
-        self._problem = problem
+    Attributes:
+        is_direct: Whether a Cholesky factor is kept, from the first solve on.
+    """
+
+    def __init__(
+        self,
+        operator: KernelOperator,
+        noise: Float[Tensor, " n"],
+        solver: Solver,
+        memory_budget: int,
+        seed: int,
+    ) -> None:
+        """Nothing is computed before the first solve."""
+        self._operator = operator
+        self._noise = noise
+        self._solver = solver
+        limits = solver.limits
+        if limits.tolerance is not None and limits.tolerance > TOLERANCE:
+            self._solver = solver.with_limits(replace(limits, tolerance=TOLERANCE))
+        self._seed = seed
         self._factor: Tensor | None = None
-        n = len(problem.noise)
+        n = len(noise)
         # The matrix and its factor, in double precision.
-        bytes_needed = 2 * 8 * n * n
-        self.is_direct = (
-            n <= FACTOR_ROWS and bytes_needed <= problem.settings.memory_budget
-        )
+        self.is_direct = n <= FACTOR_ROWS and 2 * 8 * n * n <= memory_budget
 
     def solve(self, v: Float[Tensor, "n k"]) -> Float[Tensor, "n k"]:
         """H^-1 V, differentiable in V."""
         if not self.is_direct:
             return _Symmetric.apply(v, self._iterate)
         if self._factor is None:
-            self._factor = self._factorised()
+            self._factor = self._factorise()
         return torch.cholesky_solve(v.double(), self._factor).to(v.dtype)
 
     def product(self, v: Float[Tensor, "n k"]) -> Float[Tensor, "n k"]:
         """H V, differentiable in V."""
         return _Symmetric.apply(v, self._multiply)
 
-    def _factorised(self) -> Tensor:
-        problem = self._problem
-        every = slice(0, len(problem.noise))
-        with torch.no_grad():
-            matrix = problem.operator.block(every, every).double()
-            matrix = matrix + torch.diag(problem.noise.double())
-            return psd_safe_cholesky(matrix)
+    @torch.no_grad()
+    def _factorise(self) -> Tensor:
+        every = slice(0, len(self._noise))
+        matrix = self._operator.block(every, every).double()
+        return psd_safe_cholesky(matrix + torch.diag(self._noise.double()))
 
     def _iterate(self, v: Tensor) -> Tensor:
-        problem = self._problem
-        return (
-            _accurate(problem.solver)
-            .solve(
-                problem.operator,
-                problem.noise,
-                v,
-                generator=derived_generator(problem.settings.seed, "fantasies"),
-            )
-            .weights
+        generator = derived_generator(self._seed, "fantasies")
+        solution = self._solver.solve(
+            self._operator, self._noise, v, generator=generator
         )
+        return solution.weights
 
     def _multiply(self, v: Tensor) -> Tensor:
-        problem = self._problem
-        return problem.operator.matmul(v) + problem.noise.unsqueeze(1) * v
-
-
-def _accurate(solver: Solver) -> Solver:
-    """The solver, more accurate than a posterior needs it.
-
-    A gain is a small difference: of the prior covariance and of what data explain.
-    """
-    limits = solver.limits
-    if limits.tolerance is None or limits.tolerance <= TOLERANCE:
-        return solver
-    return solver.with_limits(replace(limits, tolerance=TOLERANCE))
+        return self._operator.matmul(v) + self._noise.unsqueeze(1) * v
 
 
 class _Symmetric(torch.autograd.Function):

@@ -28,16 +28,25 @@ from sgdgp.solvers.system import System
 from sgdgp.solvers.two_level import appended_rows, compressed_rows, default_neighbours
 
 KEPT = 256
-"""Directions that the next solve starts with."""
+"""Directions that the next solve starts with: two products with n x 256 matrices in
+every iteration, little beside one with K."""
 
 COLLECTED = 768
-"""Latest directions of a solve out of which they are chosen, at least."""
+"""Latest directions of a solve out of which they are chosen, at least: three times as
+many as are kept, so that there is a choice."""
 
 _ITERATIONS = 8
+"""And at least those of so many iterations, of all columns."""
 
-_GRAM_ROWS = 1024
+_GRAM_ROWS = 1024  # at a time, when inner products of directions are added up
+
 _DEPENDENT = 1e-4
+"""Of the largest inner product of directions in the norm of H: what is below was made
+of rounding in float32."""
+
 _MOST_NEW = 0.25
+"""New rows, of those a preconditioner was built for. They are known by a few neighbours
+only: with more of them building it again pays."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -16,9 +16,17 @@ from sgdgp.operators.feature import CastFeatures, FeatureOperator
 from sgdgp.operators.tracked import TrackedVectors
 
 _PROBE_ROWS = 128
+"""Rows on which rounding is measured: their mean square is known to a tenth or so."""
+
 _PROBE_PARTS = 4
+"""Parts of a product that are rounded each on its own, see ``rounding_level``."""
+
 _PROBE_COLUMNS = 1024
+"""Columns that stand for all where K is made of features, whose product is a sweep."""
+
 _TRUSTED = 0.1
+"""Part of a residual that may be rounding: its norm is then right to half a per cent,
+as the two are independent."""
 
 
 @dataclass(frozen=True)

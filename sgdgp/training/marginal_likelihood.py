@@ -21,10 +21,10 @@ from sgdgp.gpytorch_adapter import TracedProblem, prior_at, training_problems
 from sgdgp.operators.choose import operator_by_name
 from sgdgp.solvers.auto import check_solver_name
 from sgdgp.solvers.base import Solution, Solver
-from sgdgp.training.carried_solve import CarriedSolve, SolveSettings
 from sgdgp.training.evidence import estimate_log_likelihood
 from sgdgp.training.gradient import EXACT_ROWS, exact_log_likelihood, surrogate
 from sgdgp.training.probes import Probes
+from sgdgp.training.warm_solves import SolveSettings, WarmSolves
 
 _TOLERANCE = 1e-2
 """Of solvers given by name: a step's gradient has more noise from its probes."""
@@ -138,7 +138,7 @@ class StochasticMarginalLogLikelihood(MarginalLogLikelihood):
         )
         self._initial_value = initial_value
         self._operator = operator
-        self._carried: list[CarriedSolve] = []
+        self._solves: list[WarmSolves] = []
         self._path: PathIntegral | None = None
 
     def forward(
@@ -167,8 +167,8 @@ class StochasticMarginalLogLikelihood(MarginalLogLikelihood):
             problems = training_problems(
                 prior_at(self.model, x), self.likelihood, x, target
             )
-        if len(self._carried) != len(problems):
-            self._carried = self._fresh(len(problems))
+        if len(self._solves) != len(problems):
+            self._solves = self._fresh(len(problems))
         terms = [self._term(i, problem) for i, problem in enumerate(problems)]
         self.evaluations += 1
         total = torch.stack([term.scalar for term in terms]).sum()
@@ -184,7 +184,7 @@ class StochasticMarginalLogLikelihood(MarginalLogLikelihood):
 
     def forget(self) -> None:
         """Start the next solves from zero, with a new preconditioner."""
-        self._carried = []
+        self._solves = []
 
     @property
     def settings(self) -> str:
@@ -196,15 +196,15 @@ class StochasticMarginalLogLikelihood(MarginalLogLikelihood):
         return {
             "passes": self.passes,
             "evaluations": self.evaluations,
-            "systems": len(self._carried),
+            "systems": len(self._solves),
         }
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors that belong to ``progress``, by name."""
         found = {
-            f"mll.weights.{i}": carried.weights
-            for i, carried in enumerate(self._carried)
-            if carried.weights is not None
+            f"mll.weights.{i}": solves.weights
+            for i, solves in enumerate(self._solves)
+            if solves.weights is not None
         }
         path = {} if self._path is None else self._path.state()
         return {**found, **{f"mll.path.{k}": value for k, value in path.items()}}
@@ -214,10 +214,10 @@ class StochasticMarginalLogLikelihood(MarginalLogLikelihood):
         device = next(self.model.parameters()).device
         self.passes = float(progress["passes"])
         self.evaluations = int(progress["evaluations"])
-        self._carried = self._fresh(int(progress["systems"]))
-        for i, carried in enumerate(self._carried):
+        self._solves = self._fresh(int(progress["systems"]))
+        for i, solves in enumerate(self._solves):
             if f"weights.{i}" in tensors:
-                carried.weights = tensors[f"weights.{i}"].to(device)
+                solves.weights = tensors[f"weights.{i}"].to(device)
         path = {
             name.removeprefix("path."): value.to(device)
             for name, value in tensors.items()
@@ -225,10 +225,10 @@ class StochasticMarginalLogLikelihood(MarginalLogLikelihood):
         }
         self._path = PathIntegral.from_state(path) if path else None
 
-    def _fresh(self, count: int) -> list[CarriedSolve]:
+    def _fresh(self, count: int) -> list[WarmSolves]:
         """Solves of ``count`` systems that carry nothing yet."""
         return [
-            CarriedSolve(replace(self._settings, seed=self._settings.seed + i))
+            WarmSolves(replace(self._settings, seed=self._settings.seed + i))
             for i in range(count)
         ]
 
@@ -241,7 +241,7 @@ class StochasticMarginalLogLikelihood(MarginalLogLikelihood):
             problem.inputs.detach(),
             memory_budget=self._settings.memory_budget,
         )
-        v, a, b, solution = self._carried[i](problem, operator, self.evaluations)
+        v, a, b, solution = self._solves[i](problem, operator, self.evaluations)
         self.solution = solution
         self.passes += solution.passes
         # What the solve stored of K is not needed any more.

@@ -108,10 +108,10 @@ def test_a_wrong_solve_leaves_a_positive_covariance_with_a_squared_error(monkeyp
     close = inputs(25)[:8].reshape(4, 2, 2) + 1e-3
     right = _covariance(model.fantasize(close, _sampler()))
     monkeypatch.setattr(differentiable, "FACTOR_ROWS", 0)
-    whole = differentiable.Inverse._iterate
+    whole = differentiable.DifferentiableSolve._iterate
     for error in (0.02, 0.2):
         monkeypatch.setattr(
-            differentiable.Inverse,
+            differentiable.DifferentiableSolve,
             "_iterate",
             lambda self, v, factor=1 + error: factor * whole(self, v),
         )

@@ -21,6 +21,8 @@ from sgdgp.training.gradient import residual
 from sgdgp.training.probes import Probes, StandardProbes
 
 _PRECONDITIONER_USES = 5
+"""Systems that one preconditioner serves: the kernel changes by a step in each, and a
+few more iterations are less than a setup."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,7 @@ class SolvedProbes(NamedTuple):
 
 
 @dataclass
-class CarriedSolve:
+class WarmSolves:
     """Settings, and what each solve leaves to the next.
 
     Attributes:
@@ -130,18 +132,18 @@ class CarriedSolve:
             solver = replace(
                 solver,
                 stages=tuple(
-                    replace(stage, solver=self._keeping(stage.solver))
+                    replace(stage, solver=self._with_cached(stage.solver))
                     for stage in stages
                 ),
             )
-        return self._keeping(solver)
+        return self._with_cached(solver)
 
-    def _keeping(self, solver: Solver) -> Solver:
+    def _with_cached(self, solver: Solver) -> Solver:
         """Conjugate gradients with a preconditioner that outlives the solve."""
         if not isinstance(solver, CG) or solver.preconditioner is None:
             return solver
-        kept = self.preconditioner
-        if kept is None or kept.recipe != solver.preconditioner:
-            kept = CachedPreconditioner(solver.preconditioner, _PRECONDITIONER_USES)
-            self.preconditioner = kept
-        return replace(solver, preconditioner=kept)
+        cached = self.preconditioner
+        if cached is None or cached.recipe != solver.preconditioner:
+            cached = CachedPreconditioner(solver.preconditioner, _PRECONDITIONER_USES)
+            self.preconditioner = cached
+        return replace(solver, preconditioner=cached)
