@@ -5,9 +5,16 @@ loop around it.
 """
 
 from sgdgp.bayesopt.functions import Functions
-from sgdgp.bayesopt.maximise import Maxima, maximise
+from sgdgp.bayesopt.maximise import Maxima, maximise, maximize
 from sgdgp.bayesopt.record import Step
-from sgdgp.bayesopt.run import Result
-from sgdgp.bayesopt.thompson import thompson_sampling
+from sgdgp.bayesopt.thompson import Result, thompson_sampling
 
-__all__ = ["Functions", "Maxima", "Result", "Step", "maximise", "thompson_sampling"]
+__all__ = [
+    "Functions",
+    "Maxima",
+    "Result",
+    "Step",
+    "maximise",
+    "maximize",
+    "thompson_sampling",
+]

@@ -3,20 +3,30 @@
 Candidates are common to all functions, so that one pass over kernel and features
 serves them all; the best ones are improved by gradient steps, where every function
 only pays for its own points.
+
+Candidates are uniform points, and points near observations with large values: Lin et
+al. (NeurIPS 2023) draw observations in proportion to their values above the smallest
+one and perturb them by N(0, (lengthscale / 2)^2), clipped to the box.
+
+Steps are those of Adam (Kingma & Ba, ICLR 2015) with a length that falls to zero along
+a cosine. Most of the points a function starts from lead to lower maxima, and which ones
+shows early: all but the best are given up on the way, so that thirty starts cost about
+as much as six that go on to the end. The last one goes on from the best point it has
+been at.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from sgdgp.bayesopt.ascent import Ascent, ascend, value_and_slope
-from sgdgp.bayesopt.candidates import Candidates, best_candidates, cumulated_scores
 from sgdgp.bayesopt.functions import Functions, Source, source_of
 from sgdgp.core.checks import check_count, check_finite, check_matrix, check_same
 from sgdgp.core.memory import resolve_budget
@@ -27,11 +37,23 @@ from sgdgp.posterior import PathwisePosterior
 _WIDEST = 0.25
 """Candidates near data are perturbed by at most this share of the box."""
 
+_BLOCK = 4096
+"""Candidates drawn at a time: what is drawn depends on neither memory nor device."""
+
 _ROWS = 4096
 """Candidates evaluated at a time, at most."""
 
+_SMALLEST_SCORE = 1e-6
+"""Added to all scores, so that there is something to draw where all are equal."""
+
 _GROUP_CPU, _GROUP = 64, 1024
-"""Functions improved at a time, at most."""
+"""Functions improved at a time, at most: fewer take less memory, more fill a GPU."""
+
+_DECAY, _SECOND_DECAY = 0.9, 0.95
+"""Of Adam's moments: 0.9 as usual, 0.95 since 0.999 would remember all sixty steps."""
+
+_GIVEN_UP = ((0.1, 3), (0.25, 10), (0.5, 1000))
+"""After this share of the steps one of so many points goes on."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,7 +87,7 @@ def maximise(
     y: Float[Tensor, " n"] | None = None,
     seed: int | torch.Generator = 0,
     memory_budget: int | None = None,
-    progress: bool = False,
+    progress: bool | None = None,
 ) -> Maxima:
     """Maximise every posterior sample function over a box.
 
@@ -93,7 +115,7 @@ def maximise(
         seed: Seed or generator of the candidates.
         memory_budget: Bytes that may be used beside posterior and result. Default:
             half of what is free.
-        progress: Show a progress bar.
+        progress: Show a progress bar. Default: on a terminal.
 
     Returns:
         Points (s, d) and values (s,), each at least that of the best candidate.
@@ -132,14 +154,15 @@ def maximise(
     rates = 2 * learning_rate * candidates.nearby
     rows = _rows_at_once(functions, bounds, budget)
     groups = list(_groups(functions, bounds, candidates.x, budget))
-    with tqdm(desc="maximise", total=rounds + len(groups), disable=not progress) as bar:
-        found = []
+    hidden = None if progress is None else not progress
+    with tqdm(desc="maximise", total=rounds + len(groups), disable=hidden) as bar:
+        starting_points = []
         for _ in range(rounds):
             blocks = candidates.draw(num_candidates, generator)
             with torch.no_grad():
-                found.append(best_candidates(functions, blocks, starts, rows))
+                starting_points.append(best_candidates(functions, blocks, starts, rows))
             bar.update()
-        points = torch.cat(found, 1)
+        points = torch.cat(starting_points, 1)
         parts: list[Ascent] = []
         for group in groups:
             some = functions
@@ -148,6 +171,10 @@ def maximise(
             parts.append(ascend(some, points[group], bounds, rates, steps=steps))
             bar.update()
     return Maxima(*(torch.cat(column) for column in zip(*parts, strict=True)))
+
+
+maximize = maximise
+"""The same in US spelling."""
 
 
 def check_bounds(bounds: Tensor) -> None:
@@ -237,3 +264,191 @@ def _groups(
     one = 8 * bounds.element_size() * (1 if x is None else len(x))
     most = _GROUP_CPU if bounds.device.type == "cpu" else _GROUP
     yield from slices(count, max(1, min(most, budget // 2 // one)))
+
+
+@dataclass(frozen=True, eq=False)
+class Candidates:
+    """A distribution of candidate points in a box.
+
+    Attributes:
+        bounds: Lower and upper corner (2, d).
+        exploration: Share of uniform points.
+        nearby: Standard deviations of perturbations (d,).
+        x: Points to look near (n, d), or None: all candidates are uniform.
+        cumulated: Their weights, summed up to each of them, in float64 (n,).
+    """
+
+    bounds: Float[Tensor, "2 d"]
+    exploration: float
+    nearby: Float[Tensor, " d"]
+    x: Tensor | None = field(default=None, repr=False)
+    cumulated: Tensor | None = field(default=None, repr=False)
+
+    def draw(
+        self, count: int, generator: torch.Generator
+    ) -> Iterator[Float[Tensor, "b d"]]:
+        """``count`` candidates, block by block, on the device of the bounds."""
+        for rows in slices(count, _BLOCK):
+            yield self._block(rows.stop - rows.start, generator)
+
+    def _block(self, count: int, generator: torch.Generator) -> Tensor:
+        lower, upper = self.bounds
+        shape = (count, len(lower))
+
+        def uniform(*size: int) -> Tensor:
+            return torch.rand(
+                size, generator=generator, device=generator.device, dtype=torch.float64
+            ).to(lower.device)
+
+        anywhere = lower + (upper - lower) * uniform(*shape).to(lower)
+        if self.x is None or self.cumulated is None:
+            return anywhere
+        near = uniform(count) >= self.exploration
+        mass = uniform(count) * self.cumulated[-1]
+        index = torch.searchsorted(self.cumulated, mass, right=True)
+        centre = self.x[index.clamp_max(len(self.x) - 1)]
+        step = torch.randn(
+            shape, generator=generator, device=generator.device, dtype=torch.float64
+        ).to(lower)
+        moved = torch.clamp(centre + self.nearby * step, lower, upper)
+        return torch.where(near.unsqueeze(1), moved, anywhere)
+
+
+def cumulated_scores(y: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
+    """Running sums of what each value is above the smallest one, and a little more.
+
+    The published code adds the smallest value where it has to be taken away, and so
+    draws with negative weights.
+    """
+    y = y.double()
+    return (y - y.min() + _SMALLEST_SCORE).cumsum(0)
+
+
+def best_candidates(
+    functions: Functions,
+    blocks: Iterator[Float[Tensor, "b d"]],
+    count: int,
+    rows: int,
+) -> Float[Tensor, "s k d"]:
+    """The ``count`` candidates where each function is largest, in no order.
+
+    Args:
+        functions: s functions; all see the same candidates.
+        blocks: The candidates.
+        count: How many to keep for each function.
+        rows: Candidates to evaluate at a time.
+    """
+    values: Tensor | None = None
+    points: Tensor | None = None
+    for block in blocks:
+        for part in block.split(rows):
+            found, index = _largest(functions(part), count)
+            where = part[index]
+            if values is not None and points is not None:
+                found, index = _largest(torch.cat([values, found], 1), count)
+                where = pick(torch.cat([points, where], 1), index)
+            values, points = found, where
+    if points is None:
+        raise ValueError("blocks: expected candidates, found none")
+    return points
+
+
+def _largest(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The largest entries of each row, and their columns."""
+    found, index = values.topk(min(count, values.shape[1]), 1)
+    return found, index
+
+
+def pick(
+    points: Float[Tensor, "s q d"], index: Int[Tensor, "s k"]
+) -> Float[Tensor, "s k d"]:
+    """Some of each function's own points."""
+    return points.gather(1, index.unsqueeze(-1).expand(-1, -1, points.shape[-1]))
+
+
+class Ascent(NamedTuple):
+    """Where gradient steps led.
+
+    Attributes:
+        x: The best point of every function (s, d).
+        values: The functions there (s,).
+        start_values: The largest values where they started (s,).
+    """
+
+    x: Float[Tensor, "s d"]
+    values: Float[Tensor, " s"]
+    start_values: Float[Tensor, " s"]
+
+
+def ascend(
+    functions: Functions,
+    x: Float[Tensor, "s q d"],
+    bounds: Float[Tensor, "2 d"],
+    rates: Float[Tensor, " d"],
+    *,
+    steps: int,
+) -> Ascent:
+    """Follow the gradient of every function from all of its points.
+
+    Args:
+        functions: s functions.
+        x: Where to start (s, q, d).
+        bounds: Lower and upper corner (2, d).
+        rates: Length of the first step along each input (d,).
+        steps: Gradient steps; with zero the functions are only evaluated.
+
+    Returns:
+        The best of all points that were visited.
+    """
+    lower, upper = bounds
+    survivors = _survivors(x.shape[1], steps)
+    first, second = torch.zeros_like(x), torch.zeros_like(x)
+    values, slope = value_and_slope(functions, x, wanted=steps > 0)
+    best, best_values, best_slope, start = x, values, slope, values.amax(1)
+    for step in range(steps):
+        if step in survivors:
+            best_values, index = best_values.topk(survivors[step], 1)
+            x, best, slope, best_slope, first, second = (
+                pick(points, index)
+                for points in (x, best, slope, best_slope, first, second)
+            )
+            if survivors[step] == 1:
+                x, slope, first = best, best_slope, torch.zeros_like(first)
+        first = first.lerp(slope, 1 - _DECAY)
+        second = second.lerp(slope.square(), 1 - _SECOND_DECAY)
+        mean = first / (1 - _DECAY ** (step + 1))
+        size = (second / (1 - _SECOND_DECAY ** (step + 1))).sqrt()
+        direction = mean / size.clamp_min(torch.finfo(x.dtype).tiny)
+        length = 0.5 * (1 + math.cos(math.pi * step / steps))
+        x = torch.clamp(x + length * rates * direction, lower, upper)
+        values, slope = value_and_slope(functions, x, wanted=step + 1 < steps)
+        better = values > best_values
+        best_values = torch.where(better, values, best_values)
+        best = torch.where(better.unsqueeze(-1), x, best)
+        best_slope = torch.where(better.unsqueeze(-1), slope, best_slope)
+    top = best_values.argmax(1, keepdim=True)
+    return Ascent(pick(best, top)[:, 0], best_values.gather(1, top)[:, 0], start)
+
+
+def value_and_slope(
+    functions: Functions, x: Float[Tensor, "s q d"], *, wanted: bool = True
+) -> tuple[Float[Tensor, "s q"], Float[Tensor, "s q d"]]:
+    """Every function at its own points, and its gradients; x in their place if not."""
+    if not wanted:
+        with torch.no_grad():
+            return functions.each(x), x
+    with torch.enable_grad():
+        x = x.detach().requires_grad_()
+        values = functions.each(x)
+        (slope,) = torch.autograd.grad(values.sum(), x)
+    return values.detach(), slope
+
+
+def _survivors(count: int, steps: int) -> dict[int, int]:
+    """How many points of each function go on from which step."""
+    survivors: dict[int, int] = {}
+    for share, one_of in _GIVEN_UP:
+        remaining = math.ceil(count / one_of)
+        if remaining < min(survivors.values(), default=count):
+            survivors[max(1, round(share * steps))] = remaining
+    return survivors

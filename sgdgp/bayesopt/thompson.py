@@ -2,27 +2,65 @@
 
 from __future__ import annotations
 
+import functools
 import os
+import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal, TypeAlias
 
 import torch
 from gpytorch.models import ExactGP
 from jaxtyping import Float
 from torch import Tensor
+from tqdm.auto import tqdm
 
 import sgdgp.bayesopt.record as records
-from sgdgp.bayesopt.chain import Maximiser, ModelMaker, Options
-from sgdgp.bayesopt.kept import remove_posterior
 from sgdgp.bayesopt.maximise import check_bounds, maximise
+from sgdgp.bayesopt.posterior_file import posterior_file, remove_posterior
+from sgdgp.bayesopt.posteriors import Chain, Maximiser, ModelMaker, Options
 from sgdgp.bayesopt.record import Pending, Record, Step
-from sgdgp.bayesopt.run import Objective, Result, Run, posterior_file
 from sgdgp.core.checks import check_count, check_finite, check_matrix, check_same
 from sgdgp.core.hashes import digest
-from sgdgp.core.seeds import derived_generator
+from sgdgp.core.seeds import derived_generator, number_of
+from sgdgp.posterior import PathwisePosterior
 from sgdgp.posterior.checkpoint_file import checked_place
 from sgdgp.posterior.condition import DEFAULT_FEATURES
 from sgdgp.solvers.base import Solver
+
+Objective: TypeAlias = Callable[[Tensor], Tensor]
+"""Points (b, d) to values (b,); larger is better."""
+
+
+@dataclass(frozen=True, eq=False)
+class Result:
+    """What a run found.
+
+    Attributes:
+        x: All observed points (n, d), the initial ones first.
+        y: Their values (n,).
+        history: One entry for every step.
+        reason: "finished", or "stopped" by the callback.
+        posterior: The posterior that proposed the last batch, not yet given its
+            values; None where this call proposed none.
+    """
+
+    x: Float[Tensor, "n d"] = field(repr=False)
+    y: Float[Tensor, " n"] = field(repr=False)
+    history: tuple[Step, ...] = field(repr=False)
+    reason: Literal["finished", "stopped"]
+    posterior: PathwisePosterior | None = field(repr=False)
+
+    @property
+    def best_x(self) -> Float[Tensor, " d"]:
+        """The point with the largest value."""
+        return self.x[self.y.argmax()]
+
+    @property
+    def best_y(self) -> float:
+        """The largest value."""
+        return float(self.y.max())
 
 
 def thompson_sampling(
@@ -34,7 +72,7 @@ def thompson_sampling(
     *,
     model: ExactGP | ModelMaker | None = None,
     solver: Solver | str = "auto",
-    maximiser: Maximiser = maximise,
+    maximiser: Maximiser = functools.partial(maximise, progress=False),  # noqa: B008
     refit_every: int | None = None,
     redraw_every: int | None = None,
     noise: float | None = None,
@@ -42,7 +80,8 @@ def thompson_sampling(
     evaluate_at_once: int | None = None,
     callback: Callable[[Step], bool | None] | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
-    seed: int = 0,
+    checkpoint_every: int | float = 0,
+    seed: int | torch.Generator = 0,
     memory_budget: int | None = None,
     progress: bool | None = None,
 ) -> Result:
@@ -78,7 +117,9 @@ def thompson_sampling(
             functions). Calling again with it goes on where the run was, whatever
             ended it: proposals are written before they are evaluated, results right
             after. Only a call of the objective that was under way is made again.
-        seed: Seed of everything random.
+        checkpoint_every: Seconds between two writes of results, at least; so much may
+            have to be evaluated again. Default: all are written at once.
+        seed: Seed or generator of everything random.
         memory_budget: Bytes that operator and solver may use. Default: half of what
             is free.
         progress: Show a progress bar. Default: on a terminal.
@@ -110,8 +151,11 @@ def thompson_sampling(
     ):
         if value is not None:
             check_count(name, value, 1)
-    if not isinstance(seed, int) or isinstance(seed, bool):
-        raise TypeError(f"seed: expected an int, found {type(seed).__name__}")
+    if not 0 <= checkpoint_every < float("inf"):
+        raise ValueError(
+            f"checkpoint_every: expected seconds, at least 0, found {checkpoint_every}"
+        )
+    seed = number_of(seed)
     options = Options(
         batch=batch,
         model=model,
@@ -145,7 +189,7 @@ def thompson_sampling(
             # What an earlier run left must not be taken for this one's.
             remove_posterior(posterior_file(place))
             records.write(place, record)
-    run = Run(objective, bounds, options, record, place)
+    run = Run(objective, bounds, options, record, place, checkpoint_every)
     return run.until(steps, callback, progress)
 
 
@@ -174,3 +218,132 @@ def _beginning(
     none = bounds.new_zeros(0)
     pending = Pending(Step(0, 0, float("nan")), proposals, none)
     return Record(bounds.new_zeros(0, bounds.shape[1]), none, pending=pending)
+
+
+class Run:
+    """A run, between two steps or inside one.
+
+    Args:
+        objective: Points to values.
+        bounds: The box (2, d).
+        options: How to go on.
+        record: Where it is.
+        place: File of the record, or None.
+        every: Seconds between two writes of results, at least.
+    """
+
+    def __init__(
+        self,
+        objective: Objective,
+        bounds: Float[Tensor, "2 d"],
+        options: Options,
+        record: Record,
+        place: Path | None,
+        every: int | float = 0,
+    ) -> None:
+        self.objective = objective
+        self.bounds = bounds
+        self.options = options
+        self.record = record
+        self.place = place
+        self._every = every
+        self._next = time.monotonic() + every
+        self._is_written = True
+        self.chain = Chain(options, None if place is None else posterior_file(place))
+
+    def until(
+        self,
+        steps: int,
+        callback: Callable[[Step], bool | None] | None,
+        progress: bool | None,
+    ) -> Result:
+        """Carry out what is missing of so many steps."""
+        reason: Literal["finished", "stopped"] = "finished"
+        hidden = None if progress is None else not progress
+        with tqdm(
+            desc="thompson_sampling", total=steps, unit="step", disable=hidden
+        ) as bar:
+            try:
+                while self.record.pending is not None or self.record.done < steps:
+                    if self.record.pending is None:
+                        self._propose()
+                    while self.record.pending is not None:
+                        self._observe(self.record.pending)
+                    last = self.record.history[-1]
+                    bar.n = last.step
+                    bar.set_postfix_str(f"best {last.best_y:.4g}")
+                    if callback is not None and callback(last):
+                        reason = "stopped"
+                        break
+            finally:
+                self._write()  # of an error or Ctrl-C too, no result is lost
+        record = self.record
+        return Result(record.x, record.y, record.history, reason, self.chain.latest)
+
+    def _keep(self, record: Record, *, at_once: bool = False) -> None:
+        self.record = record
+        self._is_written = False
+        if at_once or time.monotonic() >= self._next:
+            self._write()
+
+    def _write(self) -> None:
+        if self.place is not None and not self._is_written:
+            records.write(self.place, self.record)
+        self._is_written = True
+        self._next = time.monotonic() + self._every
+
+    def _propose(self) -> None:
+        """Condition on all data, maximise, write the proposals down."""
+        self._write()  # the posterior's file must not be ahead of the record
+        number = self.record.done + 1
+        start = time.perf_counter()
+        posterior = self.chain.at(self.record.x, self.record.y, self.record.history)
+        solved = time.perf_counter()
+        generator = derived_generator(self.options.seed, "candidates", number)
+        x = self.options.maximiser(posterior, self.bounds, seed=generator).x.detach()
+        solution = posterior.solution
+        step = Step(
+            number,
+            len(self.record.y),
+            float("nan"),
+            passes=solution.passes,
+            solver=solution.solver,
+            reason=solution.reason,
+            solve_seconds=solved - start,
+            maximise_seconds=time.perf_counter() - solved,
+        )
+        pending = Pending(step, x, x.new_zeros(0))
+        self._keep(replace(self.record, pending=pending), at_once=True)
+
+    def _observe(self, pending: Pending) -> None:
+        """Evaluate the next proposals and write the results down."""
+        first = len(pending.results)
+        count = self.options.evaluate_at_once or len(pending.proposals)
+        start = time.perf_counter()
+        values = evaluate(self.objective, pending.proposals[first : first + count])
+        seconds = time.perf_counter() - start
+        self._keep(self.record.observed(values, seconds))
+
+
+def evaluate(objective: Objective, x: Float[Tensor, "b d"]) -> Float[Tensor, " b"]:
+    """The objective at x, checked.
+
+    Raises:
+        ValueError: Not one finite value for each point.
+    """
+    y = torch.as_tensor(objective(x.clone())).detach().to(x)
+    if y.ndim == 2 and y.shape[1] == 1:
+        y = y[:, 0]
+    if y.shape != (len(x),):
+        raise ValueError(
+            f"objective: expected {len(x)} values, one for each point, found shape "
+            f"{tuple(y.shape)}"
+        )
+    bad = ~torch.isfinite(y)
+    if bad.any():
+        first = int(bad.nonzero()[0])
+        raise ValueError(
+            f"objective: expected finite values, found {float(y[first])} at "
+            f"{x[first].tolist()}; nothing of this call has entered the data"
+        )
+    return y

@@ -40,6 +40,17 @@ def seed_of(generator: torch.Generator) -> int:
     return _number(hashlib.sha256(state))
 
 
+def number_of(seed: int | torch.Generator) -> int:
+    """The seed itself, or that of a generator; what streams are derived from.
+
+    Raises:
+        TypeError: Neither an integer nor a generator.
+    """
+    if isinstance(seed, int) and not isinstance(seed, bool):
+        return seed
+    return seed_of(generator_of(seed))
+
+
 def derived_generator(seed: int, *what: object) -> torch.Generator:
     """A generator that is a function of a seed and of what it is for."""
     text = " ".join(str(part) for part in (seed, *what))

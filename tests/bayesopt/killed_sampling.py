@@ -20,9 +20,8 @@ from pathlib import Path
 import torch
 from gpytorch.kernels import MaternKernel, ScaleKernel
 
-from sgdgp.bayesopt import maximise, thompson_sampling
+from sgdgp.bayesopt import Result, maximise, thompson_sampling
 from sgdgp.bayesopt.record import read
-from sgdgp.bayesopt.run import Result
 from tests.models import GP
 
 INITIAL, STEPS, BATCH, AT_ONCE = 8, 3, 6, 4

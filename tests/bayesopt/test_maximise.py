@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 from gpytorch.kernels import LinearKernel, MaternKernel, RBFKernel, ScaleKernel
+from hypothesis import given
+from hypothesis import strategies as st
 
 import sgdgp
-from sgdgp.bayesopt import maximise
+from sgdgp.bayesopt import maximise, maximize
+from sgdgp.bayesopt.maximise import (
+    Candidates,
+    ascend,
+    best_candidates,
+    cumulated_scores,
+    value_and_slope,
+)
 from tests.models import GP
 
 BOX = torch.tensor([[0.0, -1.0], [2.0, 1.0]], dtype=torch.float64)
@@ -182,8 +193,185 @@ def test_arguments_that_do_not_fit_are_named(settings, words):
         maximise(**{"posterior": functions, "bounds": BOX, **settings})
 
 
+@pytest.mark.parametrize(
+    ("settings", "is_terminal", "shows"),
+    [
+        ({}, True, True),
+        ({}, False, False),
+        ({"progress": True}, False, True),
+        ({"progress": False}, True, False),
+    ],
+)
+def test_by_default_there_is_a_bar_on_a_terminal_only(
+    settings, is_terminal, shows, monkeypatch, capsys
+):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: is_terminal, raising=False)
+    maximise(Bumps(torch.rand(2, 2).double()), BOX, 8, rounds=1, steps=0, **settings)
+    assert ("maximise" in capsys.readouterr().err) is shows
+
+
+def test_it_is_known_by_both_spellings():
+    assert maximize is maximise
+
+
 def test_what_is_no_function_is_refused():
     with pytest.raises(TypeError, match="num_functions"):
         maximise(torch.sin, BOX)
     with pytest.raises(ValueError, match="no samples"):
         maximise(posterior(num_samples=0), BOX)
+
+
+SQUARE = torch.tensor([[-1.0, -1.0], [1.0, 1.0]], dtype=torch.float64)
+RATES = torch.full((2,), 0.2).double()
+
+
+class Waves:
+    """f_i(x) = cos(5 x_1 + i) + cos(5 x_2) - |x|^2, with a count of evaluations."""
+
+    def __init__(self, count):
+        self.num_functions = count
+        self.evaluated = []
+
+    def __call__(self, x):
+        return self.each(x.expand(self.num_functions, -1, -1))
+
+    def each(self, x):
+        self.evaluated.append(x.shape[1])
+        shift = torch.arange(self.num_functions).to(x).unsqueeze(1)
+        waves = torch.cos(5 * x[..., 0] + shift) + torch.cos(5 * x[..., 1])
+        return waves - x.square().sum(-1)
+
+
+def starts(functions, count):
+    generator = torch.Generator().manual_seed(0)
+    shape = (functions.num_functions, count, 2)
+    return 2 * torch.rand(shape, generator=generator, dtype=torch.float64) - 1
+
+
+def test_the_highest_of_several_maxima_is_found():
+    functions = Waves(3)
+    found = ascend(functions, starts(functions, 30), SQUARE, RATES, steps=60)
+    line = torch.linspace(-1, 1, 2001).double()
+    shift = torch.arange(3).double().unsqueeze(1)
+    best = (torch.cos(5 * line + shift) - line.square()).amax(1) + 1
+    torch.testing.assert_close(found.values, best, rtol=0, atol=1e-3)
+
+
+def test_the_gradient_vanishes_at_what_is_found():
+    functions = Waves(3)
+    found = ascend(functions, starts(functions, 5), SQUARE, RATES, steps=200)
+    _, slope = value_and_slope(functions, found.x.unsqueeze(1))
+    assert slope.abs().max() < 1e-3
+
+
+def test_points_are_given_up_on_the_way():
+    functions = Waves(2)
+    ascend(functions, starts(functions, 30), SQUARE, RATES, steps=60)
+    assert functions.evaluated[:7] == [30] * 7
+    assert functions.evaluated[16:31] == [3] * 15
+    assert functions.evaluated[31:] == [1] * 30
+    assert len(functions.evaluated) == 61
+
+
+def test_without_steps_the_best_start_is_returned():
+    functions = Waves(2)
+    x = starts(functions, 9)
+    found = ascend(functions, x, SQUARE, RATES, steps=0)
+    assert torch.equal(found.values, functions.each(x).amax(1))
+    assert torch.equal(found.values, found.start_values)
+    assert torch.equal(functions.each(found.x.unsqueeze(1))[:, 0], found.values)
+
+
+def test_a_start_at_a_maximum_stays_there():
+    functions = Waves(1)
+    x = torch.zeros(1, 1, 2).double()
+    found = ascend(functions, x, SQUARE, RATES, steps=10)
+    assert torch.equal(found.x, x[:, 0])
+
+
+TALL = torch.tensor([[0.0, 0.0], [1.0, 2.0]], dtype=torch.float64)
+POINTS = torch.tensor([[0.5, 1.0], [0.2, 0.4], [0.8, 1.8]], dtype=torch.float64)
+
+
+def drawn(count, seed=0, **settings):
+    settings = {"exploration": 0.0, "nearby": torch.full((2,), 1e-9), **settings}
+    candidates = Candidates(TALL, **settings)
+    generator = torch.Generator().manual_seed(seed)
+    return torch.cat(list(candidates.draw(count, generator)))
+
+
+def shares(y, count=20_000):
+    """How often candidates were drawn near each point."""
+    found = drawn(count, x=POINTS, cumulated=cumulated_scores(y))
+    return (torch.cdist(found, POINTS) < 1e-6).double().mean(0)
+
+
+def test_points_are_drawn_in_proportion_to_what_they_are_above_the_smallest():
+    expected = torch.tensor([0.0, 0.25, 0.75]).double()
+    # Four standard errors of a share of 20,000.
+    limit = 4 * (0.25 * 0.75 / 20_000) ** 0.5
+    for y in ([-2.0, -1.0, 1.0], [5.0, 6.0, 8.0]):
+        assert (shares(torch.tensor(y)) - expected).abs().max() < limit
+
+
+def test_equal_values_are_drawn_equally():
+    assert (shares(torch.full((3,), -7.0)) - 1 / 3).abs().max() < 0.014
+
+
+def test_the_share_of_uniform_candidates_is_as_asked():
+    found = drawn(
+        20_000, exploration=0.3, x=POINTS, cumulated=cumulated_scores(torch.ones(3))
+    )
+    near = (torch.cdist(found, POINTS) < 1e-6).any(1).double().mean()
+    assert abs(near - 0.7) < 4 * (0.3 * 0.7 / 20_000) ** 0.5
+
+
+def test_perturbations_have_the_standard_deviations_asked_for():
+    nearby = torch.tensor([0.02, 0.1]).double()
+    found = drawn(20_000, nearby=nearby, x=POINTS[:1], cumulated=torch.ones(1).double())
+    spread = (found - POINTS[0]).square().mean(0).sqrt()
+    # A standard deviation of 20,000 normals has a relative standard error of 0.5 %.
+    assert ((spread / nearby) - 1).abs().max() < 0.02
+
+
+def test_without_points_all_candidates_are_uniform():
+    found = drawn(20_000)
+    quantiles = found.sort(0).values / TALL[1]
+    even = torch.linspace(0, 1, len(found)).double().unsqueeze(1)
+    # Kolmogorov and Smirnov: exceeded with probability 3e-5.
+    assert (quantiles - even).abs().max() < 2.3 / len(found) ** 0.5
+
+
+@given(st.integers(1, 9000), st.floats(0, 1), st.floats(1e-3, 10))
+def test_all_candidates_are_in_the_box_and_as_many_as_asked_for(count, share, nearby):
+    found = drawn(
+        count,
+        exploration=share,
+        nearby=torch.full((2,), nearby).double(),
+        x=POINTS,
+        cumulated=cumulated_scores(torch.arange(3.0)),
+    )
+    assert found.shape == (count, 2)
+    assert bool(((found >= TALL[0]) & (found <= TALL[1])).all())
+
+
+@pytest.mark.parametrize("rows", [1, 7, 1000])
+@pytest.mark.parametrize("count", [1, 4])
+def test_the_best_candidates_of_every_function_are_kept(rows, count):
+    generator = torch.Generator().manual_seed(0)
+    weights = torch.randn(2, 5, generator=generator)
+    x = torch.randn(60, 2, generator=generator)
+
+    class Linear:
+        num_functions = 5
+
+        def __call__(self, x):
+            return (x @ weights).mT
+
+        def each(self, x):
+            return x.sum(-1)
+
+    found = best_candidates(Linear(), iter(x.split(25)), count, rows)
+    values = torch.einsum("skd,ds->sk", found, weights)
+    expected = (x @ weights).mT.topk(count, 1).values
+    torch.testing.assert_close(values.sort(1, descending=True).values, expected)

@@ -9,8 +9,9 @@ import torch
 from gpytorch.kernels import MaternKernel, ScaleKernel
 
 import sgdgp
+import sgdgp.bayesopt.record as records
 from sgdgp.bayesopt import maximise, thompson_sampling
-from sgdgp.bayesopt.chain import Chain, Options
+from sgdgp.bayesopt.posteriors import Chain, Options
 from sgdgp.core.errors import CheckpointError
 from tests.models import GP
 
@@ -210,6 +211,40 @@ def test_a_finished_run_evaluates_nothing(tmp_path):
     assert again.history == first.history
 
 
+@pytest.mark.parametrize(("every", "known"), [(0, [0, 2, 4, 6, 8]), (1e9, [0] * 5)])
+def test_results_are_written_as_often_as_asked(tmp_path, every, known):
+    place, seen = tmp_path / "run", []
+
+    def watched(x):
+        seen.append(len(records.read(place, x.device).pending.results))
+        return objective(x)
+
+    settings = {"checkpoint": place, "checkpoint_every": every, "evaluate_at_once": 2}
+    result = sampled(watched, steps=0, **settings)
+    assert seen == known
+    assert torch.equal(records.read(place, BOX.device).y, result.y)
+
+
+def test_an_error_leaves_all_results_in_the_file_however_seldom_it_is_written(tmp_path):
+    settings = {"evaluate_at_once": 2, "steps": 0}
+    settings |= {"checkpoint": tmp_path / "run", "checkpoint_every": 1e9}
+    watched = Watched({3: RuntimeError("no")})
+    with pytest.raises(RuntimeError, match="no"):
+        sampled(watched, **settings)
+    sampled(watched, **settings)
+    assert torch.equal(watched.asked[3], watched.asked[2])
+    assert len(watched.asked) == 6
+
+
+def test_a_generator_is_a_seed_too():
+    drawn = [
+        sampled(steps=0, seed=torch.Generator().manual_seed(seed)).x
+        for seed in (1, 1, 2)
+    ]
+    assert torch.equal(drawn[0], drawn[1])
+    assert not torch.equal(drawn[0], drawn[2])
+
+
 @pytest.mark.parametrize("failure", [KeyboardInterrupt(), RuntimeError("no")])
 def test_after_an_interruption_the_same_proposals_are_evaluated(tmp_path, failure):
     once = sampled(checkpoint=tmp_path / "once", evaluate_at_once=2)
@@ -331,6 +366,7 @@ def test_a_posterior_that_has_all_data_is_not_solved_again(tmp_path):
         ({"redraw_every": 0}, "redraw_every"),
         ({"evaluate_at_once": 0}, "evaluate_at_once"),
         ({"seed": 0.5}, "seed"),
+        ({"checkpoint_every": -1}, "checkpoint_every"),
         ({"checkpoint": "no/such/directory/run"}, "directory"),
     ],
 )

@@ -9,7 +9,7 @@ from gpytorch.kernels import MaternKernel, ScaleKernel
 from gpytorch.likelihoods import GaussianLikelihood
 
 import sgdgp
-from sgdgp.bayesopt.renewal import with_new_functions
+from sgdgp.bayesopt.posteriors import redraw
 from sgdgp.features import draw_prior
 from sgdgp.solvers import Limits
 from sgdgp.solvers.recycling import Directions
@@ -150,7 +150,7 @@ def test_columns_that_are_new_start_with_the_old_preconditioner():
     generator = torch.Generator().manual_seed(9)
     cold = posterior.solution.passes
     for data in ((x_new, y_new), (x_new[:0], y_new[:0])):
-        posterior = with_new_functions(posterior, *data, generator)
+        posterior = redraw(posterior, *data, generator)
         assert posterior.solution.solver == "renewed+cg"
         assert posterior.solution.passes < 0.75 * cold
         assert largest_residual(posterior) < 1.02e-3

@@ -19,6 +19,11 @@ from sgdgp.posterior.carried_state import load_carried, save_carried, settled
 from sgdgp.solvers.base import Solver
 
 
+def posterior_file(place: Path) -> Path:
+    """Where the posterior is kept that belongs to a record."""
+    return place.with_name(place.name + ".posterior")
+
+
 def store_posterior(posterior: PathwisePosterior, place: Path) -> PathwisePosterior:
     """Write a posterior; it comes back as it would be read.
 

@@ -1,28 +1,54 @@
-"""The posterior of each step of a run, from that of the step before."""
+"""The posterior of each step of a run, from that of the step before.
+
+More data, and new functions or other parameters when they are due; and the model of a
+run where none is given.
+"""
 
 from __future__ import annotations
 
 import copy
+import math
+import time
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeAlias
 
 import torch
+from gpytorch.constraints import GreaterThan
+from gpytorch.distributions import MultivariateNormal
+from gpytorch.kernels import MaternKernel, ScaleKernel
+from gpytorch.likelihoods import GaussianLikelihood
+from gpytorch.means import ConstantMean
 from gpytorch.models import ExactGP
 from jaxtyping import Float
 from torch import Tensor
 
-from sgdgp.bayesopt.default_model import MaternModel, learned
-from sgdgp.bayesopt.kept import store_posterior, stored_posterior
 from sgdgp.bayesopt.maximise import Maxima
+from sgdgp.bayesopt.posterior_file import store_posterior, stored_posterior
 from sgdgp.bayesopt.record import Step
-from sgdgp.bayesopt.renewal import with_new_functions
 from sgdgp.core.errors import CheckpointError
 from sgdgp.core.seeds import derived_generator
 from sgdgp.posterior import PathwisePosterior, condition
+from sgdgp.posterior.problem import prior_draws, right_hand_sides, sample_targets
+from sgdgp.posterior.update import extended
 from sgdgp.solvers.base import Solver
+from sgdgp.solvers.warm_start import solve_new_columns
+from sgdgp.training import fit
+
+_STORED_EVERY = 5
+"""Steps between two posteriors in the file, at most: what is not written has to be
+solved for again after an interruption."""
+
+_ROWS = 1000
+"""Rows that parameters are learned from; so many have exact gradients."""
+
+_SMALLEST_NOISE = 1e-6
+"""Noise variance over the variance of the targets, at least."""
+
+_SMALLEST_SPREAD = 1e-3
+"""Least spread of a column that a lengthscale starts from: constant ones have none."""
 
 ModelMaker: TypeAlias = Callable[[Tensor, Tensor], ExactGP]
 """Data (n, d), (n,) to a model with parameters that suit them."""
@@ -46,10 +72,6 @@ class Options:
     evaluate_at_once: int | None
     seed: int
     memory_budget: int | None
-
-
-_STORED_EVERY = 5
-"""Steps between two posteriors in the file, at most."""
 
 
 class Chain:
@@ -90,7 +112,7 @@ class Chain:
             found = self._stored(x, y, history)
         if found is None:
             step = 1 + (history[-1].step if history else 0)
-            found = self._kept(self._cold(step, self._model(x, y), x, y), store=True)
+            found = self._keep(self._cold(step, self._model(x, y), x, y), store=True)
         known = len(found.problem.x)
         for done in history:
             count = done.num_observations
@@ -107,17 +129,15 @@ class Chain:
         x_new, y_new = x[known:], y[known:]
         if _is_due(options.refit_every, step):
             model = self._refitted(before, x, y)
-            return self._kept(self._cold(step, model, x, y), store=True)
+            return self._keep(self._cold(step, model, x, y), store=True)
         if _is_due(options.redraw_every, step):
             generator = derived_generator(options.seed, "functions", step)
-            found = with_new_functions(
-                before, x_new, y_new, generator, noise=options.noise
-            )
-            return self._kept(found, store=True)
+            found = redraw(before, x_new, y_new, generator, noise=options.noise)
+            return self._keep(found, store=True)
         found = before.update(x_new, y_new, noise=options.noise, progress=False)
-        return self._kept(found, store=_is_due(_STORED_EVERY, step))
+        return self._keep(found, store=_is_due(_STORED_EVERY, step))
 
-    def _kept(self, found: PathwisePosterior, *, store: bool) -> PathwisePosterior:
+    def _keep(self, found: PathwisePosterior, *, store: bool) -> PathwisePosterior:
         if store and self.place is not None:
             found = store_posterior(found, self.place)
         self.latest = found
@@ -150,7 +170,7 @@ class Chain:
         if given is not None:
             return given(x, y)
         model = MaternModel(x, y)
-        learned(model, x, y, self.options.seed)
+        learn(model, x, y, self.options.seed)
         return model
 
     def _refitted(self, before: PathwisePosterior, x: Tensor, y: Tensor) -> ExactGP:
@@ -160,7 +180,7 @@ class Chain:
             return self._model(x, y)
         model = copy.deepcopy(given)
         model.load_state_dict(before.problem.prior.model.state_dict())
-        learned(model, x, y, self.options.seed)
+        learn(model, x, y, self.options.seed)
         return model
 
     def _stored(
@@ -193,3 +213,97 @@ class Chain:
 
 def _is_due(every: int | None, step: int) -> bool:
     return every is not None and (step - 1) % every == 0
+
+
+def redraw(
+    posterior: PathwisePosterior,
+    x_new: Float[Tensor, "m d"],
+    y_new: Float[Tensor, " m"],
+    generator: torch.Generator,
+    *,
+    noise: float | None = None,
+) -> PathwisePosterior:
+    """The posterior given new data as well, with functions drawn anew.
+
+    The solve of the mean starts from the old one; those of the functions start from
+    zero, as nothing is known of them yet; the old preconditioner and directions serve
+    all of them.
+
+    Args:
+        posterior: The posterior so far.
+        x_new: New inputs (m, d), possibly none.
+        y_new: New targets (m,).
+        generator: Source of the new functions.
+        noise: Noise variance of the new targets. Default: the likelihood's.
+    """
+    start = time.perf_counter()
+    problem = posterior.problem
+    if len(x_new):
+        problem = extended(problem, x_new, y_new, noise, None)
+    count = posterior.num_samples
+    draws = prior_draws(
+        problem.prior, problem.operator, count, problem.settings, generator
+    )
+    sampled = sample_targets(draws, problem.operator.x, problem.noise, generator)
+    rhs, noise_draws = right_hand_sides(problem.targets, *sampled)
+    problem = replace(problem, draws=draws, rhs=rhs, noise_draws=noise_draws)
+    drawn = time.perf_counter()
+    solution = solve_new_columns(
+        problem.solver,
+        problem.operator.unfilled(),
+        problem.noise,
+        rhs,
+        posterior.solution,
+        memory_budget=problem.settings.memory_budget,
+    )
+    if solution is None or solution.reason == "stagnated":
+        mean = posterior.solution.weights[:, :1]
+        initial = rhs.new_zeros(rhs.shape)
+        initial[: len(mean), :1] = mean
+        solution = problem.solve(generator, initial=initial)
+    timings = {"prior_draws": drawn - start, "solve": time.perf_counter() - drawn}
+    return PathwisePosterior(
+        solution, count, timings, problem.paths(solution.weights), problem
+    )
+
+
+class MaternModel(ExactGP):
+    """Constant mean, Matern-5/2 kernel with a lengthscale for each input.
+
+    Parameters start at what suits the data: their mean, variance and spread.
+
+    Args:
+        x: Inputs (n, d).
+        y: Targets (n,).
+    """
+
+    def __init__(self, x: Float[Tensor, "n d"], y: Float[Tensor, " n"]) -> None:
+        variance = float(y.var()) if len(y) > 1 else 1.0
+        variance = variance if variance > 0 else 1.0
+        least = GreaterThan(_SMALLEST_NOISE * variance)
+        super().__init__(x, y, GaussianLikelihood(noise_constraint=least))
+        self.mean_module = ConstantMean()
+        self.covar_module = ScaleKernel(MaternKernel(ard_num_dims=x.shape[1]))
+        self.to(x)
+        spread = (x.amax(0) - x.amin(0)).clamp_min(_SMALLEST_SPREAD)
+        self.mean_module.initialize(constant=y.mean())
+        self.covar_module.outputscale = variance
+        self.covar_module.base_kernel.lengthscale = (
+            0.25 * math.sqrt(x.shape[1]) * spread
+        )
+        self.likelihood.noise = 1e-2 * variance
+
+    def forward(self, x: Tensor) -> MultivariateNormal:
+        """The prior at x."""
+        return MultivariateNormal(self.mean_module(x), self.covar_module(x))
+
+
+def learn(
+    model: ExactGP, x: Float[Tensor, "n d"], y: Float[Tensor, " n"], seed: int
+) -> None:
+    """Learn a model's parameters in place, from at most 1,000 of the data."""
+    if len(x) > _ROWS:
+        generator = derived_generator(seed, "learned from", len(x))
+        rows = torch.randperm(len(x), generator=generator)[:_ROWS].to(x.device)
+        x, y = x[rows], y[rows]
+    fit(model, x, y, seed=seed, progress=False)
