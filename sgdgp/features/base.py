@@ -177,3 +177,37 @@ class RestrictedFeatures(FeatureMap):
     def point_of_rows(self, x: Float[Tensor, "n d"]) -> Int[Tensor, " n"] | None:
         """As of the selected columns."""
         return self.base.point_of_rows(x.index_select(1, self.dims))
+
+
+class CastFeatures(FeatureMap):
+    """A map of another dtype: evaluated in its own, handed on in the caller's.
+
+    A network has the precision of its weights; its features can still take part in
+    products and factors of a wider one.
+
+    Args:
+        base: The map.
+        dtype: Data type that it is evaluated in.
+    """
+
+    def __init__(self, base: FeatureMap, dtype: torch.dtype) -> None:
+        self.base = base
+        self.dtype = dtype
+        self.num_features = base.num_features
+        self.exact = base.exact
+
+    def features(self, x: Float[Tensor, "n d"]) -> Float[Tensor, "r M"]:
+        """The features, widened."""
+        return self.base.features(x.to(self.dtype)).to(x.dtype)
+
+    def forward(
+        self, x: Float[Tensor, "n d"], w: Float[Tensor, "M s"]
+    ) -> Float[Tensor, "r s"]:
+        """phi(x) w, with w rounded."""
+        return self.base.forward(x.to(self.dtype), w.to(self.dtype)).to(x.dtype)
+
+    def adjoint(
+        self, x: Float[Tensor, "n d"], v: Float[Tensor, "r s"]
+    ) -> Float[Tensor, "M s"]:
+        """phi(x)^T v, with v rounded."""
+        return self.base.adjoint(x.to(self.dtype), v.to(self.dtype)).to(x.dtype)

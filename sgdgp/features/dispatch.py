@@ -8,6 +8,7 @@ from typing import TypeVar
 
 import torch
 from gpytorch.kernels import Kernel
+from jaxtyping import Float
 from torch import Tensor
 
 from sgdgp.core.checks import check_count, check_finite_parameters
@@ -235,6 +236,28 @@ def random_features(
     check_parameters(kernel)
     request = FeatureRequest(dim, num_features, generator, dtype, torch.device(device))
     return features_of(kernel, request)
+
+
+def exact_features(kernel: Kernel, x: Float[Tensor, "n d"]) -> FeatureMap | None:
+    """The exact features of a kernel, in the dtype of x; None if it has none.
+
+    Raises:
+        ValueError: The kernel's features do not have that dtype, or do not fit x.
+    """
+    if x.shape[1] == 0 or not has_features(kernel):
+        return None
+    try:
+        found = random_features(
+            kernel,
+            dim=x.shape[1],
+            num_features=1,
+            generator=torch.Generator(),
+            dtype=x.dtype,
+            device=x.device,
+        )
+    except NoRandomFeatures:
+        return None
+    return found if found.exact else None
 
 
 def check_parameters(kernel: Kernel) -> None:

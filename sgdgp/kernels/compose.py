@@ -26,7 +26,9 @@ from sgdgp.kernels.registry import (
     FactoredTile,
     Forms,
     Gradient,
+    Lazies,
     Lazy,
+    Scratch,
     TileKernel,
     register_kernel,
     scalar,
@@ -110,7 +112,7 @@ class _CombinedTile(TileKernel):
         )
 
     def _keops_parts(
-        self, rows: tuple[Lazy, ...], columns: tuple[Lazy, ...]
+        self, rows: Lazies, columns: Lazies
     ) -> Iterator[tuple[TileKernel, Lazy]]:
         start = 0
         for part in self.parts:
@@ -123,9 +125,7 @@ class _CombinedTile(TileKernel):
 class SumTile(_CombinedTile):
     """A sum of kernels; its own factor multiplies those of the parts."""
 
-    def tile(
-        self, left: Forms, right: Forms, out: Tensor, scratch: Sequence[Tensor]
-    ) -> None:
+    def tile(self, left: Forms, right: Forms, out: Tensor, scratch: Scratch) -> None:
         term, *deeper = scratch
         for i, (part, rows, columns) in enumerate(self._part_forms(left, right)):
             if i == 0:
@@ -145,7 +145,7 @@ class SumTile(_CombinedTile):
         pairs = zip(self.parts, bound, strict=True)
         return _BoundSum([FactoredTile(part.factor, found, x) for part, found in pairs])
 
-    def keops_formula(self, rows: tuple[Lazy, ...], columns: tuple[Lazy, ...]) -> Lazy:
+    def keops_formula(self, rows: Lazies, columns: Lazies) -> Lazy:
         terms = self._keops_parts(rows, columns)
         return reduce(operator.add, (term * part.factor for part, term in terms))
 
@@ -200,9 +200,7 @@ register_kernel(
 class ProductTile(_CombinedTile):
     """A product of kernels; its factor already holds those of the parts."""
 
-    def tile(
-        self, left: Forms, right: Forms, out: Tensor, scratch: Sequence[Tensor]
-    ) -> None:
+    def tile(self, left: Forms, right: Forms, out: Tensor, scratch: Scratch) -> None:
         term, *deeper = scratch
         for i, (part, rows, columns) in enumerate(self._part_forms(left, right)):
             if i == 0:
@@ -218,7 +216,7 @@ class ProductTile(_CombinedTile):
         bound = self._bound_parts(x, origin)
         return None if bound is None else _BoundProduct(bound)
 
-    def keops_formula(self, rows: tuple[Lazy, ...], columns: tuple[Lazy, ...]) -> Lazy:
+    def keops_formula(self, rows: Lazies, columns: Lazies) -> Lazy:
         factors = (factor for _, factor in self._keops_parts(rows, columns))
         return reduce(operator.mul, factors)
 

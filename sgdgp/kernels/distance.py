@@ -19,7 +19,7 @@ three the differences themselves are summed, as distances are.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -30,7 +30,9 @@ from sgdgp.kernels.registry import (
     Buffers,
     Forms,
     Gradient,
+    Lazies,
     Lazy,
+    Scratch,
     TileKernel,
     select,
     wants_gradient,
@@ -62,7 +64,7 @@ def right_form(z: Tensor) -> tuple[Tensor]:
 
 
 def squared_distances(
-    left: Tensor, right: Tensor, out: Tensor, scratch: Sequence[Tensor]
+    left: Tensor, right: Tensor, out: Tensor, scratch: Scratch
 ) -> None:
     """Write |z - z'|^2 into ``out`` (a, b); rounding may leave it slightly negative.
 
@@ -118,7 +120,7 @@ class StationaryTile(TileKernel):
         return None
 
     @abstractmethod
-    def profile(self, d2: Tensor, scratch: Sequence[Tensor]) -> None:
+    def profile(self, d2: Tensor, scratch: Scratch) -> None:
         """Replace squared distances, some slightly negative, by tile values."""
 
     @property
@@ -155,9 +157,7 @@ class StationaryTile(TileKernel):
     def right(self, x: Tensor, origin: Tensor) -> Forms:
         return right_form(self.scaled(x, origin))
 
-    def tile(
-        self, left: Forms, right: Forms, out: Tensor, scratch: Sequence[Tensor]
-    ) -> None:
+    def tile(self, left: Forms, right: Forms, out: Tensor, scratch: Scratch) -> None:
         squared_distances(left[0], right[0], out, scratch)
         self.profile(out, scratch)
 
@@ -174,7 +174,7 @@ class StationaryTile(TileKernel):
     def keops_inputs(self, x: Tensor, origin: Tensor) -> Forms:
         return (self.scaled(x, origin).contiguous(),)
 
-    def keops_formula(self, rows: tuple[Lazy, ...], columns: tuple[Lazy, ...]) -> Lazy:
+    def keops_formula(self, rows: Lazies, columns: Lazies) -> Lazy:
         return self.keops_profile(rows[0].sqdist(columns[0]))
 
 

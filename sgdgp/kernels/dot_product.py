@@ -7,7 +7,7 @@ S = sum_ij W_ij k_ij, where W already holds what surrounds the kernel.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import combinations_with_replacement
 
@@ -24,7 +24,9 @@ from sgdgp.kernels.registry import (
     Buffers,
     Forms,
     Gradient,
+    Lazies,
     Lazy,
+    Scratch,
     TileKernel,
     register_kernel,
     scalar,
@@ -63,10 +65,15 @@ class InnerProductTile(TileKernel):
             f"{type(self).__name__} has a profile, but not with its derivative"
         )
 
-    def tile(
-        self, left: Forms, right: Forms, out: Tensor, scratch: Sequence[Tensor]
-    ) -> None:
+    def tile(self, left: Forms, right: Forms, out: Tensor, scratch: Scratch) -> None:
         self.profile(torch.mm(left[0], right[0].T, out=out))
+
+    def keops_profile(self, u: Lazy) -> Lazy:
+        """The profile as a lazy tensor of inner products of ``keops_inputs``."""
+        return u
+
+    def keops_formula(self, rows: Lazies, columns: Lazies) -> Lazy:
+        return self.keops_profile((rows[0] * columns[0]).sum(-1))
 
     def bind(self, x: Tensor, origin: Tensor) -> BoundTile:
         (left,), (right,) = self.left(x, origin), self.right(x, origin)
@@ -140,9 +147,6 @@ class LinearTile(InnerProductTile):
     def keops_inputs(self, x: Tensor, origin: Tensor) -> Forms:
         return ((select(x, self.dims) * self.variance.to(x).sqrt()).contiguous(),)
 
-    def keops_formula(self, rows: tuple[Lazy, ...], columns: tuple[Lazy, ...]) -> Lazy:
-        return (rows[0] * columns[0]).sum(-1)
-
 
 def _linear_tile(kernel: LinearKernel, dims: Tensor | None) -> LinearTile:
     return LinearTile(1.0, dims, kernel.variance[0])
@@ -196,10 +200,9 @@ class PolynomialTile(InnerProductTile):
         offset = x.new_full((x.shape[0], 1), float(self.offset) ** 0.5)
         return (torch.cat([select(x, self.dims), offset], 1),)
 
-    def keops_formula(self, rows: tuple[Lazy, ...], columns: tuple[Lazy, ...]) -> Lazy:
-        inner = (rows[0] * columns[0]).sum(-1)
+    def keops_profile(self, u: Lazy) -> Lazy:
         # Whole powers are constants of the compiled formula and keep the sign.
-        return inner ** (int(self.power) if self.power.is_integer() else self.power)
+        return u ** (int(self.power) if self.power.is_integer() else self.power)
 
 
 def _polynomial_tile(kernel: PolynomialKernel, dims: Tensor | None) -> PolynomialTile:
@@ -257,9 +260,7 @@ class ConstantTile(TileKernel):
     def right(self, x: Tensor, origin: Tensor) -> Forms:
         return ()
 
-    def tile(
-        self, left: Forms, right: Forms, out: Tensor, scratch: Sequence[Tensor]
-    ) -> None:
+    def tile(self, left: Forms, right: Forms, out: Tensor, scratch: Scratch) -> None:
         out.fill_(1)
 
     def tile_diagonal(self, x: Tensor) -> Tensor:
@@ -271,7 +272,7 @@ class ConstantTile(TileKernel):
     def keops_inputs(self, x: Tensor, origin: Tensor) -> Forms:
         return (x.new_ones(x.shape[0], 1),)
 
-    def keops_formula(self, rows: tuple[Lazy, ...], columns: tuple[Lazy, ...]) -> Lazy:
+    def keops_formula(self, rows: Lazies, columns: Lazies) -> Lazy:
         return rows[0] * columns[0]
 
 

@@ -17,7 +17,7 @@ from sgdgp.features.base import FeatureMap
 from sgdgp.features.dispatch import FeatureRequest
 from sgdgp.features.tasks import IndexFeatures
 from sgdgp.kernels.dot_product import InnerProductTile
-from sgdgp.kernels.registry import Forms, Lazy, register_kernel, select
+from sgdgp.kernels.registry import Forms, register_kernel, select
 
 
 @dataclass(frozen=True)
@@ -64,9 +64,6 @@ class IndexTile(InnerProductTile):
     def keops_inputs(self, x: Tensor, origin: Tensor) -> Forms:
         # Rows and columns get the same: the symmetric root of B.
         return (_root(self.covariance.double()).to(x)[self.tasks(x)].contiguous(),)
-
-    def keops_formula(self, rows: tuple[Lazy, ...], columns: tuple[Lazy, ...]) -> Lazy:
-        return (rows[0] * columns[0]).sum(-1)
 
 
 def _root(covariance: Tensor) -> Tensor:

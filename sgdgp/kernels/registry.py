@@ -35,6 +35,12 @@ Forms: TypeAlias = tuple[Tensor, ...]
 Lazy: TypeAlias = Any
 """A pykeops ``LazyTensor``; pykeops is imported only where it is used."""
 
+Lazies: TypeAlias = tuple[Any, ...]
+"""Prepared inputs as variables of KeOps."""
+
+Scratch: TypeAlias = Sequence[Tensor]
+"""Buffers of the size of a tile, to write into."""
+
 Gradient: TypeAlias = tuple[Tensor, Tensor]
 """A tensor with a graph, and dS with respect to it."""
 
@@ -76,9 +82,7 @@ class TileKernel(ABC):
         """What ``tile`` needs of column points x (n, d)."""
 
     @abstractmethod
-    def tile(
-        self, left: Forms, right: Forms, out: Tensor, scratch: Sequence[Tensor]
-    ) -> None:
+    def tile(self, left: Forms, right: Forms, out: Tensor, scratch: Scratch) -> None:
         """Write the tile (a, b) of prepared rows (a, ...) and columns (b, ...)."""
 
     @abstractmethod
@@ -96,7 +100,7 @@ class TileKernel(ABC):
     @property
     def has_keops(self) -> bool:
         """Whether there is a formula for KeOps."""
-        return type(self).keops_formula is not TileKernel.keops_formula
+        return type(self).keops_inputs is not TileKernel.keops_inputs
 
     @property
     def num_keops_inputs(self) -> int:
@@ -111,7 +115,7 @@ class TileKernel(ABC):
         """
         raise ValueError(f"{type(self).__name__} has no KeOps formula")
 
-    def keops_formula(self, rows: tuple[Lazy, ...], columns: tuple[Lazy, ...]) -> Lazy:
+    def keops_formula(self, rows: Lazies, columns: Lazies) -> Lazy:
         """tile(x, x') as a lazy tensor of the inputs, as variables of KeOps."""
         raise ValueError(f"{type(self).__name__} has no KeOps formula")
 

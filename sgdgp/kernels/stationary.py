@@ -15,7 +15,6 @@ costs less than sqrt.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -36,7 +35,15 @@ from sgdgp.features.dispatch import FeatureRequest
 from sgdgp.features.fourier import FourierFeatures
 from sgdgp.kernels.distance import StationaryTile
 from sgdgp.kernels.dot_product import InnerProductTile
-from sgdgp.kernels.registry import Forms, Lazy, register_kernel, scalar, select
+from sgdgp.kernels.registry import (
+    Forms,
+    Lazies,
+    Lazy,
+    Scratch,
+    register_kernel,
+    scalar,
+    select,
+)
 
 _LN_2 = math.log(2.0)
 _LOG2_E = 1.0 / _LN_2
@@ -63,7 +70,7 @@ class RBFTile(StationaryTile):
     input_scale = math.sqrt(_LOG2_E / 2.0)
     derivative_scale = -_LN_2
 
-    def profile(self, d2: Tensor, scratch: Sequence[Tensor]) -> None:
+    def profile(self, d2: Tensor, scratch: Scratch) -> None:
         d2.clamp_min_(0).neg_().exp2_()
 
     def profile_with_derivative(
@@ -102,7 +109,7 @@ class Matern12Tile(StationaryTile):
     input_scale = _LOG2_E
     derivative_scale = -0.5 * _LN_2
 
-    def profile(self, d2: Tensor, scratch: Sequence[Tensor]) -> None:
+    def profile(self, d2: Tensor, scratch: Scratch) -> None:
         _minus_root(d2, scratch[0]).exp2_()
 
     def profile_with_derivative(
@@ -127,7 +134,7 @@ class Matern32Tile(StationaryTile):
     input_scale = math.sqrt(3.0) * _LOG2_E
     derivative_scale = -0.5 * _LN_2**2
 
-    def profile(self, d2: Tensor, scratch: Sequence[Tensor]) -> None:
+    def profile(self, d2: Tensor, scratch: Scratch) -> None:
         power = scratch[0]
         minus_u = _minus_root(d2, power)
         torch.exp2(minus_u, out=power)
@@ -161,7 +168,7 @@ class Matern52Tile(StationaryTile):
     at_zero = 3.0 * _LOG2_E**2
     derivative_scale = -0.5
 
-    def profile(self, d2: Tensor, scratch: Sequence[Tensor]) -> None:
+    def profile(self, d2: Tensor, scratch: Scratch) -> None:
         power = scratch[0]
         torch.rsqrt(d2.clamp_min_(_TINY), out=power).mul_(d2)
         d2.add_(power, alpha=3.0 * _LOG2_E).add_(self.at_zero)
@@ -227,7 +234,7 @@ class RationalQuadraticTile(StationaryTile):
     def derivative_scale(self) -> float:
         return -float(self.alpha)
 
-    def profile(self, d2: Tensor, scratch: Sequence[Tensor]) -> None:
+    def profile(self, d2: Tensor, scratch: Scratch) -> None:
         d2.clamp_min_(0).log1p_().mul_(-self.alpha * _LOG2_E).exp2_()
 
     def profile_with_derivative(
@@ -322,7 +329,7 @@ class PeriodicTile(InnerProductTile):
     def keops_inputs(self, x: Tensor, origin: Tensor) -> Forms:
         return (self.features(x, origin).contiguous(),)
 
-    def keops_formula(self, rows: tuple[Lazy, ...], columns: tuple[Lazy, ...]) -> Lazy:
+    def keops_formula(self, rows: Lazies, columns: Lazies) -> Lazy:
         # |f - f'|^2 = 2 sum_i (1 - cos(...)) log2(e) / l_i for the features.
         return (rows[0].sqdist(columns[0]) * (-0.5 * _LN_2)).exp()
 

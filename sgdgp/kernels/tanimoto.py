@@ -14,7 +14,6 @@ the sum of minima.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,6 +38,7 @@ from sgdgp.kernels.registry import (
     BoundTile,
     BoundValues,
     Forms,
+    Scratch,
     TileKernel,
     register_kernel,
     select,
@@ -178,9 +178,7 @@ class TanimotoTile(TileKernel):
         sums = totals(chosen)
         return by_bins(compact("x", chosen)), sums, sums, sums
 
-    def tile(
-        self, left: Forms, right: Forms, out: Tensor, scratch: Sequence[Tensor]
-    ) -> None:
+    def tile(self, left: Forms, right: Forms, out: Tensor, scratch: Scratch) -> None:
         bins, counts, codes, sums = left
         others, other_sums, *_ = right
         if not out.numel():

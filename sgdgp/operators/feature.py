@@ -1,8 +1,4 @@
-"""K = phi(X1) phi(X2)^T for an exact feature map: no kernel entry is ever needed.
-
-Beside the operator, the two ways between kernels and maps: the exact map of a kernel,
-and a map as a kernel.
-"""
+"""K = phi(X1) phi(X2)^T for an exact feature map: no kernel entry is ever needed."""
 
 from __future__ import annotations
 
@@ -15,13 +11,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sgdgp.core.slices import slices
-from sgdgp.features import (
-    FeatureMap,
-    FeatureRequest,
-    NoRandomFeatures,
-    has_features,
-    random_features,
-)
+from sgdgp.features.base import CastFeatures, FeatureMap
+from sgdgp.features.dispatch import FeatureRequest, exact_features
 from sgdgp.kernels.registry import register_kernel, tile_kernel
 from sgdgp.operators.arguments import (
     check_vectors,
@@ -81,7 +72,7 @@ class FeatureOperator(KernelOperator):
     ) -> None:
         super().__init__(kernel, x, x_rows, memory_budget=memory_budget)
         check_kernel(kernel)
-        features = exact_map(kernel, self.x)
+        features = exact_features(kernel, self.x)
         if features is None:
             raise ValueError(
                 f"{type(kernel).__name__} has no exact feature map; use the tiled or "
@@ -300,7 +291,7 @@ class FeatureOperator(KernelOperator):
     def _features_as(self, kernel: Kernel, x: Tensor) -> FeatureMap:
         """The map of the kernel in the dtype of x, or this one cast to it."""
         try:
-            found = exact_map(kernel, x)
+            found = exact_features(kernel, x)
         except ValueError:
             found = None
         return CastFeatures(self.features, self.dtype) if found is None else found
@@ -339,7 +330,7 @@ def features_operator(
 ) -> FeatureOperator | None:
     """The operator of a kernel's exact features; None if it has none of this dtype."""
     try:
-        if exact_map(kernel, x) is None:
+        if exact_features(kernel, x) is None:
             return None
     except ValueError:
         return None
@@ -393,59 +384,3 @@ def _map_of(kernel: FeatureKernel, request: FeatureRequest) -> FeatureMap:
 
 
 register_kernel(FeatureKernel, features=_map_of)
-
-
-class CastFeatures(FeatureMap):
-    """A map of another dtype: evaluated in its own, handed on in the caller's.
-
-    A network has the precision of its weights; its features can still take part in
-    products and factors of a wider one.
-
-    Args:
-        base: The map.
-        dtype: Data type that it is evaluated in.
-    """
-
-    def __init__(self, base: FeatureMap, dtype: torch.dtype) -> None:
-        self.base = base
-        self.dtype = dtype
-        self.num_features = base.num_features
-        self.exact = base.exact
-
-    def features(self, x: Float[Tensor, "n d"]) -> Float[Tensor, "r M"]:
-        """The features, widened."""
-        return self.base.features(x.to(self.dtype)).to(x.dtype)
-
-    def forward(
-        self, x: Float[Tensor, "n d"], w: Float[Tensor, "M s"]
-    ) -> Float[Tensor, "r s"]:
-        """phi(x) w, with w rounded."""
-        return self.base.forward(x.to(self.dtype), w.to(self.dtype)).to(x.dtype)
-
-    def adjoint(
-        self, x: Float[Tensor, "n d"], v: Float[Tensor, "r s"]
-    ) -> Float[Tensor, "M s"]:
-        """phi(x)^T v, with v rounded."""
-        return self.base.adjoint(x.to(self.dtype), v.to(self.dtype)).to(x.dtype)
-
-
-def exact_map(kernel: Kernel, x: Float[Tensor, "n d"]) -> FeatureMap | None:
-    """The exact features of a kernel, in the dtype of x; None if it has none.
-
-    Raises:
-        ValueError: The kernel's features do not have that dtype, or do not fit x.
-    """
-    if x.shape[1] == 0 or not has_features(kernel):
-        return None
-    try:
-        found = random_features(
-            kernel,
-            dim=x.shape[1],
-            num_features=1,
-            generator=torch.Generator(),
-            dtype=x.dtype,
-            device=x.device,
-        )
-    except NoRandomFeatures:
-        return None
-    return found if found.exact else None

@@ -19,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sgdgp.operators.arguments import check_vectors, resolve_index, take
-from sgdgp.operators.base import KernelOperator, RowIndex
+from sgdgp.operators.base import RowIndex
 from sgdgp.operators.tiled import TiledOperator
 
 _PIECES = (1, 8, 64)
@@ -27,12 +27,12 @@ _PIECES = (1, 8, 64)
 costs at most eight times the work of the columns there are."""
 
 
-class KeopsOperator(KernelOperator):
+class KeopsOperator(TiledOperator):
     """K(X1, X2) reduced by KeOps; memory O(n (d + k)).
 
     The better choice on a GPU with many points. On a CPU it works, but the tiled
-    operator is faster and needs no compilation. Blocks and the diagonal come from
-    the tiles.
+    operator is faster and needs no compilation. Blocks, the diagonal and gradients come
+    from the tiles.
 
     Args:
         kernel: A GPyTorch kernel that has a tile form and a formula.
@@ -58,16 +58,11 @@ class KeopsOperator(KernelOperator):
         memory_budget: int | None = None,
     ) -> None:
         super().__init__(kernel, x, x_rows, memory_budget=memory_budget)
-        self._tiles = TiledOperator(
-            kernel,
-            self.x,
-            None if self.is_square else self.x_rows,
-            memory_budget=self.memory_budget,
-        )
-        tile, origin = self._tiles.tile, self._tiles.origin
-        self._columns = tile.keops_inputs(self.x, origin)
+        self._columns = self.tile.keops_inputs(self.x, self.origin)
         self._rows = (
-            self._columns if self.is_square else tile.keops_inputs(self.x_rows, origin)
+            self._columns
+            if self.is_square
+            else self.tile.keops_inputs(self.x_rows, self.origin)
         )
         import_keops()
 
@@ -79,26 +74,14 @@ class KeopsOperator(KernelOperator):
         index = resolve_index(index, self.shape[0])
         keops = import_keops()
         rows = tuple(take(form, index).contiguous() for form in self._rows)
-        tile = self._tiles.tile
-        formula = tile.keops_formula(
+        formula = self.tile.keops_formula(
             tuple(keops.Vi(form) for form in rows),
             tuple(keops.Vj(form) for form in self._columns),
         )
         parts = [
             _reduced(formula, keops, padded)[:, :width] for padded, width in _pieces(v)
         ]
-        return torch.cat(parts, 1).mul_(tile.factor)
-
-    def _quadratic_form(self, a: Tensor, b: Tensor, x: Tensor) -> Tensor:
-        return self._tiles._quadratic_form(a, b, x)
-
-    def block(self, i: RowIndex, j: RowIndex) -> Float[Tensor, "a b"]:
-        """The dense block K[i, j]."""
-        return self._tiles.block(i, j)
-
-    def diagonal(self) -> Float[Tensor, " n"]:
-        """The diagonal of a square operator, from the closed form."""
-        return self._tiles.diagonal()
+        return torch.cat(parts, 1).mul_(self.tile.factor)
 
 
 def import_keops() -> ModuleType:

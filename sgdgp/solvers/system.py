@@ -10,9 +10,10 @@ from torch import Tensor
 
 from sgdgp.core.checks import check_finite, check_same
 from sgdgp.core.slices import slices
+from sgdgp.features.base import CastFeatures
 from sgdgp.operators.arguments import whole_points
 from sgdgp.operators.base import KernelOperator
-from sgdgp.operators.feature import CastFeatures, FeatureOperator
+from sgdgp.operators.feature import FeatureOperator
 from sgdgp.operators.tracked import TrackedVectors
 
 _PROBE_ROWS = 128

@@ -11,9 +11,8 @@ from gpytorch.kernels import Kernel
 from torch import Tensor
 
 from sgdgp.features import FeatureMap, TanimotoFeatures
-from sgdgp.features.base import RestrictedFeatures, ScaledFeatures
+from sgdgp.features.base import CastFeatures, RestrictedFeatures, ScaledFeatures
 from sgdgp.features.tasks import PairFeatures
-from sgdgp.operators.feature import CastFeatures
 from tests.features.kernels import (
     COMPOSITES,
     EXACT,

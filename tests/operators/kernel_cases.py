@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from botorch.models.kernels.positive_index import PositiveIndexKernel
 from gpytorch.kernels import (
     AdditiveKernel,
     ArcKernel,
@@ -73,6 +74,10 @@ def unit_ball(n: int, d: int, generator: torch.Generator) -> Tensor:
 
 def tasks(n: int, d: int, generator: torch.Generator) -> Tensor:
     return torch.randint(0, 4, (n, 1), generator=generator).double()
+
+
+def with_tasks(n: int, d: int, generator: torch.Generator) -> Tensor:
+    return torch.cat([gaussian(n, d - 1, generator), tasks(n, d, generator)], 1)
 
 
 def one_hot(n: int, d: int, generator: torch.Generator) -> Tensor:
@@ -191,6 +196,29 @@ CASES: dict[str, Case] = {
         tiled=True,
         d=1,
         inputs=tasks,
+    ),
+    "index_product": Case(
+        lambda d: RBFKernel(active_dims=(0, 1)) * IndexKernel(4, 2, active_dims=(2,)),
+        tiled=True,
+        d=3,
+        inputs=with_tasks,
+    ),
+    "index_sum_of_products": Case(
+        lambda d: (
+            RBFKernel(active_dims=(0, 1)) * IndexKernel(4, 1, active_dims=(2,))
+            + MaternKernel(1.5, active_dims=(0,)) * IndexKernel(4, 3, active_dims=(2,))
+        ),
+        tiled=True,
+        d=3,
+        inputs=with_tasks,
+    ),
+    "positive_index": Case(
+        lambda d: (
+            RBFKernel(active_dims=(0,)) * PositiveIndexKernel(4, 2, active_dims=(2,))
+        ),
+        tiled=True,
+        d=3,
+        inputs=with_tasks,
     ),
     "grid_interpolation": Case(
         lambda d: GridInterpolationKernel(RBFKernel(), grid_size=20, num_dims=d), d=2

@@ -18,6 +18,7 @@ from sgdgp.operators import (
     tile_kernel,
 )
 from tests.operators.kernel_cases import CASES, TILED, tolerance
+from tests.operators.matrix_truth import is_the_cross_matrix, is_the_matrix
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32}
 
@@ -61,34 +62,19 @@ def test_the_operator_is_the_kernel_matrix(
         operators = operators[:1]
         exact = deepcopy(operators[0].kernel).double()
     truth = exact(x.double()).to_dense().detach()
-    size = truth.shape[0]
-    i = torch.tensor(rows) % size
-    j = torch.tensor(columns, dtype=torch.int32) % size
-    cut = slice(min(cuts) % size, max(cuts) % size + 1)
-    generator = torch.Generator().manual_seed(seed)
-    v = torch.randn(size, k, generator=generator, dtype=torch.float64).to(dtype)
-    w = v.double()
+
+    def within_rounding(found, truth):
+        agree(found, truth, dtype)
 
     for operator in operators:
-        assert operator.shape == (size, size)
-        agree(operator.matmul(v), truth @ w, dtype)
-        agree(operator.rows(i).matmul(v), truth[i] @ w, dtype)
-        agree(operator.rows(cut) @ v, truth[cut] @ w, dtype)
-        agree(operator.rows(i).to_dense(), truth[i], dtype)
-        agree(operator.block(i, j), truth[i][:, j.long()], dtype)
-        agree(operator.block(cut, j), truth[cut][:, j.long()], dtype)
-        agree(operator.block(i, cut), truth[i][:, cut], dtype)
-        agree(operator.block(cut, cut), truth[cut, cut], dtype)
-        agree(operator.diagonal(), truth.diagonal(), dtype)
+        is_the_matrix(operator, truth, k, rows, columns, cuts, within_rounding)
 
     crosses = [operator.cross(x_new) for operator in operators]
     if name == "grid_interpolation":
         exact = deepcopy(crosses[0].kernel).double()
     cross_truth = exact(x_new.double(), x.double()).to_dense().detach()
     for cross in crosses:
-        assert cross.shape == cross_truth.shape
-        agree(cross.matmul(v), cross_truth @ w, dtype)
-        agree(cross.block(slice(None), j), cross_truth[:, j.long()], dtype)
+        is_the_cross_matrix(cross, cross_truth, k, columns, within_rounding)
 
 
 @pytest.mark.parametrize("name", CASES)
