@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import doctest
-import subprocess
-import sys
 import warnings
 from typing import Any
 
@@ -531,18 +529,3 @@ class TestHabits:
         wanted = "cuda" if torch.cuda.is_available() else "cpu"
         assert model.device_.type == wanted
         assert model.posterior_.solution.weights.device.type == wanted
-
-
-def test_the_package_does_not_need_scikit_learn():
-    script = (
-        "import sys; sys.modules['sklearn'] = None\n"
-        "import sgdgp\n"
-        "try:\n"
-        "    import sgdgp.sklearn\n"
-        "except ImportError as error:\n"
-        "    print(error)\n"
-    )
-    found = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, check=True
-    )
-    assert "pip install 'sgdgp[sklearn]'" in found.stdout

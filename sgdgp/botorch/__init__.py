@@ -13,7 +13,6 @@ from sgdgp.botorch import multitask_paths as _multitask_paths  # noqa: F401
 from sgdgp.botorch import paths as _paths  # noqa: F401
 from sgdgp.botorch.iterative_update import iterative_update
 from sgdgp.botorch.model import PathwiseModel
-from sgdgp.botorch.posterior import PathPosterior
-from sgdgp.botorch.sampler import PathSampler
+from sgdgp.botorch.posterior import PathPosterior, PathSampler
 
 __all__ = ["PathPosterior", "PathSampler", "PathwiseModel", "iterative_update"]

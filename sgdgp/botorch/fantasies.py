@@ -1,8 +1,8 @@
 """Models given observations that were not made: fantasies, in batches.
 
 Knowledge-gradient acquisitions ask what a model would say after observing y at u, for
-many y and u at once, and for the derivative in u. No posterior is solved again: the
-posterior moves by its gain (``gain``), from solves for the few points u alone.
+many y and u at once, and for the derivative in u. No posterior is solved again: one
+moves by its gain (``kalman_gain.py``), from solves for the few points u alone.
 """
 
 from __future__ import annotations
@@ -22,11 +22,10 @@ from botorch.sampling.base import MCSampler
 from gpytorch.distributions import MultitaskMultivariateNormal, MultivariateNormal
 from torch import Size, Tensor
 
-from sgdgp.botorch.evaluation import FunctionModel, chosen, standard_draws
-from sgdgp.botorch.gain import Gain
-from sgdgp.botorch.outputs import Outputs
-from sgdgp.botorch.posterior import Cursor, Evaluated
-from sgdgp.botorch.units import Units
+from sgdgp.botorch.function_model import FunctionModel, select_outputs, standard_draws
+from sgdgp.botorch.kalman_gain import Gain
+from sgdgp.botorch.outputs import Evaluated, Outputs, Units
+from sgdgp.botorch.posterior import Cursor
 
 
 @dataclass(frozen=True, eq=False)
@@ -269,7 +268,7 @@ class FantasyModel(FunctionModel):
             idcs: Numbers of the outputs.
         """
         other = copy.copy(self)
-        other._parts = chosen(self._parts, idcs)
+        other._parts = select_outputs(self._parts, idcs)
         return other
 
     def condition_on_observations(self, X: Tensor, Y: Tensor, **kwargs: Any) -> Model:

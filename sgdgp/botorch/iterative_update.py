@@ -22,8 +22,8 @@ from jaxtyping import Float
 from linear_operator.operators import DiagLinearOperator, LinearOperator
 from torch import Tensor
 
-from sgdgp.botorch.kernel_elements import kernel_element
-from sgdgp.core.checks import check_count
+from sgdgp.botorch.kernel_features import kernel_element
+from sgdgp.core.checks import check_count, check_variances
 from sgdgp.core.memory import resolve_budget
 from sgdgp.core.seeds import generator_of
 from sgdgp.operators.choose import operator_by_name
@@ -90,7 +90,8 @@ class IterativeUpdate:
             target_values = get_train_targets(model, transformed=True)
         if noise_covariance is None:
             noise_covariance = _noise_of(model, points)
-        noise = _checked(noise_covariance.diagonal(dim1=-1, dim2=-2))
+        noise = noise_covariance.diagonal(dim1=-1, dim2=-2)
+        check_variances("likelihood noise", noise)
         weight = self._weights(
             model.covar_module, points, noise, target_values, sample_values
         )
@@ -209,17 +210,3 @@ def _noise_of(model: ExactGP, points: Tensor) -> LinearOperator:
     zeros = points.new_zeros(points.shape[:-1])
     nothing = MultivariateNormal(zeros, DiagLinearOperator(zeros))
     return model.likelihood(nothing, [points]).lazy_covariance_matrix
-
-
-def _checked(noise: Tensor) -> Tensor:
-    """Refuse noise variances that are not positive and finite.
-
-    Raises:
-        ValueError: Says what was found.
-    """
-    if not bool((torch.isfinite(noise) & (noise > 0)).all()):
-        raise ValueError(
-            "likelihood: noise variances must be positive and finite, found values "
-            f"from {float(noise.min())} to {float(noise.max())}"
-        )
-    return noise

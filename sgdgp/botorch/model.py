@@ -6,27 +6,34 @@ import copy
 import os
 from typing import Any, cast
 
+import torch
 from botorch.models.transforms.input import InputTransform
 from botorch.models.transforms.outcome import OutcomeTransform
 from botorch.sampling.base import MCSampler
 from gpytorch.models import GP
 from torch import Tensor, nn
 
-from sgdgp.botorch.conditioned import Conditioned, SolveSettings, state_of
-from sgdgp.botorch.conditioned_model import ConditionedModel
+from sgdgp.botorch.conditioned_model import (
+    Conditioned,
+    ConditionedModel,
+    SolveSettings,
+    all_columns,
+    state_of,
+    update_outputs,
+)
 from sgdgp.botorch.definition import given_data, own_data, single_models
-from sgdgp.botorch.evaluation import FunctionModel
 from sgdgp.botorch.fantasies import FantasyModel
+from sgdgp.botorch.function_model import FunctionModel
 from sgdgp.botorch.outputs import Outputs
-from sgdgp.botorch.sampler import PathSampler
-from sgdgp.botorch.update import all_columns, updated
+from sgdgp.botorch.posterior import PathSampler
 from sgdgp.core.checks import check_count
-from sgdgp.core.seeds import derived_generator, seed_of
+from sgdgp.core.seeds import derived_generator, number_of, seed_of
 from sgdgp.posterior import MultiOutputPosterior, PathwisePosterior
 from sgdgp.solvers import Solver
 
 DEFAULT_FEATURES = 2048
-"""Random features of each group of 64 functions: they are evaluated very often."""
+"""Random features of each group of 64 functions: more would be closer to the prior, but
+an acquisition evaluates them thousands of times."""
 
 
 class PathwiseModel(ConditionedModel):
@@ -71,10 +78,10 @@ class PathwiseModel(ConditionedModel):
         solver: Solver | str = "auto",
         num_samples: int = 256,
         num_features: int = DEFAULT_FEATURES,
-        seed: int = 0,
+        seed: int | torch.Generator = 0,
         operator: str = "auto",
         memory_budget: int | None = None,
-        progress: bool | None = False,
+        progress: bool | None = None,
     ) -> None:
         """A model of the data of its definition, or of those given.
 
@@ -91,10 +98,11 @@ class PathwiseModel(ConditionedModel):
             solver: A solver such as ``SDD()``, its name, or "auto".
             num_samples: Sample functions S.
             num_features: Random features of each group of 64 prior draws.
-            seed: Of everything random. Outputs with other targets have other draws.
+            seed: Seed or generator of everything random. Outputs with other targets
+                have other draws.
             operator: "auto", "dense", "tiled", "keops" or "row_blocks".
             memory_budget: Bytes that operator and solver may use.
-            progress: Show progress bars of solves; None: on a terminal.
+            progress: Show progress bars of solves. Default: on a terminal.
 
         Raises:
             TypeError: The definition or the data are of the wrong kind.
@@ -103,6 +111,7 @@ class PathwiseModel(ConditionedModel):
         """
         super().__init__()
         check_count("num_samples", num_samples, 1)
+        seed = number_of(seed)
         check_count("seed", seed, 0)
         models = single_models(model)
         if train_X is not None:
@@ -184,7 +193,7 @@ class PathwiseModel(ConditionedModel):
         Y = all_columns("Y", Y, self.columns, count)
         if noise is not None:
             noise = all_columns("noise", noise, self.columns, count)
-        parts = updated(
+        parts = update_outputs(
             outputs,
             self.observations,
             self.definition,

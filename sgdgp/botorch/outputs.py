@@ -1,22 +1,126 @@
-"""Outputs of a model that were conditioned by one posterior, as BoTorch shapes them."""
+"""Outputs of a model that can be evaluated, in the units and shapes of BoTorch."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
+from botorch.models.transforms.outcome import OutcomeTransform
 from torch import Tensor
 
-from sgdgp.botorch.gain import Block
-from sgdgp.botorch.posterior import Evaluated
-from sgdgp.botorch.units import Units
+from sgdgp.botorch.kalman_gain import Block
 from sgdgp.gpytorch_adapter import has_fixed_noise
+from sgdgp.gpytorch_adapter.outcome_scale import affine_of
 from sgdgp.posterior import MultiOutputPosterior, PathwisePosterior
 from sgdgp.posterior.functions import ConditionedPaths, SampleFunctions
 from sgdgp.posterior.multitask import MultitaskPosterior
 from sgdgp.posterior.output_paths import OutputFunctions, OutputPaths
 from sgdgp.solvers.differentiable import DifferentiableSolve
+
+
+@dataclass(frozen=True, eq=False)
+class Units:
+    """From a model's units to the user's: factor and shift (m,), or any transform.
+
+    Attributes:
+        shift: Of an affine transform (m,).
+        factor: Of an affine transform (m,).
+        transform: A frozen transform that is not affine, else None.
+    """
+
+    shift: Tensor
+    factor: Tensor
+    transform: OutcomeTransform | None = None
+
+    @property
+    def is_affine(self) -> bool:
+        """Whether mean and variance pass through, and not only values."""
+        return self.transform is None
+
+    def values(self, latent: Tensor, x: Tensor) -> Tensor:
+        """Values (..., m) in the user's units, of those in the model's."""
+        if self.transform is None:
+            return self.shift + self.factor * latent
+        return self.transform.untransform(latent, X=x)[0]
+
+    def latent(self, values: Tensor, x: Tensor) -> Tensor:
+        """Values (..., m) in the model's units, of those in the user's."""
+        if self.transform is None:
+            return (values - self.shift) / self.factor
+        return self.transform(values, X=x)[0]
+
+    def subset(self, outputs: list[int]) -> Units:
+        """Those of some of the outputs."""
+        transform = self.transform
+        if transform is not None:
+            transform = transform.subset_output(outputs)
+        return Units(self.shift[outputs], self.factor[outputs], transform)
+
+
+def units_of(transform: OutcomeTransform, outputs: int, like: Tensor) -> Units:
+    """The units behind a transform of m outputs that learns nothing more.
+
+    Args:
+        transform: A frozen transform.
+        outputs: Number of outputs m.
+        like: A tensor of the wanted dtype and device.
+    """
+    zeros = like.new_zeros(outputs)
+    ones = torch.ones_like(zeros)
+    try:
+        affine = affine_of(transform, outputs, like.device)
+    except (RuntimeError, ValueError, NotImplementedError, TypeError):
+        # Whatever wants to see inputs is not one factor for all of them.
+        affine = None
+    if affine is None:
+        return Units(zeros, ones, transform)
+    shift, factor = affine
+    return Units(shift.to(like), factor.to(like))
+
+
+class Evaluated(ABC):
+    """One or more outputs that can be evaluated: ``Outputs``, or those of fantasies.
+
+    Attributes:
+        columns: One entry for each output.
+        units: What values still have to pass through, where it is not affine.
+    """
+
+    columns: tuple[int, ...]
+    units: Units
+
+    @property
+    @abstractmethod
+    def num_paths(self) -> int:
+        """Number of sample functions."""
+
+    @property
+    @abstractmethod
+    def scale(self) -> Tensor:
+        """Factors (m,) from the definition's units to those of ``evaluate``."""
+
+    @abstractmethod
+    def evaluate(
+        self, x: Tensor, index: tuple[int, ...] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Means (*b, q, m), and what functions add to them (s, *b, q, m).
+
+        Of units that are not affine, both before them.
+
+        Args:
+            x: Inputs (*b, q, d).
+            index: Numbers of the functions. Default: all; () for none.
+        """
+
+    @abstractmethod
+    def noise(self, x: Tensor) -> Tensor:
+        """Noise variances (*b, q, m); the average one where they are only known."""
+
+    @abstractmethod
+    def subset(self, outputs: Sequence[int]) -> Evaluated:
+        """Some of the outputs, counted from the first of these."""
 
 
 @dataclass(frozen=True, eq=False)

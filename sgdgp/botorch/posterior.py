@@ -1,4 +1,4 @@
-"""A BoTorch posterior whose samples are the values of functions.
+"""A BoTorch posterior whose samples are the values of functions, and its sampler.
 
 The functions are numbered. Number i < S is sample function i; number S + i is its
 mirror image 2 mean - f_i, another draw of the same distribution, which makes averages
@@ -7,7 +7,6 @@ over both exact in everything that is odd around the mean.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -18,54 +17,13 @@ from botorch.acquisition.objective import (
     ScalarizedPosteriorTransform,
 )
 from botorch.posteriors.posterior import Posterior
+from botorch.sampling.base import MCSampler
+from botorch.sampling.get_sampler import GetSampler
 from torch import Tensor
 
-from sgdgp.botorch.units import Units
+from sgdgp.botorch.outputs import Evaluated
 
 _ONE = torch.Size([1])
-
-
-class Evaluated(ABC):
-    """One or more outputs that can be evaluated: ``Outputs``, or those of fantasies.
-
-    Attributes:
-        columns: One entry for each output.
-        units: What values still have to pass through, where it is not affine.
-    """
-
-    columns: tuple[int, ...]
-    units: Units
-
-    @property
-    @abstractmethod
-    def num_paths(self) -> int:
-        """Number of sample functions."""
-
-    @property
-    @abstractmethod
-    def scale(self) -> Tensor:
-        """Factors (m,) from the definition's units to those of ``evaluate``."""
-
-    @abstractmethod
-    def evaluate(
-        self, x: Tensor, index: tuple[int, ...] | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Means (*b, q, m), and what functions add to them (s, *b, q, m).
-
-        Of units that are not affine, both before them.
-
-        Args:
-            x: Inputs (*b, q, d).
-            index: Numbers of the functions. Default: all; () for none.
-        """
-
-    @abstractmethod
-    def noise(self, x: Tensor) -> Tensor:
-        """Noise variances (*b, q, m); the average one where they are only known."""
-
-    @abstractmethod
-    def subset(self, outputs: Sequence[int]) -> Evaluated:
-        """Some of the outputs, counted from the first of these."""
 
 
 class Cursor:
@@ -322,3 +280,46 @@ def _after(transform: PosteriorTransform | None, shape: torch.Size) -> torch.Siz
     if isinstance(transform, ExpectationPosteriorTransform):
         return torch.Size([*shape[:-2], shape[-2] // transform.n_w, shape[-1]])
     return torch.Size([*shape[:-1], 1])
+
+
+class PathSampler(MCSampler):
+    """Gives out sample functions by number, all of them before any repeats.
+
+    Values at a point do not depend on where in a batch it stands. Seeds start at
+    different functions, where there are more of them than samples.
+    """
+
+    def __init__(self, sample_shape: torch.Size, seed: int | None = None) -> None:
+        """A sampler of so many functions.
+
+        Args:
+            sample_shape: Shape of the samples.
+            seed: Where to start. Default: at the first function.
+        """
+        # BoTorch would take a missing seed from the global generator.
+        super().__init__(sample_shape=sample_shape, seed=0 if seed is None else seed)
+
+    def forward(self, posterior: Posterior) -> Tensor:
+        """Values (*sample_shape, *b, q, m)."""
+        assert isinstance(posterior, PathPosterior)
+        if self.base_samples is None:
+            count = self.sample_shape.numel()
+            total = 2 * posterior.num_paths
+            start = self.seed * count % total
+            numbers = torch.arange(start, start + count) % total
+            self.register_buffer("base_samples", numbers.reshape(self.sample_shape))
+        numbers = self.base_samples
+        assert isinstance(numbers, Tensor)
+        return posterior.rsample_from_base_samples(self.sample_shape, numbers)
+
+    def _update_base_samples(
+        self, posterior: Posterior, base_sampler: MCSampler
+    ) -> None:
+        """Nothing to do: a function is the same function at new points."""
+
+
+@GetSampler.register(PathPosterior)
+def _path_sampler(
+    posterior: PathPosterior, sample_shape: torch.Size, *, seed: int | None = None
+) -> PathSampler:
+    return PathSampler(sample_shape=sample_shape, seed=seed)

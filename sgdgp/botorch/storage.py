@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from sgdgp.botorch.conditioned import Conditioned, SolveSettings, state_of
+from sgdgp.botorch.conditioned_model import Conditioned, SolveSettings, state_of
 from sgdgp.botorch.definition import Observations
 from sgdgp.botorch.outputs import Outputs
 from sgdgp.core.errors import StorageError, UnusableFileError

@@ -248,7 +248,7 @@ def test_sparse_models_are_refused():
 def test_bad_noise_is_refused():
     model = fixed_noise()
     model.likelihood.noise_covar.noise[3] = float("nan")
-    with pytest.raises(ValueError, match="noise variances must be positive"):
+    with pytest.raises(ValueError, match="likelihood noise: expected positive finite"):
         drawn(model, iterative_update(), samples=2)
 
 

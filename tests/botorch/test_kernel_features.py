@@ -24,8 +24,7 @@ from gpytorch.kernels import (
 )
 from torch.quasirandom import SobolEngine
 
-from sgdgp.botorch.kernel_elements import kernel_element
-from sgdgp.botorch.kernel_features import KernelFeatures
+from sgdgp.botorch.kernel_features import KernelFeatures, kernel_element
 from sgdgp.features import NoRandomFeatures
 
 FEATURES = 4096

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import pickle
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -465,16 +463,13 @@ def test_other_posterior_transforms_are_tried():
         model.posterior(X, posterior_transform=Halved())
 
 
-def test_without_botorch_the_extra_is_named():
-    code = (
-        "import sys\n"
-        "sys.modules['botorch'] = None\n"
-        "try:\n"
-        "    import sgdgp.botorch\n"
-        "except ImportError as error:\n"
-        "    print(error)\n"
-    )
-    found = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True
-    )
-    assert "sgdgp[botorch]" in found.stdout
+def test_a_generator_is_a_seed_too():
+    x = inputs(4)
+    found = [
+        pathwise(problems.single(), seed=torch.Generator().manual_seed(seed))
+        .posterior(x)
+        .values
+        for seed in (1, 1, 2)
+    ]
+    assert torch.equal(found[0], found[1])
+    assert not torch.allclose(found[0], found[2])

@@ -12,7 +12,8 @@ from botorch.models.model import Model
 from botorch.posteriors.posterior import Posterior
 from torch import Tensor
 
-from sgdgp.botorch.posterior import Cursor, Evaluated, Noise, PathPosterior, is_affine
+from sgdgp.botorch.outputs import Evaluated
+from sgdgp.botorch.posterior import Cursor, Noise, PathPosterior, is_affine
 from sgdgp.core.seeds import derived_generator
 
 Part = TypeVar("Part", bound=Evaluated)
@@ -57,7 +58,7 @@ class FunctionModel(Model):
         """
         if X.ndim < 2:
             raise ValueError(f"X: expected shape (*b, q, d), found {tuple(X.shape)}")
-        outputs = chosen(self._evaluated(), output_indices)
+        outputs = select_outputs(self._evaluated(), output_indices)
         native = posterior_transform is not None and is_affine(posterior_transform)
         posterior = PathPosterior(
             outputs,
@@ -109,7 +110,9 @@ def standard_draws(
     return torch.stack(draws, dim=1).to(like.device)
 
 
-def chosen(parts: Sequence[Part], wanted: Sequence[int] | None) -> tuple[Part, ...]:
+def select_outputs(
+    parts: Sequence[Part], wanted: Sequence[int] | None
+) -> tuple[Part, ...]:
     """Outputs in the order in which they are wanted.
 
     Raises:
