@@ -153,7 +153,6 @@ def test_nothing_of_the_package_is_imported_in_a_function(module: str):
     assert inner == [] or module in EXCEPTIONS
 
 
-@pytest.mark.xfail(reason="until docs/layout.md is written anew")
 def test_the_layout_page_shows_the_table():
     shown = {}
     for line in (ROOT / "docs" / "layout.md").read_text().splitlines():
