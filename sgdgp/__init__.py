@@ -14,6 +14,8 @@ with contextlib.redirect_stdout(io.StringIO()):
     import gpytorch as _gpytorch  # noqa: F401
 
 from sgdgp import bayesopt, kernels, metrics, networks  # noqa: F401
+from sgdgp.core.codec import register_stored_class
+from sgdgp.core.files import load
 from sgdgp.features import (
     FeatureMap,
     FeatureRequest,
@@ -24,7 +26,7 @@ from sgdgp.features import (
 from sgdgp.gpytorch_adapter import UnsupportedModelError
 from sgdgp.kernels import TileKernel, register_kernel, register_tile_kernel
 from sgdgp.operators import KernelOperator, choose_operator
-from sgdgp.posterior import PathwisePosterior, condition, load
+from sgdgp.posterior import PathwisePosterior, condition
 from sgdgp.solvers import (
     ADASAP,
     CG,
@@ -74,5 +76,6 @@ __all__ = [
     "random_features",
     "register_features",
     "register_kernel",
+    "register_stored_class",
     "register_tile_kernel",
 ]

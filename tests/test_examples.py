@@ -9,7 +9,7 @@ from PIL import Image
 
 from examples.image_folder import DEVIATION, MEAN, ImageFolder
 from examples.imagenet import main
-from sgdgp.networks.storage import load
+from sgdgp.networks import load
 
 
 @pytest.fixture

@@ -26,8 +26,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sgdgp.bayesopt.maximise import Maxima
-from sgdgp.bayesopt.posterior_file import store_posterior, stored_posterior
-from sgdgp.bayesopt.record import Step
+from sgdgp.bayesopt.record import Step, store_posterior, stored_posterior
 from sgdgp.core.errors import CheckpointError
 from sgdgp.core.seeds import derived_generator
 from sgdgp.posterior import PathwisePosterior, condition

@@ -1,4 +1,6 @@
-"""What a Thompson sampling run keeps on disk: data, proposals, results so far.
+"""What a Thompson sampling run keeps on disk: a record, and a posterior beside it.
+
+The record has the data, the proposals and the results so far.
 
 Proposals are written before they are evaluated and results as soon as they are there,
 each time as a whole file in the place of the old one. So whatever is killed, a run
@@ -7,20 +9,38 @@ that is called again has the same proposals and knows which have been evaluated.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+import os
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from gpytorch.models import ExactGP
 from jaxtyping import Float
 from torch import Tensor
 
+from sgdgp.core import format_1
+from sgdgp.core.checkpoint import Checkpoint
+from sgdgp.core.codec import can_be_stored, read_values, register_stored_class
 from sgdgp.core.errors import CheckpointError, UnusableFileError
-from sgdgp.core.files import FileKind, read_file, write_file
+from sgdgp.core.files import FileKind
+from sgdgp.posterior import PathwisePosterior, load
+from sgdgp.posterior.storage import save
+from sgdgp.solvers.base import Solver
 
-KIND = FileKind("sgdgp.thompson_sampling", 1, "record of a Thompson sampling run")
+KIND = FileKind(
+    "sgdgp.thompson_sampling", 2, "record of a Thompson sampling run", format_1.thompson
+)
+
+_FORMER_KIND = FileKind("sgdgp_carried", 2, "solver state", format_1.recycled)
+"""In version 0.1.0 a file of its own, named by the number of rows."""
+
+_AT_ONCE = 1e-9
+"""Seconds between two writes that are both made."""
 
 
+@register_stored_class
 @dataclass(frozen=True)
 class Step:
     """One step of a run; the evaluation of an initial design is step 0.
@@ -48,6 +68,7 @@ class Step:
     objective_seconds: float = 0.0
 
 
+@register_stored_class
 @dataclass(frozen=True, eq=False)
 class Pending:
     """A step that is under way.
@@ -63,6 +84,7 @@ class Pending:
     results: Float[Tensor, " r"]
 
 
+@register_stored_class
 @dataclass(frozen=True, eq=False)
 class Record:
     """The state of a run.
@@ -72,19 +94,30 @@ class Record:
         y: Their values (n,).
         history: Finished steps.
         pending: The step that is under way, None between steps.
-        settings: What a run must have in common with the one that goes on with it.
     """
 
     x: Float[Tensor, "n d"]
     y: Float[Tensor, " n"]
     history: tuple[Step, ...] = ()
     pending: Pending | None = None
-    settings: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def done(self) -> int:
         """Number of the last finished step."""
         return self.history[-1].step if self.history else 0
+
+    def check(self) -> None:
+        """Refuse what no run can have come to.
+
+        Raises:
+            ValueError: Points, values and history do not fit together.
+        """
+        last = self.history[-1].num_observations if self.history else len(self.y)
+        if not len(self.x) == len(self.y) == last:
+            raise ValueError(
+                f"{len(self.x)} points and {len(self.y)} values after {last} "
+                "observations"
+            )
 
     def observed(self, values: Float[Tensor, " k"], seconds: float) -> Record:
         """The record with values of the next proposals; with all, the step is done."""
@@ -103,69 +136,118 @@ class Record:
             torch.cat([self.x, pending.proposals]),
             y,
             (*self.history, step),
-            settings=self.settings,
         )
 
 
-def write(path: Path, record: Record) -> None:
-    """Put the record in the place of an older one.
+class RunCheckpoint(Checkpoint):
+    """The file of a run: its record.
+
+    Args:
+        path: The file; its directory must exist.
+        every: Seconds between two writes of results, at least; 0 for all at once.
 
     Raises:
-        OSError: The file could not be written; the old one is untouched.
+        CheckpointError: Nothing can be written at ``path``.
+        TypeError: ``path`` is no path or ``every`` no number.
+        ValueError: ``every`` is not positive and finite.
     """
-    tensors = {"x": record.x, "y": record.y}
-    pending = record.pending
-    if pending is not None:
-        tensors |= {"proposals": pending.proposals, "results": pending.results}
-    state = {
-        "history": [asdict(step) for step in record.history],
-        "pending": None if pending is None else asdict(pending.step),
-        "settings": dict(record.settings),
-    }
-    write_file(path, KIND, tensors, state)
+
+    def __init__(self, path: str | os.PathLike[str], every: int | float) -> None:
+        super().__init__(path, every or _AT_ONCE, KIND, "run")
+
+    def open_for(
+        self, settings: Mapping[str, str], device: torch.device
+    ) -> Record | None:
+        """Where the run was, or None if it has not begun.
+
+        Args:
+            settings: What two runs must have in common to be the same one.
+            device: Where tensors go.
+
+        Raises:
+            CheckpointError: Not such a record, damaged, of a newer format, or of
+                another run.
+        """
+        found = self.open(settings, device=device)
+        if found is None:
+            return None
+        with self.reading():
+            record = found["record"]
+            if not isinstance(record, Record):
+                raise TypeError(f"found {type(record).__name__}")
+            record.check()
+            return record
+
+    def keep(self, record: Record) -> None:
+        """Write where the run is.
+
+        A full disk does not end a run: what it has found so far would be lost.
+        """
+        self.write(record=record)
+        if self.problem is not None:
+            warnings.warn(self.problem, stacklevel=2)
 
 
-def read(path: Path, device: torch.device) -> Record:
-    """Read a record.
+def posterior_file(place: Path) -> Path:
+    """Where the posterior is kept that belongs to a record."""
+    return place.with_name(place.name + ".posterior")
 
-    Raises:
-        CheckpointError: Not such a record, damaged, or of a newer format.
+
+def store_posterior(posterior: PathwisePosterior, place: Path) -> PathwisePosterior:
+    """Write a posterior with what its solve leaves to the next one.
+
+    It comes back as it would be read: a preconditioner that cannot be stored is left
+    out, and so are all but the leading directions. The next solve then is the same
+    whether it starts from memory or from the file.
     """
+    recycled = posterior.solution.recycled
+    if recycled is not None:
+        recycled = recycled.reduced() if can_be_stored(recycled.inverse) else None
+    solution = replace(posterior.solution, recycled=recycled)
+    posterior = replace(posterior, solution=solution)
     try:
-        tensors, state = read_file(path, KIND)
-        found = {name: value.to(device) for name, value in tensors.items()}
-        pending = None
-        if state["pending"] is not None:
-            pending = Pending(
-                Step(**state["pending"]), found["proposals"], found["results"]
-            )
-        return Record(
-            found["x"],
-            found["y"],
-            tuple(Step(**step) for step in state["history"]),
-            pending,
-            dict(state["settings"]),
+        save(posterior.kind, [posterior.solved], place, with_recycled=True)
+    except OSError as error:
+        warnings.warn(
+            f"The posterior {place} could not be written ({error}); it is an earlier "
+            "one, or none.",
+            stacklevel=2,
         )
-    except UnusableFileError as error:
-        raise CheckpointError(f"checkpoint: {error}") from error
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(
-            f"checkpoint: {path} is damaged, or not a {KIND.words} of sgdgp ({error})"
-        ) from error
+    for path in _former_files(place):
+        path.unlink(missing_ok=True)
+    return posterior
 
 
-def check_same_run(path: Path, record: Record, settings: Mapping[str, str]) -> None:
-    """Refuse the record of another run.
+def stored_posterior(
+    place: Path, model: ExactGP, solver: Solver | str
+) -> PathwisePosterior:
+    """Read what ``store_posterior`` wrote.
 
     Raises:
-        CheckpointError: Names what differs.
+        CheckpointError: A file is damaged, or not of a posterior of one output.
     """
-    differing = [
-        name for name, value in settings.items() if record.settings.get(name) != value
-    ]
-    if differing:
-        raise CheckpointError(
-            f"checkpoint: {path} belongs to another run: {', '.join(differing)} "
-            "differ. It is left as it is; delete it or give another path to start "
-            "anew."
-        )
+    found = load(place, model, solver=solver)
+    if not isinstance(found, PathwisePosterior):
+        raise CheckpointError(f"checkpoint: {place} has several outputs, expected one")
+    former = place.with_name(f"{place.name}.carried.{len(found.problem.x)}")
+    if found.solution.recycled is not None or not former.exists():
+        return found
+    try:
+        left = read_values(former, _FORMER_KIND, found.problem.x.device)["recycled"]
+    except UnusableFileError as error:
+        raise CheckpointError(f"checkpoint: {error}; it may be deleted") from error
+    return replace(found, solution=replace(found.solution, recycled=left))
+
+
+def remove_posterior(place: Path) -> None:
+    """Delete what was stored there, if anything."""
+    for path in (place, *_former_files(place)):
+        path.unlink(missing_ok=True)
+
+
+def _former_files(place: Path) -> Iterator[Path]:
+    """What version 0.1.0 kept of solves, beside posteriors."""
+    start = f"{place.name}.carried."
+    for path in list(place.parent.iterdir()):
+        if path.name.startswith(start) and path.name.removeprefix(start).isdecimal():
+            yield path

@@ -7,7 +7,6 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Literal, TypeAlias
 
 import torch
@@ -16,16 +15,20 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-import sgdgp.bayesopt.record as records
 from sgdgp.bayesopt.maximise import check_bounds, maximise
-from sgdgp.bayesopt.posterior_file import posterior_file, remove_posterior
 from sgdgp.bayesopt.posteriors import Chain, Maximiser, ModelMaker, Options
-from sgdgp.bayesopt.record import Pending, Record, Step
+from sgdgp.bayesopt.record import (
+    Pending,
+    Record,
+    RunCheckpoint,
+    Step,
+    posterior_file,
+    remove_posterior,
+)
 from sgdgp.core.checks import check_count, check_finite, check_matrix, check_same
 from sgdgp.core.hashes import digest
 from sgdgp.core.seeds import derived_generator, number_of
 from sgdgp.posterior import PathwisePosterior
-from sgdgp.posterior.checkpoint_file import checked_place
 from sgdgp.posterior.condition import DEFAULT_FEATURES
 from sgdgp.solvers.base import Solver
 
@@ -179,17 +182,17 @@ def thompson_sampling(
         "redraw_every": str(redraw_every),
         "num_features": str(num_features),
     }
-    place = None if checkpoint is None else checked_place(checkpoint, 1)
-    if place is not None and place.exists():
-        record = records.read(place, bounds.device)
-        records.check_same_run(place, record, settings)
-    else:
-        record = replace(_beginning(bounds, initial, seed), settings=settings)
-        if place is not None:
+    keeper, record = None, None
+    if checkpoint is not None:
+        keeper = RunCheckpoint(checkpoint, checkpoint_every)
+        record = keeper.open_for(settings, bounds.device)
+    if record is None:
+        record = _beginning(bounds, initial, seed)
+        if keeper is not None:
             # What an earlier run left must not be taken for this one's.
-            remove_posterior(posterior_file(place))
-            records.write(place, record)
-    run = Run(objective, bounds, options, record, place, checkpoint_every)
+            remove_posterior(posterior_file(keeper.path))
+            keeper.keep(record)
+    run = Run(objective, bounds, options, record, keeper)
     return run.until(steps, callback, progress)
 
 
@@ -228,8 +231,7 @@ class Run:
         bounds: The box (2, d).
         options: How to go on.
         record: Where it is.
-        place: File of the record, or None.
-        every: Seconds between two writes of results, at least.
+        keeper: File of the record, or None.
     """
 
     def __init__(
@@ -238,18 +240,16 @@ class Run:
         bounds: Float[Tensor, "2 d"],
         options: Options,
         record: Record,
-        place: Path | None,
-        every: int | float = 0,
+        keeper: RunCheckpoint | None,
     ) -> None:
         self.objective = objective
         self.bounds = bounds
         self.options = options
         self.record = record
-        self.place = place
-        self._every = every
-        self._next = time.monotonic() + every
+        self.keeper = keeper
         self._is_written = True
-        self.chain = Chain(options, None if place is None else posterior_file(place))
+        place = None if keeper is None else posterior_file(keeper.path)
+        self.chain = Chain(options, place)
 
     def until(
         self,
@@ -283,14 +283,13 @@ class Run:
     def _keep(self, record: Record, *, at_once: bool = False) -> None:
         self.record = record
         self._is_written = False
-        if at_once or time.monotonic() >= self._next:
+        if at_once or self.keeper is None or self.keeper.is_due:
             self._write()
 
     def _write(self) -> None:
-        if self.place is not None and not self._is_written:
-            records.write(self.place, self.record)
+        if self.keeper is not None and not self._is_written:
+            self.keeper.keep(self.record)
         self._is_written = True
-        self._next = time.monotonic() + self._every
 
     def _propose(self) -> None:
         """Condition on all data, maximise, write the proposals down."""

@@ -28,6 +28,7 @@ from sgdgp.botorch.function_model import FunctionModel, select_outputs
 from sgdgp.botorch.outputs import Outputs, Units, units_of
 from sgdgp.botorch.posterior import Cursor
 from sgdgp.core.checks import check_matrix, check_same
+from sgdgp.core.codec import register_stored_class
 from sgdgp.core.errors import UnsupportedModelError
 from sgdgp.core.hashes import digest
 from sgdgp.core.seeds import derived_generator
@@ -44,6 +45,7 @@ class _Latest:
         self.conditioned = conditioned
 
 
+@register_stored_class
 @dataclass(frozen=True)
 class SolveSettings:
     """How each posterior is made; see ``sgdgp.condition``."""

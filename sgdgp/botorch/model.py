@@ -26,7 +26,9 @@ from sgdgp.botorch.fantasies import FantasyModel
 from sgdgp.botorch.function_model import FunctionModel
 from sgdgp.botorch.outputs import Outputs
 from sgdgp.botorch.posterior import PathSampler
+from sgdgp.botorch.storage import KIND, restored, save
 from sgdgp.core.checks import check_count
+from sgdgp.core.files import reads
 from sgdgp.core.seeds import derived_generator, number_of, seed_of
 from sgdgp.posterior import MultiOutputPosterior, PathwisePosterior
 from sgdgp.solvers import Solver
@@ -263,8 +265,6 @@ class PathwiseModel(ConditionedModel):
             OSError: The file could not be written.
             StorageError: There is no such directory, or the path is one.
         """
-        from sgdgp.botorch.storage import save
-
         save(self, path)
 
     @classmethod
@@ -291,8 +291,6 @@ class PathwiseModel(ConditionedModel):
             StorageError: The file is missing, damaged or of another kind, or the
                 definition is built otherwise (a ValueError).
         """
-        from sgdgp.botorch.storage import restored
-
         empty = cls.__new__(cls)
         FunctionModel.__init__(empty)
         transforms = {
@@ -325,3 +323,6 @@ class PathwiseModel(ConditionedModel):
         other = copy.copy(self)
         other._modules = dict(self._modules)
         return other
+
+
+reads(KIND)(PathwiseModel.load)

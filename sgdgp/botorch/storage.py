@@ -9,59 +9,58 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Mapping
-from dataclasses import asdict
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from sgdgp.botorch.conditioned_model import Conditioned, SolveSettings, state_of
+from sgdgp.botorch.conditioned_model import Conditioned, ConditionedModel, state_of
 from sgdgp.botorch.definition import Observations
 from sgdgp.botorch.outputs import Outputs
+from sgdgp.core import format_1
+from sgdgp.core.codec import Contents, can_be_stored, read_values, write_values
 from sgdgp.core.errors import StorageError, UnusableFileError
-from sgdgp.core.files import FileKind, read_file, write_file
-from sgdgp.posterior.solution_state import solver_from, solver_state
-from sgdgp.posterior.storage import contents_of, place_of, posterior_from
+from sgdgp.core.files import FileKind, path_of, place_of
+from sgdgp.features.storage import given_by_kernel
+from sgdgp.posterior.load import posterior_from
+from sgdgp.posterior.storage import contents_of
 from sgdgp.solvers import Solver
 
-if TYPE_CHECKING:
-    from sgdgp.botorch.model import PathwiseModel
+KIND = FileKind("sgdgp.botorch", 2, "PathwiseModel", format_1.botorch)
 
-KIND = FileKind("sgdgp.botorch", 1, "PathwiseModel")
+M = TypeVar("M", bound=ConditionedModel)
 
 
-def save(model: PathwiseModel, path: str | os.PathLike[str]) -> None:
+def save(model: ConditionedModel, path: str | os.PathLike[str]) -> None:
     """Write a model into a file, in one step: see ``PathwiseModel.save``."""
     place = place_of(path)
-    outputs = model.all_outputs()
-    tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
-    posteriors = []
-    for index, (part, seen) in enumerate(zip(outputs, model.observations, strict=True)):
-        tensors |= {
-            f"data.{index}.{name}": value for name, value in seen.named_buffers()
-        }
-        own, state = contents_of(part.posterior)
-        tensors |= {f"posterior.{index}.{name}": own[name] for name in own}
-        posteriors.append(state)
     settings = model.settings
-    everything = {
-        "posteriors": posteriors,
-        "parameters": list(model.state_dict()),
+    if not can_be_stored(settings.solver):
+        # A solver that is not of this package is in no file.
+        settings = replace(settings, solver="auto")
+    values: dict[str, Any] = {
+        "model": dict(model.state_dict()),
+        "data": [dict(seen.named_buffers()) for seen in model.observations],
         "columns": model.columns,
         "cursor": model.cursor.position,
-        "settings": {**asdict(settings), "solver": _solver_state(settings.solver)},
+        "settings": settings,
     }
-    write_file(place, KIND, tensors, everything)
+    for index, part in enumerate(model.all_outputs()):
+        posterior = part.posterior
+        solved = [own.solved for own in posterior.parts]
+        for name, value in contents_of(posterior.kind, solved).items():
+            values[f"posterior.{index}.{name}"] = value
+    write_values(place, KIND, values, given_by_kernel)
 
 
 def restored(
-    empty: PathwiseModel,
+    empty: M,
     path: str | os.PathLike[str],
     definition: nn.Module,
     transforms: Mapping[str, nn.Module | None],
     solver: Solver | str | None,
-) -> PathwiseModel:
+) -> M:
     """A model filled from a file; see ``PathwiseModel.load``.
 
     Args:
@@ -71,15 +70,20 @@ def restored(
         transforms: The model's own transforms by name, as it was made with.
         solver: Of later solves. Default: the stored one.
     """
-    if not isinstance(path, str | os.PathLike):
-        raise TypeError(f"path: expected a path, found {path!r}")
-    place = Path(path)
+    place = path_of(path)
+    if not isinstance(definition, nn.Module):
+        raise TypeError(
+            f"model: expected a gpytorch.models.GP for {place}, a PathwiseModel, found "
+            f"{type(definition).__name__}"
+        )
+    parameter = next(definition.parameters(), None)
+    device = torch.device("cpu") if parameter is None else parameter.device
     try:
-        tensors, state = read_file(place, KIND)
+        found = read_values(place, KIND, device)
     except UnusableFileError as error:
         raise StorageError(str(error)) from error
     try:
-        _fill(empty, copy.deepcopy(definition), transforms, tensors, state, solver)
+        _fill(empty, copy.deepcopy(definition), transforms, found, solver)
     except (
         AttributeError,
         IndexError,
@@ -93,60 +97,26 @@ def restored(
 
 
 def _fill(
-    model: PathwiseModel,
+    model: ConditionedModel,
     definition: nn.Module,
     transforms: Mapping[str, nn.Module | None],
-    tensors: Mapping[str, Tensor],
-    state: Mapping[str, Any],
+    found: Contents,
     solver: Solver | str | None,
 ) -> None:
-    parameter = next(definition.parameters(), None)
-    device = torch.device("cpu") if parameter is None else parameter.device
-    settings = dict(state["settings"])
-    settings["solver"] = _solver(settings["solver"]) if solver is None else solver
-    count = len(state["posteriors"])
-    data = tuple(
-        Observations(**_below(tensors, f"data.{index}.", device))
-        for index in range(count)
-    )
+    settings = found["settings"]
     model.build(
         definition,
-        data,
+        tuple(Observations(**seen) for seen in found["data"]),
         {name: copy.deepcopy(value) for name, value in transforms.items()},
-        SolveSettings(**settings),
+        settings if solver is None else replace(settings, solver=solver),
     )
-    saved = _below(tensors, "model.", device)
-    model.load_state_dict({name: saved[name] for name in state["parameters"]})
+    model.load_state_dict(found["model"])
     outputs = []
     for index, problem in enumerate(model.problems()):
-        own = _below(tensors, f"posterior.{index}.", None)
-        own_state = state["posteriors"][index]
-        posterior = posterior_from(problem.model, own, own_state, solver)
+        own = found.below(f"posterior.{index}.")
+        posterior = posterior_from(own, problem.model, solver)
         columns = tuple(range(problem.y.shape[1]))
         outputs.append(Outputs(posterior, columns, problem.units, posterior.functions))
     model.keep(Conditioned(tuple(outputs), state_of(model)))
-    model.cursor.position = int(state["cursor"])
-    columns = state["columns"]
-    model.columns = None if columns is None else tuple(columns)
-
-
-def _below(
-    tensors: Mapping[str, Tensor], prefix: str, device: torch.device | None
-) -> dict[str, Tensor]:
-    """Tensors whose names begin so, without it."""
-    return {
-        name.removeprefix(prefix): value if device is None else value.to(device)
-        for name, value in tensors.items()
-        if name.startswith(prefix)
-    }
-
-
-def _solver_state(solver: Solver | str) -> Any:
-    return solver if isinstance(solver, str) else solver_state(solver)
-
-
-def _solver(state: Any) -> Solver | str:
-    if state is None:
-        # A solver that is not of this package is in no file.
-        return "auto"
-    return state if isinstance(state, str) else solver_from(state)
+    model.cursor.position = int(found["cursor"])
+    model.columns = found["columns"]

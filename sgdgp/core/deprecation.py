@@ -1,10 +1,12 @@
-"""Old names of functions and arguments, accepted for one version."""
+"""Old names of functions, arguments and modules, accepted for one version."""
 
 from __future__ import annotations
 
 import functools
+import sys
 import warnings
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any, ParamSpec, TypeVar
 
 P = ParamSpec("P")
@@ -68,3 +70,8 @@ def renamed(old: str, function: Callable[P, T]) -> Callable[P, T]:
         return function(*args, **kwargs)
 
     return call
+
+
+def also_importable_as(name: str, module: ModuleType) -> None:
+    """Let ``import name`` find a module that stood there in version 0.1.0."""
+    sys.modules.setdefault(name, module)

@@ -8,22 +8,35 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sgdgp.core.errors import UnusableFileError
+from sgdgp.core.errors import StorageError, UnusableFileError
 from sgdgp.core.hashes import digest
 
 _ALIGNED = 8  # a header is padded with blanks to a multiple of it
+_PACKAGES = ("sgdgp", "torch", "gpytorch", "linear_operator")
+_OPTIONAL = {"sgdgp.botorch": "sgdgp.botorch"}
+"""Kinds of rooms that are not imported with the package."""
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+Upgrade: TypeAlias = Callable[[Mapping[str, Tensor], dict[str, Any]], dict[str, Any]]
+"""(tensors, state) of format 1 to the state of format 2 with the same tensors."""
+
+_KINDS: dict[str, FileKind] = {}
+_READERS: dict[str, Callable[..., Any]] = {}
 
 
 @dataclass(frozen=True)
@@ -34,33 +47,121 @@ class FileKind:
         mark: Key of the metadata by which such files are known.
         version: Newest format that this version of sgdgp reads, and the one it writes.
         words: What users call it, such as "checkpoint".
+        upgrade: Makes what a file of the format before says into what it would say now.
     """
 
     mark: str
     version: int
     words: str
+    upgrade: Upgrade | None = None
+
+    def __post_init__(self) -> None:
+        _KINDS[self.mark] = self
 
 
-def check_place_of(path: Path) -> None:
-    """Refuse a path where no file can be written, by writing one beside it.
+def reads(kind: FileKind) -> Callable[[F], F]:
+    """Decorator: the function by which ``load`` reads files of this kind."""
+
+    def register(reader: F) -> F:
+        _READERS[kind.mark] = reader
+        return reader
+
+    return register
+
+
+def load(path: str | os.PathLike[str], given: Any, **settings: Any) -> Any:
+    """Read what was saved; it predicts the same numbers.
+
+    Args:
+        path: The file that ``save`` wrote.
+        given: What the file does not hold, since it holds no code. For a posterior a
+            ``gpytorch.models.ExactGP`` built like the one that was saved, for that of
+            a network the network, for a ``PathwiseModel`` its definition.
+        **settings: For a posterior ``solver``; for that of a network ``output`` and
+            ``memory_budget``; for a ``PathwiseModel`` what ``PathwiseModel.load``
+            takes.
+
+    Returns:
+        The posterior, on the device of ``given``, with all of its verbs; or the
+        ``PathwiseModel``.
 
     Raises:
-        UnusableFileError: A directory, or in one that is missing or not writable.
+        StorageError: The file is missing, damaged, nothing that was saved, or of a
+            newer format; or what is given is built otherwise (a ValueError).
+        TypeError: An argument is of the wrong kind.
+
+    Example:
+        >>> posterior.save("posterior.safetensors")
+        >>> same = sgdgp.load("posterior.safetensors", model)
     """
-    if path.is_dir():
-        raise UnusableFileError(f"expected a file, found directory {path}")
-    if not path.parent.is_dir():
-        raise UnusableFileError(f"expected an existing directory, found {path.parent}")
+    place = path_of(path)
+    try:
+        with safe_open(place, framework="pt") as file:
+            marks = file.metadata() or {}
+    except OSError as error:
+        raise StorageError(f"cannot read {place}: {error}") from error
+    except SafetensorError as error:
+        raise StorageError(
+            f"{place} is damaged, or nothing that sgdgp has saved ({error})"
+        ) from error
+    for mark in _OPTIONAL.keys() & marks.keys():
+        importlib.import_module(_OPTIONAL[mark])
+    for mark in marks.keys() & _KINDS.keys():
+        if mark in _READERS:
+            return _READERS[mark](place, given, **settings)
+        raise StorageError(
+            f"{place} is a {_KINDS[mark].words}, nothing that was saved: give it as "
+            "checkpoint= to the call that wrote it"
+        )
+    raise StorageError(f"{place} is nothing that sgdgp has saved")
+
+
+def path_of(path: str | os.PathLike[str], argument: str = "path") -> Path:
+    """A path; names the argument that is none.
+
+    Raises:
+        TypeError: No path.
+    """
+    if not isinstance(path, str | os.PathLike):
+        raise TypeError(f"{argument}: expected a path, found {path!r}")
+    return Path(path)
+
+
+def place_of(
+    path: str | os.PathLike[str],
+    argument: str = "path",
+    error: type[Exception] = StorageError,
+) -> Path:
+    """Where a file is to be written, once that is known to be possible.
+
+    Args:
+        path: The file; it is tried to write one beside it.
+        argument: What the caller's user knows the path by.
+        error: What is raised.
+
+    Raises:
+        StorageError: Or ``error``: a directory, or in one that is missing or cannot be
+            written.
+        TypeError: No path.
+    """
+    # Neither a change of directory nor a link may lead a later write astray.
+    place = path_of(path, argument).resolve()
+    folder = place.parent
+    if place.is_dir():
+        raise error(f"{argument}: expected a file, found directory {place}")
+    if not folder.is_dir():
+        raise error(f"{argument}: expected an existing directory, found {folder}")
     # What a killed run left half-written.
-    for stale in path.parent.glob(f".{_escaped(path.name)}.*.tmp"):
+    for stale in folder.glob(f".{_escaped(place.name)}.*.tmp"):
         with contextlib.suppress(OSError):
             stale.unlink()
-    temporary = temporary_of(path)
+    temporary = temporary_of(place)
     try:
         temporary.touch()
         temporary.unlink()
-    except OSError as error:
-        raise UnusableFileError(f"cannot write into {path.parent}: {error}") from error
+    except OSError as found:
+        raise error(f"{argument}: cannot write into {folder}: {found}") from found
+    return place
 
 
 def write_file(
@@ -123,6 +224,8 @@ def read_file(path: Path, kind: FileKind) -> tuple[dict[str, Tensor], dict[str, 
         state = json.loads(text)
         if not isinstance(state, dict):
             raise TypeError("the state is no JSON object")
+        if kind.upgrade is not None and int(metadata[kind.mark]) < kind.version:
+            state = kind.upgrade(tensors, state)
     except UnusableFileError:
         raise
     except OSError as error:
@@ -132,6 +235,17 @@ def read_file(path: Path, kind: FileKind) -> tuple[dict[str, Tensor], dict[str, 
             f"{path} is damaged, or not a {kind.words} of sgdgp ({error})"
         ) from error
     return tensors, state
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of what a file was made with, for people who look into it."""
+    found = {}
+    for name in _PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "unknown"
+    return found
 
 
 def _copied(tensor: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from sgdgp.core.codec import register_stored_class
 from sgdgp.core.slices import recomputed, slices
 
 FEATURES_AT_ONCE = 2**21
@@ -85,6 +86,7 @@ class FeatureMap(ABC):
         return None
 
 
+@register_stored_class
 class ScaledFeatures(FeatureMap):
     """sqrt(v) phi(x): v k(x, x').
 
@@ -134,6 +136,7 @@ class ScaledFeatures(FeatureMap):
         return self.base.point_of_rows(x)
 
 
+@register_stored_class
 class RestrictedFeatures(FeatureMap):
     """phi(x[:, dims]): a map that sees some of the columns.
 

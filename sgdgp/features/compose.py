@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from sgdgp.core.codec import register_stored_class
 from sgdgp.core.errors import SgdgpError
 from sgdgp.core.slices import (
     check_product,
@@ -29,6 +30,7 @@ MAX_TENSOR_FEATURES = 2**20
 functions then take 0.5 GB in float64."""
 
 
+@register_stored_class
 class SumFeatures(FeatureMap):
     """(phi_1(x), ..., phi_q(x)): the sum of the kernels of the parts.
 
@@ -82,6 +84,7 @@ class SumFeatures(FeatureMap):
         return _first_point_of_rows(self.parts, x)
 
 
+@register_stored_class
 class TensorFeatures(FeatureMap):
     """All products large_j(x) small_i(x): the product of the two kernels.
 

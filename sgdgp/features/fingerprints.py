@@ -36,10 +36,10 @@ import torch
 from jaxtyping import Bool, Float, Int, Num
 from torch import Tensor
 
+from sgdgp.core.codec import register_stored_class
 from sgdgp.core.errors import SgdgpError
 from sgdgp.core.slices import check_product, check_width, slices, tracks_gradient
 from sgdgp.features.base import FeatureMap
-from sgdgp.features.storage import register_stored_features
 
 _LARGEST_SUM = 2**24
 """Whole numbers up to here are exact in float32."""
@@ -250,7 +250,7 @@ def distinct(
     return entry[first], number[chosen]
 
 
-@register_stored_features
+@register_stored_class
 class TanimotoFeatures(FeatureMap):
     """Signed consistent hashes of count fingerprints; a new one for every seed.
 

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from sgdgp.core.codec import register_stored_class
 from sgdgp.core.slices import (
     check_product,
     check_width,
@@ -19,6 +20,7 @@ from sgdgp.core.slices import (
 from sgdgp.features.base import FeatureMap
 
 
+@register_stored_class
 class LinearFeatures(FeatureMap):
     """phi(x) = sqrt(v) x, entry by entry: k(x, x') = sum_i v_i x_i x'_i.
 
@@ -54,6 +56,7 @@ class LinearFeatures(FeatureMap):
         return self.variance.sqrt()[:, None] * (x.T @ v)
 
 
+@register_stored_class
 class ConstantFeatures(FeatureMap):
     """phi(x) = sqrt(c): k(x, x') = c.
 
@@ -95,6 +98,7 @@ class ConstantFeatures(FeatureMap):
         return self
 
 
+@register_stored_class
 class PolynomialFeatures(FeatureMap):
     """Monomials of the expansion of (x^T x' + c)^p.
 

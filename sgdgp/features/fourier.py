@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from sgdgp.core.codec import register_stored_class
 from sgdgp.core.slices import (
     check_product,
     check_width,
@@ -38,6 +39,7 @@ _ROWS = 128
 room for a thousand frequencies beside them."""
 
 
+@register_stored_class
 class FourierFeatures(FeatureMap):
     r"""phi(x) = sqrt(v / m) [sin(x^T w_j), cos(x^T w_j)]_j for m frequencies w_j.
 

@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from gpytorch.kernels import Kernel
@@ -17,6 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sgdgp.core.checks import check_count, check_finite
+from sgdgp.core.codec import register_stored_class
 from sgdgp.features.base import FeatureMap
 from sgdgp.features.dispatch import (
     NoRandomFeatures,
@@ -55,6 +57,7 @@ class Draws(ABC):
         """The functions with these numbers, in this order; the same functions."""
 
 
+@register_stored_class
 @dataclass(frozen=True, eq=False)
 class DrawGroup:
     """Functions that share a feature map: f_k(x) = phi(x) w_k.
@@ -81,6 +84,7 @@ class DrawGroup:
         return replace(self, weights=self.weights.mT[list(index)].mT)
 
 
+@register_stored_class
 @dataclass(frozen=True, eq=False)
 class PriorDraws(Draws):
     """Prior functions by feature maps: in bounded memory, differentiable in x.
@@ -237,6 +241,7 @@ def _normal_columns(
     return out
 
 
+@register_stored_class
 class ExactDraws(Draws):
     """Functions drawn from GP(0, kernel), exact at every finite set.
 
@@ -348,6 +353,50 @@ class ExactDraws(Draws):
     def subset(self, index: Sequence[int]) -> SelectedDraws:
         """The functions with these numbers, in this order; the same functions."""
         return SelectedDraws(self, tuple(index))
+
+    def stored_parts(self) -> dict[str, Any]:
+        """What a file needs to know to reveal the same functions further."""
+        return {
+            "kernel": self._kernel,
+            "num_samples": self.num_samples,
+            "dtype": self.dtype,
+            "max_points": self.max_points,
+            "points": self._points,
+            "factor": self._factor,
+            "normals": self._normals,
+            "values": self._values,
+            "generator": self._generator.get_state(),
+        }
+
+    @classmethod
+    def from_stored_parts(
+        cls,
+        kernel: Kernel,
+        num_samples: int,
+        dtype: torch.dtype,
+        max_points: int,
+        points: Float[Tensor, "n d"],
+        factor: Float[Tensor, "n n"],
+        normals: Float[Tensor, "n s"],
+        values: Float[Tensor, "n s"],
+        generator: Tensor,
+    ) -> ExactDraws:
+        """The draws behind ``stored_parts``."""
+        nothing = points.new_empty(0, points.shape[1], dtype=dtype)
+        draws = cls(
+            kernel,
+            num_samples,
+            nothing,
+            generator=torch.Generator(),
+            max_points=max_points,
+        )
+        draws._points, draws._factor = points, factor
+        draws._normals, draws._values = normals, values
+        # Generators keep their state on the CPU.
+        draws._generator.set_state(generator.cpu())
+        rows = points.cpu().numpy()
+        draws._index = {row.tobytes(): i for i, row in enumerate(rows)}
+        return draws
 
     def _reveal(self, points: Tensor) -> None:
         """Extend L by the rows [A^T, chol(C)] of the new points, and f by theirs."""

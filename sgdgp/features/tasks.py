@@ -12,10 +12,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from sgdgp.core.codec import register_stored_class
 from sgdgp.core.slices import check_product, check_width, tracks_gradient
 from sgdgp.features.base import FeatureMap
 
 
+@register_stored_class
 class IndexFeatures(FeatureMap):
     """phi(t) = R[t, :] with R R^T = B: k(t, t') = B[t, t'].
 
@@ -67,6 +69,7 @@ class IndexFeatures(FeatureMap):
         return self.root.T @ sums.index_add(0, self.tasks(x), v)
 
 
+@register_stored_class
 class TaskFeatures(FeatureMap):
     """All products other_j(x) R[t, i]: a table between tasks times another kernel.
 
@@ -135,6 +138,7 @@ class TaskFeatures(FeatureMap):
             yield self.index.root[task], (tasks == task).nonzero().squeeze(1)
 
 
+@register_stored_class
 class PairFeatures(FeatureMap):
     """phi([x, t]) = phi_t(x), for a map with C rows phi_1(x) ... phi_C(x) per input.
 

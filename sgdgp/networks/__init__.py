@@ -1,15 +1,18 @@
 """Posteriors of trained networks: linearised Laplace at any size."""
 
+import sgdgp.core.codec
+from sgdgp.core.deprecation import also_importable_as
 from sgdgp.core.processes import process_group, started
 from sgdgp.networks.calibration import Comparison
 from sgdgp.networks.dual import Dual
 from sgdgp.networks.likelihoods import Categorical, Gaussian, Likelihood
 from sgdgp.networks.linearisation import LinearisedNetwork, linearise, linearize
-from sgdgp.networks.posterior import LinearisedPosterior
+from sgdgp.networks.posterior import LinearisedPosterior, load
 from sgdgp.networks.predictive import GaussianPrediction
 from sgdgp.networks.priors.settings import GPrior, Isotropic, Kronecker, Layerwise
-from sgdgp.networks.storage import load
 from sgdgp.networks.weight_solvers import WeightCG, WeightSGD
+
+also_importable_as("sgdgp.networks.stored_values", sgdgp.core.codec)
 
 __all__ = [
     "Categorical",

@@ -21,6 +21,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from sgdgp.core.codec import register_stored_class
+
 _LARGEST_RISE = math.log(100.0)
 _LARGEST_FALL = math.log(30.0)
 """Of a log precision in one step: see ``PrecisionUpdate``."""
@@ -82,6 +84,7 @@ def effective_dimension(
     return EffectiveDimension(gamma, error)
 
 
+@register_stored_class
 @dataclass(frozen=True)
 class EMStep:
     """One step of expectation maximisation.
@@ -107,6 +110,7 @@ class EMStep:
     seconds: float
 
 
+@register_stored_class
 class PrecisionUpdate:
     """The fixed point of alpha -> gamma / |w|^2, by secants in log alpha.
 

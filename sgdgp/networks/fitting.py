@@ -32,6 +32,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from sgdgp.core.codec import register_stored_class
 from sgdgp.core.seeds import derived_generator
 from sgdgp.networks.curvature import (
     TangentData,
@@ -99,6 +100,7 @@ class Schedule:
     curvature_at: CurvatureAt
 
 
+@register_stored_class
 @dataclass
 class RunState:
     """What a run knows between two stages; all that a checkpoint has to hold.

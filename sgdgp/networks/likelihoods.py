@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from sgdgp.core.checks import check_finite
+from sgdgp.core.codec import register_stored_class
 
 _LARGEST_FALL = 100.0
 """Factor by which a learned noise falls at most in one step: an exact fit has none, and
@@ -93,6 +94,7 @@ class Likelihood(ABC):
         """
 
 
+@register_stored_class
 @dataclass(frozen=True)
 class Categorical(Likelihood):
     """One of C classes with probabilities p = softmax(f), targets are class indices.
@@ -171,6 +173,7 @@ class Categorical(Likelihood):
             )
 
 
+@register_stored_class
 @dataclass(frozen=True)
 class Gaussian(Likelihood):
     """Outputs plus Gaussian noise, y ~ N(f, sigma^2), independent across outputs.

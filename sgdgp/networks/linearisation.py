@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sgdgp.core.checks import check_count, check_positive
+from sgdgp.core.deprecation import renamed_arguments
 from sgdgp.core.memory import resolve_budget
 from sgdgp.core.seeds import generator_of, seed_of
 from sgdgp.networks.checkpoint import RunKeeper
@@ -120,6 +121,7 @@ class LinearisedNetwork:
     prior: PriorSettings
     curvature_at: CurvatureAt
 
+    @renamed_arguments(every="checkpoint_every")
     def fit(
         self,
         loader: Any,
@@ -134,7 +136,7 @@ class LinearisedNetwork:
         progress: bool | None = None,
         callback: Callback | None = None,
         checkpoint: str | os.PathLike[str] | None = None,
-        every: int | float = 60,
+        checkpoint_every: int | float = 60,
     ) -> LinearisedPosterior:
         """Learn the prior precision (and noise), and draw posterior weights.
 
@@ -160,7 +162,7 @@ class LinearisedNetwork:
                 residuals; returning True stops the fit.
             checkpoint: File that keeps the fit. Calling again after the process was
                 killed goes on from there.
-            every: Seconds between two writes of the checkpoint, at least.
+            checkpoint_every: Seconds between two writes of the checkpoint, at least.
 
         Returns:
             The posterior. ``posterior.reason`` says whether the fit was interrupted,
@@ -197,7 +199,7 @@ class LinearisedNetwork:
         keeper, state = None, None
         if checkpoint is not None:
             keeper = RunKeeper(
-                checkpoint, every, tangent, self._identity(schedule, data)
+                checkpoint, checkpoint_every, tangent, self._identity(schedule, data)
             )
             state = keeper.load()
         if state is None:

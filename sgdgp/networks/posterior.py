@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from sgdgp.core.checks import check_count
+from sgdgp.core.errors import StorageError
+from sgdgp.core.files import reads
 from sgdgp.core.processes import Processes
 from sgdgp.core.seeds import generator_of
 from sgdgp.networks.calibration import Comparison, compare
@@ -31,6 +33,7 @@ from sgdgp.networks.predictive import (
     variance_of,
 )
 from sgdgp.networks.priors.settings import WeightPrior
+from sgdgp.networks.storage import KIND, load_fields, save_fields
 from sgdgp.networks.stream import Split, stream_of
 from sgdgp.tangent import Tangent
 
@@ -289,9 +292,47 @@ class LinearisedPosterior:
 
         The network is not in it, a fingerprint of its weights is.
         """
-        from sgdgp.networks.storage import save
+        own = {
+            field.name: getattr(self, field.name)
+            for field in fields(self)
+            if field.name != "tangent"
+        }
+        save_fields(path, self.tangent, own)
 
-        save(self, path)
+
+@reads(KIND)
+def load(
+    path: str | os.PathLike[str],
+    network: nn.Module,
+    *,
+    output: Callable[[Any], Tensor] | None = None,
+    memory_budget: int | None = None,
+) -> LinearisedPosterior:
+    """Read a posterior that was saved; it predicts the same numbers.
+
+    Args:
+        path: The file.
+        network: The network that was linearised, with the same weights and buffers;
+            it may be on another device, and the posterior will be there.
+        output: As it was given to ``linearise``; a function is not in the file.
+        memory_budget: Bytes for temporaries. Default: half of what is free.
+
+    Raises:
+        StorageError: The file is missing, damaged, of another kind or of a newer
+            format; or the network is another one, which names what differs.
+        TypeError: An argument is of the wrong kind.
+
+    Example:
+        >>> posterior.save("posterior.safetensors")
+        >>> same = sgdgp.networks.load("posterior.safetensors", network)
+    """
+    tangent, own = load_fields(
+        path, network, output=output, memory_budget=memory_budget
+    )
+    try:
+        return LinearisedPosterior(tangent=tangent, **own)
+    except TypeError as error:
+        raise StorageError(f"{path} does not fit this version: {error}") from error
 
 
 def _parts(x: Any, size: int = PREDICTED_TOGETHER) -> Iterator[Any]:

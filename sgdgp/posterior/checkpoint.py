@@ -3,31 +3,55 @@
 While a solve runs, its weights go to a file now and then; when it ends, the solution
 does. Called again, it goes on from there. Prior draws are not in the file: they are
 drawn again from the seed, and the file is refused where they do not come out the same.
+
+What makes two problems the same one has two halves. The *components* are hashes of
+everything that is given: data, parameters, structure of the model, seed and sizes; they
+are known before any work and must agree bit by bit. The *probe* holds a few numbers of
+the system that follows from them. It is compared within a tolerance, so that another
+device or thread count is no other problem, while code that changed (a kernel's forward,
+a library's random stream) is.
 """
 
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import TypeAlias
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
-from sgdgp.core.errors import CheckpointError
-from sgdgp.posterior.checkpoint_file import Saved, checked_place, read, write
-from sgdgp.posterior.fingerprint import differing_components, differing_probes
+from sgdgp.core import format_1
+from sgdgp.core.checkpoint import Checkpoint
+from sgdgp.core.files import FileKind
+from sgdgp.core.hashes import digest, former_structure_of, structure_of
+from sgdgp.operators.base import KernelOperator
 from sgdgp.solvers.base import Callback, HistoryEntry, Progress, Solution, Solver
 from sgdgp.solvers.solutions import continued
 
 Attempt: TypeAlias = Callable[[Solver, Tensor | None, Callback | None], Solution]
 """A solve as a function of (solver, starting point, callback)."""
 
+KIND = FileKind("sgdgp.checkpoint", 2, "checkpoint", format_1.solve)
 
-class Checkpoint:
-    """The file of one problem: ``open`` it, then ``solve``.
+_POINTS = 16  # of the kernel in a probe: enough to tell kernels apart, free to evaluate
+_PROBED = {
+    "kernel": (1e-3, "values of the kernel"),
+    "noise": (1e-5, "noise variances"),
+    "rhs": (
+        1e-3,
+        "targets and prior draws made from the same seed (they also change with the "
+        "versions of sgdgp and torch)",
+    ),
+}
+"""Relative tolerances and words. Kernel values and draws differ between devices by the
+rounding of float32 over long sums; noise variances are copied, not computed."""
+
+
+class SolveCheckpoint(Checkpoint):
+    """The file of one problem: ``open_for`` it, then ``solve``.
 
     Args:
         path: The file; its directory must exist.
@@ -40,32 +64,57 @@ class Checkpoint:
     """
 
     def __init__(self, path: str | os.PathLike[str], every: int | float) -> None:
-        self.path = checked_place(path, every)
-        self._every = every
-        self._components: Mapping[str, str] = {}
-        self._saved: Saved | None = None
+        super().__init__(path, every, KIND, "problem")
+        self._stored: tuple[Solution, str, dict[str, Tensor]] | None = None
 
-    def open(self, components: Mapping[str, str]) -> None:
+    def open_for(
+        self,
+        model: torch.nn.Module,
+        x: Float[Tensor, "n d"],
+        y: Float[Tensor, " n"],
+        generator: torch.Generator,
+        *,
+        num_samples: int,
+        num_features: int,
+    ) -> None:
         """Read the file, if there is one.
 
         Args:
-            components: Hashes of the problem at hand (``fingerprint.components``).
+            model: The model whose prior and noise are conditioned.
+            x: Training inputs (n, d).
+            y: Training targets (n,).
+            generator: Source of the prior draws, before the first of them.
+            num_samples: Posterior sample functions.
+            num_features: Random features of each group of draws.
 
         Raises:
             CheckpointError: The file is damaged, foreign, of a newer format or of
                 another problem.
         """
-        self._components = components
-        self._saved = read(self.path) if self.path.exists() else None
-        if self._saved is not None:
-            self._refuse(differing_components(self._saved.components, components))
+        components = {
+            "the training inputs x": digest(x),
+            "the training targets y": digest(y),
+            "dtype": str(x.dtype),
+            "num_samples": str(num_samples),
+            "num_features": str(num_features),
+            "the seed, or the state of the generator that was passed": digest(
+                generator.get_state()
+            ),
+            **{f"parameter {k}": digest(v) for k, v in model.state_dict().items()},
+            **structure_of(model),
+        }
+        found = self.open(components, former_structure_of(model))
+        if found is not None:
+            with self.reading():
+                self._stored = found["solution"], found["solver"], found["probe"]
 
     def solve(
         self,
         solver: Solver,
         attempt: Attempt,
-        rhs: Tensor,
-        probe: Mapping[str, Tensor],
+        operator: KernelOperator,
+        noise: Float[Tensor, " n"],
+        rhs: Float[Tensor, "n k"],
         callback: Callback | None,
     ) -> Solution:
         """Return the stored solution, or go on from it, or start; and write.
@@ -73,60 +122,38 @@ class Checkpoint:
         Args:
             solver: Settings; their budgets are for all runs together.
             attempt: Solves with given settings, starting point and callback.
+            operator: K (n, n).
+            noise: Noise variances (n,).
             rhs: The right-hand sides (n, k).
-            probe: Numbers of the problem at hand (``fingerprint.probe``).
             callback: Called with the passes and seconds of all runs.
 
         Raises:
             CheckpointError: The file's weights do not belong to ``rhs``.
         """
-        before, initial = None, None
-        if self._saved is not None:
-            self._refuse(differing_probes(self._saved.probe, probe))
-            before = self._saved.solution
-            if before.weights.shape != rhs.shape or before.weights.dtype != rhs.dtype:
-                raise CheckpointError(
-                    f"checkpoint: {self.path} holds {before.weights.dtype} weights of "
-                    f"shape {tuple(before.weights.shape)}, expected {rhs.dtype} and "
-                    f"{tuple(rhs.shape)}; delete it or give another path to start anew."
-                )
+        probe = _probe(operator, noise, rhs)
+        if self._stored is None:
+            writer = _Writer(self, solver, probe, _nothing_yet(solver, rhs))
+            solution = attempt(solver, None, writer.following(callback))
+        else:
+            before, settings, stored = self._stored
+            self.refuse(_differing(stored, probe))
+            with self.reading():
+                _check_weights(before, rhs)
             before = replace(
                 before,
                 weights=before.weights.to(rhs.device),
                 residuals=before.residuals.to(rhs.device),
             )
-            if _is_final(self._saved, solver):
+            if _is_final(before, settings, solver):
                 return before
-            initial = before.weights
-        writer = _Writer(self, solver, probe, before or _nothing_yet(solver, rhs))
-        solution = attempt(
-            solver
-            if before is None
-            else solver.with_limits(solver.limits.less(before.passes, before.seconds)),
-            initial,
-            writer.following(callback),
-        )
-        if before is not None:
-            solution = continued(before, solution)
+            writer = _Writer(self, solver, probe, before)
+            left = solver.with_limits(solver.limits.less(before.passes, before.seconds))
+            found = attempt(left, before.weights, writer.following(callback))
+            solution = continued(before, found)
         writer.finish(solution)
-        if writer.problem is None:
+        if self.problem is None:
             return solution
-        return replace(solution, warnings=(*solution.warnings, writer.problem))
-
-    def _refuse(self, differing: list[str]) -> None:
-        if not differing:
-            return
-        more = f" and {len(differing) - 5} more" if len(differing) > 5 else ""
-        raise CheckpointError(
-            f"checkpoint: {self.path} belongs to another problem. Different here: "
-            f"{'; '.join(differing[:5])}{more}. It is left as it is: restore what was "
-            "used when it was written, or delete it or give another path to start "
-            "anew."
-        )
-
-    def put(self, solver: Solver, probe: Mapping[str, Tensor], now: Solution) -> None:
-        """Write a solution into the file."""
-        write(self.path, Saved(now, repr(solver), self._components, probe))
+        return replace(solution, warnings=(*solution.warnings, self.problem))
 
 
 class _Writer:
@@ -134,12 +161,11 @@ class _Writer:
 
     def __init__(
         self,
-        file: Checkpoint,
+        file: SolveCheckpoint,
         solver: Solver,
         probe: Mapping[str, Tensor],
         before: Solution,
     ) -> None:
-        self.problem: str | None = None
         self._file = file
         self._solver = solver
         self._probe = probe
@@ -148,7 +174,7 @@ class _Writer:
         self._residuals = before.residuals.cpu()
         self._weights: Tensor | None = None
         self._has_file = before.passes > 0
-        self._next = time.monotonic() + file._every
+        file.wait()
 
     def following(self, callback: Callback | None) -> Callback:
         """A callback that writes when it is time, then calls the given one."""
@@ -167,9 +193,9 @@ class _Writer:
                     progress.exact,
                 )
             )
-            if time.monotonic() >= self._next:
+            if self._file.is_due:
                 self._keep(progress)
-                self._next = time.monotonic() + self._file._every
+                self._file.wait()
             return None if callback is None else callback(progress)
 
         return called
@@ -227,16 +253,12 @@ class _Writer:
         self._write(replace(now, weights=self._weights, residuals=self._residuals))
 
     def _write(self, solution: Solution) -> None:
-        self.problem = None
-        try:
-            self._file.put(self._solver, self._probe, solution)
-            self._has_file = True
-        except OSError as error:
-            # A full disk must not end a solve of hours.
-            self.problem = (
-                f"The checkpoint {self._file.path} could not be written ({error}); "
-                "it holds an earlier state, or nothing."
-            )
+        self._file.write(
+            solution=replace(solution, recycled=None),
+            solver=repr(self._solver),
+            probe=dict(self._probe),
+        )
+        self._has_file |= self._file.problem is None
 
 
 def _nothing_yet(solver: Solver, rhs: Tensor) -> Solution:
@@ -251,15 +273,60 @@ def _nothing_yet(solver: Solver, rhs: Tensor) -> Solution:
     )
 
 
-def _is_final(saved: Saved, solver: Solver) -> bool:
+def _check_weights(before: Solution, rhs: Tensor) -> None:
+    if before.weights.shape != rhs.shape or before.weights.dtype != rhs.dtype:
+        raise ValueError(
+            f"{before.weights.dtype} weights of shape {tuple(before.weights.shape)}, "
+            f"expected {rhs.dtype} and {tuple(rhs.shape)}"
+        )
+
+
+def _is_final(stored: Solution, settings: str, solver: Solver) -> bool:
     """Whether calling the solver again could not give more than is stored."""
-    if saved.solution.reason == "interrupted":
+    if stored.reason == "interrupted":
         return False
-    if saved.solver == repr(solver):
+    if settings == repr(solver):
         return True
     tolerance = solver.limits.tolerance
     return (
-        saved.solution.reason == "converged"
+        stored.reason == "converged"
         and tolerance is not None
-        and float(saved.solution.residuals.max()) <= tolerance
+        and float(stored.residuals.max()) <= tolerance
     )
+
+
+def _probe(
+    operator: KernelOperator, noise: Float[Tensor, " n"], rhs: Float[Tensor, "n k"]
+) -> dict[str, Tensor]:
+    """A few kernel values, the noise and two numbers of each right-hand side."""
+    n = rhs.shape[0]
+    points = torch.linspace(0, n - 1, min(n, _POINTS), device=rhs.device).long()
+    wave = torch.arange(n, dtype=torch.float64, device=rhs.device).cos()
+    # Column by column: all of them in float64 would double the memory.
+    sketch = [
+        torch.stack([column.norm(), wave @ column])
+        for column in (rhs[:, i].double() for i in range(rhs.shape[1]))
+    ]
+    return {
+        "kernel": operator.streaming().block(points, points).detach().double().cpu(),
+        "noise": noise.detach().cpu(),
+        "rhs": torch.stack(sketch, dim=1).cpu(),
+    }
+
+
+def _differing(stored: Mapping[str, Tensor], here: Mapping[str, Tensor]) -> list[str]:
+    """Names of the probed quantities that are not the same, in words."""
+    return [
+        words
+        for name, (tolerance, words) in _PROBED.items()
+        if not _is_close(stored.get(name), here[name], tolerance)
+    ]
+
+
+def _is_close(stored: Tensor | None, here: Tensor, tolerance: float) -> bool:
+    if stored is None or stored.shape != here.shape:
+        return False
+    # Relative to the largest of a column: an off-diagonal entry, or the product of the
+    # wave with a column, may be near zero by accident. Noise is compared one by one.
+    size = here.abs().amax(dim=0) if here.ndim == 2 else here.abs()
+    return bool(((stored - here).abs() <= tolerance * size).all())

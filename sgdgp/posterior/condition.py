@@ -10,13 +10,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sgdgp.core.checks import check_count
+from sgdgp.core.deprecation import renamed_arguments
 from sgdgp.core.memory import resolve_budget
 from sgdgp.core.seeds import derived_generator, generator_of, seed_of
 from sgdgp.gpytorch_adapter import Inputs, PairPrior, prior_of
 from sgdgp.gpytorch_adapter.data import training_data
 from sgdgp.operators import check_kernel
-from sgdgp.posterior import fingerprint
-from sgdgp.posterior.checkpoint import Checkpoint
+from sgdgp.posterior.checkpoint import SolveCheckpoint
 from sgdgp.posterior.independent import IndependentPosterior
 from sgdgp.posterior.multitask import MultitaskPosterior
 from sgdgp.posterior.outputs import MultiOutputPosterior
@@ -29,6 +29,7 @@ DEFAULT_FEATURES = 16_384
 """Random features per group of samples; about one kernel row's worth of work."""
 
 
+@renamed_arguments(every="checkpoint_every")
 def condition(
     model: ExactGP,
     x: Inputs | None = None,
@@ -43,7 +44,7 @@ def condition(
     progress: bool | None = None,
     callback: Callback | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
-    every: int | float = 60,
+    checkpoint_every: int | float = 60,
 ) -> PathwisePosterior | MultiOutputPosterior:
     """Condition a GPyTorch model on data by one stochastic linear solve.
 
@@ -73,7 +74,7 @@ def condition(
             killed goes on from there; after the solve has ended, it is returned at
             once. Budgets are for all runs together. See docs/checkpoints.md. Further
             solves (outputs observed in different rows) have ``checkpoint.1`` and on.
-        every: Seconds between two writes of the checkpoint, at least.
+        checkpoint_every: Seconds between two writes of the checkpoint, at least.
 
     Returns:
         The posterior; a ``MultiOutputPosterior`` where y has several columns.
@@ -100,7 +101,9 @@ def condition(
         raise TypeError(
             f"solver: expected a Solver such as SDD(), or a name, found {solver!r}"
         )
-    keeper = None if checkpoint is None else Checkpoint(checkpoint, every)
+    keeper = (
+        None if checkpoint is None else SolveCheckpoint(checkpoint, checkpoint_every)
+    )
     generator = generator_of(seed)
     x, y = training_data(model, x, y)
     prior = prior_of(model, x)
@@ -122,17 +125,17 @@ def condition(
             generator = derived_generator(settings.seed, "system", index)
         if keeper is not None:
             keeper = (
-                keeper if index == 0 else Checkpoint(f"{checkpoint}.{index}", every)
+                keeper
+                if index == 0
+                else SolveCheckpoint(f"{checkpoint}.{index}", checkpoint_every)
             )
-            keeper.open(
-                fingerprint.components(
-                    prior.model,
-                    system.x,
-                    system.y.flatten(),
-                    generator,
-                    num_samples=num_samples,
-                    num_features=num_features,
-                )
+            keeper.open_for(
+                prior.model,
+                system.x,
+                system.y.flatten(),
+                generator,
+                num_samples=num_samples,
+                num_features=num_features,
             )
         solved = solve_system(
             prior, system, solver, num_samples, settings, generator, keeper

@@ -31,6 +31,8 @@ class IndependentPosterior(MultiOutputPosterior):
     Outputs that were observed in the same rows share one operator and one solve.
     """
 
+    kind = "independent"
+
     @classmethod
     def of(cls, parts: Sequence[PathwisePosterior]) -> IndependentPosterior:
         """Posteriors of one output each, side by side."""

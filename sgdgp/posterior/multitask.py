@@ -22,6 +22,8 @@ from sgdgp.posterior.pathwise import PathwisePosterior
 class MultitaskPosterior(MultiOutputPosterior):
     """The posterior of a model with correlated outputs (``MultitaskKernel``)."""
 
+    kind = "multitask"
+
     @classmethod
     def of(cls, inner: PathwisePosterior) -> MultitaskPosterior:
         """The outputs of a posterior over pairs [x, t]."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from gpytorch.distributions import MultitaskMultivariateNormal
@@ -24,6 +24,7 @@ from sgdgp.gpytorch_adapter import has_fixed_noise
 from sgdgp.posterior.functions import Points
 from sgdgp.posterior.output_paths import OutputFunctions, OutputPaths
 from sgdgp.posterior.pathwise import PathwisePosterior
+from sgdgp.posterior.storage import save
 from sgdgp.solvers.base import Solution
 
 
@@ -100,6 +101,7 @@ class MultiOutputPosterior(ABC):
     timings: dict[str, float]
     paths: OutputPaths = field(repr=False)
     parts: tuple[PathwisePosterior, ...] = field(repr=False)
+    kind: ClassVar[str]
 
     @property
     def num_outputs(self) -> int:
@@ -208,9 +210,7 @@ class MultiOutputPosterior(ABC):
         Args:
             path: The file; see ``PathwisePosterior.save``.
         """
-        from sgdgp.posterior.storage import save
-
-        save(self, path)
+        save(self.kind, [part.solved for part in self.parts], path)
 
     @abstractmethod
     def draw(self, k: int, *, seed: int | torch.Generator = 1) -> OutputFunctions:

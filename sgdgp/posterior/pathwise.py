@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from gpytorch.distributions import MultivariateNormal
@@ -19,6 +19,7 @@ from sgdgp.core.slices import slices
 from sgdgp.gpytorch_adapter import has_fixed_noise
 from sgdgp.posterior.functions import ConditionedPaths, Points, SampleFunctions
 from sgdgp.posterior.problem import Problem
+from sgdgp.posterior.storage import Solved, save
 from sgdgp.solvers.base import Callback, Solution, Solver
 
 
@@ -56,6 +57,7 @@ class PathwisePosterior:
     timings: dict[str, float]
     paths: ConditionedPaths = field(repr=False)
     problem: Problem = field(repr=False)
+    kind: ClassVar[str] = "single"
 
     @property
     def parts(self) -> tuple[PathwisePosterior, ...]:
@@ -188,9 +190,12 @@ class PathwisePosterior:
             OSError: The file could not be written.
             StorageError: There is no such directory, or the path is one.
         """
-        from sgdgp.posterior.storage import save
+        save(self.kind, [self.solved], path)
 
-        save(self, path)
+    @property
+    def solved(self) -> Solved:
+        """What a file holds of it."""
+        return Solved(self.problem, self.solution, self.num_samples, self.timings)
 
     def predict(
         self,

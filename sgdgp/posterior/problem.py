@@ -12,8 +12,7 @@ from torch.nn.functional import pad
 from sgdgp.features import ExactDraws, PriorDraws, draw_prior, has_features
 from sgdgp.gpytorch_adapter import Prior
 from sgdgp.operators import KernelOperator
-from sgdgp.posterior import fingerprint
-from sgdgp.posterior.checkpoint import Checkpoint
+from sgdgp.posterior.checkpoint import SolveCheckpoint
 from sgdgp.posterior.functions import ConditionedPaths, SampleFunctions
 from sgdgp.solvers.base import Callback, Solution, Solver, progress_bar
 from sgdgp.solvers.recycling import Recycled, directions_to_keep
@@ -82,7 +81,7 @@ class Problem:
         generator: torch.Generator,
         *,
         initial: Float[Tensor, "n k"] | None = None,
-        keeper: Checkpoint | None = None,
+        keeper: SolveCheckpoint | None = None,
         filled: KernelOperator | None = None,
     ) -> Solution:
         """The representer weights of all columns.
@@ -159,7 +158,7 @@ class Problem:
         noise_draws: Tensor,
         generator: torch.Generator,
         start: Tensor | None = None,
-        keeper: Checkpoint | None = None,
+        keeper: SolveCheckpoint | None = None,
         filled: KernelOperator | None = None,
         *,
         for_updates: bool = False,
@@ -189,8 +188,9 @@ class Problem:
         ):
             if keeper is None:
                 return attempt(self.solver, start, callback)
-            probe = fingerprint.probe(self.operator, self.noise, rhs)
-            return keeper.solve(self.solver, attempt, rhs, probe, callback)
+            return keeper.solve(
+                self.solver, attempt, self.operator, self.noise, rhs, callback
+            )
 
 
 def prior_draws(

@@ -1,227 +1,329 @@
 """Posteriors in files: ``posterior.save(path)`` and ``sgdgp.load(path, model)``.
 
 A file holds numbers: data, parameters, prior draws, weights, settings. Which code they
-belong to is never in it: the model is given on loading, everything else comes from
-tables of this package.
+belong to is never in it: the model is given on loading, and must be built like the one
+that was saved; everything else comes from the tables of this package.
 """
 
 from __future__ import annotations
 
+import copy
 import os
-from collections.abc import Mapping
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
-from typing import Any, TypeAlias
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 from gpytorch.models import ExactGP
 from torch import Tensor
 
-from sgdgp.core.errors import StorageError, UnusableFileError
-from sgdgp.core.files import FileKind, check_place_of, read_file, write_file
+from sgdgp.core import format_1
+from sgdgp.core.codec import Contents, can_be_stored, write_values
+from sgdgp.core.errors import StorageError
+from sgdgp.core.files import FileKind, place_of
+from sgdgp.core.hashes import differences, in_words, plain_attributes
+from sgdgp.core.memory import resolve_budget
+from sgdgp.features.storage import given_by_kernel, parts_of_kernel
 from sgdgp.gpytorch_adapter import Prior, prior_of
 from sgdgp.operators import KernelOperator
-from sgdgp.posterior.independent import IndependentPosterior
-from sgdgp.posterior.model_state import OtherModelError, structure_in_words, with_state
-from sgdgp.posterior.multitask import MultitaskPosterior
-from sgdgp.posterior.outputs import MultiOutputPosterior
-from sgdgp.posterior.part_state import CHECKED_ROWS, part_from, part_state
-from sgdgp.posterior.pathwise import PathwisePosterior
-from sgdgp.solvers.base import Solver
+from sgdgp.operators.choose import operator_by_name
+from sgdgp.posterior.problem import Problem, Settings
+from sgdgp.solvers.auto import choose_solver
+from sgdgp.solvers.base import Solution, Solver
 
-Posterior: TypeAlias = PathwisePosterior | MultiOutputPosterior
+KIND = FileKind("sgdgp.posterior", 2, "posterior", format_1.posterior)
 
-KIND = FileKind("sgdgp.posterior", 1, "posterior")
+_CHECKED_ROWS = 16
+"""Training inputs at which the model that is given on loading is compared: enough to
+tell kernels apart, few enough to cost nothing."""
 
-_PACKAGES = ("sgdgp", "torch", "gpytorch", "linear_operator")
-
-
-def save(posterior: Posterior, path: str | os.PathLike[str]) -> None:
-    """Write a posterior into a file, in one step: see ``PathwisePosterior.save``."""
-    write_file(place_of(path), KIND, *contents_of(posterior))
+_TOLERANCE = 1e-3
+"""Of that comparison: another device or thread count is no other model."""
 
 
-def place_of(path: str | os.PathLike[str]) -> Path:
-    """Where a file is to be written, once that is known to be possible.
+class Solved(NamedTuple):
+    """One output of a posterior.
 
-    Raises:
-        StorageError: There is no such directory, or the path is one.
-        TypeError: No path.
+    Attributes:
+        problem: What was solved.
+        solution: Its solution.
+        num_samples: Sample functions.
+        timings: Seconds for "prior_draws" and "solve".
     """
-    if not isinstance(path, str | os.PathLike):
-        raise TypeError(f"path: expected a path, found {path!r}")
-    place = Path(path).resolve()
-    try:
-        check_place_of(place)
-    except UnusableFileError as error:
-        raise StorageError(f"path: {error}") from error
-    return place
+
+    problem: Problem
+    solution: Solution
+    num_samples: int
+    timings: dict[str, float]
 
 
-def contents_of(posterior: Posterior) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """What a file of a posterior holds: tensors by name, and everything else.
+def save(
+    kind: str,
+    parts: Sequence[Solved],
+    path: str | os.PathLike[str],
+    *,
+    with_recycled: bool = False,
+) -> None:
+    """Write a posterior into a file, in one step.
+
+    Args:
+        kind: "single", "multitask" or "independent": what becomes of the parts.
+        parts: Its outputs; of a multitask model one, over pairs.
+        path: The file; its directory must exist.
+        with_recycled: With what the solves leave for the next ones. That is several
+            times as large as all else, and only saves passes of a later ``update``.
 
     Raises:
         NotStorableError: A feature map is not registered for storage.
+        OSError: The file could not be written.
+        StorageError: There is no such directory, or the path is one.
     """
-    parts = posterior.parts
+    values = contents_of(kind, parts, with_recycled=with_recycled)
+    write_values(place_of(path), KIND, values, given_by_kernel)
+
+
+def contents_of(
+    kind: str, parts: Sequence[Solved], *, with_recycled: bool = False
+) -> dict[str, Any]:
+    """What a file of a posterior holds, by name; see ``save``."""
+    if not with_recycled:
+        parts = [
+            part._replace(solution=replace(part.solution, recycled=None))
+            for part in parts
+        ]
     prior = parts[0].problem.prior
-    state_dict = prior.model.state_dict()
-    tensors = {f"model.{name}": value for name, value in state_dict.items()}
+    # Outputs that were observed in the same rows share what belongs to the rows.
     systems: dict[int, int] = {}
-    stored = []
-    for index, part in enumerate(parts):
-        # Outputs that were observed in the same rows share what belongs to the rows.
-        rows = systems.setdefault(id(part.problem.operator), index)
-        stored.append(part_state(part, f"part.{index}", f"part.{rows}", tensors))
-    return tensors, {
-        "kind": _kind_of(posterior),
-        "versions": _versions(),
+    for part in parts:
+        systems.setdefault(id(part.problem.operator), len(systems))
+    firsts = {systems[id(part.problem.operator)]: part for part in reversed(parts)}
+    return {
+        "kind": kind,
         "structure": structure_in_words(prior.model),
-        "parameters": list(state_dict),
-        "widths": prior.layout.widths,
-        "dtypes": [_name_of(dtype) for dtype in prior.layout.dtypes],
-        "parts": stored,
+        "model": dict(prior.model.state_dict()),
+        "widths": list(prior.layout.widths),
+        "dtypes": list(prior.layout.dtypes),
+        "systems": [_system(firsts[number].problem) for number in range(len(systems))],
+        "parts": [
+            {"system": systems[id(part.problem.operator)], **_part(part)}
+            for part in parts
+        ],
     }
 
 
-def load(
-    path: str | os.PathLike[str],
-    model: ExactGP,
-    *,
-    solver: Solver | str | None = None,
-) -> Posterior:
-    """Read a posterior that was saved; it predicts the same numbers.
+def _system(problem: Problem) -> dict[str, Any]:
+    points = slice(0, _CHECKED_ROWS)
+    with torch.no_grad():
+        mean, _ = problem.prior.evaluate(problem.x[points])
+    return {
+        "x": problem.x,
+        "inputs": problem.operator.x,
+        "noise": problem.noise,
+        "operator": problem.operator.name,
+        "mean": mean,
+        "kernel": _corner(problem.operator),
+    }
+
+
+def _part(part: Solved) -> dict[str, Any]:
+    problem, settings = part.problem, part.problem.settings
+    return {
+        "rhs": problem.rhs,
+        "noise_draws": problem.noise_draws,
+        "draws": problem.draws,
+        "solution": part.solution,
+        "solver": problem.solver if can_be_stored(problem.solver) else None,
+        "solver_in_words": repr(problem.solver),
+        "num_samples": part.num_samples,
+        "timings": part.timings,
+        "settings": {
+            "num_features": settings.num_features,
+            "operator": settings.operator,
+            "memory_budget": settings.memory_budget,
+            "seed": settings.seed,
+        },
+    }
+
+
+def parts_from(
+    contents: Contents, model: ExactGP, solver: Solver | str | None = None
+) -> tuple[str, list[Solved]]:
+    """The kind and the parts behind ``contents_of``, on the model's device.
 
     Args:
-        path: The file.
-        model: A model built like the one that was saved: it gives the structure, the
-            file the parameters. It is copied and never changed. What a model keeps
-            outside its ``state_dict`` comes from it as well.
-        solver: Solver of later draws and updates. Default: the one that was saved; a
-            solver that is not of this package is not in the file, and "auto" takes
-            its place with a warning.
-
-    Returns:
-        The posterior, on the model's device, with all of its verbs.
-
-    Raises:
-        StorageError: The file is missing, damaged, not a posterior of sgdgp, or of a
-            newer format; or the model is built otherwise (a ValueError).
-        TypeError: An argument is of the wrong kind.
-
-    Example:
-        >>> posterior.save("posterior.safetensors")
-        >>> same = sgdgp.load("posterior.safetensors", model)
-    """
-    if not isinstance(path, str | os.PathLike):
-        raise TypeError(f"path: expected a path, found {path!r}")
-    if not isinstance(model, ExactGP):
-        raise TypeError(
-            f"model: expected a gpytorch.models.ExactGP, found {type(model).__name__}"
-        )
-    if solver is not None and not isinstance(solver, Solver | str):
-        raise TypeError(
-            f"solver: expected a Solver such as SDD(), or a name, found {solver!r}"
-        )
-    place = Path(path)
-    try:
-        tensors, state = read_file(place, KIND)
-    except UnusableFileError as error:
-        raise StorageError(str(error)) from error
-    try:
-        return posterior_from(model, tensors, state, solver)
-    except OtherModelError as error:
-        raise StorageError(f"{error}; the file is {place}") from error
-    except (
-        AttributeError,
-        IndexError,
-        KeyError,
-        RuntimeError,
-        TypeError,
-        ValueError,
-    ) as error:
-        raise StorageError(f"{place} does not fit this model: {error}") from error
-
-
-def _kind_of(posterior: Posterior) -> str:
-    if isinstance(posterior, MultitaskPosterior):
-        return "multitask"
-    return "single" if isinstance(posterior, PathwisePosterior) else "independent"
-
-
-def posterior_from(
-    model: ExactGP,
-    tensors: Mapping[str, Tensor],
-    state: Mapping[str, Any],
-    solver: Solver | str | None = None,
-) -> Posterior:
-    """The posterior behind ``contents_of``, on the model's device.
-
-    Args:
+        contents: What the file holds.
         model: A model built like the one that was saved; it is copied.
-        tensors: Tensors by name.
-        state: Everything else.
         solver: Solver of later solves. Default: the stored one.
 
     Raises:
-        OtherModelError: The model is built otherwise.
+        StorageError: The model is built otherwise, or gives other numbers.
         KeyError: Something is missing; other errors where something does not fit.
     """
     parameter = next(model.parameters(), None)
-    device = torch.device("cpu") if parameter is None else parameter.device
-    # Generators keep their state on the CPU.
-    tensors = {
-        name: value if name.endswith(".generator") else value.to(device)
-        for name, value in tensors.items()
-    }
-    own = with_state(
-        model,
-        state["structure"],
-        {name: tensors[f"model.{name}"] for name in state["parameters"]},
-    )
-    prior = _prior(own, tensors["part.0.x"], state)
-    operators: dict[str, KernelOperator] = {}
-    parts = [
-        part_from(f"part.{i}", part, prior, tensors, operators, solver)
-        for i, part in enumerate(state["parts"])
-    ]
-    if state["kind"] == "multitask":
-        return MultitaskPosterior.of(parts[0])
-    if state["kind"] == "independent":
-        return IndependentPosterior.of(parts)
-    if state["kind"] != "single":
-        raise ValueError(f"unknown kind {state['kind']!r}")
-    return parts[0]
-
-
-def _prior(model: ExactGP, x: Tensor, state: Mapping[str, Any]) -> Prior:
-    """The prior of the model, traced at a few of the training inputs."""
-    points = x[:CHECKED_ROWS]
-    if state["kind"] == "multitask":
+    contents.device = torch.device("cpu") if parameter is None else parameter.device
+    kind = contents["kind"]
+    own = model_with(model, contents["structure"], contents["model"])
+    systems = contents["systems"]
+    points = systems[0]["x"][:_CHECKED_ROWS]
+    if kind == "multitask":
         points = points[:, :-1]
-    widths = [int(width) for width in state["widths"]]
+    prior = _prior(own, points, contents["widths"], contents["dtypes"])
+    given = parts_of_kernel(prior.kernel, systems[0]["inputs"])
+    operators: dict[int, KernelOperator] = {}
+    parts = []
+    for part in contents.value("parts", given):
+        number, settings = part["system"], Settings(**part["settings"])
+        system = systems[number]
+        if number not in operators:
+            operators[number] = _operator(system, prior, settings)
+            _check_prior(prior, operators[number], system)
+        problem = Problem(
+            prior=prior,
+            operator=operators[number],
+            x=system["x"],
+            noise=system["noise"],
+            rhs=part["rhs"],
+            noise_draws=part["noise_draws"],
+            draws=part["draws"],
+            solver=_solver(part, solver, operators[number], settings),
+            settings=settings,
+        )
+        parts.append(
+            Solved(problem, part["solution"], part["num_samples"], part["timings"])
+        )
+    return kind, parts
+
+
+def _prior(
+    model: ExactGP, points: Tensor, widths: list[int], dtypes: list[torch.dtype]
+) -> Prior:
+    """The prior of the model, traced at a few of the training inputs."""
     if len(widths) == 1:
         return prior_of(model, points)
-    dtypes = [getattr(torch, name) for name in state["dtypes"]]
+    inputs = points.split(widths, dim=1)
     return prior_of(
         model,
-        tuple(
-            part.to(dtype)
-            for part, dtype in zip(points.split(widths, dim=1), dtypes, strict=True)
-        ),
+        tuple(part.to(dtype) for part, dtype in zip(inputs, dtypes, strict=True)),
     )
 
 
-def _versions() -> dict[str, str]:
-    found = {}
-    for name in _PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "unknown"
-    return found
+def _operator(
+    system: Mapping[str, Any], prior: Prior, settings: Settings
+) -> KernelOperator:
+    """The operator that was used; where it does not fit here, the chooser's."""
+    name, inputs, kernel = system["operator"], system["inputs"], prior.kernel
+    here, budget = resolve_budget(None, inputs.device), settings.memory_budget
+    if name == "dense" and len(inputs) ** 2 * inputs.element_size() > here:
+        return operator_by_name("auto", kernel, inputs, memory_budget=here)
+    try:
+        return operator_by_name(name, kernel, inputs, memory_budget=budget)
+    except (ImportError, ValueError):
+        return operator_by_name("auto", kernel, inputs, memory_budget=here)
 
 
-def _name_of(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+def _solver(
+    part: Mapping[str, Any],
+    given: Solver | str | None,
+    operator: KernelOperator,
+    settings: Settings,
+) -> Solver:
+    if given is not None:
+        return choose_solver(given, operator, settings.memory_budget)
+    if part["solver"] is not None:
+        if not isinstance(part["solver"], Solver):
+            raise ValueError(f"expected a solver, found {part['solver']!r}")
+        return part["solver"]
+    warnings.warn(
+        f"The posterior was solved by {part['solver_in_words']}, which is not a "
+        "solver of sgdgp and not in the file; later draws and updates use 'auto'. "
+        "Pass solver= to load for another.",
+        stacklevel=2,
+    )
+    return choose_solver("auto", operator, settings.memory_budget)
+
+
+def _check_prior(
+    prior: Prior, operator: KernelOperator, system: Mapping[str, Any]
+) -> None:
+    """Refuse a model whose code gives other numbers with the same parameters."""
+    points = slice(0, _CHECKED_ROWS)
+    with torch.no_grad():
+        mean, inputs = prior.evaluate(system["x"][points])
+    for what, stored, here in (
+        ("mean", system["mean"], mean),
+        ("kernel's inputs", system["inputs"][points], inputs),
+        ("kernel", system["kernel"], _corner(operator)),
+    ):
+        size = stored.abs().max() if stored.numel() else stored.new_ones(())
+        same = stored.shape == here.shape and bool(
+            ((stored - here).abs() <= _TOLERANCE * size).all()
+        )
+        if not same:
+            raise StorageError(
+                f"model: its {what} gives other values at the training inputs than "
+                "that of the model that was saved"
+            )
+
+
+def _corner(operator: KernelOperator) -> Tensor:
+    """K over the points that are compared."""
+    rows = torch.arange(min(_CHECKED_ROWS, operator.shape[0]), device=operator.device)
+    return operator.streaming().block(rows, rows)
+
+
+def structure_in_words(model: torch.nn.Module) -> dict[str, str]:
+    """Class and plain attributes of every module, by its name.
+
+    The class without the module it is defined in, so that a script and a package may
+    share a file; of the model itself no attributes, since they may count its calls.
+    """
+    return {
+        name: type(module).__qualname__
+        + "".join(
+            f", {key}={value!r}"
+            for key, value in (plain_attributes(module) if name else ())
+        )
+        for name, module in model.named_modules()
+    }
+
+
+def model_with(
+    model: ExactGP, structure: Mapping[str, str], state: Mapping[str, Tensor]
+) -> ExactGP:
+    """A copy of a model in eval mode with the saved parameters and buffers.
+
+    Args:
+        model: Structure of the model; it stays as it is.
+        structure: The saved ``structure_in_words``.
+        state: The saved ``state_dict``; tensors are taken over as they are.
+
+    Raises:
+        StorageError: Modules, parameters or shapes differ; says which.
+    """
+    data = [t for t in (model.train_inputs or ()) if torch.is_tensor(t)]
+    data += [model.train_targets] if torch.is_tensor(model.train_targets) else []
+    own = copy.deepcopy(model, memo={id(t): t for t in data})
+    own.prediction_strategy = None
+    own.eval()
+    differing = differences(
+        _described(structure, state),
+        _described(structure_in_words(own), own.state_dict()),
+    )
+    if differing:
+        raise StorageError(
+            "model: built otherwise than the one that was saved. Different here: "
+            f"{in_words(differing)}"
+        )
+    # Past BoTorch's own, which would transform targets again that nobody reads.
+    torch.nn.Module.load_state_dict(own, dict(state), strict=True, assign=True)
+    return own.requires_grad_(False)
+
+
+def _described(
+    structure: Mapping[str, str], state: Mapping[str, Tensor]
+) -> dict[str, str]:
+    return {
+        **{f"module {name or 'the model'}": words for name, words in structure.items()},
+        **{f"parameter or buffer {n}": f"{tuple(t.shape)}" for n, t in state.items()},
+    }

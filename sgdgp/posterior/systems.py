@@ -26,7 +26,7 @@ from sgdgp.gpytorch_adapter import (
     pairs_of,
 )
 from sgdgp.operators.choose import operator_by_name
-from sgdgp.posterior.checkpoint import Checkpoint
+from sgdgp.posterior.checkpoint import SolveCheckpoint
 from sgdgp.posterior.pathwise import PathwisePosterior
 from sgdgp.posterior.problem import (
     Problem,
@@ -115,7 +115,7 @@ def solve_system(
     num_samples: int,
     settings: Settings,
     generator: torch.Generator,
-    keeper: Checkpoint | None = None,
+    keeper: SolveCheckpoint | None = None,
 ) -> tuple[PathwisePosterior, ...]:
     """One posterior for each column of the targets, by one solve.
 

@@ -46,6 +46,7 @@ import torch
 from torch import Tensor
 
 from sgdgp.core.checks import check_positive
+from sgdgp.core.codec import register_stored_class
 from sgdgp.operators.base import RowIndex
 from sgdgp.solvers.blocks import (
     BlockPreconditioner,
@@ -65,6 +66,7 @@ _LEAST_MU = 0.1
 """The least mu in units of 1 / nu (deviation 2): no more memory than three passes."""
 
 
+@register_stored_class
 @dataclass(frozen=True)
 class ADASAP(StochasticSolver):
     """Accelerated sketch-and-project; nothing needs to be set.

@@ -38,6 +38,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sgdgp.core.checks import check_count
+from sgdgp.core.codec import register_stored_class
 from sgdgp.operators.base import KernelOperator
 from sgdgp.solvers.base import (
     Callback,
@@ -63,6 +64,7 @@ _SMALLEST_BLOCK = 64
 _LARGEST_BLOCK = 4096
 
 
+@register_stored_class
 @dataclass(frozen=True)
 class AlternatingProjections(IterativeSolver):
     """Exact block solves; hard to beat to a loose tolerance, slow to a tight one.

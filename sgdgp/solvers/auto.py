@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from sgdgp.core.codec import register_stored_class
 from sgdgp.core.memory import resolve_budget
 from sgdgp.operators.base import KernelOperator
 from sgdgp.solvers.adasap import ADASAP
@@ -71,6 +72,7 @@ _BYTES_PER_RANK = 40  # per row: two float64 copies while it is built, and slack
 _BYTES_PER_NEIGHBOUR = 64  # per row: indices, masks, two compressed copies
 
 
+@register_stored_class
 @dataclass(frozen=True)
 class Stage:
     """One solver of a plan.
@@ -162,6 +164,7 @@ def _noise_ratio(operator: KernelOperator, noise: Tensor | float) -> float:
     return float(torch.as_tensor(noise).mean()) / max(prior, 1e-300)
 
 
+@register_stored_class
 @dataclass(frozen=True)
 class Auto(IterativeSolver):
     """Solvers by the documented rule, with a fall-through; nothing needs to be set.

@@ -6,13 +6,14 @@ A solver is a frozen dataclass of settings with one verb,
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Literal, TypeAlias, TypeVar
+from typing import Any, Literal, TypeAlias, TypeVar, get_args
 
 import torch
 from jaxtyping import Float
@@ -20,6 +21,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from sgdgp.core.checks import check_positive
+from sgdgp.core.codec import register_stored_class
 from sgdgp.operators.base import KernelOperator
 from sgdgp.solvers.recycling import Recycled
 
@@ -141,6 +143,7 @@ class HistoryEntry:
     exact: bool
 
 
+@register_stored_class
 @dataclass(frozen=True)
 class Solution:
     """Representer weights and an honest account of how they were found.
@@ -171,6 +174,52 @@ class Solution:
     warnings: tuple[str, ...] = ()
     settings: Mapping[str, Any] = field(default_factory=dict)
     recycled: Recycled | None = field(default=None, repr=False, compare=False)
+
+    def stored_parts(self) -> dict[str, Any]:
+        """What a file holds: the history as tensors, since text has a limited size."""
+        clock = [(entry.passes, entry.seconds, entry.exact) for entry in self.history]
+        norms = [entry.residuals for entry in self.history]
+        wide = torch.float64
+        return {
+            **{part.name: getattr(self, part.name) for part in fields(self)},
+            "history": {
+                "clock": torch.tensor(clock, dtype=wide).reshape(-1, 3),
+                "residuals": torch.tensor(norms, dtype=wide).reshape(
+                    -1, len(self.residuals)
+                ),
+            },
+            # A solver of the user's own may have chosen anything.
+            "settings": json.loads(json.dumps(dict(self.settings), default=str)),
+        }
+
+    @classmethod
+    def from_stored_parts(cls, **parts: Any) -> Solution:
+        """The solution behind ``stored_parts``.
+
+        Raises:
+            ValueError: Shapes or values do not fit together.
+        """
+        found, history = cls(**{**parts, "history": ()}), parts["history"]
+        weights, residuals = found.weights, found.residuals
+        if weights.ndim != 2 or residuals.shape != weights.shape[1:]:
+            raise ValueError(
+                f"weights of shape {tuple(weights.shape)} with residuals of shape "
+                f"{tuple(residuals.shape)}"
+            )
+        if not bool(torch.isfinite(weights).all() and torch.isfinite(residuals).all()):
+            raise ValueError("weights or residuals are NaN or infinite")
+        if found.reason not in get_args(Reason):
+            raise ValueError(f"unknown reason {found.reason!r}")
+        entries = zip(
+            history["clock"].tolist(), history["residuals"].tolist(), strict=True
+        )
+        return replace(
+            found,
+            history=tuple(
+                HistoryEntry(passes, seconds, tuple(norms), bool(exact))
+                for (passes, seconds, exact), norms in entries
+            ),
+        )
 
 
 @dataclass(frozen=True)

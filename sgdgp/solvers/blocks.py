@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sgdgp.core.checks import check_count
+from sgdgp.core.codec import register_stored_class
 from sgdgp.core.memory import resolve_budget
 from sgdgp.core.slices import slices
 from sgdgp.operators.base import RowIndex
@@ -193,6 +194,7 @@ class BlockPreconditioner(ABC):
         """The preconditioned step on one block."""
 
 
+@register_stored_class
 @dataclass(frozen=True)
 class ExactBlocks(BlockPreconditioner):
     """P = H[I, I] by Cholesky, eta = 1: sketch-and-project without approximation."""
@@ -204,6 +206,7 @@ class ExactBlocks(BlockPreconditioner):
         return BlockStep(factorise_block(system, block), 1.0)
 
 
+@register_stored_class
 @dataclass(frozen=True)
 class NystromBlocks(BlockPreconditioner):
     """P = K^ + Sigma + s_r I with a randomised Nystrom K^ of K[I, I] (the paper's).

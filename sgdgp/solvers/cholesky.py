@@ -26,6 +26,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sgdgp.core.checks import check_count, check_positive
+from sgdgp.core.codec import register_stored_class
 from sgdgp.core.slices import slices
 from sgdgp.operators.base import KernelOperator
 from sgdgp.solvers.base import (
@@ -55,6 +56,7 @@ _STEPS = {torch.float64: 3, torch.float32: 100}
 they are iterations of conjugate gradients, a streamed pass each."""
 
 
+@register_stored_class
 @dataclass(frozen=True)
 class Cholesky(Solver):
     """Exact solve; memory 8 n^2 bytes, in float32 4 n^2; n^3 / 3 multiply-adds.

@@ -34,6 +34,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from sgdgp.core.codec import register_stored_class
 from sgdgp.operators.base import KernelOperator
 from sgdgp.solvers.base import (
     Callback,
@@ -242,6 +243,7 @@ class BlockRecurrence:
         return (self.weights * (rhs + self._residual)).sum(0)
 
 
+@register_stored_class
 @dataclass(frozen=True)
 class CG(IterativeSolver):
     """Block conjugate gradients; one pass over K per iteration.

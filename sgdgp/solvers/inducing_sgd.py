@@ -45,6 +45,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sgdgp.core.checks import check_count, check_positive
+from sgdgp.core.codec import register_stored_class
 from sgdgp.operators.base import KernelOperator
 from sgdgp.solvers.base import (
     Callback,
@@ -73,6 +74,7 @@ _MAX_RESTARTS = 20
 _POWER = 10.0
 
 
+@register_stored_class
 @dataclass(frozen=True)
 class InducingSGD(IterativeSolver):
     """Primal SGD over the weights of some rows; nothing needs to be set.

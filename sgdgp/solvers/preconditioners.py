@@ -25,6 +25,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sgdgp.core.checks import check_count
+from sgdgp.core.codec import register_stored_class
 from sgdgp.solvers.system import System
 
 
@@ -74,6 +75,7 @@ class LowRank(Preconditioner):
         return inverse_of(factor, system, passes)
 
 
+@register_stored_class
 @dataclass(frozen=True)
 class PivotedCholesky(LowRank):
     """Randomly pivoted partial Cholesky in blocks (Chen et al., arXiv:2207.06503).
@@ -132,6 +134,7 @@ class PivotedCholesky(LowRank):
         return columns[:done].mT, done / n
 
 
+@register_stored_class
 @dataclass(frozen=True)
 class Nystrom(LowRank):
     """Randomised Nystrom approximation (Frangella, Tropp & Udell, 2023).
@@ -175,6 +178,7 @@ class Nystrom(LowRank):
         return image @ (vectors[:, kept] / values[kept].sqrt()), 1.0
 
 
+@register_stored_class
 @dataclass(frozen=True)
 class LowRankInverse(Inverse):
     """The damped inverse of L L^T + Sigma."""

@@ -15,17 +15,23 @@ gain the rows K(new, old) D, and new rows enter the preconditioner one by one
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from sgdgp.core.codec import register_stored_class
 from sgdgp.core.slices import slices
 from sgdgp.solvers.preconditioners import Inverse
 from sgdgp.solvers.system import System
-from sgdgp.solvers.two_level import appended_rows, compressed_rows, default_neighbours
+from sgdgp.solvers.two_level import (
+    appended_rows,
+    compressed_parts,
+    compressed_rows,
+    default_neighbours,
+)
 
 KEPT = 256
 """Directions that the next solve starts with: two products with n x 256 matrices in
@@ -77,6 +83,7 @@ class Directions:
         )
 
 
+@register_stored_class
 @dataclass(frozen=True, eq=False)
 class ExtendedInverse(Inverse):
     """[[P^-1, 0], [0, 0]] + c G^T G: a preconditioner that has gained rows.
@@ -94,6 +101,18 @@ class ExtendedInverse(Inverse):
     rows: Tensor
     passes: float
     settings: Mapping[str, Any]
+
+    def stored_parts(self) -> dict[str, Any]:
+        """What a file holds: the entries of G."""
+        parts = {part.name: getattr(self, part.name) for part in fields(self)}
+        return {**parts, "rows": compressed_parts(self.rows)}
+
+    @classmethod
+    def from_stored_parts(cls, **parts: Any) -> ExtendedInverse:
+        """The preconditioner behind ``stored_parts``."""
+        entries, first = parts["rows"], parts["first"]
+        width = first + len(entries["starts"]) - 1
+        return cls(**{**parts, "rows": compressed_rows(**entries, width=width)})
 
     @property
     def is_outgrown(self) -> bool:
@@ -132,6 +151,7 @@ def _stacked(above: Tensor, below: Tensor) -> Tensor:
     )
 
 
+@register_stored_class
 @dataclass(frozen=True, eq=False)
 class Recycled:
     """What a finished solve leaves for one of the same matrix with more rows.
@@ -153,6 +173,13 @@ class Recycled:
         if len(self.collected) == 1 and self.collected[0][0].shape[1] <= KEPT:
             return Directions(*self.collected[0])
         return leading_directions(self.collected, KEPT)
+
+    def reduced(self) -> Recycled:
+        """The same with its leading directions only, which are all that is used."""
+        known = self.leading()
+        if known is None:
+            return self
+        return replace(self, collected=((known.directions, known.images),))
 
 
 def leading_directions(

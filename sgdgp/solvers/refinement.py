@@ -28,6 +28,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sgdgp.core.checks import check_count, check_positive
+from sgdgp.core.codec import register_stored_class
 from sgdgp.operators.base import KernelOperator
 from sgdgp.solvers.base import (
     Callback,
@@ -49,6 +50,7 @@ _MOST_USES = 10**9
 _SHORTEST_SECONDS = 1e-3
 
 
+@register_stored_class
 @dataclass(frozen=True)
 class Refined(Solver):
     """Refinement in float64 of what another solver finds in float32.

@@ -37,6 +37,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sgdgp.core.codec import register_stored_class
 from sgdgp.operators.base import RowIndex
 from sgdgp.solvers.base import Reason
 from sgdgp.solvers.blocks import in_random_order, shuffle
@@ -56,6 +57,7 @@ _FEWEST_RECENT = 4
 them: fewer are a small sample, more are stale."""
 
 
+@register_stored_class
 @dataclass(frozen=True)
 class SDD(StochasticSolver):
     """Stochastic dual descent; nothing needs to be set.

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from sgdgp.core.codec import register_stored_class
 from sgdgp.solvers.blocks import in_random_order
 
 Picker = Callable[[Tensor], slice]
@@ -24,6 +25,7 @@ class Selection(ABC):
         """The rule at work on a partition."""
 
 
+@register_stored_class
 @dataclass(frozen=True)
 class Greedy(Selection):
     """The block with the largest residual norm, summed over the columns."""
@@ -37,6 +39,7 @@ class Greedy(Selection):
         return pick
 
 
+@register_stored_class
 @dataclass(frozen=True)
 class RandomOrder(Selection):
     """Every block once in a random order, then again in another."""

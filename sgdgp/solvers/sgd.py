@@ -42,6 +42,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sgdgp.core.checks import check_count, check_positive
+from sgdgp.core.codec import register_stored_class
 from sgdgp.operators.base import KernelOperator
 from sgdgp.solvers.base import (
     Callback,
@@ -73,6 +74,7 @@ _POWER_WITH_FEATURES = 4.0
 _POWER_WITHOUT = 100.0
 
 
+@register_stored_class
 @dataclass(frozen=True)
 class SGD(IterativeSolver):
     """Primal stochastic gradient descent; nothing needs to be set.

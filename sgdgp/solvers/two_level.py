@@ -37,6 +37,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sgdgp.core.checks import check_count
+from sgdgp.core.codec import register_stored_class
 from sgdgp.core.slices import slices
 from sgdgp.solvers.preconditioners import (
     Inverse,
@@ -52,6 +53,7 @@ _TILE_ENTRIES = 2**22
 _BLOCK_ENTRIES = 2**24
 
 
+@register_stored_class
 @dataclass(frozen=True)
 class TwoLevel(Preconditioner):
     """Low rank plus sparse inverse; few passes where points have near neighbours.
@@ -100,6 +102,7 @@ class TwoLevel(Preconditioner):
         )
 
 
+@register_stored_class
 @dataclass(frozen=True)
 class TwoLevelInverse(Inverse):
     """The inverse of L L^T + (G^T G)^-1."""
@@ -140,6 +143,7 @@ class Neighbours:
     known: Bool[Tensor, "n k"]
 
 
+@register_stored_class
 @dataclass(frozen=True)
 class SparseFactor:
     """G and its transpose in compressed rows."""
@@ -148,6 +152,24 @@ class SparseFactor:
     transposed: Tensor
     explained: float
     """Mean logarithm of A[i, i] / d_i: what the neighbours tell of a row."""
+
+    def stored_parts(self) -> dict[str, Any]:
+        """What a file holds: the entries of G once."""
+        return {**compressed_parts(self.rows), "explained": self.explained}
+
+    @classmethod
+    def from_stored_parts(
+        cls, starts: Tensor, columns: Tensor, values: Tensor, explained: float
+    ) -> SparseFactor:
+        """The factor behind ``stored_parts``."""
+        n = len(starts) - 1
+        numbers = torch.arange(n, device=starts.device)
+        rows = numbers.repeat_interleave(starts.diff())
+        return cls(
+            compressed_rows(starts, columns, values, n),
+            compressed(columns, rows, values, (n, n)),
+            explained,
+        )
 
 
 def nearest_earlier(
@@ -284,6 +306,15 @@ def compressed(
     counts = torch.bincount(rows, minlength=shape[0])
     starts = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
     return compressed_rows(starts, columns[order], values[order], shape[1])
+
+
+def compressed_parts(matrix: Tensor) -> dict[str, Tensor]:
+    """The arguments of ``compressed_rows``, but for the width."""
+    return {
+        "starts": matrix.crow_indices(),
+        "columns": matrix.col_indices(),
+        "values": matrix.values(),
+    }
 
 
 def compressed_rows(

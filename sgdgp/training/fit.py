@@ -175,7 +175,7 @@ def _fitted(
     keeper: FitCheckpoint | None,
 ) -> Fitted:
     """One fit from where the model is, or from where its checkpoint was."""
-    reason = None if keeper is None else keeper.open(run, x, y)
+    reason = None if keeper is None else keeper.open_for(run, x, y)
     if reason is None:
         try:
             reason = run.go(x, y, limits, callback, keeper.keep if keeper else _nowhere)

@@ -3,26 +3,24 @@
 from __future__ import annotations
 
 import os
-import time
-from dataclasses import asdict
 from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
-from sgdgp.core.errors import CheckpointError, UnusableFileError
-from sgdgp.core.files import FileKind, read_file, write_file
-from sgdgp.core.hashes import digest, structure_of
+from sgdgp.core import format_1
+from sgdgp.core.checkpoint import Checkpoint
+from sgdgp.core.codec import Contents
+from sgdgp.core.files import FileKind
+from sgdgp.core.hashes import digest, former_structure_of, structure_of
 from sgdgp.gpytorch_adapter import Inputs
-from sgdgp.posterior.checkpoint_file import checked_place
-from sgdgp.posterior.fingerprint import differing_components
 from sgdgp.training.parameters import put_state
-from sgdgp.training.run import FitEntry, FitReason, Run
+from sgdgp.training.run import FitReason, Run
 
-_KIND = FileKind("sgdgp.fit", 1, "checkpoint of a fit")
+KIND = FileKind("sgdgp.fit", 2, "checkpoint of a fit", format_1.fit)
 
 
-class FitCheckpoint:
+class FitCheckpoint(Checkpoint):
     """The file of one fit.
 
     Args:
@@ -36,12 +34,9 @@ class FitCheckpoint:
     """
 
     def __init__(self, path: str | os.PathLike[str], every: int | float) -> None:
-        self.path = checked_place(path, every)
-        self._every = every
-        self._next = time.monotonic() + every
-        self._components: dict[str, str] = {}
+        super().__init__(path, every, KIND, "fit")
 
-    def open(self, run: Run, x: Inputs, y: Tensor) -> FitReason | None:
+    def open_for(self, run: Run, x: Inputs, y: Tensor) -> FitReason | None:
         """Put a run where the file says it was.
 
         Args:
@@ -55,62 +50,43 @@ class FitCheckpoint:
         Raises:
             CheckpointError: The file is damaged, or belongs to another fit.
         """
-        self._components = _components(run, x, y)
-        if not self.path.exists():
+        device = next(run.model.parameters()).device
+        found = self.open(
+            _components(run, x, y), former_structure_of(run.model), device
+        )
+        if found is None:
             return None
-        try:
-            tensors, state = read_file(self.path, _KIND)
-            differing = differing_components(state["components"], self._components)
-            if differing:
-                raise CheckpointError(
-                    f"checkpoint: {self.path} belongs to another fit. Different here: "
-                    f"{'; '.join(differing[:5])}. It is left as it is: delete it or "
-                    "give another path to start anew."
-                )
-            return _restore(run, tensors, state)
-        except CheckpointError:
-            raise
-        except UnusableFileError as error:
-            raise CheckpointError(
-                f"checkpoint: {error}. It is left as it is; delete it or give another "
-                "path to start anew."
-            ) from error
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise CheckpointError(
-                f"checkpoint: {self.path} cannot be gone on from ({error}); delete it "
-                "or give another path to start anew."
-            ) from error
+        with self.reading():
+            return _restore(run, found)
 
     def keep(self, run: Run) -> None:
         """Write, if it is time."""
-        if time.monotonic() >= self._next:
+        if self.is_due:
             self.close(run, "interrupted")
-            self._next = time.monotonic() + self._every
 
     def close(self, run: Run, reason: FitReason) -> None:
         """Write where the run is; a full disk does not end a fit of hours."""
-        state = {
-            "components": self._components,
-            "reason": reason,
-            "seconds": run.seconds,
-            "recoveries": run.recoveries,
-            "history": [asdict(entry) for entry in run.history],
-            "groups": _groups(run),
-            "mll": run.mll.progress(),
-        }
-        try:
-            write_file(self.path, _KIND, _tensors(run), state)
-        except OSError as error:
-            run.problem = f"The checkpoint {self.path} could not be written ({error})."
+        self.write(
+            reason=reason,
+            seconds=run.seconds,
+            recoveries=run.recoveries,
+            history=run.history,
+            model=dict(run.model.state_dict()),
+            before=run.before,
+            optimiser=_moments(run),
+            groups=_groups(run),
+            mll=run.mll.state(),
+        )
+        run.problem = self.problem
 
 
 def _components(run: Run, x: Inputs, y: Tensor) -> dict[str, str]:
     """Hashes of what makes two fits the same one: not where the parameters are."""
     found = {
-        f"x{i or ''}": digest(part)
+        f"the training inputs x{i or ''}": digest(part)
         for i, part in enumerate((x,) if torch.is_tensor(x) else x)
     }
-    found["y"] = digest(y)
+    found["the training targets y"] = digest(y)
     found["settings of the fit"] = digest(run.mll.settings)
     found["optimiser"] = digest(type(run.optimiser).__name__)
     for name, parameter in run.model.named_parameters():
@@ -119,18 +95,19 @@ def _components(run: Run, x: Inputs, y: Tensor) -> dict[str, str]:
     return {**found, **structure_of(run.model)}
 
 
-def _tensors(run: Run) -> dict[str, Tensor]:
-    found = {f"model.{k}": value for k, value in run.model.state_dict().items()}
+def _moments(run: Run) -> dict[str, dict[str, Tensor]]:
+    """The optimiser's tensors of each parameter that has some, by its number."""
+    found = {}
     for i, parameter in enumerate(run.parameters):
-        for name, value in run.optimiser.state.get(parameter, {}).items():
-            if torch.is_tensor(value):
-                found[f"optimiser.{i}.{name}"] = value
-    before = {f"before.{i}": value for i, value in enumerate(run.before)}
-    return {**found, **before, **run.mll.tensors()}
+        state = run.optimiser.state.get(parameter, {})
+        own = {name: v for name, v in state.items() if torch.is_tensor(v)}
+        if own:
+            found[str(i)] = own
+    return found
 
 
 def _groups(run: Run) -> list[dict[str, Any]]:
-    """The optimiser's settings that JSON can hold, learning rates above all."""
+    """The optimiser's settings that a file can hold, learning rates above all."""
     return [
         {
             name: value
@@ -141,41 +118,25 @@ def _groups(run: Run) -> list[dict[str, Any]]:
     ]
 
 
-def _restore(
-    run: Run, tensors: dict[str, Tensor], state: dict[str, Any]
-) -> FitReason | None:
-    parts: dict[str, dict[str, Tensor]] = {
-        part: {} for part in ("model", "optimiser", "before", "mll")
-    }
-    for name, value in tensors.items():
-        part, _, rest = name.partition(".")
-        parts[part][rest] = value
-    reason = state["reason"]
+def _restore(run: Run, found: Contents) -> FitReason | None:
+    reason: FitReason = found["reason"]
     if reason not in get_args(FitReason):
         raise ValueError(f"unknown reason {reason!r}")
-    put_state(run.model, parts["model"])
-    for name, value in parts["optimiser"].items():
-        i, _, key = name.partition(".")
+    put_state(run.model, found["model"])
+    for i, moments in found["optimiser"].items():
         parameter = run.parameters[int(i)]
-        # Step counters live on the CPU, moments beside the parameter.
-        on = value if key == "step" else value.to(parameter)
-        run.optimiser.state[parameter][key] = on
-    for group, stored in zip(run.optimiser.param_groups, state["groups"], strict=True):
+        for name, value in moments.items():
+            # Step counters live on the CPU, moments beside the parameter.
+            on = value.cpu() if name == "step" else value.to(parameter)
+            run.optimiser.state[parameter][name] = on
+    for group, stored in zip(run.optimiser.param_groups, found["groups"], strict=True):
         group.update(stored)
-    run.mll.restore(parts["mll"], state["mll"])
-    run.history[:] = [
-        FitEntry(
-            **{
-                **entry,
-                "parameters": {k: tuple(v) for k, v in entry["parameters"].items()},
-            }
-        )
-        for entry in state["history"]
-    ]
-    run.recoveries = int(state["recoveries"])
-    run.earlier_seconds = float(state["seconds"])
+    run.mll.restore(found["mll"])
+    run.history[:] = found["history"]
+    run.recoveries = int(found["recoveries"])
+    run.earlier_seconds = float(found["seconds"])
     run.before = [
-        parts["before"][str(i)].to(parameter)
-        for i, parameter in enumerate(run.parameters)
+        value.to(parameter)
+        for value, parameter in zip(found["before"], run.parameters, strict=False)
     ]
     return reason if reason == "diverged" else None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -15,6 +15,7 @@ from gpytorch.models import ExactGP
 from torch import Tensor
 
 from sgdgp.core.checks import check_count, check_finite, check_positive
+from sgdgp.core.codec import register_stored_class
 from sgdgp.core.errors import UnsupportedModelError
 from sgdgp.core.seeds import generator_of, seed_of
 from sgdgp.gpytorch_adapter import TracedProblem, prior_at, training_problems
@@ -191,39 +192,25 @@ class StochasticMarginalLogLikelihood(MarginalLogLikelihood):
         """What decides which gradients are found, as text."""
         return repr(replace(self._settings, memory_budget=None))
 
-    def progress(self) -> dict[str, Any]:
-        """Where the object is, but for its tensors."""
+    def state(self) -> dict[str, Any]:
+        """Where the object is: numbers, and tensors that solves go on from."""
         return {
             "passes": self.passes,
             "evaluations": self.evaluations,
-            "systems": len(self._solves),
+            "weights": [solves.weights for solves in self._solves],
+            "path": self._path,
         }
 
-    def tensors(self) -> dict[str, Tensor]:
-        """The tensors that belong to ``progress``, by name."""
-        found = {
-            f"mll.weights.{i}": solves.weights
-            for i, solves in enumerate(self._solves)
-            if solves.weights is not None
-        }
-        path = {} if self._path is None else self._path.state()
-        return {**found, **{f"mll.path.{k}": value for k, value in path.items()}}
-
-    def restore(self, tensors: dict[str, Tensor], progress: dict[str, Any]) -> None:
-        """Go back to what ``tensors`` (names without "mll.") and ``progress`` say."""
-        device = next(self.model.parameters()).device
-        self.passes = float(progress["passes"])
-        self.evaluations = int(progress["evaluations"])
-        self._solves = self._fresh(int(progress["systems"]))
-        for i, solves in enumerate(self._solves):
-            if f"weights.{i}" in tensors:
-                solves.weights = tensors[f"weights.{i}"].to(device)
-        path = {
-            name.removeprefix("path."): value.to(device)
-            for name, value in tensors.items()
-            if name.startswith("path.")
-        }
-        self._path = PathIntegral.from_state(path) if path else None
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go back to what ``state`` was."""
+        self.passes = float(state["passes"])
+        self.evaluations = int(state["evaluations"])
+        self._solves = self._fresh(len(state["weights"]))
+        for solves, weights in zip(self._solves, state["weights"], strict=True):
+            solves.weights = weights
+        if not isinstance(state["path"], PathIntegral | None):
+            raise TypeError(f"expected a PathIntegral, found {state['path']!r}")
+        self._path = state["path"]
 
     def _fresh(self, count: int) -> list[WarmSolves]:
         """Solves of ``count`` systems that carry nothing yet."""
@@ -280,6 +267,7 @@ class StochasticMarginalLogLikelihood(MarginalLogLikelihood):
         return total
 
 
+@register_stored_class
 @dataclass
 class PathIntegral:
     """Adds up what a function gains along a path, from its gradient alone.
@@ -293,11 +281,13 @@ class PathIntegral:
 
     Attributes:
         value: At the last point; counted from its first value.
+        point: The last point.
+        gradient: The gradient there.
     """
 
     value: float = 0.0
-    _point: list[Tensor] = field(default_factory=list, repr=False)
-    _gradient: list[Tensor] = field(default_factory=list, repr=False)
+    point: list[Tensor] = field(default_factory=list, repr=False)
+    gradient: list[Tensor] = field(default_factory=list, repr=False)
 
     def move(self, point: Sequence[Tensor], gradient: Sequence[Tensor]) -> float:
         """Go on to a point with the gradient there; the value at it.
@@ -313,33 +303,15 @@ class PathIntegral:
         slopes = [g.detach().clone() for g in gradient]
         if not all(bool(torch.isfinite(g).all()) for g in slopes):
             return math.nan
-        if self._point:
+        if self.point:
             self.value += 0.5 * sum(
                 float(((before + now) * _step(p, q)).double().sum())
                 for before, now, p, q in zip(
-                    self._gradient, slopes, parameters, self._point, strict=True
+                    self.gradient, slopes, parameters, self.point, strict=True
                 )
             )
-        self._point, self._gradient = parameters, slopes
+        self.point, self.gradient = parameters, slopes
         return self.value
-
-    def state(self) -> dict[str, Tensor]:
-        """Everything, as tensors by name."""
-        return {
-            "value": torch.tensor(self.value, dtype=torch.float64),
-            **{f"point.{i}": p for i, p in enumerate(self._point)},
-            **{f"gradient.{i}": g for i, g in enumerate(self._gradient)},
-        }
-
-    @classmethod
-    def from_state(cls, state: dict[str, Tensor]) -> PathIntegral:
-        """The inverse of ``state``."""
-        count = sum(name.startswith("point.") for name in state)
-        return cls(
-            float(state["value"]),
-            [state[f"point.{i}"] for i in range(count)],
-            [state[f"gradient.{i}"] for i in range(count)],
-        )
 
 
 def _step(p: Tensor, q: Tensor) -> Tensor:

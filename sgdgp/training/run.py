@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from sgdgp.core.checks import check_count, check_positive
+from sgdgp.core.codec import register_stored_class
 from sgdgp.gpytorch_adapter import Inputs, prior_at
 from sgdgp.training.marginal_likelihood import StochasticMarginalLogLikelihood
 from sgdgp.training.parameters import parameter_values
@@ -26,6 +27,7 @@ _COLLAPSE = 1.0
 """A loss of log p(y | X) / n that no step of a fit that converges makes."""
 
 
+@register_stored_class
 @dataclass(frozen=True)
 class FitEntry:
     """One step of a fit, before the parameters move.

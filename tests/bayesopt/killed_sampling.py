@@ -21,7 +21,8 @@ import torch
 from gpytorch.kernels import MaternKernel, ScaleKernel
 
 from sgdgp.bayesopt import Result, maximise, thompson_sampling
-from sgdgp.bayesopt.record import read
+from sgdgp.bayesopt.record import KIND
+from sgdgp.core.codec import read_values
 from tests.models import GP
 
 INITIAL, STEPS, BATCH, AT_ONCE = 8, 3, 6, 4
@@ -118,7 +119,7 @@ def dies_at(number: int, moved: bool) -> None:
 
 def report(place: Path, kills: int) -> dict[str, object]:
     """The observations in the file, and how many evaluations there were."""
-    record = read(place, torch.device("cpu"))
+    record = read_values(place, KIND)["record"]
     return {
         "x": record.x.tolist(),
         "y": record.y.tolist(),

@@ -108,17 +108,3 @@ def test_what_does_not_fit_is_named(tmp_path):
         PathwiseModel.load(place, problems.batched())
     with pytest.raises(StorageError, match="does not fit"):
         PathwiseModel.load(place, problems.single(log=True))
-    with pytest.raises(StorageError, match="missing"):
-        PathwiseModel.load(tmp_path / "missing", problems.single())
-    with pytest.raises(StorageError, match="directory"):
-        model.save(tmp_path / "nowhere" / "model")
-    model.posteriors[0].save(tmp_path / "posterior")
-    with pytest.raises(StorageError, match="not a PathwiseModel"):
-        PathwiseModel.load(tmp_path / "posterior", problems.single())
-    damaged = bytearray(place.read_bytes())
-    damaged[-9] ^= 1
-    place.write_bytes(damaged)
-    with pytest.raises(StorageError, match="damaged"):
-        PathwiseModel.load(place, problems.single())
-    with pytest.raises(TypeError, match="path"):
-        model.save(3)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 
 import pytest
 
+import sgdgp
+from sgdgp.core import errors
 from sgdgp.core.deprecation import renamed, renamed_arguments
 
 
@@ -42,3 +45,10 @@ def test_a_function_is_found_under_its_old_name():
     old = renamed("solved", solve)
     with pytest.warns(DeprecationWarning, match="solved is now called solve; the old"):
         assert old(1) == (1, 60, "adam")
+
+
+def test_documented_modules_that_are_gone_can_still_be_imported():
+    values = importlib.import_module("sgdgp.networks.stored_values")
+    assert values.register_stored_class is sgdgp.register_stored_class
+    file = importlib.import_module("sgdgp.posterior.checkpoint_file")
+    assert file.CheckpointError is errors.CheckpointError

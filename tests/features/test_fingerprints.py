@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 
 import gpytorch
@@ -15,14 +14,9 @@ from gpytorch.kernels import IndexKernel, RBFKernel, ScaleKernel
 import sgdgp
 from sgdgp.features import TanimotoFeatures, draw_prior, has_features, random_features
 from sgdgp.features.fingerprints import NoInputGradientError
-from sgdgp.features.storage import (
-    draws_from,
-    features_from,
-    state_of_draws,
-    state_of_features,
-)
 from sgdgp.kernels import TanimotoKernel
 from tests.kernels.test_tanimoto import DIM, by_definition, fingerprints, model_of
+from tests.stored import stored
 
 SEEDS = 40
 
@@ -170,10 +164,8 @@ def test_fingerprints_of_another_width_are_refused():
 
 def test_a_map_is_stored_as_its_seed():
     features = TanimotoFeatures(2**62 - 3, DIM, 64)
-    tensors = {}
-    state = json.loads(json.dumps(state_of_features(features, "map", tensors)))
-    assert not tensors
-    again = features_from(state, tensors)
+    again = stored(features)
+    assert again.seed == features.seed
     x = fingerprints(5)
     assert torch.equal(again.features(x), features.features(x))
 
@@ -188,10 +180,8 @@ def test_draws_come_back_from_their_state():
         generator=torch.Generator().manual_seed(0),
         dtype=torch.float64,
     )
-    tensors = {}
-    state = json.loads(json.dumps(state_of_draws(draws, "draws", tensors)))
     x = fingerprints(5)
-    again = draws_from(state, tensors, kernel, x)
+    again = stored(draws, kernel, x)
     assert torch.equal(again(x), draws(x))
 
 

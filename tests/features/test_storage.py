@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 import torch
-from gpytorch.kernels import IndexKernel, PiecewisePolynomialKernel, RBFKernel
+from gpytorch.kernels import (
+    IndexKernel,
+    PiecewisePolynomialKernel,
+    RBFKernel,
+    ScaleKernel,
+)
 
+from sgdgp.core import codec
 from sgdgp.core.errors import NotStorableError
 from sgdgp.features import (
     ExactDraws,
@@ -16,15 +20,10 @@ from sgdgp.features import (
     has_features,
     random_features,
 )
-from sgdgp.features.storage import (
-    _STORED,
-    draws_from,
-    features_from,
-    register_stored_features,
-    state_of_draws,
-    state_of_features,
-)
+from sgdgp.features.storage import register_stored_features
+from sgdgp.kernels import NeuralTangentKernel
 from tests.models import FEATURE_KERNELS, toy_data
+from tests.stored import stored
 
 
 class Halved(FeatureMap):
@@ -46,10 +45,6 @@ class Halved(FeatureMap):
         return self.base.adjoint(x, v) * self.factor
 
 
-def through_json(state):
-    return json.loads(json.dumps(state))
-
-
 def map_of(name, generator, num_features=32):
     kernel = FEATURE_KERNELS[name]().double()
     return random_features(
@@ -64,9 +59,7 @@ def map_of(name, generator, num_features=32):
 @pytest.mark.parametrize("name", FEATURE_KERNELS)
 def test_the_map_of_every_kernel_comes_back(name, generator):
     features, x = map_of(name, generator), toy_data(5)[0]
-    tensors = {}
-    state = through_json(state_of_features(features, "map", tensors))
-    again = features_from(state, tensors)
+    again = stored(features)
     assert type(again) is type(features)
     assert again.exact == features.exact
     assert again.num_features == features.num_features
@@ -86,18 +79,15 @@ def test_draws_of_every_kernel_come_back(name, generator):
         group_size=3,
     )
     x = toy_data(5)[0]
-    tensors = {}
-    state = through_json(state_of_draws(draws, "draws", tensors))
-    again = draws_from(state, tensors, kernel, x)
+    again = stored(draws, kernel, x)
     assert again.num_samples == 7
     assert torch.equal(again(x), draws(x))
-    assert all(key.startswith("draws.") for key in tensors)
 
 
 def test_no_draws_at_all_come_back(generator):
     draws = draw_prior(RBFKernel(), 0, dim=2, generator=generator)
     x = toy_data(5, dtype=torch.float32)[0]
-    again = draws_from(state_of_draws(draws, "none", {}), {}, RBFKernel(), x)
+    again = stored(draws, RBFKernel(), x)
     assert again(x).shape == (5, 0)
 
 
@@ -106,10 +96,7 @@ def test_exact_draws_keep_their_values_and_go_on_as_they_would_have(generator):
     assert not has_features(kernel)
     x, later = toy_data(20, 1)[0], toy_data(6, 1, seed=4)[0]
     draws = ExactDraws(kernel, 3, x, generator=generator, max_points=50)
-    tensors = {}
-    state = through_json(state_of_draws(draws, "exact", tensors))
-    tensors = {key: value.clone() for key, value in tensors.items()}
-    again = draws_from(state, tensors, kernel, x)
+    again = stored(draws, kernel, x)
     assert torch.equal(again(x), draws(x))
     assert again.max_points == 50
     assert torch.equal(again(later), draws(later))
@@ -120,42 +107,48 @@ def test_index_features_come_back(generator):
     features = random_features(
         kernel, dim=1, num_features=8, generator=generator, dtype=torch.float64
     )
-    tensors = {}
-    state = through_json(state_of_features(features, "map", tensors))
     x = torch.tensor([[0.0], [2.0], [1.0]], dtype=torch.float64)
-    again = features_from(state, tensors)
+    again = stored(features)
     assert torch.equal(again.features(x), features.features(x))
 
 
 def test_a_users_map_is_refused_until_it_is_registered(generator, monkeypatch):
-    monkeypatch.setattr("sgdgp.features.storage._STORED", dict(_STORED))
+    monkeypatch.setattr("sgdgp.core.codec._STORED", dict(codec._STORED))
     features = Halved(map_of("product", generator), 0.5)
-    with pytest.raises(NotStorableError, match="Halved cannot be stored: register"):
-        state_of_features(features, "map", {})
+    with pytest.raises(NotStorableError, match="Halved, which cannot be stored: reg"):
+        stored(features)
     register_stored_features(Halved)
     assert register_stored_features(Halved) is Halved
-    tensors = {}
-    state = through_json(state_of_features(features, "map", tensors))
     x = toy_data(5)[0]
-    again = features_from(state, tensors)
+    again = stored(features)
     assert torch.equal(again.features(x), features.features(x))
     impostor = type("Halved", (Halved,), {})
     with pytest.raises(ValueError, match="another class named Halved"):
         register_stored_features(impostor)
     with pytest.raises(NotStorableError, match="Halved"):
-        state_of_features(impostor(features, 0.5), "map", {})
+        stored(impostor(features, 0.5))
 
 
 def test_an_argument_that_cannot_be_stored_is_named(generator, monkeypatch):
-    monkeypatch.setattr("sgdgp.features.storage._STORED", dict(_STORED))
+    monkeypatch.setattr("sgdgp.core.codec._STORED", dict(codec._STORED))
     register_stored_features(Halved)
     features = Halved(map_of("rbf", generator), torch.sin)
     with pytest.raises(NotStorableError, match=r"map\.factor is a builtin"):
-        state_of_features(features, "map", {})
+        stored(features, name="map")
 
 
-def test_unknown_maps_and_draws_are_refused():
-    with pytest.raises(ValueError, match=r"'os\.system', which are not registered"):
-        features_from({"map": "os.system", "arguments": {}}, {})
-    with pytest.raises(ValueError, match="unknown prior draws 'magic'"):
-        draws_from({"draws": "magic", "name": "a"}, {}, RBFKernel(), torch.zeros(1, 1))
+def test_a_part_that_the_kernel_gives_is_made_anew(generator):
+    kernel = ScaleKernel(NeuralTangentKernel(network_of_two().double()))
+    x = toy_data(5)[0]
+    draws = draw_prior(kernel, 3, dim=2, generator=generator, dtype=torch.float64)
+    assert torch.equal(stored(draws, kernel, x)(x), draws(x))
+    with pytest.raises(ValueError, match="the kernel has others"):
+        stored(draws, ScaleKernel(RBFKernel()).double(), x)
+
+
+def network_of_two():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return torch.nn.Sequential(
+            torch.nn.Linear(2, 3), torch.nn.Tanh(), torch.nn.Linear(3, 1)
+        )

@@ -9,16 +9,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from sgdgp.core.codec import decode, encode, register_stored_class
 from sgdgp.core.errors import CheckpointError, NotStorableError, StorageError
 from sgdgp.networks.checkpoint import RunKeeper
 from sgdgp.networks.expectation_maximisation import EMStep, PrecisionUpdate
 from sgdgp.networks.fitting import RunState
 from sgdgp.networks.likelihoods import Categorical, Gaussian
-from sgdgp.networks.posterior import LinearisedPosterior
+from sgdgp.networks.posterior import LinearisedPosterior, load
 from sgdgp.networks.priors.base import DiagonalPrior
 from sgdgp.networks.priors.settings import Layerwise
-from sgdgp.networks.storage import load, load_fields, save, save_fields
-from sgdgp.networks.stored_values import decoded, encoded, register_stored_class
+from sgdgp.networks.storage import load_fields, save_fields
 from sgdgp.tangent import Tangent
 
 STEP = EMStep((1.5,), (3.0,), 0.25, None, 12.5, (1e-3, float("inf")), 7.0, 1.25)
@@ -86,7 +86,7 @@ def test_a_posterior_comes_back_and_predicts_the_same(tmp_path, tangent, network
         scale=0.5,
     )
     path = tmp_path / "posterior.safetensors"
-    save(posterior, path)
+    posterior.save(path)
     same = load(path, copy.deepcopy(network))
     x = torch.randn(4, 3)
     assert torch.equal(posterior.predict(x), same.predict(x))
@@ -125,14 +125,20 @@ def _double(network: nn.Module) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (_other_values, r"belongs to another one. '2.bias' has other values. Load"),
-        (_other_statistics, "'1.running_var' has other values"),
-        (_other_shape, r"'2.weight' is float32 \(3, 4\), expected float32 \(2, 4\)"),
+        (
+            _other_values,
+            r"belongs to another one. .* here: weights 2.bias. Load",
+        ),
+        (_other_statistics, "Different here: weights 1.running_var. Load"),
+        (
+            _other_shape,
+            r"2.weight is float32 \(3, 4\), expected float32 \(2, 4\)",
+        ),
         (
             _other_layer,
-            "layer '1' is Identity, expected BatchNorm1d; tensor '1.weight'",
+            "layer 1 is Identity, expected BatchNorm1d; weights 1.weight is only in",
         ),
-        (_double, r"'0.weight' is float64 \(4, 3\), .* and 3 more"),
+        (_double, r"weights 0.weight is float64 \(4, 3\), .* and 3 more"),
     ],
 )
 def test_another_network_is_refused_by_what_differs(
@@ -145,29 +151,7 @@ def test_another_network_is_refused_by_what_differs(
         load_fields(path, other)
 
 
-def test_a_damaged_file_is_refused(tmp_path, tangent, network):
-    path = _saved(tmp_path, tangent)
-    content = bytearray(path.read_bytes())
-    content[-3] ^= 1
-    path.write_bytes(content)
-    with pytest.raises(StorageError, match="damaged: its checksum"):
-        load_fields(path, network)
-    with pytest.raises(StorageError, match=r"cannot read|damaged"):
-        load_fields(tmp_path / "missing", network)
-
-
-def test_a_checkpoint_is_no_posterior(tmp_path, tangent, network):
-    path = tmp_path / "fit.safetensors"
-    RunKeeper(path, 60, tangent, {}).keep(_run(tangent), now=True)
-    with pytest.raises(StorageError, match="not a posterior of a network"):
-        load_fields(path, network)
-
-
 def test_arguments_of_a_wrong_kind_are_refused(tmp_path, tangent):
-    with pytest.raises(TypeError, match="path: expected a path"):
-        save_fields(3, tangent, {})
-    with pytest.raises(StorageError, match="expected a file, found directory"):
-        save_fields(tmp_path, tangent, {})
     with pytest.raises(TypeError, match=r"network: expected a torch\.nn\.Module"):
         load_fields(tmp_path / "x", {})
 
@@ -186,7 +170,7 @@ def test_a_class_that_is_not_registered_is_refused_before_anything_is_written(
 
 
 def test_a_registered_class_comes_back(monkeypatch):
-    monkeypatch.setattr("sgdgp.networks.stored_values._STORED", {})
+    monkeypatch.setattr("sgdgp.core.codec._STORED", {})
 
     @register_stored_class
     @dataclass
@@ -195,14 +179,14 @@ def test_a_registered_class_comes_back(monkeypatch):
         value: Tensor
 
     tensors: dict[str, Tensor] = {}
-    state = encoded(Note("a", torch.ones(2)), "note", tensors)
-    found = decoded(state, tensors, torch.device("cpu"))
+    state = encode(Note("a", torch.ones(2)), "note", tensors)
+    found = decode(state, tensors, torch.device("cpu"))
     assert (found.text, found.value.tolist()) == ("a", [1.0, 1.0])
     with pytest.raises(ValueError, match="another class named Note"):
         register_stored_class(type("Note", (), {}))
-    monkeypatch.setattr("sgdgp.networks.stored_values._STORED", {})
-    with pytest.raises(ValueError, match="holds a Note, which is not registered"):
-        decoded(state, tensors, torch.device("cpu"))
+    monkeypatch.setattr("sgdgp.core.codec._STORED", {})
+    with pytest.raises(ValueError, match="holds a 'Note', which is not registered"):
+        decode(state, tensors, torch.device("cpu"))
 
 
 def _run(tangent: Tangent) -> RunState:
@@ -254,7 +238,7 @@ def test_a_function_among_the_settings_is_the_same_in_another_process(
     assert str(first) != str(second)
     RunKeeper(path, 60, tangent, {"prior": first}).keep(_run(tangent), now=True)
     assert RunKeeper(path, 60, tangent, {"prior": second}).load() is not None
-    with pytest.raises(CheckpointError, match="setting 'prior' is Layerwise"):
+    with pytest.raises(CheckpointError, match="setting prior is Layerwise"):
         RunKeeper(path, 60, tangent, {"prior": Layerwise()}).load()
 
 
@@ -278,33 +262,15 @@ def test_another_fit_is_refused_and_its_file_left(tmp_path, tangent, network):
     file = RunKeeper(path, 60, tangent, SETTINGS)
     file.keep(_run(tangent), now=True)
     content = path.read_bytes()
-    with pytest.raises(CheckpointError, match=r"seed. is 1, expected 0\. It is"):
+    with pytest.raises(CheckpointError, match=r"seed is 1, expected 0\. It is"):
         RunKeeper(path, 60, tangent, {**SETTINGS, "seed": 1}).load()
-    with pytest.raises(CheckpointError, match="setting 'weights' is"):
+    with pytest.raises(CheckpointError, match="setting weights is"):
         RunKeeper(path, 60, Tangent(network), SETTINGS).load()
     other = copy.deepcopy(network)
     _other_values(other)
-    with pytest.raises(CheckpointError, match=r"fit\. .2\.bias. has other values"):
+    with pytest.raises(CheckpointError, match=r"fit\. Different here: .*2\.bias\."):
         RunKeeper(path, 60, Tangent(other, weights="no_norms"), SETTINGS).load()
     assert path.read_bytes() == content
     path.write_bytes(content[:-8])
     with pytest.raises(CheckpointError, match="left as it is"):
         RunKeeper(path, 60, tangent, SETTINGS).load()
-
-
-def test_a_disk_that_is_full_is_a_problem_and_no_error(tmp_path, tangent, monkeypatch):
-    file = RunKeeper(tmp_path / "fit.safetensors", 60, tangent, SETTINGS)
-
-    def full(*args: object) -> None:
-        raise OSError("no space left")
-
-    monkeypatch.setattr("sgdgp.networks.checkpoint.write_file", full)
-    file.keep(_run(tangent), now=True)
-    assert "could not be written (no space left)" in file.problem
-
-
-def test_a_place_where_nothing_can_be_written_is_refused_at_once(tmp_path, tangent):
-    with pytest.raises(CheckpointError, match="existing directory"):
-        RunKeeper(tmp_path / "missing" / "fit", 60, tangent, {})
-    with pytest.raises(ValueError, match="every"):
-        RunKeeper(tmp_path / "fit", 0, tangent, {})

@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from sgdgp.core.codec import decode, encode
 from sgdgp.networks.priors import probes as probe_moments
-from sgdgp.networks.priors.base import DiagonalPrior, KroneckerPrior, prior_from
+from sgdgp.networks.priors.base import DiagonalPrior, KroneckerPrior
 from sgdgp.networks.priors.probes import LARGEST_FACTOR
 from sgdgp.networks.priors.settings import GPrior, Isotropic, Kronecker, Layerwise
 from sgdgp.tangent import Tangent
@@ -331,11 +332,17 @@ def test_a_long_side_has_a_diagonal_factor(monkeypatch, tangent):
     assert LARGEST_FACTOR == 4096
 
 
+def _stored(prior):
+    """A prior that has been in a file."""
+    tensors = {}
+    state = json.loads(json.dumps(encode(prior, "prior", tensors)))
+    return decode(state, tensors, torch.device("cpu"))
+
+
 @pytest.mark.parametrize("setting", SETTINGS, ids=str)
 def test_a_stored_prior_comes_back(setting, tangent):
     _, prior = _built(setting, tangent)
-    tensors, state = prior.state()
-    same = prior_from(tensors, json.loads(json.dumps(state)))
+    same = _stored(prior)
     assert type(same) is type(prior)
     assert (same.groups, same.group_of) == (prior.groups, prior.group_of)
     assert torch.equal(_dense(same), _dense(prior))
@@ -345,7 +352,7 @@ def test_a_sum_of_two_terms_is_stored_too(tangent):
     pair = (torch.eye(8).double(), 2 * torch.eye(3).double())
     setting = Kronecker(factors={"first.weight": [pair, pair]})
     prior = setting.build(tangent, _no_probes)
-    assert torch.equal(_dense(prior_from(*prior.state())), _dense(prior))
+    assert torch.equal(_dense(_stored(prior)), _dense(prior))
 
 
 def test_precisions_that_do_not_fit_are_refused(tangent):

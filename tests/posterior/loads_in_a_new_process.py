@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from sgdgp.posterior.storage import load
+from sgdgp import load
 from tests.posterior.stored_posteriors import BUILD, predictions
 
 

@@ -18,11 +18,11 @@ from gpytorch.likelihoods import (
 )
 
 import sgdgp
+from sgdgp import load
 from sgdgp.core.errors import UnsupportedModelError
 from sgdgp.posterior.independent import IndependentPosterior
 from sgdgp.posterior.multitask import MultitaskPosterior
 from sgdgp.posterior.outputs import OutputMarginals
-from sgdgp.posterior.storage import load
 from tests.models import (
     GP,
     MULTITASK_KERNELS,

@@ -242,42 +242,6 @@ def test_a_learning_rate_that_was_halved_stays_so_after_a_restart(tmp_path):
 
 def written(path):
     fit(rbf_model(), steps=2, checkpoint=path)
-    return path.read_bytes()
-
-
-@pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.99])
-def test_a_truncated_file_is_refused_and_left_as_it_is(share, tmp_path):
-    path = tmp_path / "fit.sgdgp"
-    content = written(path)
-    path.write_bytes(content[: int(share * len(content))])
-    before = path.read_bytes()
-    with pytest.raises(CheckpointError, match="left as it is"):
-        fit(rbf_model(), steps=2, checkpoint=path)
-    assert path.read_bytes() == before
-
-
-def test_a_file_with_any_byte_changed_is_refused(tmp_path):
-    path = tmp_path / "fit.sgdgp"
-    content = written(path)
-    generator = torch.Generator().manual_seed(0)
-    for place in torch.randint(len(content), (40,), generator=generator).tolist():
-        damaged = bytearray(content)
-        damaged[place] ^= 0x41
-        path.write_bytes(bytes(damaged))
-        model = rbf_model()
-        with pytest.raises(CheckpointError, match="checkpoint: "):
-            fit(model, steps=2, checkpoint=path)
-        assert_same(parameters(model), parameters(rbf_model()), rtol=0.0, atol=0.0)
-
-
-def test_foreign_files_are_refused(tmp_path):
-    path = tmp_path / "fit.sgdgp"
-    sgdgp.condition(rbf_model(), num_samples=2, checkpoint=path)
-    with pytest.raises(CheckpointError, match="not a checkpoint of a fit"):
-        fit(rbf_model(), steps=2, checkpoint=path)
-    path.write_text("Dear diary")
-    with pytest.raises(CheckpointError, match="not a checkpoint of a fit"):
-        fit(rbf_model(), steps=2, checkpoint=path)
 
 
 @pytest.mark.parametrize(
@@ -311,16 +275,6 @@ def test_another_models_file_is_refused(tmp_path):
     model.likelihood.raw_noise.requires_grad_(False)
     with pytest.raises(CheckpointError, match=r"another fit.*noise"):
         fit(model, checkpoint=path)
-
-
-def test_a_disk_that_is_full_is_a_warning(tmp_path, monkeypatch):
-    def full(*arguments):
-        raise OSError("no space left on device")
-
-    monkeypatch.setattr("sgdgp.training.fit_checkpoint.write_file", full)
-    fitted = fit(rbf_model(), steps=3, checkpoint=tmp_path / "fit.sgdgp")
-    assert fitted.steps == 3
-    assert any("no space left" in warning for warning in fitted.warnings)
 
 
 def test_a_fit_that_fails_at_once_leaves_no_file(tmp_path):

@@ -19,6 +19,7 @@ from sgdgp.training import (
 )
 from sgdgp.training.marginal_likelihood import PathIntegral
 from tests.models import hadamard_gp, multitask_gp
+from tests.stored import stored
 from tests.training.problems import (
     Model,
     UnitProbes,
@@ -474,10 +475,10 @@ def test_a_parameter_at_minus_infinity_that_stays_adds_nothing():
     assert path.move([moved], [torch.tensor([0.0, 1.0])]) == pytest.approx(1.5)
 
 
-def test_state_holds_everything():
+def test_a_file_holds_everything_of_a_path():
     path = PathIntegral(0.25)
     path.move([torch.zeros(2), torch.tensor(1.0)], [torch.ones(2), torch.tensor(2.0)])
-    again = PathIntegral.from_state(path.state())
+    again = stored(path)
     here = [torch.ones(2), torch.tensor(0.5)]
     slope = [torch.zeros(2), torch.tensor(0.0)]
     assert again.move(here, slope) == path.move(here, slope)

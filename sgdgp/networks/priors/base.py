@@ -9,13 +9,14 @@ in memory as the transposes of contiguous (k, D) ones.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+
+from sgdgp.core.codec import register_stored_class
 
 
 class WeightPrior(ABC):
@@ -122,10 +123,6 @@ class WeightPrior(ABC):
         return out.mT
 
     @abstractmethod
-    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Tensors by name, and all else as JSON can hold it; see ``prior_from``."""
-
-    @abstractmethod
     def _apply(self, rows: Tensor, adjoint: bool) -> Tensor:
         """Product of R or R^T with each of the rows (k, D), as rows."""
 
@@ -151,14 +148,8 @@ class WeightPrior(ABC):
             )
         return w.mT
 
-    def _group_state(self) -> dict[str, Any]:
-        return {
-            "num_weights": self.num_weights,
-            "stops": [s.stop for s in self.groups],
-            "group_of": list(self.group_of),
-        }
 
-
+@register_stored_class
 class DiagonalPrior(WeightPrior):
     """R = diag(scales) alpha^-1/2.
 
@@ -195,13 +186,8 @@ class DiagonalPrior(WeightPrior):
             self.num_weights, precisions, groups, group_of, scales=self.scales
         )
 
-    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        tensors = {"precisions": self.precisions}
-        if self.scales is not None:
-            tensors["scales"] = self.scales
-        return tensors, {"kind": "diagonal", **self._group_state()}
 
-
+@register_stored_class
 @dataclass(frozen=True)
 class MatrixRoot:
     """Root over one weight matrix: X -> left (inner * X) right^T.
@@ -232,6 +218,7 @@ class MatrixRoot:
         return x if self.inner is None else self.inner * x
 
 
+@register_stored_class
 class KroneckerPrior(WeightPrior):
     """Each parameter tensor has a root of its own; R is block-diagonal.
 
@@ -288,42 +275,6 @@ class KroneckerPrior(WeightPrior):
         return KroneckerPrior(
             self.num_weights, precisions, groups, group_of, blocks=self.blocks
         )
-
-    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        tensors = {"precisions": self.precisions}
-        kinds = []
-        for i, block in enumerate(self.blocks):
-            if isinstance(block, Tensor):
-                parts = {"scales": block}
-            else:
-                parts = {"left": block.left, "right": block.right}
-                if block.inner is not None:
-                    parts["inner"] = block.inner
-            kinds.append(sorted(parts))
-            tensors |= {f"block.{i}.{name}": part for name, part in parts.items()}
-        state = {"kind": "kronecker", "blocks": kinds, **self._group_state()}
-        return tensors, state
-
-
-def prior_from(tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> WeightPrior:
-    """The prior behind ``WeightPrior.state``.
-
-    Raises:
-        ValueError: The state is none of a prior of this package.
-        KeyError: A tensor is missing.
-    """
-    starts = [0, *state["stops"][:-1]]
-    groups = [slice(a, b) for a, b in zip(starts, state["stops"], strict=True)]
-    shared = (state["num_weights"], tensors["precisions"], groups, state["group_of"])
-    if state["kind"] == "diagonal":
-        return DiagonalPrior(*shared, scales=tensors.get("scales"))
-    if state["kind"] != "kronecker":
-        raise ValueError(f"unknown weight prior {state['kind']!r}")
-    blocks: list[Tensor | MatrixRoot] = []
-    for i, names in enumerate(state["blocks"]):
-        parts = {name: tensors[f"block.{i}.{name}"] for name in names}
-        blocks.append(parts["scales"] if "scales" in parts else MatrixRoot(**parts))
-    return KroneckerPrior(*shared, blocks=blocks)
 
 
 def _check_partition(groups: Sequence[slice], num_weights: int) -> None:

@@ -20,12 +20,7 @@ from torch import Tensor
 
 from sgdgp.core.checks import check_count, check_positive
 from sgdgp.core.hashes import digest
-from sgdgp.networks.priors.base import (
-    DiagonalPrior,
-    KroneckerPrior,
-    WeightPrior,
-    prior_from,
-)
+from sgdgp.networks.priors.base import DiagonalPrior, KroneckerPrior, WeightPrior
 from sgdgp.networks.priors.probes import (
     Factors,
     Probes,
@@ -42,7 +37,6 @@ __all__ = [
     "Layerwise",
     "PriorSettings",
     "WeightPrior",
-    "prior_from",
 ]
 
 Grouping: TypeAlias = str | Callable[[str], str]

@@ -1,0 +1,97 @@
+"""Posteriors out of files; ``storage`` has what is in them."""
+
+from __future__ import annotations
+
+import os
+from typing import TypeAlias
+
+from gpytorch.models import ExactGP
+
+from sgdgp.core.codec import Contents, read_values
+from sgdgp.core.errors import StorageError, UnusableFileError
+from sgdgp.core.files import path_of, reads
+from sgdgp.posterior.independent import IndependentPosterior
+from sgdgp.posterior.multitask import MultitaskPosterior
+from sgdgp.posterior.outputs import MultiOutputPosterior
+from sgdgp.posterior.pathwise import PathwisePosterior
+from sgdgp.posterior.storage import KIND, parts_from
+from sgdgp.solvers.base import Solver
+
+Posterior: TypeAlias = PathwisePosterior | MultiOutputPosterior
+
+
+@reads(KIND)
+def load(
+    path: str | os.PathLike[str],
+    model: ExactGP,
+    *,
+    solver: Solver | str | None = None,
+) -> Posterior:
+    """Read a posterior that was saved; it predicts the same numbers.
+
+    Args:
+        path: The file.
+        model: A model built like the one that was saved: it gives the structure, the
+            file the parameters. It is copied and never changed. What a model keeps
+            outside its ``state_dict`` comes from it as well.
+        solver: Solver of later draws and updates. Default: the one that was saved; a
+            solver that is not of this package is not in the file, and "auto" takes
+            its place with a warning.
+
+    Returns:
+        The posterior, on the model's device, with all of its verbs.
+
+    Raises:
+        StorageError: The file is missing, damaged, not a posterior of sgdgp, or of a
+            newer format; or the model is built otherwise (a ValueError).
+        TypeError: An argument is of the wrong kind.
+    """
+    place = path_of(path)
+    if not isinstance(model, ExactGP):
+        raise TypeError(
+            f"model: expected a gpytorch.models.ExactGP for {place}, a posterior, "
+            f"found {type(model).__name__}"
+        )
+    if solver is not None and not isinstance(solver, Solver | str):
+        raise TypeError(
+            f"solver: expected a Solver such as SDD(), or a name, found {solver!r}"
+        )
+    try:
+        return posterior_from(read_values(place, KIND), model, solver)
+    except UnusableFileError as error:
+        raise StorageError(str(error)) from error
+    except StorageError as error:
+        raise StorageError(f"{error}; the file is {place}") from error
+    except (
+        AttributeError,
+        IndexError,
+        KeyError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ) as error:
+        raise StorageError(f"{place} does not fit this model: {error}") from error
+
+
+def posterior_from(
+    contents: Contents, model: ExactGP, solver: Solver | str | None = None
+) -> Posterior:
+    """The posterior behind ``storage.contents_of``; see ``storage.parts_from``."""
+    kind, parts = parts_from(contents, model, solver)
+    posteriors = [
+        PathwisePosterior(
+            part.solution,
+            part.num_samples,
+            part.timings,
+            part.problem.paths(part.solution.weights),
+            part.problem,
+        )
+        for part in parts
+    ]
+    if kind == "multitask":
+        return MultitaskPosterior.of(posteriors[0])
+    if kind == "independent":
+        return IndependentPosterior.of(posteriors)
+    if kind != "single":
+        raise ValueError(f"unknown kind {kind!r}")
+    return posteriors[0]

@@ -1,0 +1,230 @@
+"""Every kind of file: how one is written, and how it is used again."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from botorch.models import SingleTaskGP
+from gpytorch.kernels import MaternKernel
+from torch import Tensor, nn
+
+import sgdgp
+from sgdgp.bayesopt import maximise, thompson_sampling
+from sgdgp.botorch import PathwiseModel
+from sgdgp.core.errors import CheckpointError, StorageError
+from sgdgp.networks import Categorical, linearise
+from tests.models import gp, toy_data
+
+CG = sgdgp.CG(tolerance=1e-6, preconditioner=None)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of file, as its users meet it.
+
+    Attributes:
+        write: Puts a file at a path; what it returns is what ``again`` must give.
+        again: Uses the file: loads it, or goes on from it.
+        words: What the file is called in messages.
+        saved: What ``save`` wrote, and ``load`` reads; else a checkpoint.
+        loader: The room's own ``load``, for what was saved.
+    """
+
+    write: Callable[[Path], dict[str, Any]]
+    again: Callable[[Path], dict[str, Any]]
+    words: str
+    saved: bool
+    loader: Callable[[Path], Any] | None = None
+
+    @property
+    def door(self) -> Callable[[Path], Any]:
+        """Uses the file without a look at its kind first."""
+        return self.loader or self.again
+
+    @property
+    def error(self) -> type[Exception]:
+        """What a file is refused by."""
+        return StorageError if self.saved else CheckpointError
+
+
+def _model(n: int = 20) -> Any:
+    return gp(MaternKernel(nu=1.5), n=n, noise=1e-2)
+
+
+def _predictions(posterior: Any) -> dict[str, Any]:
+    x = toy_data(5, seed=1)[0]
+    return {"mean": posterior.mean(x), "samples": posterior.samples(x)}
+
+
+# Posteriors
+
+
+def _write_posterior(path: Path) -> dict[str, Any]:
+    posterior = sgdgp.condition(_model(), num_samples=3, num_features=8, seed=4)
+    posterior.save(path)
+    return _predictions(posterior)
+
+
+def _load_posterior(path: Path) -> dict[str, Any]:
+    return _predictions(sgdgp.load(path, _model(7)))
+
+
+def _network() -> nn.Sequential:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 2)).eval()
+
+
+def _loader() -> list[tuple[Tensor, Tensor]]:
+    x = toy_data(12, dtype=torch.float32)[0]
+    return [(x, torch.arange(12) % 2)]
+
+
+def _fitted(path: Path | None, callback: Any = None) -> Any:
+    return linearise(_network(), Categorical()).fit(
+        _loader(),
+        num_samples=2,
+        final_samples=3,
+        steps=2,
+        checkpoint=path,
+        callback=callback,
+        progress=False,
+    )
+
+
+def _network_predictions(posterior: Any) -> dict[str, Any]:
+    x = toy_data(5, seed=1, dtype=torch.float32)[0]
+    return {"predictions": posterior.predict(x), "samples": posterior.samples(x)}
+
+
+def _write_network(path: Path) -> dict[str, Any]:
+    posterior = _fitted(None)
+    posterior.save(path)
+    return _network_predictions(posterior)
+
+
+def _load_network(path: Path) -> dict[str, Any]:
+    return _network_predictions(sgdgp.load(path, _network()))
+
+
+def _definition() -> SingleTaskGP:
+    x, y = toy_data(12)
+    return SingleTaskGP(x, y.unsqueeze(1), outcome_transform=None)
+
+
+def _botorch_predictions(model: PathwiseModel) -> dict[str, Any]:
+    x = toy_data(5, seed=1)[0]
+    return {"values": model.posterior(x).values}
+
+
+def _write_botorch(path: Path) -> dict[str, Any]:
+    model = PathwiseModel(_definition(), num_samples=3, num_features=8)
+    model.save(path)
+    return _botorch_predictions(model)
+
+
+def _load_botorch(path: Path) -> dict[str, Any]:
+    return _botorch_predictions(sgdgp.load(path, _definition()))
+
+
+# Checkpoints: ``write`` stops in the middle and then lets a copy go on to its end
+
+
+def _stop_after(count: int) -> Callable[[Any], bool]:
+    heard: list[Any] = []
+    return lambda progress: heard.append(progress) or len(heard) >= count
+
+
+def _solve(path: Path | None, callback: Any = None) -> dict[str, Any]:
+    posterior = sgdgp.condition(
+        _model(),
+        solver=CG,
+        num_samples=2,
+        num_features=8,
+        checkpoint=path,
+        callback=callback,
+        progress=False,
+    )
+    warnings = posterior.solution.warnings
+    return {**_predictions(posterior), "warnings": warnings}
+
+
+def _fit(path: Path | None, callback: Any = None) -> dict[str, Any]:
+    model = _model()
+    fitted = sgdgp.fit(
+        model, steps=4, checkpoint=path, callback=callback, progress=False
+    )
+    parameters = {k: v.detach() for k, v in model.named_parameters()}
+    return {**parameters, "warnings": fitted.warnings}
+
+
+def _network_fit(path: Path | None, callback: Any = None) -> dict[str, Any]:
+    posterior = _fitted(path, callback)
+    return {**_network_predictions(posterior), "warnings": posterior.warnings}
+
+
+def _sampling(path: Path | None, callback: Any = None) -> dict[str, Any]:
+    result = thompson_sampling(
+        lambda x: -(x - 0.3).square().sum(1),
+        torch.tensor([[0.0, 0.0], [1.0, 1.0]], dtype=torch.float64),
+        6,
+        2,
+        2,
+        model=_model(4),
+        num_features=8,
+        maximiser=functools.partial(maximise, num_candidates=8, rounds=1, steps=2),
+        checkpoint=path,
+        callback=callback,
+        progress=False,
+    )
+    return {"x": result.x, "y": result.y}
+
+
+def _checkpoint(run: Callable[..., dict[str, Any]], words: str, stop: int) -> Kind:
+    def write(path: Path) -> dict[str, Any]:
+        run(path, _stop_after(stop))
+        content = path.read_bytes()
+        found = run(path)
+        path.write_bytes(content)
+        return found
+
+    return Kind(write, run, words, saved=False)
+
+
+KINDS: dict[str, Kind] = {
+    "sgdgp.posterior": Kind(
+        _write_posterior,
+        _load_posterior,
+        "posterior",
+        True,
+        lambda path: sgdgp.posterior.load(path, _model(7)),
+    ),
+    "sgdgp.networks": Kind(
+        _write_network,
+        _load_network,
+        "posterior of a network",
+        True,
+        lambda path: sgdgp.networks.load(path, _network()),
+    ),
+    "sgdgp.botorch": Kind(
+        _write_botorch,
+        _load_botorch,
+        "PathwiseModel",
+        True,
+        lambda path: PathwiseModel.load(path, _definition()),
+    ),
+    "sgdgp.checkpoint": _checkpoint(_solve, "checkpoint", 8),
+    "sgdgp.fit": _checkpoint(_fit, "checkpoint of a fit", 2),
+    "sgdgp.networks.fit": _checkpoint(
+        _network_fit, "checkpoint of a network's fit", 12
+    ),
+    "sgdgp.thompson_sampling": _checkpoint(
+        _sampling, "record of a Thompson sampling run", 2
+    ),
+}
+"""By the mark of their files."""
