@@ -342,12 +342,12 @@ def best_candidates(
     points: Tensor | None = None
     for block in blocks:
         for part in block.split(rows):
-            found, index = _largest(functions(part), count)
+            largest, index = _largest(functions(part), count)
             where = part[index]
             if values is not None and points is not None:
-                found, index = _largest(torch.cat([values, found], 1), count)
+                largest, index = _largest(torch.cat([values, largest], 1), count)
                 where = pick(torch.cat([points, where], 1), index)
-            values, points = found, where
+            values, points = largest, where
     if points is None:
         raise ValueError("blocks: expected candidates, found none")
     return points
@@ -355,8 +355,8 @@ def best_candidates(
 
 def _largest(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """The largest entries of each row, and their columns."""
-    found, index = values.topk(min(count, values.shape[1]), 1)
-    return found, index
+    largest, index = values.topk(min(count, values.shape[1]), 1)
+    return largest, index
 
 
 def pick(

@@ -106,18 +106,20 @@ class Chain:
         Raises:
             CheckpointError: The file belongs to other data.
         """
-        found = self.latest
-        if found is None:
-            found = self._stored(x, y, history)
-        if found is None:
+        posterior = self.latest
+        if posterior is None:
+            posterior = self._read(x, y, history)
+        if posterior is None:
             step = 1 + (history[-1].step if history else 0)
-            found = self._keep(self._cold(step, self._model(x, y), x, y), store=True)
-        known = len(found.problem.x)
+            posterior = self._keep(
+                self._from_zero(step, self._model(x, y), x, y), store=True
+            )
+        known = len(posterior.problem.x)
         for done in history:
             count = done.num_observations
             if count > known:
-                found = self._next(found, done.step + 1, x[:count], y[:count])
-        return found
+                posterior = self._next(posterior, done.step + 1, x[:count], y[:count])
+        return posterior
 
     def _next(
         self, before: PathwisePosterior, step: int, x: Tensor, y: Tensor
@@ -127,26 +129,26 @@ class Chain:
         known = len(before.problem.x)
         x_new, y_new = x[known:], y[known:]
         if _is_due(options.refit_every, step):
-            model = self._refitted(before, x, y)
-            return self._keep(self._cold(step, model, x, y), store=True)
+            model = self._learn_again(before, x, y)
+            return self._keep(self._from_zero(step, model, x, y), store=True)
         if _is_due(options.redraw_every, step):
             generator = derived_generator(options.seed, "functions", step)
-            found = redraw(before, x_new, y_new, generator, noise=options.noise)
-            return self._keep(found, store=True)
-        found = before.update(x_new, y_new, noise=options.noise, progress=False)
-        return self._keep(found, store=_is_due(_STORED_EVERY, step))
+            posterior = redraw(before, x_new, y_new, generator, noise=options.noise)
+            return self._keep(posterior, store=True)
+        posterior = before.update(x_new, y_new, noise=options.noise, progress=False)
+        return self._keep(posterior, store=_is_due(_STORED_EVERY, step))
 
-    def _keep(self, found: PathwisePosterior, *, store: bool) -> PathwisePosterior:
+    def _keep(self, posterior: PathwisePosterior, *, store: bool) -> PathwisePosterior:
         if store and self.place is not None:
-            found = store_posterior(found, self.place)
-        self.latest = found
-        return found
+            posterior = store_posterior(posterior, self.place)
+        self.latest = posterior
+        return posterior
 
-    def _cold(
+    def _from_zero(
         self, step: int, model: ExactGP, x: Tensor, y: Tensor
     ) -> PathwisePosterior:
         options = self.options
-        found = condition(
+        posterior = condition(
             model,
             x,
             y,
@@ -157,9 +159,9 @@ class Chain:
             memory_budget=options.memory_budget,
             progress=False,
         )
-        if not isinstance(found, PathwisePosterior):
+        if not isinstance(posterior, PathwisePosterior):
             raise TypeError("model: expected a model of one output, found several")
-        return found
+        return posterior
 
     def _model(self, x: Tensor, y: Tensor) -> ExactGP:
         """The model of the first step."""
@@ -172,7 +174,7 @@ class Chain:
         learn(model, x, y, self.options.seed)
         return model
 
-    def _refitted(self, before: PathwisePosterior, x: Tensor, y: Tensor) -> ExactGP:
+    def _learn_again(self, before: PathwisePosterior, x: Tensor, y: Tensor) -> ExactGP:
         """The model, having learned from all data."""
         given = self.options.model
         if not isinstance(given, ExactGP):
@@ -182,7 +184,7 @@ class Chain:
         learn(model, x, y, self.options.seed)
         return model
 
-    def _stored(
+    def _read(
         self, x: Tensor, y: Tensor, history: Sequence[Step]
     ) -> PathwisePosterior | None:
         """What the file has, if there is one."""
@@ -201,13 +203,13 @@ class Chain:
             model: ExactGP = MaternModel(x, y)
         else:
             model = given if isinstance(given, ExactGP) else given(x, y)
-        found = stored_posterior(self.place, model, self.options.solver)
-        if not torch.equal(found.problem.x, x[: len(found.problem.x)]):
+        posterior = stored_posterior(self.place, model, self.options.solver)
+        if not torch.equal(posterior.problem.x, x[: len(posterior.problem.x)]):
             raise CheckpointError(
                 f"checkpoint: {self.place} belongs to other data; delete it to have "
                 "the functions drawn anew"
             )
-        return found
+        return posterior
 
 
 def _is_due(every: int | None, step: int) -> bool:

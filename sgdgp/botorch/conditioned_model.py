@@ -148,8 +148,8 @@ class ConditionedModel(FunctionModel):
     def train_targets(self) -> Tensor:
         """Targets (n,) of one output, else (m, n), in the units of the user."""
         targets = [y for seen in self.observations for y in seen.y.unbind(1)]
-        own = targets if self.columns is None else [targets[i] for i in self.columns]
-        return own[0] if len(own) == 1 else torch.stack(own)
+        chosen = targets if self.columns is None else [targets[i] for i in self.columns]
+        return chosen[0] if len(chosen) == 1 else torch.stack(chosen)
 
     def _evaluated(self) -> tuple[Outputs, ...]:
         return select_outputs(self.all_outputs(), self.columns)
@@ -222,13 +222,13 @@ def problems_of(
         models = models * len(data)
     problems, first = [], 0
     for model, seen in zip(models, data, strict=True):
-        own = model
+        member = model
         if input_transform is not None:
-            own = with_modules(model, input_transform=input_transform)
+            member = with_modules(model, input_transform=input_transform)
         transform = outcome_transform
         if transform is not None and len(data) > 1:
             transform = transform.subset_output([first])
-        problems.append(_problem(own, seen, transform))
+        problems.append(_problem(member, seen, transform))
         first += seen.num_outputs
     return tuple(problems)
 
@@ -266,14 +266,15 @@ def _problem(
             "points of one, which is not supported; perturb the points yourself and "
             "use an ExpectationPosteriorTransform or an objective over them"
         )
-    own = getattr(model, "outcome_transform", None)
-    if own is not None:
-        read = units_of(frozen(own), width, seen.y)
+    outcome_transform = getattr(model, "outcome_transform", None)
+    if outcome_transform is not None:
+        read = units_of(frozen(outcome_transform), width, seen.y)
         if read.is_affine:
             # It stays on the model.
             variances = None if variances is None else variances / read.factor**2
         else:
-            model, transform = with_modules(model, outcome_transform=None), own
+            model = with_modules(model, outcome_transform=None)
+            transform = outcome_transform
     if transform is not None:
         transform = frozen(transform)
         with torch.no_grad():
@@ -306,7 +307,7 @@ def condition_all(
     problems: Sequence[ModelData], settings: SolveSettings
 ) -> tuple[Outputs, ...]:
     """Outputs of the posterior of every problem."""
-    found = []
+    outputs = []
     for problem in problems:
         # Outputs that were seeded alike would have the same prior draws.
         generator = derived_generator(settings.seed, digest(problem.y))
@@ -323,8 +324,8 @@ def condition_all(
             progress=settings.progress,
         )
         columns = tuple(range(problem.y.shape[1]))
-        found.append(Outputs(posterior, columns, problem.units, posterior.functions))
-    return tuple(found)
+        outputs.append(Outputs(posterior, columns, problem.units, posterior.functions))
+    return tuple(outputs)
 
 
 def all_columns(
@@ -383,29 +384,31 @@ def update_outputs(
             f"noise: expected shape {tuple(y.shape)}, found {tuple(noise.shape)}"
         )
     models = single_models(definition)
-    found, first = [], 0
+    updated, first = [], 0
     for index, (part, seen) in enumerate(zip(outputs, data, strict=True)):
-        own = slice(first, first + seen.num_outputs)
+        columns = slice(first, first + seen.num_outputs)
         first += seen.num_outputs
-        rows = ~torch.isnan(y[:, own]).all(dim=1)
+        rows = ~torch.isnan(y[:, columns]).all(dim=1)
         if not bool(rows.any()):
-            found.append((part, seen))
+            updated.append((part, seen))
             continue
         likelihood = models[min(index, len(models) - 1)].likelihood
         known = seen.variances
         if known is None and has_fixed_noise(likelihood):
             # From now on the definition does not know all of them.
-            own_noise = likelihood.noise_covar.noise.reshape(len(seen.y), -1)
-            known = part.scale**2 * own_noise
+            fixed = likelihood.noise_covar.noise.reshape(len(seen.y), -1)
+            known = part.scale**2 * fixed
         elif known is None and noise is not None:
             raise ValueError(
                 "noise: expected none, since the likelihood estimates the noise; known "
                 "variances are for models with train_Yvar"
             )
-        given = None if noise is None else noise[rows][:, own]
-        targets = y[rows][:, own]
-        found.append(_update_one(part, seen, known, x[rows], targets, given, progress))
-    return found
+        given = None if noise is None else noise[rows][:, columns]
+        targets = y[rows][:, columns]
+        updated.append(
+            _update_one(part, seen, known, x[rows], targets, given, progress)
+        )
+    return updated
 
 
 def _update_one(

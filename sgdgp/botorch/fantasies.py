@@ -58,12 +58,12 @@ class Site:
     def gains(self) -> tuple[tuple[tuple[int, ...], Gain], ...]:
         """Columns and gain of each group of correlated outputs."""
         u = self.u.reshape(-1, *self.u.shape[-2:])
-        found = []
+        gains = []
         for block in self.outputs.blocks():
             noise = self.noise.expand(*self.u.shape[:-1], self.noise.shape[-1])
-            own = noise[..., list(block.columns)].reshape(len(u), -1)
-            found.append((block.columns, Gain(block, u, own)))
-        return tuple(found)
+            variances = noise[..., list(block.columns)].reshape(len(u), -1)
+            gains.append((block.columns, Gain(block, u, variances)))
+        return tuple(gains)
 
     def deviations(self, index: tuple[int, ...] | None) -> Tensor:
         """f_s(u) + eps_s - mean(u) of every function (s, *b, q, m)."""
@@ -131,11 +131,11 @@ class FantasyOutputs(Evaluated):
         """
         site, batch = self.site, self.site.batch_shape
         before = self.residuals.shape[: -2 - len(batch)]
-        own: tuple[int, ...] = x.shape[: max(0, x.ndim - 2 - len(batch))]
+        leading: tuple[int, ...] = x.shape[: max(0, x.ndim - 2 - len(batch))]
         # As many dimensions in front of the batches, of size one where shared.
-        ahead = max(len(own), len(before))
-        own = (*(1,) * (ahead - len(own)), *own)
-        x = x.expand(*own, *batch, *x.shape[-2:])
+        ahead = max(len(leading), len(before))
+        leading = (*(1,) * (ahead - len(leading)), *leading)
+        x = x.expand(*leading, *batch, *x.shape[-2:])
         residuals = _padded(self.residuals, 0, ahead - len(before))
         mean, deviations = site.outputs.evaluate(x, index)
         moved = None
@@ -307,8 +307,8 @@ def _drawn(sites: Sequence[Site], mean: Tensor, sampler: MCSampler) -> Tensor:
             outputs = mean.new_tensor([start + column for column in columns]).long()
             rows = torch.arange(points, device=mean.device) * width
             rows = (rows.unsqueeze(1) + outputs).flatten()
-            own = gain.covariance.reshape(*site.batch_shape, len(rows), len(rows))
-            covariance[..., rows.unsqueeze(1), rows] = own
+            block = gain.covariance.reshape(*site.batch_shape, len(rows), len(rows))
+            covariance[..., rows.unsqueeze(1), rows] = block
         start += len(site.outputs.columns)
     if width == 1:
         normal = MultivariateNormal(mean.squeeze(-1), covariance)

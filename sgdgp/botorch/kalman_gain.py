@@ -138,15 +138,15 @@ def _own_blocks(operator: KernelOperator, x: Tensor, u: Tensor) -> Tensor:
     count, rows, columns = len(x), x.shape[1], u.shape[1]
     # Kernels take matrices: a few batches at once, of which the diagonal is wanted.
     together = max(1, int((_WASTED / max(1, rows * columns)) ** 0.5))
-    found = []
+    blocks = []
     for some in slices(count, together):
         size = len(x[some])
         block = differentiable_block(
             operator.kernel, x[some].flatten(0, 1), u[some].flatten(0, 1)
         )
-        own = torch.arange(size, device=x.device)
-        found.append(block.reshape(size, rows, size, columns)[own, :, own])
-    return torch.cat(found) if found else x.new_zeros(0, rows, columns)
+        diagonal = torch.arange(size, device=x.device)
+        blocks.append(block.reshape(size, rows, size, columns)[diagonal, :, diagonal])
+    return torch.cat(blocks) if blocks else x.new_zeros(0, rows, columns)
 
 
 def _own_products(operator: KernelOperator, x: Tensor, v: Tensor) -> Tensor:
@@ -159,11 +159,11 @@ def _own_products(operator: KernelOperator, x: Tensor, v: Tensor) -> Tensor:
 
     rows = max(1, _ENTRIES // max(1, len(points)))
     batches = max(1, rows // max(1, x.shape[1]))
-    found = []
+    products = []
     for some in slices(len(x), batches):
         inner = [
             recomputed(product, x[some][:, part], v[some])
             for part in slices(x.shape[1], rows)
         ]
-        found.append(torch.cat(inner, dim=1))
-    return torch.cat(found)
+        products.append(torch.cat(inner, dim=1))
+    return torch.cat(products)

@@ -61,8 +61,8 @@ class KernelFeatures(BotorchFeatureMap):
 
 
 def _features_at(features: FeatureMap, x: Tensor) -> Tensor:
-    found = features.features(x.reshape(-1, x.shape[-1]))
-    return found.reshape(*x.shape[:-1], found.shape[-1])
+    values = features.features(x.reshape(-1, x.shape[-1]))
+    return values.reshape(*x.shape[:-1], values.shape[-1])
 
 
 @GenKernelFeatures.register(Kernel)
@@ -131,11 +131,13 @@ def kernel_element(kernel: Kernel, index: tuple[int, ...]) -> Kernel:
         if not isinstance(part, Kernel):
             continue
         shape = part._batch_shape  # its own; batch_shape asks the parts too
-        own = index[len(index) - len(shape) :]
-        own = tuple(0 if size == 1 else i for i, size in zip(own, shape, strict=True))
+        place = index[len(index) - len(shape) :]
+        place = tuple(
+            0 if size == 1 else i for i, size in zip(place, shape, strict=True)
+        )
         for parameter in part.parameters(recurse=False):
             if id(parameter) not in done:  # two parts may share one
-                parameter.data = parameter.data[own]
+                parameter.data = parameter.data[place]
                 done.add(id(parameter))
         part.batch_shape = torch.Size()
     return element

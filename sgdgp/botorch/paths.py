@@ -41,15 +41,15 @@ class PathFunctions:
 
     def __call__(self, x: Float[Tensor, "*b q d"]) -> Float[Tensor, "k *b q m"]:
         """All functions at the same points."""
-        found = []
+        columns = []
         for output in self.outputs:
             mean, deviations = output.evaluate(x, self.numbers)
             values = mean + deviations
             # Affine units are in there already.
             if not output.units.is_affine:
                 values = output.units.values(values, x)
-            found.append(values)
-        return torch.cat(found, dim=-1)
+            columns.append(values)
+        return torch.cat(columns, dim=-1)
 
     def each(self, x: Float[Tensor, "k q d"]) -> Float[Tensor, "k q m"]:
         """Function i at its own points x[i]."""
@@ -102,10 +102,10 @@ class PathwisePath(SamplePath):
         """Values (*b, *sample_shape, q, m) at x whose batch broadcasts with it."""
         batch, joint = x.shape[:-2], x.shape[-2:]
         outer = batch[: max(0, len(batch) - len(self.sample_shape))]
-        own = batch[len(outer) :]
-        if prod(own) == 1:
+        inner = batch[len(outer) :]
+        if prod(inner) == 1:
             return self._shared(x.reshape(*outer, *joint))
-        if torch.broadcast_shapes(own, self.sample_shape) != self.sample_shape:
+        if torch.broadcast_shapes(inner, self.sample_shape) != self.sample_shape:
             raise ValueError(
                 "x: expected a batch that broadcasts with the sample dimensions "
                 f"{tuple(self.sample_shape)}, found shape {tuple(x.shape)}"

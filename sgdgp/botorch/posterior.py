@@ -23,8 +23,6 @@ from torch import Tensor
 
 from sgdgp.botorch.outputs import Evaluated
 
-_ONE = torch.Size([1])
-
 
 class Cursor:
     """Which functions were given out already."""
@@ -166,7 +164,7 @@ class PathPosterior(Posterior):
         Args:
             sample_shape: How many. Default: one.
         """
-        shape = _ONE if not sample_shape else torch.Size(sample_shape)
+        shape = torch.Size(sample_shape or [1])
         return self._chosen(self._cursor.take(shape.numel())).reshape(
             self._extended_shape(shape)
         )
@@ -257,13 +255,13 @@ class PathPosterior(Posterior):
         if self._all is not None and index in (None, ()):
             return self._all
         parts = [output.evaluate(self._x, index) for output in self._outputs]
-        found = (
+        evaluated = (
             torch.cat([mean for mean, _ in parts], dim=-1),
             torch.cat([deviations for _, deviations in parts], dim=-1),
         )
         if index is None:
-            self._all = found
-        return found
+            self._all = evaluated
+        return evaluated
 
 
 def is_affine(transform: PosteriorTransform) -> bool:

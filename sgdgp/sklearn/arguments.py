@@ -194,8 +194,8 @@ def check_weights(
     counted = weights > 0
     if not counted.any():
         raise ValueError("sample_weight: all weights are zero; one has to be positive")
-    kept = weights[counted]
-    return (None if (kept == 1).all() else kept), counted
+    positive = weights[counted]
+    return (None if (positive == 1).all() else positive), counted
 
 
 def check_quantiles(quantiles: Any) -> np.ndarray:
@@ -204,13 +204,13 @@ def check_quantiles(quantiles: Any) -> np.ndarray:
     Raises:
         ValueError: A number outside, or more than one dimension.
     """
-    found = np.atleast_1d(np.asarray(quantiles, dtype=np.float64))
-    if found.ndim != 1 or not ((found > 0) & (found < 1)).all():
+    levels = np.atleast_1d(np.asarray(quantiles, dtype=np.float64))
+    if levels.ndim != 1 or not ((levels > 0) & (levels < 1)).all():
         raise ValueError(
             "quantiles: expected numbers strictly between 0 and 1, found "
             f"{np.asarray(quantiles).tolist()}"
         )
-    return found
+    return levels
 
 
 def draw_seed(random_state: Any) -> int:

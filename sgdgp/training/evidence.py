@@ -36,6 +36,15 @@ from sgdgp.solvers.preconditioners import PivotedCholesky, left_singular
 from sgdgp.solvers.system import as_system
 from sgdgp.training.gradient import EXACT_ROWS, exact_log_likelihood, residual
 
+_TOLERANCE = 1e-3
+"""Of the solve for the targets, whose error counts by its square."""
+
+_INVARIANT = 1e-6
+"""A Lanczos vector so short is rounding: the ones before it span all there is."""
+
+_SMALLEST = 1e-300
+"""Least eigenvalue whose logarithm is taken; rounding may leave negative ones."""
+
 
 @dataclass(frozen=True)
 class LogLikelihoodEstimate:
@@ -96,16 +105,18 @@ def total_log_likelihood(
         num_probes: Lanczos runs.
         seed: Seed of the probes.
     """
-    found = [
+    estimates = [
         estimate_log_likelihood(problem, num_probes=num_probes, seed=seed + i)
         for i, problem in enumerate(
             training_problems(prior_at(model, x), model.likelihood, x, y)
         )
     ]
     return LogLikelihoodEstimate(
-        value=sum(one.value for one in found),
-        standard_error=math.sqrt(sum(one.standard_error**2 for one in found)),
-        passes=sum(one.passes for one in found),
+        value=sum(estimate.value for estimate in estimates),
+        standard_error=math.sqrt(
+            sum(estimate.standard_error**2 for estimate in estimates)
+        ),
+        passes=sum(estimate.passes for estimate in estimates),
     )
 
 
@@ -132,11 +143,13 @@ def estimate_log_likelihood(
     operator = choose_operator(problem.kernel, problem.inputs.detach())
     noise, rhs = problem.noise.detach(), residual(problem)
     generator = torch.Generator().manual_seed(seed)
-    solution = Auto(tolerance=1e-3).solve(operator, noise, rhs, generator=generator)
+    solution = Auto(tolerance=_TOLERANCE).solve(
+        operator, noise, rhs, generator=generator
+    )
     v = solution.weights
     # v^T (b + r) = 2 v^T b - v^T H v: its error is of second order in that of v.
-    left = rhs - operator.matmul(v) - noise.unsqueeze(1) * v
-    fit = float((v.double() * (rhs + left).double()).sum())
+    remainder = rhs - operator.matmul(v) - noise.unsqueeze(1) * v
+    fit = float((v.double() * (rhs + remainder).double()).sum())
     determinant, error, passes = log_determinant(
         operator,
         noise,
@@ -178,7 +191,7 @@ def log_determinant(
     start = torch.randn(num_probes, n, generator=generator, dtype=torch.float64).mT.to(
         operator.x
     )
-    found = start.new_zeros(num_probes, dtype=torch.float64)
+    estimates = start.new_zeros(num_probes, dtype=torch.float64)
     for step, (diagonal, off_diagonal) in enumerate(_lanczos(matrix, start, max_steps)):
         values, vectors = torch.linalg.eigh(
             torch.diag_embed(diagonal)
@@ -186,13 +199,15 @@ def log_determinant(
             + torch.diag_embed(off_diagonal, -1)
         )
         weight = vectors[:, 0, :].square()
-        before = found
-        found = n * (weight * values.clamp_min(1e-300).log()).sum(1)
+        before = estimates
+        estimates = n * (weight * values.clamp_min(_SMALLEST).log()).sum(1)
         passes += 1.0
-        if step and float((found - before).mean().abs()) <= tolerance * n:
+        if step and float((estimates - before).mean().abs()) <= tolerance * n:
             break
-    error = float(found.std()) / math.sqrt(num_probes) if num_probes > 1 else math.inf
-    return explained + float(found.mean()), error, passes
+    error = (
+        float(estimates.std()) / math.sqrt(num_probes) if num_probes > 1 else math.inf
+    )
+    return explained + float(estimates.mean()), error, passes
 
 
 def _whitened(
@@ -245,7 +260,7 @@ def _lanczos(
             for vector in basis:
                 image = image - vector * (vector * image).sum(0)
         norm = image.norm(dim=0)
-        if float(norm.min()) <= 1e-6:
+        if float(norm.min()) <= _INVARIANT:
             return
         off_diagonal.append(norm.double())
         basis.append(image / norm)

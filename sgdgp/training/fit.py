@@ -238,27 +238,27 @@ def _nowhere(run: Run) -> None:
 
 
 def _warnings(run: Run, reason: FitReason) -> tuple[str, ...]:
-    found = []
+    sentences = []
     if reason == "diverged":
-        found.append(
+        sentences.append(
             "The fit diverged again and again although the learning rate was halved "
             f"{run.recoveries} times; the model holds the last good parameters. Start "
             "with a smaller learning rate, or give the noise a larger lower bound."
         )
     elif run.recoveries:
-        found.append(
+        sentences.append(
             "The fit diverged and went on from the last good parameters with half the "
             f"learning rate; number of times: {run.recoveries}."
         )
     if run.problem is not None:
-        found.append(run.problem)
+        sentences.append(run.problem)
     residual = run.history[-1].residual if run.history else 0.0
     if residual > _POOR_RESIDUAL:
-        found.append(
+        sentences.append(
             f"The last step's solve ended with a relative residual of {residual:.2f}: "
             "gradients are biased. Give it more passes (passes_per_step)."
         )
-    return tuple(found)
+    return tuple(sentences)
 
 
 def best_of(

@@ -113,8 +113,8 @@ class WarmSolves:
         self.weights = solution.weights
         v, a = solution.weights[:, :columns], solution.weights[:, columns:]
         # A copy, as a view of no columns would keep all of them alive.
-        told = replace(solution, weights=solution.weights[:, :0].clone())
-        return SolvedProbes(v, a, drawn.right(a), told)
+        account = replace(solution, weights=solution.weights[:, :0].clone())
+        return SolvedProbes(v, a, drawn.right(a), account)
 
     def _solver(self, operator: KernelOperator, noise: Tensor, columns: int) -> Solver:
         """The solver with the limits of a step and the preconditioner that is kept."""
