@@ -54,11 +54,6 @@ ARROWS: dict[str, set[str]] = {
 """What each room may import, a room only from those above it."""
 
 EXCEPTIONS: set[object] = {
-    ("solvers", "posterior"),
-    ("networks", "posterior"),
-    "sgdgp.botorch.model",
-    "sgdgp.networks.posterior",
-    "sgdgp.posterior.outputs",
     "sgdgp.posterior.pathwise",
 }
 """Arrows and lazy imports that are still to be removed."""

@@ -23,7 +23,7 @@ from torch import Tensor
 from sgdgp.core import format_1
 from sgdgp.core.checkpoint import Checkpoint
 from sgdgp.core.codec import can_be_stored, read_values, register_stored_class
-from sgdgp.core.errors import CheckpointError, UnusableFileError
+from sgdgp.core.errors import CheckpointError, StorageError
 from sgdgp.core.files import FileKind
 from sgdgp.posterior import PathwisePosterior, load
 from sgdgp.posterior.storage import save
@@ -234,7 +234,7 @@ def stored_posterior(
         return found
     try:
         left = read_values(former, _FORMER_KIND, found.problem.x.device)["recycled"]
-    except UnusableFileError as error:
+    except StorageError as error:
         raise CheckpointError(f"checkpoint: {error}; it may be deleted") from error
     return replace(found, solution=replace(found.solution, recycled=left))
 

@@ -19,8 +19,7 @@ from sgdgp.botorch.conditioned_model import Conditioned, ConditionedModel, state
 from sgdgp.botorch.definition import Observations
 from sgdgp.botorch.outputs import Outputs
 from sgdgp.core import format_1
-from sgdgp.core.codec import Contents, can_be_stored, read_values, write_values
-from sgdgp.core.errors import StorageError, UnusableFileError
+from sgdgp.core.codec import Contents, can_be_stored, fitting, read_values, write_values
 from sgdgp.core.files import FileKind, path_of, place_of
 from sgdgp.features.storage import given_by_kernel
 from sgdgp.posterior.load import posterior_from
@@ -78,21 +77,9 @@ def restored(
         )
     parameter = next(definition.parameters(), None)
     device = torch.device("cpu") if parameter is None else parameter.device
-    try:
-        found = read_values(place, KIND, device)
-    except UnusableFileError as error:
-        raise StorageError(str(error)) from error
-    try:
+    found = read_values(place, KIND, device)
+    with fitting(place, "definition"):
         _fill(empty, copy.deepcopy(definition), transforms, found, solver)
-    except (
-        AttributeError,
-        IndexError,
-        KeyError,
-        RuntimeError,
-        TypeError,
-        ValueError,
-    ) as error:
-        raise StorageError(f"{place} does not fit this definition: {error}") from error
     return empty
 
 

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 
 from sgdgp.core.checks import check_positive
-from sgdgp.core.codec import Contents, read_values, write_values
-from sgdgp.core.errors import CheckpointError, UnusableFileError
+from sgdgp.core.codec import MISFITS, Contents, read_values, write_values
+from sgdgp.core.errors import CheckpointError, StorageError
 from sgdgp.core.files import FileKind, path_of, place_of
 from sgdgp.core.hashes import differences, in_words
 
@@ -117,16 +117,9 @@ class Checkpoint:
             yield
         except CheckpointError:
             raise
-        except UnusableFileError as error:
+        except StorageError as error:
             raise CheckpointError(f"checkpoint: {error}. {_ADVICE}") from error
-        except (
-            AttributeError,
-            IndexError,
-            KeyError,
-            TypeError,
-            ValueError,
-            RuntimeError,
-        ) as error:
+        except MISFITS as error:
             raise CheckpointError(
                 f"checkpoint: {self.path} is damaged, or not a {self._kind.words} of "
                 f"this version of sgdgp ({error}). {_ADVICE}"

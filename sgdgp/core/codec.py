@@ -14,14 +14,15 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
 
-from sgdgp.core.errors import NotStorableError
+from sgdgp.core.errors import NotStorableError, StorageError
 from sgdgp.core.files import FileKind, package_versions, read_file, write_file
 
 C = TypeVar("C", bound=type[Any])
@@ -31,6 +32,16 @@ Marker: TypeAlias = Callable[[Any, str], Any]
 
 Finder: TypeAlias = Callable[[Any], Any]
 """The object behind a mark."""
+
+MISFITS = (
+    AttributeError,
+    IndexError,
+    KeyError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+"""What may go wrong with the values of a sound file that is not what it says."""
 
 _STORED: dict[str, type] = {}
 
@@ -234,10 +245,31 @@ def read_values(
     """The values of a file.
 
     Raises:
-        UnusableFileError: Not of that kind, damaged, or of a newer format.
+        StorageError: Not of that kind, damaged, or of a newer format.
     """
     tensors, state = read_file(Path(path), kind)
     return Contents(state, tensors, device)
+
+
+@contextmanager
+def fitting(path: Path, what: str) -> Iterator[None]:
+    """What goes wrong in here is that a file does not fit what it is used with.
+
+    Args:
+        path: The file.
+        what: What it is used with: "model", "network".
+
+    Raises:
+        StorageError: Anything went wrong.
+    """
+    try:
+        yield
+    except StorageError as error:
+        if str(path) in str(error):
+            raise
+        raise StorageError(f"{error}; the file is {path}") from error
+    except MISFITS as error:
+        raise StorageError(f"{path} does not fit this {what}: {error}") from error
 
 
 _DTYPES = {

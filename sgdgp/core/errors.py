@@ -14,12 +14,8 @@ class UnsupportedModelError(SgdgpError, ValueError):
     """The model's prior cannot be read as one kernel between pairs of points."""
 
 
-class UnusableFileError(SgdgpError, ValueError):
-    """A file is damaged, foreign or of a newer format; says which and why."""
-
-
 class StorageError(SgdgpError, ValueError):
-    """A file cannot be used, or not with this model; says which, why, what to do."""
+    """A file cannot be written or used, or not with this model; says which and why."""
 
 
 class CheckpointError(SgdgpError, ValueError):

@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sgdgp.core.errors import StorageError, UnusableFileError
+from sgdgp.core.errors import StorageError
 from sgdgp.core.hashes import digest
 
 _ALIGNED = 8  # a header is padded with blanks to a multiple of it
@@ -206,18 +206,18 @@ def read_file(path: Path, kind: FileKind) -> tuple[dict[str, Tensor], dict[str, 
     """The tensors and the state of a file.
 
     Raises:
-        UnusableFileError: Not of that kind, damaged, or of a newer format.
+        StorageError: Not of that kind, damaged, or of a newer format.
     """
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             if kind.mark not in metadata:
-                raise UnusableFileError(f"{path} is not a {kind.words} of sgdgp")
+                raise StorageError(f"{path} is not a {kind.words} of sgdgp")
             _check_version(path, kind, metadata[kind.mark])
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
         text = metadata["state"]
         if metadata["checksum"] != _checksum(text, tensors):
-            raise UnusableFileError(
+            raise StorageError(
                 f"{path} is damaged: its checksum does not fit its content"
             )
         _check_header(path)
@@ -226,12 +226,12 @@ def read_file(path: Path, kind: FileKind) -> tuple[dict[str, Tensor], dict[str, 
             raise TypeError("the state is no JSON object")
         if kind.upgrade is not None and int(metadata[kind.mark]) < kind.version:
             state = kind.upgrade(tensors, state)
-    except UnusableFileError:
+    except StorageError:
         raise
     except OSError as error:
-        raise UnusableFileError(f"cannot read {path}: {error}") from error
+        raise StorageError(f"cannot read {path}: {error}") from error
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise UnusableFileError(
+        raise StorageError(
             f"{path} is damaged, or not a {kind.words} of sgdgp ({error})"
         ) from error
     return tensors, state
@@ -272,14 +272,14 @@ def _check_header(path: Path) -> None:
         header = file.read(size).decode()
     text = json.dumps(json.loads(header), separators=(",", ":"), ensure_ascii=False)
     if header.rstrip(" ") != text or len(header) - len(header.rstrip(" ")) >= _ALIGNED:
-        raise UnusableFileError(f"{path} is damaged: its header is not as written")
+        raise StorageError(f"{path} is damaged: its header is not as written")
 
 
 def _check_version(path: Path, kind: FileKind, found: str) -> None:
     if not found.isdecimal() or int(found) < 1:
-        raise UnusableFileError(f"{path} has an unknown format {found!r}")
+        raise StorageError(f"{path} has an unknown format {found!r}")
     if int(found) > kind.version:
-        raise UnusableFileError(
+        raise StorageError(
             f"{path} has format {found}, this version of sgdgp reads up to "
             f"{kind.version}; use a newer sgdgp"
         )

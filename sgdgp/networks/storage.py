@@ -13,8 +13,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from sgdgp.core import format_1
-from sgdgp.core.codec import read_values, write_values
-from sgdgp.core.errors import StorageError, UnusableFileError
+from sgdgp.core.codec import fitting, read_values, write_values
+from sgdgp.core.errors import StorageError
 from sgdgp.core.files import FileKind, path_of, place_of
 from sgdgp.core.hashes import differences, digest, in_words
 from sgdgp.tangent import Tangent
@@ -68,11 +68,8 @@ def load_fields(
             f"network: expected a torch.nn.Module for {place}, the posterior of a "
             f"network, found {type(network).__name__}"
         )
-    try:
-        found = read_values(place, KIND)
-    except UnusableFileError as error:
-        raise StorageError(str(error)) from error
-    try:
+    found = read_values(place, KIND)
+    with fitting(place, "network"):
         differing = differences(found["network"], network_fingerprint(network))
         if differing:
             raise StorageError(
@@ -94,10 +91,6 @@ def load_fields(
             )
         found.device = tangent.device
         values: dict[str, Any] = found["fields"]
-    except StorageError:
-        raise
-    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise StorageError(f"{place} does not fit this network: {error}") from error
     return tangent, values
 
 

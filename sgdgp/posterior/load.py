@@ -7,8 +7,7 @@ from typing import TypeAlias
 
 from gpytorch.models import ExactGP
 
-from sgdgp.core.codec import Contents, read_values
-from sgdgp.core.errors import StorageError, UnusableFileError
+from sgdgp.core.codec import Contents, fitting, read_values
 from sgdgp.core.files import path_of, reads
 from sgdgp.posterior.independent import IndependentPosterior
 from sgdgp.posterior.multitask import MultitaskPosterior
@@ -56,21 +55,9 @@ def load(
         raise TypeError(
             f"solver: expected a Solver such as SDD(), or a name, found {solver!r}"
         )
-    try:
-        return posterior_from(read_values(place, KIND), model, solver)
-    except UnusableFileError as error:
-        raise StorageError(str(error)) from error
-    except StorageError as error:
-        raise StorageError(f"{error}; the file is {place}") from error
-    except (
-        AttributeError,
-        IndexError,
-        KeyError,
-        RuntimeError,
-        TypeError,
-        ValueError,
-    ) as error:
-        raise StorageError(f"{place} does not fit this model: {error}") from error
+    contents = read_values(place, KIND)
+    with fitting(place, "model"):
+        return posterior_from(contents, model, solver)
 
 
 def posterior_from(
