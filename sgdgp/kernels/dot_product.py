@@ -267,7 +267,7 @@ class ConstantTile(TileKernel):
         return x.new_ones(x.shape[0])
 
     def bind(self, x: Tensor, origin: Tensor) -> BoundTile:
-        return BoundValues(self, x, origin)
+        return BoundValues(self, x, origin, scratch=0)
 
     def keops_inputs(self, x: Tensor, origin: Tensor) -> Forms:
         return (x.new_ones(x.shape[0], 1),)

@@ -177,20 +177,23 @@ class BoundValues(BoundTile):
         tile: The tile kernel; its hyperparameters and inputs are constants.
         x: Points (n, d).
         origin: What to centre them by (d,).
+        scratch: Buffers that ``tile.tile`` really writes to.
     """
 
     wants_gradient = False
 
-    def __init__(self, tile: TileKernel, x: Tensor, origin: Tensor) -> None:
-        self._tile = tile
+    def __init__(
+        self, tile: TileKernel, x: Tensor, origin: Tensor, scratch: int = 1
+    ) -> None:
+        self._tile, self._scratch = tile, scratch
         self._left, self._right = tile.left(x, origin), tile.right(x, origin)
-        self.buffers = 1 + tile.scratch
+        self.buffers = 1 + scratch
 
     def evaluate(self, rows: slice, columns: slice, buffers: Buffers) -> Tensor:
         value = buffers.take()
         left = tuple(form[rows] for form in self._left)
         right = tuple(form[columns] for form in self._right)
-        scratch = [buffers.take() for _ in range(self._tile.scratch)]
+        scratch = [buffers.take() for _ in range(self._scratch)]
         self._tile.tile(left, right, value, scratch)
         return value
 

@@ -109,6 +109,9 @@ class KernelOperator(ABC):
         """Device that holds the inputs and computes the entries."""
         return self.x.device
 
+    # What an operator is made of. Arguments are checked and indices resolved, and no
+    # graph is recorded.
+
     @abstractmethod
     def _rows_matmul(
         self, index: RowIndex, v: Float[Tensor, "n k"]
@@ -116,13 +119,51 @@ class KernelOperator(ABC):
         """K[index, :] v, never more than the memory budget at a time."""
 
     @abstractmethod
-    def block(self, i: RowIndex, j: RowIndex) -> Float[Tensor, "a b"]:
+    def _block(self, i: RowIndex, j: RowIndex) -> Float[Tensor, "a b"]:
         """The dense block K[i, j]."""
 
     @abstractmethod
-    def diagonal(self) -> Float[Tensor, " n"]:
+    def _diagonal_entries(self) -> Float[Tensor, " n"]:
         """The diagonal of a square operator, exact (never by differences)."""
 
+    def _columns_matmul(
+        self, index: RowIndex, v: Float[Tensor, "b k"]
+    ) -> Float[Tensor, "m k"]:
+        """K[:, index] v, for some rows of the block at a time."""
+        out = v.new_empty(self.shape[0], v.shape[1])
+        for rows in slices(self.shape[0], min(self.rows_per_step, _BLOCK_ROWS)):
+            out[rows] = self.block(rows, index) @ v
+        return out
+
+    def _quadratic_form(self, a: Tensor, b: Tensor, x: Tensor) -> Tensor:
+        """``quadratic_form`` at the points x, which may have a graph."""
+        outputs, budget = self.outputs_per_input, self.memory_budget
+        return form_by_autograd(self.kernel, x, a, b, budget, outputs=outputs)
+
+    def _rebuilt(
+        self, x: Tensor, x_rows: Tensor | None, kernel: Kernel | None = None
+    ) -> KernelOperator:
+        """The same kind of operator over other inputs (``x_rows=None``: square).
+
+        ``kernel`` replaces the kernel; by default it stays.
+        """
+        kernel = self.kernel if kernel is None else kernel
+        return type(self)(kernel, x, x_rows, memory_budget=self.memory_budget)
+
+    @torch.no_grad()
+    def block(self, i: RowIndex, j: RowIndex) -> Float[Tensor, "a b"]:
+        """The dense block K[i, j]; beside it the memory budget holds."""
+        rows, columns = self.shape
+        return self._block(resolve_index(i, rows, "i"), resolve_index(j, columns, "j"))
+
+    @torch.no_grad()
+    def diagonal(self) -> Float[Tensor, " n"]:
+        """The diagonal of a square operator, exact (never by differences)."""
+        if not self.is_square:
+            raise ValueError("diagonal needs a square operator, this one is a cross")
+        return self._diagonal_entries()
+
+    @torch.no_grad()
     def small_blocks(self, index: Int[Tensor, "m k"]) -> Float[Tensor, "m k k"]:
         """The square blocks K[index[i], index[i]] of a square operator, for all i.
 
@@ -135,16 +176,6 @@ class KernelOperator(ABC):
                 return blocks.to(self.dtype).contiguous()
         return torch.stack([self.block(rows, rows) for rows in index])
 
-    def _rebuilt(
-        self, x: Tensor, x_rows: Tensor | None, kernel: Kernel | None = None
-    ) -> KernelOperator:
-        """The same kind of operator over other inputs (``x_rows=None``: square).
-
-        ``kernel`` replaces the kernel; by default it stays.
-        """
-        kernel = self.kernel if kernel is None else kernel
-        return type(self)(kernel, x, x_rows, memory_budget=self.memory_budget)
-
     def rows(self, index: RowIndex) -> RowBlock:
         """The rows ``index`` (b,) as an operator with ``matmul``."""
         return RowBlock(self, index)
@@ -153,17 +184,10 @@ class KernelOperator(ABC):
         """The columns ``index`` (b,) as an operator with ``matmul``."""
         return ColumnBlock(self, index)
 
-    def _columns_matmul(
-        self, index: RowIndex, v: Float[Tensor, "b k"]
-    ) -> Float[Tensor, "m k"]:
-        """K[:, index] v, for some rows of the block at a time."""
-        out = v.new_empty(self.shape[0], v.shape[1])
-        for rows in slices(self.shape[0], min(self.rows_per_step, _BLOCK_ROWS)):
-            out[rows] = self.block(rows, index) @ v
-        return out
-
+    @torch.no_grad()
     def matmul(self, v: Float[Tensor, "n k"]) -> Float[Tensor, "m k"]:
         """K v: one pass over the kernel matrix for all columns of v (n, k)."""
+        check_vectors(v, self.shape[1], self.dtype)
         out = v.new_empty(self.shape[0], v.shape[1])
         for rows in slices(self.shape[0], self.rows_per_step):
             out[rows] = self._rows_matmul(rows, v)
@@ -216,11 +240,6 @@ class KernelOperator(ABC):
             raise ValueError(f"x must be on {self.device}, found {x.device}")
         return self._quadratic_form(a, b, self.x if x is None else x)
 
-    def _quadratic_form(self, a: Tensor, b: Tensor, x: Tensor) -> Tensor:
-        """``quadratic_form`` with checked arguments and the points, never None."""
-        outputs, budget = self.outputs_per_input, self.memory_budget
-        return form_by_autograd(self.kernel, x, a, b, budget, outputs=outputs)
-
     def quadratic_gradient(
         self, a: Float[Tensor, "n k"], b: Float[Tensor, "n k"]
     ) -> None:
@@ -260,7 +279,7 @@ class KernelOperator(ABC):
         self, rows: RowIndex, v: TrackedVectors
     ) -> Float[Tensor, "b k"]:
         """K[rows, :] V; with features one forward on these rows."""
-        return self._rows_matmul(rows, v.values)
+        return self.rows(rows).matmul(v.values)
 
     def random_order(self, generator: torch.Generator) -> Int[Tensor, " n"]:
         """The rows in random order; those of one point stay beside each other."""
@@ -318,9 +337,12 @@ class RowBlock:
     operator: KernelOperator
     index: RowIndex
 
+    @torch.no_grad()
     def matmul(self, v: Float[Tensor, "n k"]) -> Float[Tensor, "b k"]:
         """K[index, :] v for v (n, k)."""
-        return self.operator._rows_matmul(self.index, v)
+        rows, columns = self.operator.shape
+        check_vectors(v, columns, self.operator.dtype)
+        return self.operator._rows_matmul(resolve_index(self.index, rows), v)
 
     def __matmul__(self, v: Tensor) -> Tensor:
         return self.matmul(v)
@@ -337,6 +359,7 @@ class ColumnBlock:
     operator: KernelOperator
     index: RowIndex
 
+    @torch.no_grad()
     def matmul(self, v: Float[Tensor, "b k"]) -> Float[Tensor, "m k"]:
         """K[:, index] v for v (b, k)."""
         index = resolve_index(self.index, self.operator.shape[1])

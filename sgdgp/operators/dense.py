@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sgdgp.core.slices import slices
 from sgdgp.kernels.registry import tile_kernel
-from sgdgp.operators.arguments import check_vectors, resolve_index, take
+from sgdgp.operators.arguments import check_vectors, take
 from sgdgp.operators.base import KernelOperator, RowIndex
 from sgdgp.operators.evaluation import check_kernel
 from sgdgp.operators.feature import features_operator
@@ -77,14 +77,11 @@ class DenseOperator(KernelOperator):
             self._entries = entries
         return self._entries
 
-    @torch.no_grad()
     def _rows_matmul(
         self, index: RowIndex, v: Float[Tensor, "n k"]
     ) -> Float[Tensor, "b k"]:
-        check_vectors(v, self.shape[1], self.dtype)
-        return take(self.entries, resolve_index(index, self.shape[0])) @ v
+        return take(self.entries, index) @ v
 
-    @torch.no_grad()
     def _columns_matmul(
         self, index: RowIndex, v: Float[Tensor, "b k"]
     ) -> Float[Tensor, "m k"]:
@@ -105,14 +102,10 @@ class DenseOperator(KernelOperator):
             out[:, rows].addmm_(left, self.entries[rows].mT)
         return out.mT
 
-    @torch.no_grad()
-    def block(self, i: RowIndex, j: RowIndex) -> Float[Tensor, "a b"]:
-        """The dense block K[i, j]; a view of K when both are slices."""
-        rows = resolve_index(i, self.shape[0], "i")
-        columns = resolve_index(j, self.shape[1], "j")
-        if isinstance(rows, Tensor) and isinstance(columns, Tensor):
-            return self.entries[rows.unsqueeze(1), columns]  # without whole rows
-        return take(self.entries, rows)[:, columns]
+    def _block(self, i: RowIndex, j: RowIndex) -> Float[Tensor, "a b"]:
+        if isinstance(i, Tensor) and isinstance(j, Tensor):
+            return self.entries[i.unsqueeze(1), j]  # without whole rows
+        return take(self.entries, i)[:, j]  # a view of K when both are slices
 
     def small_blocks(self, index: Int[Tensor, "m k"]) -> Float[Tensor, "m k k"]:
         """The blocks K[index[i], index[i]], gathered from K."""
@@ -121,8 +114,7 @@ class DenseOperator(KernelOperator):
     def _quadratic_form(self, a: Tensor, b: Tensor, x: Tensor) -> Tensor:
         return self.source._quadratic_form(a, b, x)
 
-    def diagonal(self) -> Float[Tensor, " n"]:
-        """The diagonal of a square operator, without computing the rest of K."""
+    def _diagonal_entries(self) -> Float[Tensor, " n"]:
         return self.source.diagonal()
 
     def unfilled(self) -> DenseOperator:

@@ -147,19 +147,15 @@ class FeatureOperator(KernelOperator):
         place = torch.randperm(count, generator=generator, device=generator.device)
         return place.to(self.device)[numbers].argsort(stable=True)
 
-    @torch.no_grad()
     def _rows_matmul(
         self, index: RowIndex, v: Float[Tensor, "n k"]
     ) -> Float[Tensor, "b k"]:
-        check_vectors(v, self.shape[1], self.dtype)
-        index = resolve_index(index, self.shape[0])
         return self._forward(index, self._image(v))
 
-    @torch.no_grad()
     def _columns_matmul(
         self, index: RowIndex, v: Float[Tensor, "b k"]
     ) -> Float[Tensor, "m k"]:
-        image = self._adjoint(resolve_index(index, self.shape[1]), v)
+        image = self._adjoint(index, v)
         return self.features.forward(self.x_rows, image)
 
     def product_at(
@@ -197,19 +193,15 @@ class FeatureOperator(KernelOperator):
             v = whole
         return self.features.adjoint(x, v)
 
-    @torch.no_grad()
-    def block(self, i: RowIndex, j: RowIndex) -> Float[Tensor, "a b"]:
-        """The dense block K[i, j], from features within the budget."""
-        i = resolve_index(i, self.shape[0], "i")
-        j = resolve_index(j, self.shape[1], "j")
+    def _block(self, i: RowIndex, j: RowIndex) -> Float[Tensor, "a b"]:
         if index_length(i) < index_length(j):
-            return self._block(self.x, j, self.x_rows, i).mT
-        return self._block(self.x_rows, i, self.x, j)
+            return self._entries_of(self.x, j, self.x_rows, i).mT
+        return self._entries_of(self.x_rows, i, self.x, j)
 
-    def _block(
+    def _entries_of(
         self, x: Tensor, i: Tensor | slice, other: Tensor, j: Tensor | slice
     ) -> Tensor:
-        """K(x_i, other_j), with j the shorter of the two."""
+        """K(x_i, other_j) from features within the budget; j is the shorter."""
         out = x.new_empty(index_length(i), index_length(j))
         few = index_length(j) <= _FEW_COLUMNS * self.outputs_per_input
         same = x is other and _are_same(i, j)
@@ -249,11 +241,7 @@ class FeatureOperator(KernelOperator):
             found = self.features.features(take(x, points))
             yield rows, found if inner is None else take(found, inner)
 
-    @torch.no_grad()
-    def diagonal(self) -> Float[Tensor, " n"]:
-        """Squared norms of the features."""
-        if not self.is_square:
-            raise ValueError("diagonal needs a square operator, this one is a cross")
+    def _diagonal_entries(self) -> Float[Tensor, " n"]:
         everything = slice(0, self.shape[0])
         parts = (f.square().sum(1) for _, f in self._features_of(self.x, everything))
         return torch.cat([self.x.new_zeros(0), *parts])

@@ -18,7 +18,7 @@ from gpytorch.kernels import Kernel
 from jaxtyping import Float
 from torch import Tensor
 
-from sgdgp.operators.arguments import check_vectors, resolve_index, take
+from sgdgp.operators.arguments import take
 from sgdgp.operators.base import RowIndex
 from sgdgp.operators.tiled import TiledOperator
 
@@ -66,12 +66,9 @@ class KeopsOperator(TiledOperator):
         )
         import_keops()
 
-    @torch.no_grad()
     def _rows_matmul(
         self, index: RowIndex, v: Float[Tensor, "n k"]
     ) -> Float[Tensor, "b k"]:
-        check_vectors(v, self.shape[1], self.dtype)
-        index = resolve_index(index, self.shape[0])
         keops = import_keops()
         rows = tuple(take(form, index).contiguous() for form in self._rows)
         formula = self.tile.keops_formula(

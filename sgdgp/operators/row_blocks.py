@@ -10,11 +10,9 @@ from torch import Tensor
 
 from sgdgp.core.slices import slices
 from sgdgp.operators.arguments import (
-    check_vectors,
     index_length,
     piece,
     points_behind,
-    resolve_index,
     take,
 )
 from sgdgp.operators.base import KernelOperator, RowIndex
@@ -78,12 +76,9 @@ class RowBlocksOperator(KernelOperator):
         row = self.shape[1] * self.outputs_per_input * per_entry
         return max(1, min(_MOST_ROWS, self.memory_budget // max(1, row)))
 
-    @torch.no_grad()
     def _rows_matmul(
         self, index: RowIndex, v: Float[Tensor, "n k"]
     ) -> Float[Tensor, "b k"]:
-        check_vectors(v, self.shape[1], self.dtype)
-        index = resolve_index(index, self.shape[0])
         length = index_length(index)
         out = v.new_empty(length, v.shape[1])
         everything = slice(0, self.shape[1])
@@ -91,11 +86,7 @@ class RowBlocksOperator(KernelOperator):
             torch.mm(self._dense(piece(index, rows), everything), v, out=out[rows])
         return out
 
-    @torch.no_grad()
-    def block(self, i: RowIndex, j: RowIndex) -> Float[Tensor, "a b"]:
-        """The dense block K[i, j]."""
-        i = resolve_index(i, self.shape[0], "i")
-        j = resolve_index(j, self.shape[1], "j")
+    def _block(self, i: RowIndex, j: RowIndex) -> Float[Tensor, "a b"]:
         length = index_length(i)
         if length <= self.rows_per_step:
             return self._dense(i, j)
@@ -118,11 +109,8 @@ class RowBlocksOperator(KernelOperator):
             dense = dense[:, columns]
         return dense
 
-    @torch.no_grad()
-    def diagonal(self) -> Float[Tensor, " n"]:
-        """The diagonal of a square operator, from the kernel's own ``diag=True``."""
-        if not self.is_square:
-            raise ValueError("diagonal needs a square operator, this one is a cross")
+    def _diagonal_entries(self) -> Float[Tensor, " n"]:
+        # From the kernel's own ``diag=True``.
         size = max(1, min(_DIAGONAL_POINTS, self._points_per_block))
         return torch.cat(
             [

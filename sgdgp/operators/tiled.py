@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TypeAlias
 
 import torch
 from gpytorch.kernels import Kernel
@@ -18,10 +17,8 @@ from sgdgp.kernels.registry import (
     tile_kernel,
 )
 from sgdgp.operators.arguments import (
-    check_vectors,
     index_length,
     piece,
-    resolve_index,
     take,
 )
 from sgdgp.operators.base import KernelOperator, RowIndex
@@ -123,12 +120,9 @@ class TiledOperator(KernelOperator):
             )
         return self._column_tiles[height]
 
-    @torch.no_grad()
     def _rows_matmul(
         self, index: RowIndex, v: Float[Tensor, "n k"]
     ) -> Float[Tensor, "b k"]:
-        check_vectors(v, self.shape[1], self.dtype)
-        index = resolve_index(index, self.shape[0])
         length = index_length(index)
         # A product written transposed wastes nothing on a ragged last group of columns.
         out = v.new_zeros(v.shape[1], length).mT
@@ -149,13 +143,17 @@ class TiledOperator(KernelOperator):
             if cut.stop - cut.start != width:
                 entry, *scratch = _buffers(flat, length, cut.stop - cut.start)
             self.tile.tile(left, right, entry, scratch)
-            diagonal.write(entry, cut)
+            if diagonal is not None:
+                diagonal.write(entry, cut)
             out.mT.addmm_(v[cut].mT, entry.mT)
         self._spare_workspaces.append(flat)
 
-    def _diagonal_writer(self, index: RowIndex, edges: Tensor) -> _DiagonalWriter:
+    def _diagonal_writer(
+        self, index: RowIndex, edges: Tensor
+    ) -> _SliceDiagonal | _IndexDiagonal | None:
+        """What overwrites entries on the diagonal; None for a cross operator."""
         if self._diagonal is None:
-            return _NoDiagonal()
+            return None
         if isinstance(index, slice):
             return _SliceDiagonal(self._diagonal, index)
         return _IndexDiagonal(self._diagonal, index, edges)
@@ -166,11 +164,8 @@ class TiledOperator(KernelOperator):
             return self._spare_workspaces.pop()
         return self.x.new_empty(1 + self.tile.scratch, self._entries)
 
-    @torch.no_grad()
-    def block(self, i: RowIndex, j: RowIndex) -> Float[Tensor, "a b"]:
-        """The dense block K[i, j]; beside it only one strip of it is in memory."""
-        i = resolve_index(i, self.shape[0], "i")
-        j = resolve_index(j, self.shape[1], "j")
+    def _block(self, i: RowIndex, j: RowIndex) -> Float[Tensor, "a b"]:
+        # Beside the block only one strip of it is in memory.
         right = tuple(take(form, j) for form in self._right)
         width = index_length(j)
         out = self.x.new_empty(index_length(i), width)
@@ -183,11 +178,8 @@ class TiledOperator(KernelOperator):
                 _write_where_equal(out[rows], strip, j, self._diagonal)
         return out.mul_(self.tile.factor)
 
-    @torch.no_grad()
-    def diagonal(self) -> Float[Tensor, " n"]:
-        """The diagonal of a square operator, from the closed form."""
-        if self._diagonal is None:
-            raise ValueError("diagonal needs a square operator, this one is a cross")
+    def _diagonal_entries(self) -> Float[Tensor, " n"]:
+        assert self._diagonal is not None
         return self.tile.factor * self._diagonal
 
     def _quadratic_form(self, a: Tensor, b: Tensor, x: Tensor) -> Tensor:
@@ -214,13 +206,6 @@ def _mean(x: Tensor) -> Tensor:
 # Distances from a matrix product are off by rounding at zero distance, which is where a
 # Matern-1/2 kernel feels it most, and the diagonal decides whether K + Sigma is
 # positive definite: the entries of tiles that lie on it are overwritten by exact ones.
-
-
-class _NoDiagonal:
-    """For operators whose rows and columns are different points."""
-
-    def write(self, tile: Tensor, columns: slice) -> None:
-        """Leave the tile as it is."""
 
 
 class _SliceDiagonal:
@@ -272,10 +257,6 @@ class _IndexDiagonal:
             inside = self._columns[start:stop] - columns.start
             flat = self._positions[start:stop] * tile.shape[1] + inside
             tile.view(-1).index_copy_(0, flat, self._values[start:stop])
-
-
-_DiagonalWriter: TypeAlias = _NoDiagonal | _SliceDiagonal | _IndexDiagonal
-"""Overwrites the entries of a tile that lie on the diagonal."""
 
 
 def _write_where_equal(
