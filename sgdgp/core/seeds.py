@@ -57,5 +57,18 @@ def derived_generator(seed: int, *what: object) -> torch.Generator:
     return torch.Generator().manual_seed(_number(hashlib.sha256(text.encode())))
 
 
+def standard_normal(
+    *shape: int, like: torch.Tensor, generator: torch.Generator
+) -> torch.Tensor:
+    """Standard normal numbers in the dtype and on the device of another tensor.
+
+    They are drawn on the generator's own device, so that a seed means the same on all.
+    """
+    draws = torch.randn(
+        *shape, generator=generator, device=generator.device, dtype=like.dtype
+    )
+    return draws.to(like.device)
+
+
 def _number(found: hashlib._Hash) -> int:
     return int.from_bytes(found.digest()[:7])

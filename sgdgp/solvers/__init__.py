@@ -1,7 +1,11 @@
 """Solvers of (K + Sigma) V = B: settings in, an honest solution out."""
 
 from sgdgp.solvers.adasap import ADASAP
-from sgdgp.solvers.alternating_projections import AlternatingProjections
+from sgdgp.solvers.alternating_projections import (
+    AlternatingProjections,
+    Greedy,
+    RandomOrder,
+)
 from sgdgp.solvers.auto import Auto, Stage, choose_solver, plan
 from sgdgp.solvers.base import (
     Callback,
@@ -19,7 +23,6 @@ from sgdgp.solvers.inducing_sgd import InducingSGD
 from sgdgp.solvers.preconditioners import Nystrom, PivotedCholesky, Preconditioner
 from sgdgp.solvers.refinement import Refined
 from sgdgp.solvers.sdd import SDD
-from sgdgp.solvers.selection import Greedy, RandomOrder
 from sgdgp.solvers.sgd import SGD
 from sgdgp.solvers.two_level import TwoLevel
 

@@ -52,18 +52,13 @@ from sgdgp.solvers.blocks import (
     BlockPreconditioner,
     NystromBlocks,
     Shuffled,
-    fresh_partition,
 )
 from sgdgp.solvers.driver import Algorithm, StochasticSolver, Task, check_steps
 from sgdgp.solvers.iterates import BlockIterate
-from sgdgp.solvers.stopping import Monitor
 from sgdgp.solvers.system import System, true_residual
 
-_CALMER = 10.0
-"""Factor of mu after a restart: a third of the memory 1 / q, as the step is halved."""
-
-_LEAST_MU = 0.1
-"""The least mu in units of 1 / nu (deviation 2): no more memory than three passes."""
+_CALMER = 10.0  # factor of mu after a restart: a third of the memory 1 / q
+_LEAST_MU = 0.1  # in units of 1 / nu: see deviation 2
 
 
 @register_stored_class
@@ -169,14 +164,13 @@ class _SketchAndProject(Algorithm[ADASAP]):
         mu = min(solver.mu or default_mu(system, nu), 1.0 / nu)
         self._acceleration = Acceleration(mu, nu)
         self._scale = 1.0
-        # Momentum remembers 1 / (2 q) steps: no verdict before that has faded.
-        patience = max(300.0, 10.0 / self._acceleration.q / self.num_blocks)
-        self.monitor = Monitor(solver.tolerance, self.norms, patience)
+        self.watch(0.5 / self._acceleration.q / self.num_blocks)
         self._iterate = BlockIterate(system, self.checked.weights)
 
     def blocks(self) -> Iterator[RowIndex]:
         """A new random partition of the equations."""
-        return iter(fresh_partition(self.system, self._size, self.generator))
+        order = self.system.operator.random_order(self.generator)
+        return iter(order.tensor_split(self.num_blocks))
 
     def visit(self, block: RowIndex) -> Tensor:
         self._gradient = self._iterate.gradient(block)
@@ -186,11 +180,11 @@ class _SketchAndProject(Algorithm[ADASAP]):
     def step(self, block: RowIndex) -> None:
         """See ``Algorithm.step``; the passes count when the step is made."""
         precondition = self.solver.preconditioner.step
-        inverse = precondition(self.system, block, self.generator)
+        inverse, eta = precondition(self.system, block, self.generator)
         q, gamma = self._acceleration.q, self._acceleration.gamma
         self._iterate.step(
             block,
-            inverse(self._gradient).mul_(self._scale),
+            inverse(self._gradient).mul_(eta * self._scale),
             z_step=(gamma + 1.0) / 2.0,
             u_step=(gamma - 1.0) / (1.0 + q),
             momentum=self._acceleration.decay,

@@ -31,42 +31,90 @@ Deviations from the paper:
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sgdgp.core.checks import check_count
 from sgdgp.core.codec import register_stored_class
-from sgdgp.operators.base import KernelOperator
-from sgdgp.solvers.base import (
-    Callback,
-    IterativeSolver,
-    Reason,
-    Recorder,
-    Solution,
-)
+from sgdgp.core.memory import resolve_budget
+from sgdgp.operators.base import RowIndex
 from sgdgp.solvers.blocks import (
-    PerBlock,
+    CholeskyInverse,
     factorise_block,
-    memory_for_factors,
-    partition,
+    in_random_order,
+    shuffle,
 )
-from sgdgp.solvers.projection_work import ImageWork, Work
-from sgdgp.solvers.selection import Greedy, RandomOrder, Selection
-from sgdgp.solvers.stopping import Monitor
-from sgdgp.solvers.system import System, as_system, initial_weights, true_residual
+from sgdgp.solvers.driver import Algorithm, StochasticSolver, Task, check_steps
+from sgdgp.solvers.system import System, true_residual
 
-_REPLACE_EVERY = 25.0
-_PATIENCE = 300.0
-_SMALLEST_BLOCK = 64
-_LARGEST_BLOCK = 4096
+_REPLACE_EVERY = 25.0  # passes between checks, which cost a pass: 4 % of all
+_LOWER_CLAIM = 0.7  # of what counts as done, after a running residual was found to lie
+_SMALLEST_BLOCK = 64  # below, a step costs more than its entries
+_LARGEST_BLOCK = 4096  # equations: a float64 factor takes 0.13 GB
+
+Picker = Callable[[Tensor], RowIndex]
+"""Returns the next block for a residual (n, k)."""
+
+
+class Selection(ABC):
+    """Rule for which block of equations is solved next."""
+
+    @abstractmethod
+    def picker(self, blocks: Sequence[RowIndex], generator: torch.Generator) -> Picker:
+        """The rule at work on a partition."""
 
 
 @register_stored_class
 @dataclass(frozen=True)
-class AlternatingProjections(IterativeSolver):
+class Greedy(Selection):
+    """The block with the largest residual norm, summed over the columns."""
+
+    def picker(self, blocks: Sequence[RowIndex], generator: torch.Generator) -> Picker:
+        """See ``Selection.picker``."""
+
+        def pick(residual: Tensor) -> RowIndex:
+            return blocks[int(block_norms(residual, blocks).sum(1).argmax())]
+
+        return pick
+
+
+@register_stored_class
+@dataclass(frozen=True)
+class RandomOrder(Selection):
+    """Every block once in a random order, then again in another."""
+
+    def picker(self, blocks: Sequence[RowIndex], generator: torch.Generator) -> Picker:
+        """See ``Selection.picker``."""
+
+        def forever() -> Iterator[RowIndex]:
+            while True:
+                yield from in_random_order(blocks, generator)
+
+        endless = forever()
+        return lambda residual: next(endless)
+
+
+def block_norms(
+    residual: Float[Tensor, "n k"], blocks: Sequence[RowIndex]
+) -> Float[Tensor, "m k"]:
+    """Norm of every column on every block of a partition."""
+    size = len(residual[blocks[0]])
+    whole = len(residual) // size
+    squares = residual.square()
+    sums = squares[: whole * size].unflatten(0, (whole, size)).sum(1)
+    if whole * size < len(residual):
+        sums = torch.cat([sums, squares[whole * size :].sum(0, keepdim=True)])
+    return sums.sqrt()
+
+
+@register_stored_class
+@dataclass(frozen=True)
+class AlternatingProjections(StochasticSolver):
     """Exact block solves; hard to beat to a loose tolerance, slow to a tight one.
 
     Attributes:
@@ -82,123 +130,20 @@ class AlternatingProjections(IterativeSolver):
     selection: Selection = field(default_factory=Greedy)
 
     name = "alternating_projections"
+    title = "Alternating projections"
+    advice = (
+        "Give it more passes (max_passes), larger blocks (block_size), float64 data, "
+        "or use CG or Cholesky."
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.block_size is not None:
-            check_count("block_size", self.block_size, 1)
+        check_steps(self.block_size)
         if not isinstance(self.selection, Selection):
             raise TypeError(f"selection: expected Greedy(), found {self.selection!r}")
 
-    def solve(
-        self,
-        operator: KernelOperator,
-        noise: Tensor | float,
-        rhs: Float[Tensor, "n k"],
-        *,
-        initial: Tensor | None = None,
-        noise_draws: Tensor | None = None,
-        generator: torch.Generator | None = None,
-        callback: Callback | None = None,
-    ) -> Solution:
-        """Solve (K + Sigma) V = B; see ``Solver.solve``."""
-        generator = generator or torch.Generator().manual_seed(0)
-        system = as_system(operator, noise, rhs)
-        start = initial_weights(system, initial)
-        record = Recorder(callback)
-        n, k = rhs.shape
-
-        order = operator.random_order(generator)
-        shuffled = system.permuted(order)
-        memory = memory_for_factors(rhs.device)
-        affordable = memory // (n * rhs.element_size())
-        size = self.block_size or default_block_size(n, k, affordable)
-        blocks = partition(n, size, operator.outputs_per_input)
-        inverses = PerBlock(
-            lambda block: factorise_block(shuffled, block),
-            keep=blocks[0].stop <= affordable,
-        )
-        selection = RandomOrder() if operator.has_features else self.selection
-        pick = selection.picker(blocks, generator)
-
-        start = start[order]
-        residual = shuffled.rhs.clone()
-        passes = 0.0
-        # With features the image of the iterate is renewed, by one adjoint on all rows.
-        check_cost = 1.5 if operator.has_features else 1.0
-        if initial is not None:
-            residual = true_residual(shuffled, start)
-            passes += check_cost
-        kind = ImageWork if operator.has_features else Work
-        work = kind(shuffled, start, residual, self.tolerance)
-        monitor = Monitor(self.tolerance, work.norms, _PATIENCE)
-        limit = _largest_residual(shuffled) * max(1.0, float(work.norms.max()))
-        passes += check_cost - 1.0  # the diagonal, from features
-
-        def weights() -> Tensor:
-            unshuffled = torch.empty_like(start)
-            unshuffled[order] = work.weights()
-            return unshuffled * system.scale
-
-        def is_out_of_budget() -> bool:
-            # The true residual at the end is part of the budget.
-            return passes + check_cost >= self.max_passes or record.is_past(
-                self.max_seconds
-            )
-
-        reason: Reason | None = None
-        if float(work.norms.max()) <= self.tolerance:
-            reason = "converged"
-        checked = passes
-        while reason is None:
-            for _ in blocks:
-                block = pick(work.residual)
-                computed = inverses.computed
-                work.step(block, inverses(block))
-                part = (block.stop - block.start) / n
-                factor = 0.5 if operator.has_features else part
-                passes += part * (1.0 + (inverses.computed - computed) * factor)
-                worst = work.advance()
-                if work.is_done or not worst <= limit or is_out_of_budget():
-                    break
-            exact = (
-                work.is_done or is_out_of_budget() or passes - checked >= _REPLACE_EVERY
-            )
-            if not worst <= limit:
-                reason = "diverged"
-            elif exact:
-                norms = work.replace_residual()
-                passes += check_cost
-                checked = passes
-                reason = monitor.verdict(norms, passes)
-            if record(passes, work.norms.clone(), exact=exact, weights=weights):
-                reason = reason or "interrupted"
-            if is_out_of_budget():
-                reason = reason or "budget"
-
-        if not work.is_verified:
-            work.replace_residual()
-            passes += check_cost
-        final = work.take_best()
-        if float(final.max()) <= self.tolerance:
-            reason = "converged"
-        return Solution(
-            solver=self.name,
-            operator=operator.name,
-            weights=weights(),
-            residuals=final.to(rhs.dtype),
-            passes=passes,
-            seconds=record.seconds,
-            reason=reason,
-            history=tuple(record.history),
-            warnings=_warnings(reason, final, self.tolerance),
-            settings={
-                "block_size": blocks[0].stop,
-                "blocks": len(blocks),
-                "selection": repr(selection),
-                "factors": inverses.computed,
-            },
-        )
+    def begin(self, task: Task) -> Algorithm[Any]:
+        return _Projections(self, task)
 
 
 def default_block_size(n: int, k: int, affordable: int) -> int:
@@ -218,6 +163,133 @@ def default_block_size(n: int, k: int, affordable: int) -> int:
     return max(_SMALLEST_BLOCK, largest)
 
 
+class _Projections(Algorithm[AlternatingProjections]):
+    """Projections at work.
+
+    The residual is up to date on all rows, for which a step needs the block's columns
+    of K; with features it is up to date on the block that is visited, for which the
+    block alone is enough. Columns leave the products as soon as they seem to be done,
+    and come back if a check disagrees.
+    """
+
+    max_restarts = 0  # there is no step to make smaller
+
+    def __init__(self, solver: AlternatingProjections, task: Task) -> None:
+        rhs = task.system.rhs
+        n, k = rhs.shape
+        # Half of what others may take is for the factors of all blocks.
+        memory = resolve_budget(None, rhs.device) // 2
+        affordable = memory // (n * rhs.element_size())
+        size = solver.block_size or default_block_size(n, k, affordable)
+        data = shuffle(task.system, size, task.generator)
+        super().__init__(solver, task, data)
+        self.passes += self.adjoint_cost  # the diagonal, from features
+        self.check_cost = 1.0 + self.adjoint_cost  # phi^T V is renewed
+        self._checked_at = self.passes
+        self._has_features = self.system.operator.has_features
+        self._selection = RandomOrder() if self._has_features else solver.selection
+        self._pick = self._selection.picker(data.blocks, self.generator)
+        self._keeps_factors = data.block_size <= affordable
+        self._factors: dict[int, CholeskyInverse] = {}
+        self._computed = 0
+        self._claim = solver.tolerance
+        self._all = self.checked.weights.clone()
+        self._v = self.system.operator.tracked(self._all)
+        self.watch()
+        largest = max(1.0, float(self.norms.max()))
+        self._limit = _largest_residual(self.system) * largest
+
+    def blocks(self) -> Iterator[RowIndex]:
+        """As many blocks as there are, or until all columns seem to be done."""
+        for _ in self.data.blocks:
+            if len(self.live):
+                yield self._pick(self.residual)
+
+    def visit(self, block: RowIndex) -> Tensor:
+        """Solve one block; running residuals (k',)."""
+        operator, noise = self.system.operator, self.system.noise[block]
+        self.passes += len(noise) / self.system.n
+        inverse = self._inverse(block)
+        if self._has_features:
+            now = operator.rows_of_product(block, self._v).neg_()
+            now += self.system.rhs[block][:, self.live] - noise * self._v.values[block]
+            self.residual[block] = now
+        u = inverse(self.residual[block])
+        self._v.move(operator.move(block, u))
+        if not self._has_features:
+            self.residual -= operator.columns(block).matmul(u)
+            self.residual[block] -= noise * u
+        running = self.residual.norm(dim=0)
+        self.see(running)
+        self.go_on_with(~(running <= self._claim))
+        return running
+
+    def _inverse(self, block: RowIndex) -> CholeskyInverse:
+        """The factor of a block, kept where memory allows."""
+        assert isinstance(block, slice)  # ``shuffle`` makes no others
+        inverse = self._factors.get(block.start)
+        if inverse is None:
+            inverse = factorise_block(self.system, block)
+            self._computed += 1
+            part = (block.stop - block.start) / self.system.n
+            self.passes += part * (self.adjoint_cost or part)
+            if self._keeps_factors:
+                self._factors[block.start] = inverse
+        return inverse
+
+    def step(self, block: RowIndex) -> None:
+        """Nothing: the visit has solved the block."""
+
+    def keep(self, rest: Tensor) -> None:
+        self._all[:, self.live] = self._v.values
+        self._v = self._v.columns(rest)
+
+    def is_diverging(self, residual: Tensor) -> bool:
+        """Whether a residual is larger than rounding can have made it."""
+        return not float(residual.max()) <= self._limit
+
+    def end_pass(self) -> None:
+        """Nothing: ``norms`` are up to date."""
+
+    def weights(self) -> Tensor:
+        return self._v.values
+
+    def candidate(self) -> Tensor:
+        """Columns that seem to be done as they were left, though not checked."""
+        weights = self._all.clone()
+        weights[:, self.live] = self._v.values
+        return weights
+
+    def wants_check(self, is_last: bool) -> bool:
+        """At regular intervals, and when all columns seem to be done."""
+        due = self.passes - self._checked_at >= _REPLACE_EVERY
+        return is_last or due or not len(self.live)
+
+    def check(self) -> None:
+        """Replace the residual by the true one and take columns back that need it."""
+        self._all = self.candidate()
+        residual = true_residual(self.system, self._all)
+        self.take_note(self._all, residual)
+        self._checked_at = self.passes
+        if not len(self.live):
+            # What was claimed of the columns that come back was not true.
+            self._claim *= _LOWER_CLAIM
+        self.live = (self.norms > self.solver.tolerance).nonzero()[:, 0]
+        self.residual = residual[:, self.live].to(self._all.dtype)
+        self._v = self.system.operator.tracked(self._all[:, self.live])
+
+    def settings(self) -> dict[str, Any]:
+        return {
+            "block_size": self.data.block_size,
+            "blocks": self.num_blocks,
+            "selection": repr(self._selection),
+            "factors": self._computed,
+        }
+
+    def restart_warnings(self) -> tuple[str, ...]:
+        return ()
+
+
 def _largest_residual(system: System) -> float:
     """What the norm of a residual can grow to in exact arithmetic, from one.
 
@@ -225,15 +297,3 @@ def _largest_residual(system: System) -> float:
     """
     trace = float((system.operator.diagonal() + system.noise[:, 0]).sum())
     return math.sqrt(trace / float(system.noise.min()))
-
-
-def _warnings(reason: Reason, norms: Tensor, tolerance: float) -> tuple[str, ...]:
-    if reason == "converged":
-        return ()
-    return (
-        f"Alternating projections stopped ({reason}) with "
-        f"{int((norms > tolerance).sum())} of {len(norms)} columns above the tolerance "
-        f"{tolerance:g}; the largest relative residual is {float(norms.max()):.2e}. "
-        "Give it more passes (max_passes), larger blocks (block_size), float64 data, "
-        "or use CG or Cholesky.",
-    )

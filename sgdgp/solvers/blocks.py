@@ -1,4 +1,4 @@
-"""Fixed blocks of equations: the partition, cached factors, and true residuals."""
+"""Blocks of equations: how a system is cut into them, and inverses of H[I, I]."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import TypeAlias
 
 import torch
 from jaxtyping import Float
@@ -14,17 +14,13 @@ from torch import Tensor
 
 from sgdgp.core.checks import check_count
 from sgdgp.core.codec import register_stored_class
-from sgdgp.core.memory import resolve_budget
+from sgdgp.core.seeds import standard_normal
 from sgdgp.core.slices import slices
 from sgdgp.operators.base import RowIndex
 from sgdgp.solvers.system import System
 
-_POWER_ITERATIONS = 10
-_POWER_VECTORS = 4
-_JITTERS = (0.0, 1e-15, 1e-13, 1e-11, 1e-9, 1e-7, 1e-5)
-
-T = TypeVar("T")
-Block = TypeVar("Block", bound=RowIndex)
+_JITTERS = (0.0, 1e-15, 1e-13, 1e-11, 1e-9, 1e-7, 1e-5)  # the first that is enough
+_POWER_ITERATIONS, _POWER_VECTORS = 10, 4  # the paper's, from more than one start
 
 
 def partition(n: int, size: int, outputs: int = 1) -> list[slice]:
@@ -79,50 +75,12 @@ def shuffle(system: System, size: int, generator: torch.Generator) -> Shuffled:
 
 
 def in_random_order(
-    blocks: Sequence[Block], generator: torch.Generator
-) -> Iterator[Block]:
+    blocks: Sequence[RowIndex], generator: torch.Generator
+) -> Iterator[RowIndex]:
     """Every block once."""
     order = torch.randperm(len(blocks), generator=generator, device=generator.device)
     for index in order.tolist():
         yield blocks[index]
-
-
-def fresh_partition(
-    system: System, size: int, generator: torch.Generator
-) -> tuple[Tensor, ...]:
-    """A random partition of the equations, in blocks of almost equal size."""
-    order = system.operator.random_order(generator)
-    return order.tensor_split(math.ceil(system.n / size))
-
-
-def memory_for_factors(device: torch.device) -> int:
-    """Bytes that the factors of all blocks may take: half of what others may."""
-    return resolve_budget(None, device) // 2
-
-
-class PerBlock(Generic[T]):
-    """Something computed from a block at its first use; kept if memory allows.
-
-    Args:
-        compute: Called with a block.
-        keep: Whether to keep what it returns; else it is computed at every use.
-    """
-
-    def __init__(self, compute: Callable[[slice], T], *, keep: bool) -> None:
-        self._compute = compute
-        self._keep = keep
-        self._kept: dict[int, T] = {}
-        self.computed = 0
-
-    def __call__(self, block: slice) -> T:
-        """What belongs to a block."""
-        if block.start in self._kept:
-            return self._kept[block.start]
-        value = self._compute(block)
-        self.computed += 1
-        if self._keep:
-            self._kept[block.start] = value
-        return value
 
 
 @dataclass(frozen=True)
@@ -172,26 +130,15 @@ def block_matrix(system: System, block: RowIndex) -> Float[Tensor, "b b"]:
     return matrix
 
 
-@dataclass(frozen=True)
-class BlockStep:
-    """A preconditioned step on one block: ``step(g)`` is eta P^-1 g."""
-
-    inverse: Callable[[Tensor], Tensor]
-    size: float
-
-    def __call__(self, g: Float[Tensor, "b k"]) -> Float[Tensor, "b k"]:
-        """Eta P^-1 g."""
-        return self.inverse(g) * self.size
+Step: TypeAlias = tuple[Callable[[Tensor], Tensor], float]
 
 
 class BlockPreconditioner(ABC):
     """Recipe for P ~ H[I, I] and the step eta <= 1 / lambda_max(P^-1 H[I, I])."""
 
     @abstractmethod
-    def step(
-        self, system: System, block: RowIndex, generator: torch.Generator
-    ) -> BlockStep:
-        """The preconditioned step on one block."""
+    def step(self, system: System, block: RowIndex, generator: torch.Generator) -> Step:
+        """P^-1 of one block, ready to apply, and eta."""
 
 
 @register_stored_class
@@ -199,11 +146,9 @@ class BlockPreconditioner(ABC):
 class ExactBlocks(BlockPreconditioner):
     """P = H[I, I] by Cholesky, eta = 1: sketch-and-project without approximation."""
 
-    def step(
-        self, system: System, block: RowIndex, generator: torch.Generator
-    ) -> BlockStep:
+    def step(self, system: System, block: RowIndex, generator: torch.Generator) -> Step:
         """See ``BlockPreconditioner.step``."""
-        return BlockStep(factorise_block(system, block), 1.0)
+        return factorise_block(system, block), 1.0
 
 
 @register_stored_class
@@ -224,15 +169,13 @@ class NystromBlocks(BlockPreconditioner):
     def __post_init__(self) -> None:
         check_count("rank", self.rank, 1)
 
-    def step(
-        self, system: System, block: RowIndex, generator: torch.Generator
-    ) -> BlockStep:
+    def step(self, system: System, block: RowIndex, generator: torch.Generator) -> Step:
         """See ``BlockPreconditioner.step``."""
         matrix = block_matrix(system, block)
         noise = system.noise[block]
         inverse = nystrom_inverse(matrix, noise, self.rank, generator)
         largest = _largest_eigenvalue(matrix, inverse, generator)
-        return BlockStep(inverse, 1.0 / largest)
+        return inverse, 1.0 / largest
 
 
 @dataclass(frozen=True)
@@ -266,7 +209,9 @@ def nystrom_inverse(
     generator: torch.Generator,
 ) -> LowRankInverse:
     """Inverse of K^ + s_r I + Sigma for a block ``matrix`` of H = K + Sigma."""
-    sketch = _gaussian(matrix, min(rank, len(matrix)), generator)
+    sketch = standard_normal(
+        len(matrix), min(rank, len(matrix)), like=matrix, generator=generator
+    )
     sketch = torch.linalg.qr(sketch).Q
     image = (matrix @ sketch).double() - noise.double() * sketch.double()
     core = sketch.double().mT @ image
@@ -297,7 +242,9 @@ def _largest_eigenvalue(
     P^-1 H is self-adjoint in the inner product of H: Rayleigh quotients are taken
     there, and only ever approach the eigenvalue from below.
     """
-    vectors = _gaussian(matrix, _POWER_VECTORS, generator)
+    vectors = standard_normal(
+        len(matrix), _POWER_VECTORS, like=matrix, generator=generator
+    )
     largest = 1.0
     for _ in range(_POWER_ITERATIONS):
         image = matrix @ vectors
@@ -306,42 +253,3 @@ def _largest_eigenvalue(
         largest = float(torch.nan_to_num(quotient, 1.0, 1.0, 1.0).max())
         vectors = following / following.norm(dim=0)
     return max(largest, torch.finfo(matrix.dtype).tiny)
-
-
-def _gaussian(like: Tensor, columns: int, generator: torch.Generator) -> Tensor:
-    return torch.randn(
-        len(like),
-        columns,
-        generator=generator,
-        device=generator.device,
-        dtype=like.dtype,
-    ).to(like.device)
-
-
-class BestChecked:
-    """The weights with the best true residual of every column so far.
-
-    Args:
-        start: Weights (n, k) to begin with.
-        norms: Their true relative residuals (k,).
-    """
-
-    def __init__(self, start: Tensor, norms: Tensor) -> None:
-        self.weights = start.clone()
-        self.norms = norms.to(torch.float64, copy=True)
-
-    def offer(self, weights: Tensor, norms: Tensor) -> None:
-        """Take the columns whose true residual (k,) is better; NaN never is."""
-        better = norms < self.norms
-        self.weights[:, better] = weights[:, better]
-        self.norms = torch.where(better, norms, self.norms)
-
-    def with_columns(self, columns: Tensor, weights: Tensor) -> Tensor:
-        """The best weights (n, k) with some columns replaced by others."""
-        out = self.weights.clone()
-        out[:, columns] = weights
-        return out
-
-    def is_within(self, tolerance: float) -> bool:
-        """Whether all columns have reached a tolerance."""
-        return float(self.norms.max()) <= tolerance

@@ -34,8 +34,8 @@ from sgdgp.solvers.base import (
     Recorder,
     Solution,
 )
-from sgdgp.solvers.blocks import Shuffled
-from sgdgp.solvers.stopping import Monitor
+from sgdgp.solvers.blocks import Shuffled, in_random_order
+from sgdgp.solvers.stopping import PATIENCE, Monitor
 from sgdgp.solvers.system import (
     System,
     as_system,
@@ -46,9 +46,10 @@ from sgdgp.solvers.system import (
 
 Settings = TypeVar("Settings", bound="StochasticSolver")
 
-MAX_RESTARTS = 20
-"""Restarts before a solve counts as diverged: a step halved as often is a millionth of
-what was thought stable, and what grows then does not grow because of the step."""
+# Restarts before a solve counts as diverged: what grows with a millionth of the step
+# does not grow because of the step.
+_MAX_RESTARTS = 20
+_FADED = 20.0  # times its memory after which momentum has faded: to exp(-20)
 
 
 class BestChecked:
@@ -127,20 +128,20 @@ class Algorithm(ABC, Generic[Settings]):
     whole_passes: ClassVar[bool] = False
     """Whether a pass, once begun, is finished whatever the budget."""
 
+    returns_last: ClassVar[bool] = False
+    """Whether the last weights are returned, rather than the best that were checked;
+    unless they are worse than the start."""
+
     growing: ClassVar[str] = "residual"
     """What a restart is due to, in the warning of it."""
 
-    max_restarts: ClassVar[int] = MAX_RESTARTS
+    max_restarts: ClassVar[int] = _MAX_RESTARTS
     """Restarts that are not too many."""
 
     monitor: Monitor
 
     def __init__(
-        self,
-        solver: Settings,
-        task: Task,
-        data: Shuffled,
-        passes: float = 0.0,
+        self, solver: Settings, task: Task, data: Shuffled, passes: float = 0.0
     ) -> None:
         self.solver, self.generator = solver, task.generator
         self.data, self.system = data, data.system
@@ -168,9 +169,9 @@ class Algorithm(ABC, Generic[Settings]):
         """Passes that the end of a solve takes."""
         return self.check_cost
 
-    @abstractmethod
     def blocks(self) -> Iterator[RowIndex]:
-        """The blocks of the next pass, one after the other."""
+        """The blocks of the next pass, one after the other: all, in random order."""
+        return in_random_order(self.data.blocks, self.generator)
 
     @abstractmethod
     def visit(self, block: RowIndex) -> Tensor:
@@ -179,6 +180,14 @@ class Algorithm(ABC, Generic[Settings]):
     @abstractmethod
     def step(self, block: RowIndex) -> None:
         """Move the iterate by what the last visit has found."""
+
+    def watch(self, memory: float = 0.0) -> None:
+        """Set up the monitor, for momentum that remembers so many passes.
+
+        There is no verdict before that has faded.
+        """
+        patience = max(PATIENCE, _FADED * memory)
+        self.monitor = Monitor(self.solver.tolerance, self.norms, patience)
 
     def is_diverging(self, residual: Tensor) -> bool:
         """Whether what a visit has returned is a reason to break off."""
@@ -224,7 +233,8 @@ class Algorithm(ABC, Generic[Settings]):
     def take_note(self, candidate: Tensor, residual: Tensor) -> None:
         """Remember the true residual (n, k) of all columns."""
         self.norms = believed_norms(self.system, candidate, residual)
-        self.checked.offer(candidate, self.norms)
+        if not self.returns_last:
+            self.checked.offer(candidate, self.norms)
         self.passes += self.check_cost
         self.is_verified = True
 
@@ -234,20 +244,24 @@ class Algorithm(ABC, Generic[Settings]):
 
     def dismiss(self) -> None:
         """Leave the columns that a check has found to be done alone from now on."""
-        rest = ~(self.norms[self.live] <= self.solver.tolerance)
+        self.go_on_with(~(self.norms[self.live] <= self.solver.tolerance))
+
+    def go_on_with(self, rest: Tensor) -> None:
+        """Go on with some of the columns still worked on (a mask)."""
         if not bool(rest.all()):
+            self.keep(rest)
             self.live = self.live[rest]
             self.residual = self.residual[:, rest].contiguous()
-            self.keep(rest)
 
-    @abstractmethod
     def keep(self, rest: Tensor) -> None:
-        """Go on with some of the columns (a mask); ``live`` is without the others."""
+        """Take the other columns out of the algorithm's own tensors."""
 
     def finish(self) -> None:
         """See to it that what is returned has a true residual."""
         if not self.is_verified:
             self.check()
+        if self.returns_last:
+            self.checked.offer(self.candidate(), self.norms)
 
     @abstractmethod
     def settings(self) -> dict[str, Any]:

@@ -38,45 +38,42 @@ Deviations from the paper:
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor
 
 from sgdgp.core.checks import check_count, check_positive
 from sgdgp.core.codec import register_stored_class
-from sgdgp.operators.base import KernelOperator
-from sgdgp.solvers.base import (
-    Callback,
-    IterativeSolver,
-    Reason,
-    Recorder,
-    Solution,
+from sgdgp.operators.base import RowIndex
+from sgdgp.solvers.base import Reason
+from sgdgp.solvers.blocks import Shuffled
+from sgdgp.solvers.driver import (
+    Algorithm,
+    StochasticSolver,
+    Task,
+    check_steps,
 )
-from sgdgp.solvers.inducing_problem import (
-    SPECTRUM_ROWS,
-    InducingProblem,
-    choose_inducing,
-)
-from sgdgp.solvers.primal import (
-    AveragedIterate,
-    default_block_size,
-    primal_step_rule,
-    shuffle,
-)
-from sgdgp.solvers.primal_gradient import regulariser_targets
-from sgdgp.solvers.step_size import StepRule
-from sgdgp.solvers.system import as_system, initial_weights
+from sgdgp.solvers.iterates import AveragedIterate
+from sgdgp.solvers.sgd import default_block_size, regulariser_targets, row_blocks
+from sgdgp.solvers.step_size import largest_eigenvalue, primal_step_rule, random_rows
 
-_CHECK_EVERY = 20
-_MAX_RESTARTS = 20
-_POWER = 10.0
+# Passes after which the whole gradient is found, at the price of one, and the estimator
+# is centred on it: early first, as it is centred on the start till then.
+_FIRST_CHECKS, _CHECK_EVERY = (1, 5), 20
+_POWER = 10.0  # k of the average: a window of a tenth of the steps
+_GROWTH = 100.0  # of the gradient, as a reason to restart
+_CORRELATION = 0.99  # with a point chosen before: one like that adds nothing
+_CHUNK = 256  # points that are compared at a time
+_SPECTRUM_ROWS = 1000  # that stand for all but the inducing ones in the spectrum
 
 
 @register_stored_class
 @dataclass(frozen=True)
-class InducingSGD(IterativeSolver):
+class InducingSGD(StochasticSolver):
     """Primal SGD over the weights of some rows; nothing needs to be set.
 
     Attributes:
@@ -100,188 +97,270 @@ class InducingSGD(IterativeSolver):
     step_size: float | None = None
 
     name = "inducing_sgd"
+    title = "InducingSGD"
+    advice = (
+        "Give it more of them (inducing), or use another solver for the full system."
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_positive("gradient_tolerance", self.gradient_tolerance)
         if self.inducing is not None and not torch.is_tensor(self.inducing):
             check_count("inducing", self.inducing, 1)
-        if self.block_size is not None:
-            check_count("block_size", self.block_size, 1)
-        if self.momentum is not None and not 0 <= self.momentum < 1:
-            raise ValueError(f"momentum: expected [0, 1), found {self.momentum}")
-        if self.step_size is not None:
-            check_positive("step_size", self.step_size)
+        check_steps(self.block_size, self.momentum, self.step_size)
 
-    def solve(
-        self,
-        operator: KernelOperator,
-        noise: Tensor | float,
-        rhs: Float[Tensor, "n k"],
-        *,
-        initial: Tensor | None = None,
-        noise_draws: Tensor | None = None,
-        generator: torch.Generator | None = None,
-        callback: Callback | None = None,
-    ) -> Solution:
-        """Solve (K + Sigma) V = B approximately; see ``Solver.solve``.
+    def begin(self, task: Task) -> Algorithm[Any]:
+        return _InducingDescent(self, task)
 
-        Raises:
-            ValueError: ``inducing`` does not fit the operator.
-        """
-        generator = generator or torch.Generator().manual_seed(0)
-        given = as_system(operator, noise, rhs)
-        start = initial_weights(given, initial)
-        regulariser_targets(given, noise_draws)
-        record = Recorder(callback)
-        n = given.n
-        size = self.block_size or default_block_size(n)
-        data = shuffle(given, size, generator)
-        system, order = data.system, data.order
-        points, passes = choose_inducing(data, self.inducing)
-        problem = InducingProblem(data, points)
-        inner = problem.passes
-        largest, mean_diagonal = problem.spectrum(generator)
-        # K_ZZ, the rows behind the spectrum, and K_ZX Sigma^-1 B.
-        passes += (len(points) + min(n, SPECTRUM_ROWS)) * len(points) / n**2 + inner
+
+class _InducingDescent(Algorithm[InducingSGD]):
+    """Descent in a; checks find the whole gradient and centre the estimator on it."""
+
+    whole_passes = True
+    returns_last = True
+    growing = "gradient"
+    adjoint_cost = 0.0  # features are used like any kernel
+
+    def __init__(self, solver: InducingSGD, task: Task) -> None:
+        regulariser_targets(task)  # to be checked, though they have no effect
+        n = task.system.n
+        size = solver.block_size or default_block_size(n)
+        data = row_blocks(task.system, size, task.generator)
+        self.points, passes = choose_inducing(data, solver.inducing)
+        super().__init__(solver, task, data, passes)
+        m, operator, noise = len(self.points), self.system.operator, self.system.noise
+        self._start_norms = self.norms
+        self._kzz = operator.block(self.points, self.points)
+        self._scale = (operator.diagonal().unsqueeze(1) + noise)[self.points]
+        self.check_cost = m / n
+        self._largest, energy = self.spectrum()
         rule = primal_step_rule(
-            largest, mean_diagonal, len(data.blocks), momentum=self.momentum
+            self._largest, energy, self.num_blocks, momentum=solver.momentum
+        ).with_step(solver.step_size)
+        start = self.checked.weights[self.points]
+        at_zero = self.whole_gradient(torch.zeros_like(start))[1].norm(dim=0)
+        self._size = torch.where(at_zero > 0, at_zero, torch.ones_like(at_zero))
+        self._own = self.center(start)[1]
+        # K_ZZ, the rows behind the spectrum, and two gradients.
+        self.passes += (m + min(n, _SPECTRUM_ROWS)) * m / n**2 + 2.0 * self.check_cost
+        self._iterate = AveragedIterate(
+            start, self._own, rule, power=_POWER, grows=solver.momentum is None
         )
-        if self.step_size is not None:
-            rule = StepRule(self.step_size, rule.momentum)
-
-        start = start[order]
-        start_norms = system.rhs.norm(dim=0).double()
-        if initial is not None:
-            start_norms = system.residual(start).double().norm(dim=0)
-            passes += 1.0
-        target = problem.target.norm(dim=0)
-        target = torch.where(target > 0, target, torch.ones_like(target))
-        norms, gradient = problem.check(start[points])
-        passes += inner
-        own = gradient.norm(dim=0) / target
-        iterate = AveragedIterate(
-            start[points], own, rule, power=_POWER, grows=self.momentum is None
-        )
-        problem.anchor(start[points], gradient)
         # Blocks of a start that is already good show residuals near those of b.
-        bound = 100.0 * max(1.0, float(own.max()))
-        restarts, epochs = 0, 0
+        self._bound = _GROWTH * max(1.0, float(self._own.max()))
+        self._epochs = 0
 
-        def weights() -> Tensor:
-            v = torch.zeros_like(start)
-            v[points] = iterate.average
-            return data.unshuffled(v) * system.scale
+    def center(self, anchor: Tensor) -> tuple[Tensor, Tensor]:
+        """Centre the estimator on weights (m, k).
 
-        reason: Reason | None = None
-        if float(start_norms.max()) <= self.tolerance:
-            reason = "converged"
-        while reason is None:
-            for block in data.visits(generator):
-                iterate.step(problem.gradient(block, iterate.lookahead))
-            passes += inner
-            epochs += 1
-            last = passes + 2.0 * inner >= self.max_passes or record.is_past(
-                self.max_seconds
-            )
-            blown = not float(iterate.lookahead.abs().max()) < float("inf")
-            exact = last or blown or epochs % _CHECK_EVERY == 0 or epochs in (1, 5)
-            if exact:
-                norms, gradient = problem.check(iterate.average)
-                passes += inner
-                own = gradient.norm(dim=0) / target
-                if not float(own.max()) < bound:
-                    restarts += 1
-                    rule = StepRule(rule.step_size / 2, rule.momentum)
-                    iterate.restart(rule)
-                    norms, gradient = problem.check(iterate.average)
-                    passes += inner
-                    own = gradient.norm(dim=0) / target
-                    if restarts > _MAX_RESTARTS:
-                        reason = "diverged"
-                else:
-                    iterate.remember(own)
-                problem.anchor(iterate.average, gradient)
-                if float(norms.max()) <= self.tolerance:
-                    reason = "converged"
-                elif float(own.max()) <= self.gradient_tolerance:
-                    reason = "stagnated"
-            if record(passes, norms.to(rhs.dtype), exact=exact, weights=weights):
-                reason = reason or "interrupted"
-            if last:
-                reason = reason or "budget"
+        Returns:
+            Residual norms of the full system (k,), and those of the gradient relative
+            to that at zero (k,).
+        """
+        norms, gradient = self.whole_gradient(anchor)
+        self._anchor, self._at_anchor = anchor.clone(), gradient
+        return norms, gradient.norm(dim=0) / self._size
 
-        final, own, passes = self._final(problem, iterate, target, passes)
-        solution = weights()
-        worse = ~(final <= start_norms)
-        if bool(worse.any()):
-            solution[:, worse] = (data.unshuffled(start) * system.scale)[:, worse]
-            final = torch.where(worse, start_norms, final)
-        if float(final.max()) <= self.tolerance:
-            reason = "converged"
-        elif reason == "converged":
-            reason = "stagnated"
-        return Solution(
-            solver=self.name,
-            operator=operator.name,
-            weights=solution,
-            residuals=final.to(rhs.dtype),
-            passes=passes,
-            seconds=record.seconds,
-            reason=reason,
-            history=tuple(record.history),
-            warnings=self._warnings(
-                reason, final, own, len(points), restarts, int(worse.sum())
+    def gradient(self, block: RowIndex, at: Tensor) -> Tensor:
+        """D^-1 g (m, k), the scaled stochastic gradient at weights (m, k)."""
+        rows = self.system.operator.block(block, self.points)
+        step = at - self._anchor
+        error = (rows @ step).div_(self.system.noise[block])
+        gradient = (rows.mT @ error).mul_(self.num_blocks)
+        return gradient.add_(self._kzz @ step).add_(self._at_anchor).div_(self._scale)
+
+    def whole_gradient(self, at: Tensor) -> tuple[Tensor, Tensor]:
+        """Residual norms of the full system (k,), in float64, and the gradient."""
+        system, v = self.system, self.scattered(at)
+        squares = torch.zeros(at.shape[1], dtype=torch.float64, device=at.device)
+        gradient = self._kzz @ at
+        for block in self.data.blocks:
+            rows, noise = system.operator.block(block, self.points), system.noise[block]
+            misfit = system.rhs[block] - rows @ at
+            gradient -= rows.mT @ (misfit / noise)
+            residual = misfit.double() - noise.double() * v[block].double()
+            squares += residual.square().sum(0)
+        return squares.sqrt(), gradient
+
+    def spectrum(self) -> tuple[float, float]:
+        """lambda_1(B) scaled by D, and the mean noise of a row in its units.
+
+        The inducing rows themselves are exact, a random subset stands for the rest.
+        """
+        noise, n = self.system.noise, self.system.n
+        others = torch.ones(n, dtype=torch.bool, device=self.points.device)
+        others[self.points] = False
+        rest = others.nonzero()[:, 0]
+        total = len(rest)
+        chosen = random_rows(total, _SPECTRUM_ROWS, self.generator)
+        rest = rest[chosen.to(rest.device)]
+        ratio = total / max(1, len(rest))
+        scale = self._scale.rsqrt()
+        kzz = self._kzz * scale * scale.mT
+        # Rows scaled on the inducing side, weighted with their precision.
+        inner = self._kzz * scale.mT / noise[self.points].sqrt()
+        outer = self.system.operator.block(rest, self.points) * scale.mT
+        outer = outer / noise[rest].sqrt()
+        largest = largest_eigenvalue(
+            lambda v: (
+                kzz @ v + inner.mT @ (inner @ v) + ratio * (outer.mT @ (outer @ v))
             ),
-            settings={
-                "block_size": -(-n // len(data.blocks)),
-                "inducing": len(points),
-                "momentum": rule.momentum,
-                "momentum_grows": self.momentum is None,
-                "step_size": rule.step_size,
-                "restarts": restarts,
-                "largest_eigenvalue": largest,
-                "own_gradient": float(own.max()),
-                "rows": order[points].sort().values,
-            },
+            kzz,
+            self.generator,
         )
+        energy = inner.square().sum() + ratio * outer.square().sum()
+        return largest, float(energy) / n
 
-    @staticmethod
-    def _final(
-        problem: InducingProblem,
-        iterate: AveragedIterate,
-        target: Tensor,
-        passes: float,
-    ) -> tuple[Tensor, Tensor, float]:
-        norms, gradient = problem.check(iterate.average)
-        return norms, gradient.norm(dim=0) / target, passes + problem.passes
+    def scattered(self, at: Tensor) -> Tensor:
+        """V (n, k) that is zero outside of Z."""
+        v = torch.zeros_like(self.system.rhs)
+        v[self.points] = at
+        return v
 
-    def _warnings(
-        self,
-        reason: Reason,
-        norms: Tensor,
-        own: Tensor,
-        m: int,
-        restarts: int,
-        kept: int,
-    ) -> tuple[str, ...]:
-        warnings = []
+    @property
+    def reserve(self) -> float:
+        """A check, and the residual at the end, which is found again."""
+        return self.check_cost if self.is_verified else 2.0 * self.check_cost
+
+    def visit(self, block: RowIndex) -> Tensor:
+        self._gradient = self.gradient(block, self._iterate.lookahead)
+        return self._gradient
+
+    def is_diverging(self, residual: Tensor) -> bool:
+        """Not known before the next check."""
+        return False
+
+    def step(self, block: RowIndex) -> None:
+        self._iterate.step(self._gradient)
+
+    def end_pass(self) -> None:
+        self.passes += self.check_cost
+        self._epochs += 1
+
+    def has_grown(self) -> bool:
+        return False
+
+    def weights(self) -> Tensor:
+        return self.scattered(self._iterate.average)
+
+    def wants_check(self, is_last: bool) -> bool:
+        """At some passes, and when the iterate is not finite."""
+        due = self._epochs % _CHECK_EVERY == 0 or self._epochs in _FIRST_CHECKS
+        return is_last or due or not bool(self._iterate.lookahead.isfinite().all())
+
+    def check(self) -> None:
+        """Find the whole gradient; where it has grown, start again with half a step."""
+        self._measure()
+        if not float(self._own.max()) < self._bound:
+            self.restarts += 1
+            self._iterate.restart()
+            self._measure()
+        else:
+            self._iterate.remember(self._own)
+
+    def _measure(self) -> None:
+        """Centre the estimator on the average."""
+        self.norms, self._own = self.center(self._iterate.average)
+        self.passes += self.check_cost
+        self.is_verified = True
+
+    def verdict(self) -> Reason | None:
+        if float(self.norms.max()) <= self.solver.tolerance:
+            return "converged"
+        if float(self._own.max()) <= self.solver.gradient_tolerance:
+            return "stagnated"
+        return "diverged" if self.restarts > self.max_restarts else None
+
+    def dismiss(self) -> None:
+        """Nothing: all columns are worked on to the end."""
+
+    def finish(self) -> None:
+        self._measure()
+        super().finish()
+
+    def settings(self) -> dict[str, Any]:
+        return {
+            "block_size": math.ceil(self.system.n / self.num_blocks),
+            "inducing": len(self.points),
+            **self._iterate.settings,
+            "restarts": self.restarts,
+            "largest_eigenvalue": self._largest,
+            "own_gradient": float(self._own.max()),
+            "rows": self.data.order[self.points].sort().values,
+        }
+
+    def column_warnings(self, reason: Reason, advice: str) -> tuple[str, ...]:
+        sentences = []
         if reason != "converged":
-            warnings.append(
+            sentences.append(
                 f"InducingSGD ended ({reason}) with a relative gradient of its own "
-                f"problem of {float(own.max()):.2e}; the relative residual of the full "
-                f"system, {float(norms.max()):.2e} at most, is that of an "
-                f"approximation with {m} inducing points. Give it more of them "
-                "(inducing), or use another solver for the full system."
+                f"problem of {float(self._own.max()):.2e}; the relative residual of "
+                f"the full system, {float(self.checked.norms.max()):.2e} at most, is "
+                f"that of an approximation with {len(self.points)} inducing points. "
+                f"{advice}"
             )
+        kept = int((~(self.norms <= self._start_norms)).sum())
         if kept:
-            warnings.append(
+            sentences.append(
                 f"InducingSGD found nothing better than the start for {kept} columns, "
                 "which are returned as they were given."
             )
-        if restarts:
-            warnings.append(
-                "InducingSGD met a growing gradient and halved its step size "
-                f"{restarts} times."
-            )
-        return tuple(warnings)
+        return tuple(sentences)
+
+
+def choose_inducing(
+    data: Shuffled, wanted: int | Tensor | None
+) -> tuple[Tensor, float]:
+    """Inducing rows of the shuffled system (m,), and the passes spent on them.
+
+    Raises:
+        ValueError: Rows are missing, repeated or out of range.
+    """
+    n = data.system.n
+    if torch.is_tensor(wanted):
+        return _given_rows(data, wanted), 0.0
+    if wanted is None:
+        wanted = min(max(512, n // 10), 8192)
+    wanted = min(wanted, n)
+    everything = torch.arange(n, device=data.order.device)
+    candidates = torch.cat([everything[block] for block in data.blocks])
+    operator = data.system.operator
+    if wanted == n or operator.outputs_per_input != 1:
+        return candidates[:wanted], 0.0
+    scale = operator.diagonal().clamp_min(torch.finfo(operator.dtype).tiny).rsqrt()
+    kept = candidates[:0]
+    scanned = 0
+    while len(kept) < wanted and scanned < n:
+        chunk = candidates[scanned : scanned + _CHUNK]
+        near = operator.block(chunk, torch.cat([kept, chunk]))
+        near = near * scale[chunk].unsqueeze(1) * scale[torch.cat([kept, chunk])]
+        close = near > _CORRELATION
+        fresh = ~close[:, : len(kept)].any(1)
+        within = close[:, len(kept) :].cpu()
+        chosen: list[int] = []
+        for row in fresh.nonzero()[:, 0].tolist():
+            if not bool(within[row, chosen].any()):
+                chosen.append(row)
+        kept = torch.cat([kept, chunk[chosen]])
+        scanned += len(chunk)
+    return kept[:wanted], scanned * min(len(kept), wanted) / n**2
+
+
+def _given_rows(data: Shuffled, rows: Tensor) -> Tensor:
+    n = data.system.n
+    if rows.ndim != 1 or rows.numel() == 0 or rows.is_floating_point():
+        raise ValueError(
+            "inducing: expected a count or integer row indices (m,), found "
+            f"{rows.dtype} of shape {tuple(rows.shape)}"
+        )
+    rows = rows.to(data.order.device).long()
+    if int(rows.min()) < 0 or int(rows.max()) >= n:
+        raise ValueError(
+            f"inducing: expected rows in [0, {n}), found {int(rows.min())} to "
+            f"{int(rows.max())}"
+        )
+    if len(rows.unique()) != len(rows):
+        raise ValueError("inducing: expected distinct rows, found repeated ones")
+    position = torch.empty_like(data.order)
+    position[data.order] = torch.arange(n, device=position.device)
+    return position[rows]

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from sgdgp.operators.base import RowIndex
+from sgdgp.solvers.step_size import StepRule
 from sgdgp.solvers.system import System
 
-_UNDERFLOW = 1e-12
-"""Where U is rescaled: far from the smallest float32, and rarely reached."""
-
-_PER_WINDOW = 4.0
-"""Iterates of a window that enter its average: the others are much like them."""
+PROGRESS = 0.9  # a residual this much below the best is worth a copy of the iterate
+_UNDERFLOW = 1e-12  # where U is rescaled: far from the smallest float32
+_PER_WINDOW = 4.0  # iterates of a window that its average sees: others are like them
+_POINTS = 400.0  # iterates of all so far that an average sees: four of such a window
 
 
 class BlockIterate:
@@ -123,6 +124,84 @@ class BlockIterate:
             power=power,
             every=_PER_WINDOW / averaging,
         )
+
+
+class AveragedIterate:
+    """Look-ahead point, momentum and horizon-free average of one descent.
+
+    Args:
+        start: Starting point (m, k).
+        norms: Relative residuals there (k,).
+        rule: Step size and largest momentum.
+        power: k of the averaging weights (k + 1) / (t + k).
+        grows: Whether momentum grows as t / (t + 3), or is the same from the start.
+    """
+
+    def __init__(
+        self,
+        start: Tensor,
+        norms: Tensor,
+        rule: StepRule,
+        *,
+        power: float,
+        grows: bool,
+    ) -> None:
+        self.rule = rule
+        self.average = start.clone()
+        self._best, self._best_norm = start.clone(), float(norms.max())
+        self._power, self._grows = power, grows
+        self._rest()
+
+    def _rest(self) -> None:
+        """Take away all momentum."""
+        self._steps = 0
+        self._momentum = torch.zeros_like(self._best)
+        self.lookahead = self._best.clone()
+
+    @property
+    def weight(self) -> float:
+        """Averaging weight of the next step."""
+        return (self._power + 1.0) / (self._steps + 1.0 + self._power)
+
+    def step(self, gradient: Tensor) -> None:
+        """One descent step; ``gradient`` (m, k) is overwritten."""
+        rho, beta = self.rule.momentum, self.rule.step_size
+        if self._grows:
+            rho = min(rho, self._steps / (self._steps + 3.0))
+        self._momentum.mul_(rho).add_(gradient)
+        self.lookahead.sub_(gradient.add_(self._momentum, alpha=rho), alpha=beta)
+        self._steps += 1
+        average_in(
+            self.average,
+            self.lookahead,
+            steps=self._steps,
+            power=self._power,
+            every=_POINTS,
+        )
+
+    @property
+    def settings(self) -> dict[str, float | bool]:
+        """Step size and momentum as a solution names them."""
+        return {
+            "momentum": self.rule.momentum,
+            "momentum_grows": self._grows,
+            "step_size": self.rule.step_size,
+        }
+
+    def remember(self, norms: Tensor) -> bool:
+        """Keep the average if it is the best so far; whether it was."""
+        norm = float(norms.max())
+        if norm < PROGRESS * self._best_norm:
+            self._best_norm = norm
+            self._best.copy_(self.average)
+            return True
+        return False
+
+    def restart(self) -> None:
+        """Go back to the best average, at rest, with half the step."""
+        self.rule = self.rule.halved()
+        self.average.copy_(self._best)
+        self._rest()
 
 
 def average_in(

@@ -40,21 +40,14 @@ from torch import Tensor
 from sgdgp.core.codec import register_stored_class
 from sgdgp.operators.base import RowIndex
 from sgdgp.solvers.base import Reason
-from sgdgp.solvers.blocks import in_random_order, shuffle
+from sgdgp.solvers.blocks import shuffle
 from sgdgp.solvers.driver import Algorithm, StochasticSolver, Task, check_steps
-from sgdgp.solvers.iterates import BlockIterate
+from sgdgp.solvers.iterates import PROGRESS, BlockIterate
 from sgdgp.solvers.step_size import StepRule, estimate_spectrum, step_rule
-from sgdgp.solvers.stopping import Monitor, rounding_floor
+from sgdgp.solvers.stopping import rounding_floor
 
-_GROWTH = 5.0
-"""Growth of the residual beyond the best that is no fluctuation."""
-
-_PROGRESS = 0.9
-"""A residual this much below the best is worth a copy of the iterate."""
-
-_FEWEST_RECENT = 4
-"""Blocks that a running residual is taken from at least, and at least this part of
-them: fewer are a small sample, more are stale."""
+_GROWTH = 5.0  # of the residual beyond the best, as a reason to restart
+_FEWEST_RECENT = 4  # blocks behind a running residual: fewer are a small sample
 
 
 @register_stored_class
@@ -111,10 +104,8 @@ class _DualDescent(Algorithm[SDD]):
         self._best, self._best_norms = start.clone(), self.residual.norm(dim=0)
         self._passes_since_start = 0
         self._rule = self._rule_after(1.0)
-        # Momentum remembers 1 / (1 - rho) steps: no verdict before that has faded.
         last = self._rule_after(solver.max_passes)
-        patience = max(300.0, 20.0 / (1.0 - last.momentum) / self.num_blocks)
-        self.monitor = Monitor(solver.tolerance, self.norms, patience)
+        self.watch(1.0 / (1.0 - last.momentum) / self.num_blocks)
 
     def _rule_after(self, passes: float) -> StepRule:
         """Step size and momentum after some passes since the start."""
@@ -132,7 +123,7 @@ class _DualDescent(Algorithm[SDD]):
         if new != old:
             self._iterate.shift(_ahead(new) - _ahead(old), _ahead(new) - new)
         self._visited: list[RowIndex] = []
-        yield from in_random_order(self.data.blocks, self.generator)
+        return super().blocks()
 
     def visit(self, block: RowIndex) -> Tensor:
         self._visited.append(block)
@@ -166,7 +157,7 @@ class _DualDescent(Algorithm[SDD]):
         """Whether the residual is far above the best; keeps the best iterate."""
         norms = self.residual.norm(dim=0)
         now, best = float(norms.norm()), float(self._best_norms.norm())
-        if now < _PROGRESS * best:
+        if now < PROGRESS * best:
             self._best_norms = norms
             self._best.copy_(self._iterate.average)
         return not now <= _GROWTH * best

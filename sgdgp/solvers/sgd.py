@@ -29,54 +29,73 @@ Deviations from the paper:
    iterate. That estimate can only trigger a true residual, which alone can end the
    solve: the look-ahead point itself stays noisy.
 6. A residual that grows halves the step and restarts from the best average.
-7. Where K = phi phi^T with exact features, the descent is in phi^T V
-   (``feature_sgd.py``).
+
+With exact features
+-------------------
+Where K = phi phi^T, the objective is, with W = phi^T V, that of ridge regression,
+
+    1/2 ||B - phi W||^2_{Sigma^-1} + 1/2 ||W||^2,
+
+up to the split of B, which does not change the gradient. At the minimum
+V = Sigma^-1 (B - phi W). That V is kept for every row as of its last visit, and so is
+U = phi^T V, and a step on a block I of rows is
+
+    D = Sigma_I^-1 (B[I] - phi_I W) - V[I],   G = W - U - (n / b) phi_I^T D,
+    V[I] <- V[I] + D,                         U <- U + phi_I^T D:
+
+one forward and one adjoint on the block. G is the gradient of all rows in expectation
+(SAGA; Defazio, Bach & Lacoste-Julien, 2014, arXiv:1407.0202), and its noise dies out at
+the solution, where plain SGD would need ever smaller steps. The Hessian
+phi^T Sigma^-1 phi + I has the condition number of K + Sigma, not its square.
+
+Sigma_I D is the residual of V on the block with W for U: its norm over a pass triggers
+a true residual, which alone can end the solve.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
-from sgdgp.core.checks import check_count, check_positive
+from sgdgp.core.checks import check_count, check_finite, check_same
 from sgdgp.core.codec import register_stored_class
-from sgdgp.operators.base import KernelOperator
-from sgdgp.solvers.base import (
-    Callback,
-    IterativeSolver,
-    Reason,
-    Recorder,
-    Solution,
+from sgdgp.features import FeatureMap, NoRandomFeatures, random_features
+from sgdgp.operators.base import KernelOperator, RowIndex
+from sgdgp.operators.feature import FeatureOperator
+from sgdgp.solvers.base import Reason
+from sgdgp.solvers.blocks import Shuffled, partition, shuffle
+from sgdgp.solvers.driver import (
+    Algorithm,
+    StochasticSolver,
+    Task,
+    check_steps,
 )
-from sgdgp.solvers.feature_sgd import solve_with_features
-from sgdgp.solvers.primal import (
-    AveragedIterate,
-    default_block_size,
+from sgdgp.solvers.iterates import AveragedIterate
+from sgdgp.solvers.step_size import (
+    StepRule,
+    leading_eigenvalues,
     primal_spectrum,
     primal_step_rule,
-    shuffle,
+    scale_diagonal,
 )
-from sgdgp.solvers.primal_gradient import (
-    FeatureSource,
-    GradientEstimator,
-    regulariser_targets,
-)
-from sgdgp.solvers.step_size import StepRule
-from sgdgp.solvers.stopping import Monitor
-from sgdgp.solvers.system import accurate_residual, as_system, initial_weights
+from sgdgp.solvers.system import System
 
-_MAX_RESTARTS = 20
-# The noise of fresh features stays at the solution: a wider window averages it.
-_POWER_WITH_FEATURES = 4.0
-_POWER_WITHOUT = 100.0
+# k of the averages. The noise of fresh features stays at the solution: a wider window
+# averages it.
+_POWER_WITH_FEATURES, _POWER = 4.0, 100.0
+_LARGEST_BLOCK = 2**28  # entries of a block of rows, which is in memory
+_STORED_FEATURES = 1024  # of n numbers each, evaluated once for both of their products
+_MOST_MOMENTUM = 0.999  # with exact features: a thousand steps of memory
+_FRACTION = 0.125  # swept on five problems: a half diverges at small noise
 
 
 @register_stored_class
 @dataclass(frozen=True)
-class SGD(IterativeSolver):
+class SGD(StochasticSolver):
     """Primal stochastic gradient descent; nothing needs to be set.
 
     The first of the stochastic solvers, and the slowest to a small residual: its
@@ -102,167 +121,332 @@ class SGD(IterativeSolver):
     step_size: float | None = None
 
     name = "sgd"
+    title = "SGD"
+    advice = (
+        "It does not see what lies where K is close to zero: predictions can be better "
+        "than this residual. Give it more passes (max_passes), or use {also}SDD, CG or "
+        "Cholesky."
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_count("num_features", self.num_features, 0)
-        if self.block_size is not None:
-            check_count("block_size", self.block_size, 1)
-        if self.momentum is not None and not 0 <= self.momentum < 1:
-            raise ValueError(f"momentum: expected [0, 1), found {self.momentum}")
-        if self.step_size is not None:
-            check_positive("step_size", self.step_size)
+        check_steps(self.block_size, self.momentum, self.step_size)
 
-    def solve(
-        self,
-        operator: KernelOperator,
-        noise: Tensor | float,
-        rhs: Float[Tensor, "n k"],
-        *,
-        initial: Tensor | None = None,
-        noise_draws: Tensor | None = None,
-        generator: torch.Generator | None = None,
-        callback: Callback | None = None,
-    ) -> Solution:
-        """Solve (K + Sigma) V = B; see ``Solver.solve``."""
-        generator = generator or torch.Generator().manual_seed(0)
-        given = as_system(operator, noise, rhs)
-        start = initial_weights(given, initial)
-        draws = regulariser_targets(given, noise_draws)
-        record = Recorder(callback)
-        if operator.has_features:
-            return solve_with_features(
-                self,
-                given,
-                None if initial is None else start,
-                generator,
-                record,
-            )
+    def begin(self, task: Task) -> Algorithm[Any]:
+        draws = regulariser_targets(task)
+        if task.system.operator.has_features:
+            return _FeatureDescent(self, task)
+        return _PrimalDescent(self, task, draws)
 
-        size = self.block_size or default_block_size(given.n)
-        data = shuffle(given, size, generator)
-        system, order, blocks = data.system, data.order, data.blocks
-        start = start[order]
-        spectrum = primal_spectrum(system, generator)
-        features = FeatureSource(system.operator, self.num_features, generator)
+
+def default_block_size(n: int) -> int:
+    """Rows per step when none are asked for; a block of them stays below 2^28."""
+    return max(1, min(512, max(64, n // 64), _LARGEST_BLOCK // n))
+
+
+def row_blocks(system: System, size: int, generator: torch.Generator) -> Shuffled:
+    """A system in random blocks of whole rows of K.
+
+    One with several rows per point is left in the caller's order, in which its spectrum
+    is estimated; its blocks are indices.
+    """
+    operator = system.operator
+    if operator.outputs_per_input == 1 or operator.has_features:
+        return shuffle(system, size, generator)
+    order = operator.random_order(generator)
+    blocks = partition(system.n, size, operator.outputs_per_input)
+    everything = torch.arange(system.n, device=order.device)
+    return Shuffled(system, everything, [order[block] for block in blocks])
+
+
+def regulariser_targets(task: Task) -> Tensor:
+    """The noise draws in the system's scale (n, k); zero without any.
+
+    Raises:
+        ValueError: The shape, dtype or values do not fit.
+    """
+    system, draws = task.system, task.noise_draws
+    if draws is None:
+        return torch.zeros_like(system.rhs)
+    if draws.shape != system.rhs.shape:
+        raise ValueError(
+            f"noise_draws: expected shape {tuple(system.rhs.shape)}, found "
+            f"{tuple(draws.shape)}"
+        )
+    check_same("noise_draws", draws, "rhs", system.rhs)
+    check_finite("noise_draws", draws)
+    return draws / system.scale
+
+
+class FeatureSource:
+    """Fresh random features of the operator's kernel, or none.
+
+    Attributes:
+        settings: Where the regulariser comes from, for the solution.
+        active: Whether there are features.
+    """
+
+    def __init__(
+        self, operator: KernelOperator, num_features: int, generator: torch.Generator
+    ) -> None:
+        self._operator = operator
+        self._count = num_features
+        self._generator = generator
+        self.active = False
+        self.settings: dict[str, Any] = {"regulariser": "block", "num_features": 0}
+        if num_features == 0:
+            return
+        if operator.outputs_per_input != 1:
+            self.settings["regulariser"] += " (several outputs per input)"
+            return
+        try:
+            self._map = self._draw()
+        except NoRandomFeatures as error:
+            reason = f" ({error.kernel_name} has no random features)"
+            self.settings["regulariser"] += reason
+            return
+        self.active = True
+        count = self._map.num_features
+        self.settings = {"regulariser": "features", "num_features": count}
+
+    @property
+    def noise(self) -> float:
+        """Their part, n / M, of the gradient noise, per unit of the diagonal."""
+        fresh = self.active and not self._map.exact
+        return self._operator.shape[0] / self._count if fresh else 0.0
+
+    def product(self, v: Tensor) -> Tensor:
+        """Phi Phi^T v (n, k) with features drawn anew."""
+        phi, x = self._map, self._operator.x
+        if phi.num_features <= _STORED_FEATURES:
+            entries = phi.features(x)
+            product = entries @ (entries.mT @ v)
+        else:
+            product = phi.forward(x, phi.adjoint(x, v))
+        if not phi.exact:
+            self._map = self._draw()
+        return product
+
+    def _draw(self) -> FeatureMap:
+        x = self._operator.x
+        return random_features(
+            self._operator.kernel,
+            dim=x.shape[1],
+            num_features=self._count,
+            generator=self._generator,
+            dtype=x.dtype,
+            device=x.device,
+        )
+
+
+class _PrimalDescent(Algorithm[SGD]):
+    """Descent in V; the average at the end is what is returned."""
+
+    whole_passes = True
+    returns_last = True
+
+    def __init__(self, solver: SGD, task: Task, draws: Tensor) -> None:
+        size = solver.block_size or default_block_size(task.system.n)
+        data = row_blocks(task.system, size, task.generator)
+        spectrum = primal_spectrum(data.system, task.generator)
+        super().__init__(solver, task, data, spectrum.passes)
+        features = FeatureSource(
+            self.system.operator, solver.num_features, task.generator
+        )
         rule = primal_step_rule(
             spectrum.largest,
             spectrum.mean_diagonal,
-            len(blocks),
-            fresh_noise=features.noise_level(system.n) * spectrum.kernel_diagonal,
-            momentum=self.momentum,
+            self.num_blocks,
+            fresh_noise=features.noise * spectrum.kernel_diagonal,
+            momentum=solver.momentum,
+        ).with_step(solver.step_size)
+        self._features, self._spectrum = features, spectrum
+        self._shift = draws[data.order] / self.system.noise
+        self._iterate = AveragedIterate(
+            self.checked.weights,
+            self.norms,
+            rule,
+            power=_POWER_WITH_FEATURES if features.active else _POWER,
+            grows=solver.momentum is None,
         )
-        if self.step_size is not None:
-            rule = StepRule(self.step_size, rule.momentum)
+        self._best_residual = self.residual.clone()
+        self.watch(1.0 / (1.0 - rule.momentum) / self.num_blocks)
 
-        residual = system.rhs.clone()
-        passes = min(system.n, 1000) ** 2 / system.n**2
-        if initial is not None:
-            residual = system.residual(start)
-            passes += 1.0
-        start_norms = residual.norm(dim=0)
-        power = _POWER_WITH_FEATURES if features.active else _POWER_WITHOUT
-        iterate = AveragedIterate(
-            start, start_norms, rule, power=power, grows=self.momentum is None
+    def gradient(self, block: RowIndex, at: Tensor) -> tuple[Tensor, Tensor]:
+        """(g (n, k), residual on the block (b, k)) at a point (n, k)."""
+        system = self.system
+        noise, here = system.noise[block], at[block]
+        rows = system.operator.rows(block).to_dense()
+        residual = system.rhs[block] - rows @ at - noise * here
+        error = -residual / noise
+        if not self._features.active:
+            return (rows.mT @ error).mul_(self.num_blocks), residual
+        # K e - t_e = -(residual) - Sigma (e - Sigma^-1 t_r)
+        error -= here - self._shift[block]
+        gradient = (rows.mT @ error).mul_(self.num_blocks)
+        return gradient.add_(self._features.product(at - self._shift)), residual
+
+    def visit(self, block: RowIndex) -> Tensor:
+        """See ``Algorithm.visit``; residuals are averaged as the iterates are."""
+        self._gradient, seen = self.gradient(block, self._iterate.lookahead)
+        weight = min(1.0, self.num_blocks * self._iterate.weight)
+        self.residual[block] = torch.lerp(self.residual[block], seen, weight)
+        return seen
+
+    def step(self, block: RowIndex) -> None:
+        self._iterate.step(self._gradient.div_(self._spectrum.diagonal))
+
+    def end_pass(self) -> None:
+        super().end_pass()
+        self.passes += 1.0
+
+    def has_grown(self) -> bool:
+        """Whether residuals are not finite; keeps the best average."""
+        if super().has_grown():
+            return True
+        if self._iterate.remember(self.norms):
+            self._best_residual = self.residual.clone()
+        return False
+
+    def restart(self) -> None:
+        """Half the step from the best average, at rest."""
+        super().restart()
+        self._iterate.restart()
+        self.residual = self._best_residual.clone()
+        self.see(self.residual.norm(dim=0))
+
+    def weights(self) -> Tensor:
+        return self._iterate.average
+
+    def wants_check(self, is_last: bool) -> bool:
+        """Never just because it is the last: that one is made in the end."""
+        return super().wants_check(is_last=False)
+
+    def dismiss(self) -> None:
+        """Nothing: all columns are worked on to the end."""
+
+    def settings(self) -> dict[str, Any]:
+        return {
+            "block_size": math.ceil(self.system.n / self.num_blocks),
+            **self._iterate.settings,
+            "restarts": self.restarts,
+            "largest_eigenvalue": self._spectrum.largest,
+            **self._features.settings,
+        }
+
+    def column_warnings(self, reason: Reason, advice: str) -> tuple[str, ...]:
+        also = "num_features=0 or " if self._features.active else ""
+        return super().column_warnings(reason, advice.format(also=also))
+
+
+class _FeatureDescent(Algorithm[SGD]):
+    """Descent in W = phi^T V, where K has exact features.
+
+    V is kept for every row as of its last visit, with U = phi^T V; V of an average W
+    takes half a pass, so that between checks nothing is known but what they found.
+    """
+
+    check_cost = 1.5
+
+    def __init__(self, solver: SGD, task: Task) -> None:
+        n, outputs = task.system.n, task.system.operator.outputs_per_input
+        size = solver.block_size or outputs * default_block_size(n // outputs)
+        super().__init__(solver, task, shuffle(task.system, size, task.generator))
+        operator = self.system.operator
+        assert isinstance(operator, FeatureOperator)
+        self._operator = operator
+        rule = self._step_rule().with_step(solver.step_size)
+        self._start_from(self.checked.weights, rule)
+        self.watch()
+
+    def _step_rule(self) -> StepRule:
+        """Step size and momentum for a Hessian phi^T Sigma^-1 phi + I."""
+        noise = self.system.noise
+        prior = scale_diagonal(self._operator, self.generator)
+        leading, passes = leading_eigenvalues(
+            self._operator, noise.rsqrt(), self.generator
         )
-        best_residual = residual.clone()
-        estimator = GradientEstimator(
-            system, draws[order] if features.active else None, features, len(blocks)
-        )
-        # Momentum remembers 1 / (1 - rho) steps: no verdict before that has faded.
-        patience = max(300.0, 20.0 / (1.0 - rule.momentum) / len(blocks))
-        monitor = Monitor(self.tolerance, start_norms, patience)
-        restarts = 0
-
-        def weights() -> Tensor:
-            return data.unshuffled(iterate.average) * system.scale
-
-        reason: Reason | None = None
-        if float(start_norms.max()) <= self.tolerance:
-            reason = monitor.verdict(start_norms, passes)
-        while reason is None:
-            diverged = False
-            for block in data.visits(generator):
-                gradient, visited = estimator(block, iterate.lookahead)
-                weight = min(1.0, len(blocks) * iterate.weight)
-                residual[block] = torch.lerp(residual[block], visited, weight)
-                diverged = monitor.is_diverging(visited, len(blocks))
-                if diverged:
-                    break
-                iterate.step(gradient.div_(spectrum.diagonal))
-            passes += 1.0
-            norms = residual.norm(dim=0)
-            exact = False
-            if diverged or not bool(torch.isfinite(norms).all()):
-                restarts += 1
-                rule = StepRule(rule.step_size / 2, rule.momentum)
-                iterate.restart(rule)
-                residual = best_residual.clone()
-                norms = residual.norm(dim=0)
-                monitor.forget()
-                if restarts > _MAX_RESTARTS:
-                    reason = "diverged"
-            else:
-                if iterate.remember(norms):
-                    best_residual = residual.clone()
-                exact = monitor.wants_check(norms, passes)
-            if exact:
-                norms = accurate_residual(system, iterate.average).to(norms.dtype)
-                passes += 1.0
-                reason = monitor.verdict(norms, passes)
-            if record(passes, norms, exact=exact, weights=weights):
-                reason = reason or "interrupted"
-            # The true residual at the end is part of the budget.
-            if passes + 1.0 >= self.max_passes or record.is_past(self.max_seconds):
-                reason = reason or "budget"
-
-        final = monitor.checked_at(passes)
-        if final is None:
-            final = accurate_residual(system, iterate.average)
-            passes += 1.0
-        worse = ~(final <= start_norms)
-        if bool(worse.any()):
-            iterate.average[:, worse] = start[:, worse]
-            final = torch.where(worse, start_norms.to(final.dtype), final)
-        if float(final.max()) <= self.tolerance:
-            reason = "converged"
-        return Solution(
-            solver=self.name,
-            operator=operator.name,
-            weights=weights(),
-            residuals=final.to(rhs.dtype),
-            passes=passes,
-            seconds=record.seconds,
-            reason=reason,
-            history=tuple(record.history),
-            warnings=self._warnings(reason, final, restarts, features.active),
-            settings={
-                "block_size": -(-system.n // len(blocks)),
-                "momentum": rule.momentum,
-                "momentum_grows": self.momentum is None,
-                "step_size": rule.step_size,
-                "restarts": restarts,
-                "largest_eigenvalue": spectrum.largest,
-                **features.settings,
-            },
+        self.passes += self.adjoint_cost + passes
+        rows = (prior / noise[:, 0]).double()
+        # Rows of a large norm are as rare as others but move the iterate further.
+        spread = float(rows.square().sum() / rows.sum().clamp_min(1e-300))
+        self._largest = 1.0 + max(float(leading[-1]), float(rows.mean()))
+        momentum = self.solver.momentum
+        if momentum is None:
+            q = math.sqrt(1.0 / self._largest)
+            momentum = min((1.0 - q) / (1.0 + q), _MOST_MOMENTUM)
+        return primal_step_rule(
+            self._largest,
+            spread,
+            self.num_blocks,
+            momentum=momentum,
+            fraction=_FRACTION,
         )
 
-    def _warnings(
-        self, reason: Reason, norms: Tensor, restarts: int, features: bool
-    ) -> tuple[str, ...]:
-        warnings = []
-        if reason != "converged":
-            advice = "num_features=0 or " if features else ""
-            warnings.append(
-                f"SGD stopped ({reason}) with {int((norms > self.tolerance).sum())} of "
-                f"{len(norms)} columns above the tolerance {self.tolerance:g}; the "
-                f"largest relative residual is {float(norms.max()):.2e}. It does not "
-                "see what lies where K is close to zero: predictions can be better "
-                "than this residual. Give it more passes (max_passes), or use "
-                f"{advice}SDD, CG or Cholesky."
-            )
-        if restarts:
-            warnings.append(
-                f"SGD met a growing residual and halved its step size {restarts} times."
-            )
-        return tuple(warnings)
+    def _start_from(self, start: Tensor, rule: StepRule) -> None:
+        """V (n, k) and the W that goes with it, at rest."""
+        self._dual = self._operator.tracked(start)
+        assert self._dual.phi_t_v is not None
+        self._iterate = AveragedIterate(
+            self._dual.phi_t_v,
+            self.norms,
+            rule,
+            power=_POWER,
+            grows=self.solver.momentum is None,
+        )
+
+    def visit(self, block: RowIndex) -> Tensor:
+        """See ``Algorithm.visit``: D, G and what they do to V and U."""
+        system, at = self.system, self._iterate.lookahead
+        noise = system.noise[block]
+        misfit = system.rhs[block] - self._operator.rows_of_weights(block, at)
+        change = misfit / noise - self._dual.values[block]
+        self.residual[block] = change * noise
+        move = self._operator.move(block, change)
+        assert self._dual.phi_t_v is not None
+        assert move.phi_t_v is not None
+        self._gradient = at - self._dual.phi_t_v
+        self._gradient.sub_(move.phi_t_v, alpha=self.num_blocks)
+        self._dual.move(move)
+        self.passes += len(change) / system.n
+        return self.residual[block]
+
+    def step(self, block: RowIndex) -> None:
+        self._iterate.step(self._gradient)
+
+    def restart(self) -> None:
+        """Half the step from the best weights that were checked, at rest."""
+        super().restart()
+        self.passes += self.adjoint_cost if bool(self.checked.weights.any()) else 0.0
+        self.norms = self.checked.norms.clone()
+        self.residual = self.system.rhs.clone()
+        self._start_from(self.checked.weights, self._iterate.rule.halved())
+
+    def weights(self) -> Tensor:
+        """V = Sigma^-1 (B - phi W), half a pass."""
+        everything = slice(0, self.system.n)
+        fitted = self._operator.rows_of_weights(everything, self._iterate.average)
+        return (self.system.rhs - fitted) / self.system.noise
+
+    def current(self) -> Tensor:
+        return self.checked.weights
+
+    def finish(self) -> None:
+        """Nothing: what was checked is returned."""
+
+    def dismiss(self) -> None:
+        """Nothing: all columns are worked on to the end."""
+
+    def settings(self) -> dict[str, Any]:
+        return {
+            "block_size": math.ceil(self.system.n / self.num_blocks),
+            **self._iterate.settings,
+            "restarts": self.restarts,
+            "largest_eigenvalue": self._largest,
+            "regulariser": "exact features",
+            "num_features": self._operator.features.num_features,
+        }
+
+    def column_warnings(self, reason: Reason, advice: str) -> tuple[str, ...]:
+        return super().column_warnings(reason, advice.format(also=""))

@@ -15,14 +15,14 @@ from torch import Tensor
 
 from sgdgp.solvers.base import Reason
 
-_MARGIN = 0.97
-_TRIGGERS = (0.4, 2.0)
-_REARM = 2.0
-_REARM_SHARE = 0.1
-_PARTIAL = 10.0
-_REGULAR = 25.0
-_STALLED_GAIN = 0.02
-_GROWTH = 9.0
+PATIENCE = 300.0  # passes without any gain that end a solve
+_STALLED_GAIN = 0.02  # less than that over all of them is none
+_MARGIN = 0.97  # a running residual should promise a little more than it must
+_TRIGGERS = (0.4, 2.0)  # bounds of what one check may tell of the running residual
+_REARM, _REARM_SHARE = 2.0, 0.1  # passes, and part of all, between claims that fail
+_PARTIAL = 10.0  # passes between checks that only dismiss columns
+_REGULAR = 25.0  # passes between checks without any claim: 4 % of all
+_GROWTH = 9.0  # of the squared residual, as a reason to restart: three of its norm
 
 
 class Monitor:
@@ -35,7 +35,7 @@ class Monitor:
     """
 
     def __init__(
-        self, tolerance: float, start: Tensor, patience: float = 300.0
+        self, tolerance: float, start: Tensor, patience: float = PATIENCE
     ) -> None:
         self._tolerance = tolerance
         self._patience = patience
@@ -109,12 +109,6 @@ class Monitor:
         earlier = [r for p, r in self._checks if p <= passes - self._patience]
         if earlier and worst > (1.0 - _STALLED_GAIN) * min(earlier):
             return "stagnated"
-        return None
-
-    def checked_at(self, passes: float) -> Tensor | None:
-        """The true residual, if it was checked at exactly this point."""
-        if self._checked is not None and self._checked[0] == passes:
-            return self._checked[1].to(torch.float64)
         return None
 
 

@@ -9,10 +9,12 @@ from gpytorch.kernels import MaternKernel
 from sgdgp.operators import DenseOperator, TiledOperator
 from sgdgp.solvers.alternating_projections import (
     AlternatingProjections,
+    Greedy,
+    RandomOrder,
+    block_norms,
     default_block_size,
 )
 from sgdgp.solvers.blocks import factorise_block, partition
-from sgdgp.solvers.selection import Greedy, RandomOrder, block_norms
 from sgdgp.solvers.system import as_system
 from tests.solvers.problems import OPERATORS, Problem, problem, relative_error
 

@@ -8,9 +8,9 @@ from torch import Tensor
 
 from sgdgp.operators import DenseOperator
 from sgdgp.solvers import Solution
-from sgdgp.solvers.inducing_problem import InducingProblem, choose_inducing
-from sgdgp.solvers.inducing_sgd import InducingSGD
-from sgdgp.solvers.primal import shuffle
+from sgdgp.solvers.blocks import shuffle
+from sgdgp.solvers.driver import Task
+from sgdgp.solvers.inducing_sgd import InducingSGD, choose_inducing
 from sgdgp.solvers.system import as_system
 from tests.solvers.problems import OPERATORS, Problem, problem, relative_error
 
@@ -19,6 +19,13 @@ TIGHT = {"gradient_tolerance": 1e-9, "momentum": 0.97, "max_passes": 3000.0}
 
 def _generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
+
+
+def _descent(p: Problem, m: int):
+    """The algorithm at work with m inducing points, and their rows."""
+    task = Task(as_system(p.operator, p.noise, p.rhs), None, None, _generator())
+    descent = InducingSGD(inducing=m, block_size=40).begin(task)
+    return descent, descent.data.order[descent.points]
 
 
 def closed_form(p: Problem, rows: Tensor) -> Tensor:
@@ -79,19 +86,16 @@ def test_every_row_an_inducing_point_solves_the_full_system():
 
 def test_the_stochastic_gradient_is_unbiased_and_quiet_at_its_anchor():
     p = problem("matern32", 200, noise=torch.logspace(-1, 0, 200).double())
-    data = shuffle(as_system(p.operator, p.noise, p.rhs), 40, _generator())
-    points, _ = choose_inducing(data, 30)
-    own = InducingProblem(data, points)
+    own, rows = _descent(p, 30)
     at = torch.randn(30, 2, generator=_generator(1), dtype=torch.float64)
     anchor = torch.randn(30, 2, generator=_generator(2), dtype=torch.float64)
-    scale = p.matrix.diagonal()[data.order[points]].unsqueeze(1)
-    rows = data.order[points]
+    scale = p.matrix.diagonal()[rows].unsqueeze(1)
     noise = p.noise
     kernel = p.matrix - torch.diag(noise)
     rhs = p.rhs / p.rhs.norm(dim=0)
     for center, quiet in ((anchor, False), (at, True)):
-        own.anchor(center, own.check(center)[1])
-        found = torch.stack([own.gradient(block, at) for block in data.blocks])
+        own.center(center)
+        found = torch.stack([own.gradient(block, at) for block in own.blocks()])
         true = kernel[rows] @ ((kernel[:, rows] @ at - rhs) / noise.unsqueeze(1))
         true = (true + kernel[rows][:, rows] @ at) / scale
         torch.testing.assert_close(found.mean(0), true)
@@ -102,10 +106,8 @@ def test_the_stochastic_gradient_is_unbiased_and_quiet_at_its_anchor():
 def test_the_estimated_spectrum_is_that_of_the_scaled_hessian():
     noise = torch.logspace(-2, 0, 150).double()
     p = problem("matern32", 150, noise=noise)
-    data = shuffle(as_system(p.operator, noise, p.rhs), 40, _generator())
-    points, _ = choose_inducing(data, 30)
-    largest, level = InducingProblem(data, points).spectrum(_generator())
-    rows = data.order[points]
+    descent, rows = _descent(p, 30)
+    largest, level = descent.spectrum()
     kernel = p.matrix - torch.diag(noise)
     scale = p.matrix.diagonal()[rows].rsqrt()
     data_part = (kernel[rows] / noise) @ kernel[:, rows]

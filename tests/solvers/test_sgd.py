@@ -8,14 +8,9 @@ from gpytorch.kernels import MaternKernel, MultitaskKernel, PiecewisePolynomialK
 from torch import Tensor
 
 from sgdgp.operators import RowBlocksOperator
-from sgdgp.solvers.primal import (
-    default_block_size,
-    primal_spectrum,
-    primal_step_rule,
-    shuffle,
-)
-from sgdgp.solvers.primal_gradient import FeatureSource, GradientEstimator
-from sgdgp.solvers.sgd import SGD
+from sgdgp.solvers.driver import Task
+from sgdgp.solvers.sgd import SGD, default_block_size
+from sgdgp.solvers.step_size import primal_spectrum, primal_step_rule
 from sgdgp.solvers.system import as_system
 from tests.solvers.problems import OPERATORS, Problem, problem, rbf, relative_error
 
@@ -102,21 +97,16 @@ def _gradients(
     p: Problem, draws: Tensor | None, at: Tensor, *, num_features: int, count: int
 ) -> Tensor:
     """Stochastic gradients (count, n, k) in the caller's order and scale."""
-    generator = _generator(3)
-    data = shuffle(as_system(p.operator, p.noise, p.rhs), 40, generator)
-    system = data.system
-    features = FeatureSource(system.operator, num_features, generator)
-    shift = None
-    if features.active:
-        shift = torch.zeros_like(p.rhs) if draws is None else draws / system.scale
-        shift = shift[data.order]
-    estimator = GradientEstimator(system, shift, features, len(data.blocks))
+    system = as_system(p.operator, p.noise, p.rhs)
+    solver = SGD(num_features=num_features, block_size=40)
+    descent = solver.begin(Task(system, None, draws, _generator(3)))
+    data = descent.data
     at = (at / system.scale)[data.order]
-    true = system.residual(at)
+    true = data.system.residual(at)
     found: list[Tensor] = []
     while len(found) < count:
-        for block in data.visits(generator):
-            gradient, residual = estimator(block, at)
+        for block in descent.blocks():
+            gradient, residual = descent.gradient(block, at)
             torch.testing.assert_close(residual, true[block])
             found.append(data.unshuffled(gradient) * system.scale)
     return torch.stack(found)
