@@ -26,7 +26,7 @@ from benchmarks.networks.network import SmallResNet
 from sgdgp.core.processes import process_group
 from sgdgp.networks import Categorical, Isotropic, WeightCG, linearise
 from sgdgp.networks.curvature import TangentData, WeightSystem
-from sgdgp.networks.priors.base import DiagonalPrior
+from sgdgp.networks.priors import DiagonalPrior
 from sgdgp.networks.stream import stream_of
 from sgdgp.tangent import Tangent
 

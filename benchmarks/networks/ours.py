@@ -10,7 +10,7 @@ import sgdgp.networks
 from benchmarks.networks.data import Task
 from benchmarks.networks.prediction import Fitted, Prediction, linearised
 from sgdgp.networks.posterior import LinearisedPosterior
-from sgdgp.networks.priors.settings import GPrior, Isotropic, PriorSettings
+from sgdgp.networks.priors import GPrior, Isotropic, PriorSettings
 from sgdgp.networks.weight_solvers import WeightCG
 
 LEARNING_SAMPLES = 8

@@ -24,7 +24,7 @@ from benchmarks.networks.resnet import resnet50
 from benchmarks.uci.memory import peak_rss_mb
 from sgdgp.networks.curvature import TangentData, WeightSystem
 from sgdgp.networks.likelihoods import Categorical
-from sgdgp.networks.priors.base import DiagonalPrior
+from sgdgp.networks.priors import DiagonalPrior
 from sgdgp.networks.stream import stream_of
 from sgdgp.tangent import Tangent
 

@@ -9,7 +9,7 @@ from sgdgp.networks.likelihoods import Categorical, Gaussian, Likelihood
 from sgdgp.networks.linearisation import LinearisedNetwork, linearise, linearize
 from sgdgp.networks.posterior import LinearisedPosterior, load
 from sgdgp.networks.predictive import GaussianPrediction
-from sgdgp.networks.priors.settings import GPrior, Isotropic, Kronecker, Layerwise
+from sgdgp.networks.priors import GPrior, Isotropic, Kronecker, Layerwise
 from sgdgp.networks.weight_solvers import WeightCG, WeightSGD
 
 also_importable_as("sgdgp.networks.stored_values", sgdgp.core.codec)

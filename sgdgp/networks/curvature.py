@@ -19,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sgdgp.networks.likelihoods import Likelihood
-from sgdgp.networks.priors.settings import WeightPrior
+from sgdgp.networks.priors import WeightPrior
 from sgdgp.networks.stream import Batch, Stream
 from sgdgp.tangent import Tangent, TangentBatch
 

@@ -48,7 +48,7 @@ from sgdgp.networks.expectation_maximisation import (
 )
 from sgdgp.networks.likelihoods import Gaussian, Likelihood
 from sgdgp.networks.linear_model import LinearOptimum, optimise
-from sgdgp.networks.priors.settings import PriorSettings, WeightPrior
+from sgdgp.networks.priors import PriorSettings, WeightPrior
 from sgdgp.networks.weight_solvers import WeightSolution, WeightSolver
 from sgdgp.solvers.base import Callback, Progress
 

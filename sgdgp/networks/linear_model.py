@@ -20,7 +20,7 @@ from torch import Tensor
 
 from sgdgp.networks.curvature import TangentData, WeightSystem
 from sgdgp.networks.likelihoods import Likelihood
-from sgdgp.networks.priors.settings import WeightPrior
+from sgdgp.networks.priors import WeightPrior
 from sgdgp.networks.weight_solvers import WeightSolver
 from sgdgp.solvers.base import Callback
 

@@ -28,7 +28,7 @@ from sgdgp.networks.fitting import (
 )
 from sgdgp.networks.likelihoods import Likelihood
 from sgdgp.networks.posterior import LinearisedPosterior
-from sgdgp.networks.priors.settings import GPrior, PriorSettings
+from sgdgp.networks.priors import GPrior, PriorSettings
 from sgdgp.networks.stream import Split, stream_of
 from sgdgp.networks.weight_solvers import WeightCG, WeightSGD, WeightSolver
 from sgdgp.solvers.base import Callback, progress_bar

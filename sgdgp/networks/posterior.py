@@ -32,7 +32,7 @@ from sgdgp.networks.predictive import (
     probit,
     variance_of,
 )
-from sgdgp.networks.priors.settings import WeightPrior
+from sgdgp.networks.priors import WeightPrior
 from sgdgp.networks.storage import KIND, load_fields, save_fields
 from sgdgp.networks.stream import Split, stream_of
 from sgdgp.tangent import Tangent

@@ -51,7 +51,7 @@ import json
 from torch import nn
 from sgdgp.tangent import Tangent
 from sgdgp.core import processes as room
-from sgdgp.networks.priors.settings import GPrior, Kronecker
+from sgdgp.networks.priors import GPrior, Kronecker
 
 torch.set_num_threads(1)
 found = {}
@@ -154,7 +154,7 @@ def test_counts_that_differ_are_refused_everywhere(pair):
 def test_priors_of_shared_data_are_those_of_all_data(pair):
     from torch import nn
 
-    from sgdgp.networks.priors.settings import GPrior, Kronecker
+    from sgdgp.networks.priors import GPrior, Kronecker
     from sgdgp.tangent import Tangent
 
     tangent = Tangent(nn.Linear(3, 2).double())

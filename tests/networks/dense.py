@@ -8,7 +8,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from sgdgp.networks import Categorical
 from sgdgp.networks.curvature import TangentData, WeightSystem
-from sgdgp.networks.priors.base import DiagonalPrior
+from sgdgp.networks.priors import DiagonalPrior
 from sgdgp.networks.stream import stream_of
 from sgdgp.tangent import Tangent
 

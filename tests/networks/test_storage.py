@@ -16,8 +16,7 @@ from sgdgp.networks.expectation_maximisation import EMStep, PrecisionUpdate
 from sgdgp.networks.fitting import RunState
 from sgdgp.networks.likelihoods import Categorical, Gaussian
 from sgdgp.networks.posterior import LinearisedPosterior, load
-from sgdgp.networks.priors.base import DiagonalPrior
-from sgdgp.networks.priors.settings import Layerwise
+from sgdgp.networks.priors import DiagonalPrior, Layerwise
 from sgdgp.networks.storage import load_fields, save_fields
 from sgdgp.tangent import Tangent
 

@@ -1,13 +1,8 @@
 """Gaussian priors over the weights of a network: their settings and operators."""
 
-from sgdgp.networks.priors.base import DiagonalPrior, KroneckerPrior, WeightPrior
-from sgdgp.networks.priors.settings import (
-    GPrior,
-    Isotropic,
-    Kronecker,
-    Layerwise,
-    PriorSettings,
-)
+from sgdgp.networks.priors.base import PriorSettings, WeightPrior
+from sgdgp.networks.priors.diagonal import DiagonalPrior, GPrior, Isotropic, Layerwise
+from sgdgp.networks.priors.kronecker import Kronecker, KroneckerPrior, MatrixRoot
 
 __all__ = [
     "DiagonalPrior",
@@ -16,6 +11,7 @@ __all__ = [
     "Kronecker",
     "KroneckerPrior",
     "Layerwise",
+    "MatrixRoot",
     "PriorSettings",
     "WeightPrior",
 ]

@@ -1,26 +1,47 @@
-"""Gaussian priors over the weights of a network, as roots of their covariances.
+"""Gaussian priors over the weights of a network: what one is, and what sets it.
 
-Sigma_0 = R R^T (D, D) is never formed. A root is diagonal, or Kronecker-factored within
-each weight matrix; on top of either, every group of weights has a precision alpha that
-learning moves: R = R_1 alpha^-1/2. Vectors are the columns of (D, k) matrices that lie
-in memory as the transposes of contiguous (k, D) ones.
+Sigma_0 = R R^T (D, D) is never formed: a prior is the operator R (``WeightPrior``). A
+root is diagonal, or Kronecker-factored within each weight matrix; on top of either,
+every group of weights has a precision alpha that learning moves: R = R_1 alpha^-1/2.
+Vectors are the columns of (D, k) matrices that lie in memory as the transposes of
+contiguous (k, D) ones.
+
+Users give settings (``PriorSettings``), from which the operator is built when network
+and data are known. A family of priors is a file with both.
+
+With one variance for all weights the posterior depends on how the network happens to
+be parametrised: where a normalisation layer follows, weights times ten give the same
+network and a Jacobian column a tenth as long. The g-prior scales every weight by the
+inverse length of its Jacobian column, the Kronecker prior every matrix by the inverse
+of its second moments, and both undo that. See Antoran et al., "Adapting the linearised
+Laplace model evidence for modern deep learning", 2022.
 """
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeAlias
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sgdgp.core.codec import register_stored_class
+from sgdgp.tangent import NORMS, Tangent
+
+Probes: TypeAlias = Callable[[int], Iterator[Tensor]]
+"""From p to J_b^T L_b e (D, p) for each batch b of this process, e of random signs."""
+
+Grouping: TypeAlias = str | Callable[[str], str]
+"""Which weights share a precision: "all", "tensors", "layers", or name -> label."""
 
 
 class WeightPrior(ABC):
     """N(0, R R^T) over the weights, R = R_1 with group g scaled by alpha_g^-1/2.
+
+    A subclass has the product with R and its transpose (``_apply``), and keeps the
+    arguments of its constructor as attributes of their names.
 
     Args:
         num_weights: D.
@@ -45,31 +66,20 @@ class WeightPrior(ABC):
         self.group_of = (
             tuple(range(len(self.groups))) if group_of is None else tuple(group_of)
         )
-        self.precisions = precisions
         _check_partition(self.groups, num_weights)
-        wanted = max(self.group_of) + 1
-        if sorted(set(self.group_of)) != list(range(wanted)) or len(
-            self.group_of
-        ) != len(self.groups):
+        if len(self.group_of) != len(self.groups) or sorted(set(self.group_of)) != list(
+            range(self.num_groups)
+        ):
             raise ValueError(
                 f"group_of: expected the numbers 0..G-1 for {len(self.groups)} slices, "
                 f"found {self.group_of}"
             )
-        if precisions.shape != (wanted,):
-            raise ValueError(
-                f"precisions: expected shape ({wanted},), one for each group, found "
-                f"{tuple(precisions.shape)}"
-            )
-        if not (torch.isfinite(precisions) & (precisions > 0)).all():
-            raise ValueError(
-                "precisions: expected positive finite numbers, found "
-                f"{precisions.tolist()[:8]}"
-            )
+        self._set_precisions(precisions)
 
     @property
     def num_groups(self) -> int:
         """G, the number of precisions."""
-        return self.precisions.shape[0]
+        return max(self.group_of) + 1
 
     @property
     def group_sizes(self) -> tuple[int, ...]:
@@ -110,7 +120,9 @@ class WeightPrior(ABC):
         Raises:
             ValueError: Not one positive finite number for each group.
         """
-        return self._rebuilt(precisions.to(self.precisions), self.groups, self.group_of)
+        other = copy.copy(self)
+        other._set_precisions(precisions.to(self.precisions))
+        return other
 
     def rewhiten(
         self, v: Float[Tensor, "D k"], old: WeightPrior
@@ -126,20 +138,26 @@ class WeightPrior(ABC):
     def _apply(self, rows: Tensor, adjoint: bool) -> Tensor:
         """Product of R or R^T with each of the rows (k, D), as rows."""
 
-    @abstractmethod
-    def _rebuilt(
-        self, precisions: Tensor, groups: Sequence[slice], group_of: Sequence[int]
-    ) -> WeightPrior:
-        """The same root under other precisions and groups."""
-
-    def _scale(self) -> Tensor:
-        """alpha^-1/2, one number or one for each weight (D,)."""
-        scales = self.precisions.rsqrt()
+    def _set_precisions(self, precisions: Tensor) -> None:
+        """Take over alpha, and alpha^-1/2 as one number or one for each weight (D,)."""
+        if precisions.shape != (self.num_groups,):
+            raise ValueError(
+                f"precisions: expected shape ({self.num_groups},), one for each group, "
+                f"found {tuple(precisions.shape)}"
+            )
+        if not (torch.isfinite(precisions) & (precisions > 0)).all():
+            raise ValueError(
+                "precisions: expected positive finite numbers, found "
+                f"{precisions.tolist()[:8]}"
+            )
+        self.precisions = precisions
+        self._factor = precisions.rsqrt()
         if self.num_groups == 1:
-            return scales[0]
-        lengths = torch.tensor([s.stop - s.start for s in self.groups])
-        index = torch.tensor(self.group_of).repeat_interleave(lengths)
-        return scales[index.to(scales.device)]
+            self._factor = self._factor[0]
+        else:
+            lengths = torch.tensor([s.stop - s.start for s in self.groups])
+            index = torch.tensor(self.group_of).repeat_interleave(lengths)
+            self._factor = self._factor[index.to(precisions.device)]
 
     def _rows(self, w: Tensor) -> Tensor:
         if w.shape[0] != self.num_weights:
@@ -149,132 +167,68 @@ class WeightPrior(ABC):
         return w.mT
 
 
-@register_stored_class
-class DiagonalPrior(WeightPrior):
-    """R = diag(scales) alpha^-1/2.
+class PriorSettings(ABC):
+    """What ``linearise(prior=...)`` takes."""
 
-    Args:
-        num_weights: D.
-        precisions: alpha (G,).
-        groups: See ``WeightPrior``.
-        group_of: See ``WeightPrior``.
-        scales: Standard deviations at precision one (D,). Default: one each.
+    @abstractmethod
+    def build(self, tangent: Tangent, probes: Probes) -> WeightPrior:
+        """The operator for a network and its data, at precision one.
+
+        In a group of processes all of them must call this; they get the same prior.
+
+        Args:
+            tangent: The tangent model.
+            probes: Passes over this process's share of the data, see ``Probes``.
+        """
+
+    def identity(self) -> str:
+        """Text that is the same for the same settings, tensors included."""
+        return repr(self)
+
+
+def grouped(
+    tangent: Tangent, grouping: Grouping
+) -> tuple[int, Tensor, tuple[slice, ...], tuple[int, ...]]:
+    """How a prior's constructor begins: weights in groups, all at precision one."""
+    groups: list[slice] = []
+    group_of: list[int] = []
+    numbers: dict[str, int] = {}
+    for name, s in tangent.slices.items():
+        label = _label(tangent, grouping, name)
+        number = numbers.setdefault(label, len(numbers))
+        if group_of and group_of[-1] == number:
+            groups[-1] = slice(groups[-1].start, s.stop)
+        else:
+            groups.append(s)
+            group_of.append(number)
+    ones = torch.ones(len(numbers), dtype=tangent.dtype, device=tangent.device)
+    return tangent.num_weights, ones, tuple(groups), tuple(group_of)
+
+
+def check_grouping(grouping: Grouping) -> None:
+    """Refuse what is no grouping.
+
+    Raises:
+        ValueError: Says what there is.
     """
-
-    def __init__(
-        self,
-        num_weights: int,
-        precisions: Float[Tensor, " G"],
-        groups: Sequence[slice] | None = None,
-        group_of: Sequence[int] | None = None,
-        *,
-        scales: Float[Tensor, " D"] | None = None,
-    ) -> None:
-        super().__init__(num_weights, precisions, groups, group_of)
-        self.scales = scales
-        # One product per application, whatever the groups.
-        scale = self._scale()
-        self._diagonal = scale if scales is None else scales * scale
-
-    def _apply(self, rows: Tensor, adjoint: bool) -> Tensor:
-        return rows * self._diagonal
-
-    def _rebuilt(
-        self, precisions: Tensor, groups: Sequence[slice], group_of: Sequence[int]
-    ) -> WeightPrior:
-        return DiagonalPrior(
-            self.num_weights, precisions, groups, group_of, scales=self.scales
+    if not callable(grouping) and grouping not in ("all", "tensors", "layers"):
+        raise ValueError(
+            'groups: expected "all", "tensors", "layers" or a function from a '
+            f"parameter's name to the label of its group, found {grouping!r}"
         )
 
 
-@register_stored_class
-@dataclass(frozen=True)
-class MatrixRoot:
-    """Root over one weight matrix: X -> left (inner * X) right^T.
-
-    A Kronecker product, when there is no ``inner``; with it also the sum of two, or
-    any other covariance with Kronecker-factored eigenvectors.
-
-    Attributes:
-        left: (out, out), or the diagonal of one (out,).
-        right: (rest, rest), or the diagonal of one (rest,).
-        inner: Entrywise factors (out, rest), or none.
-    """
-
-    left: Tensor
-    right: Tensor
-    inner: Tensor | None = None
-
-    def apply(self, x: Float[Tensor, "k out rest"]) -> Float[Tensor, "k out rest"]:
-        """R x for each of k matrices."""
-        x = x if self.inner is None else self.inner * x
-        x = self.left[:, None] * x if self.left.ndim == 1 else self.left @ x
-        return x * self.right if self.right.ndim == 1 else x @ self.right.mT
-
-    def adjoint(self, x: Float[Tensor, "k out rest"]) -> Float[Tensor, "k out rest"]:
-        """R^T x for each of k matrices."""
-        x = self.left[:, None] * x if self.left.ndim == 1 else self.left.mT @ x
-        x = x * self.right if self.right.ndim == 1 else x @ self.right
-        return x if self.inner is None else self.inner * x
-
-
-@register_stored_class
-class KroneckerPrior(WeightPrior):
-    """Each parameter tensor has a root of its own; R is block-diagonal.
-
-    Args:
-        num_weights: D.
-        precisions: alpha (G,).
-        groups: See ``WeightPrior``; parameter tensors are never split between groups.
-        group_of: See ``WeightPrior``.
-        blocks: For each parameter tensor, in order, its standard deviations (m,) or
-            the root over its matrix.
-    """
-
-    def __init__(
-        self,
-        num_weights: int,
-        precisions: Float[Tensor, " G"],
-        groups: Sequence[slice] | None = None,
-        group_of: Sequence[int] | None = None,
-        *,
-        blocks: Sequence[Tensor | MatrixRoot],
-    ) -> None:
-        super().__init__(num_weights, precisions, groups, group_of)
-        self.blocks = tuple(blocks)
-        sizes = [
-            b.shape[0] if isinstance(b, Tensor) else b.left.shape[0] * b.right.shape[0]
-            for b in self.blocks
-        ]
-        if sum(sizes) != num_weights:
-            raise ValueError(
-                f"blocks: expected {num_weights} weights in all, found {sum(sizes)}"
-            )
-        stops = torch.tensor(sizes).cumsum(0).tolist()
-        self._slices = [
-            slice(stop - n, stop) for n, stop in zip(sizes, stops, strict=True)
-        ]
-        self._factor = self._scale()
-
-    def _apply(self, rows: Tensor, adjoint: bool) -> Tensor:
-        found = torch.empty_like(rows, memory_format=torch.contiguous_format)
-        for s, block in zip(self._slices, self.blocks, strict=True):
-            x = rows[:, s]
-            if isinstance(block, Tensor):
-                found[:, s] = x * block
-                continue
-            x = x.reshape(-1, block.left.shape[0], block.right.shape[0])
-            x = block.adjoint(x) if adjoint else block.apply(x)
-            found[:, s] = x.reshape(rows.shape[0], -1)
-        # Precisions are constant within a block, so they commute with its root.
-        return found.mul_(self._factor)
-
-    def _rebuilt(
-        self, precisions: Tensor, groups: Sequence[slice], group_of: Sequence[int]
-    ) -> WeightPrior:
-        return KroneckerPrior(
-            self.num_weights, precisions, groups, group_of, blocks=self.blocks
-        )
+def _label(tangent: Tangent, grouping: Grouping, name: str) -> str:
+    if callable(grouping):
+        return str(grouping(name))
+    if grouping == "all":
+        return ""
+    if grouping == "tensors":
+        return name
+    owner = name.rpartition(".")[0]
+    norm = isinstance(tangent.network.get_submodule(owner), NORMS)
+    # A module's name has no colon.
+    return ":normalisation" if norm else owner
 
 
 def _check_partition(groups: Sequence[slice], num_weights: int) -> None:
