@@ -163,16 +163,13 @@ class WeightSystem:
         An example's draws depend on the seed, its number and the sample's only: not
         on batches or processes, nor on where the likelihood is linearised.
         """
-        images = self.data.adjoint(
-            lambda batch, at: self._noise_at(batch, samples, seed), len(samples)
-        )
-        return self.prior.root_adjoint(images)
 
-    def _noise_at(self, batch: Batch, samples: range, seed: int) -> Tensor:
-        """L eps of a batch (b, C, s)."""
-        outputs = self.outputs[batch.rows]
-        noise = example_noise(batch.examples, outputs.shape[1], samples, seed)
-        return self.likelihood.hessian_root(outputs, noise.to(outputs))
+        def noise_at(batch: Batch, at: TangentBatch) -> Tensor:
+            outputs = self.outputs[batch.rows]
+            noise = example_noise(batch.examples, outputs.shape[1], samples, seed)
+            return self.likelihood.hessian_root(outputs, noise.to(outputs))
+
+        return self.prior.root_adjoint(self.data.adjoint(noise_at, len(samples)))
 
     def slope(self) -> Float[Tensor, "D 1"]:
         """R^T J^T g with g the gradient of the loss at ``outputs``, one pass."""
@@ -226,11 +223,9 @@ def curvature_probes(
     cross terms of two examples vanish.
     """
     for batch in data.stream:
-        here = outputs[batch.rows]
-        signs = example_noise(batch.examples, here.shape[1], range(count), seed).sign()
-        yield data.tangent.at(batch.x).vjp(
-            likelihood.hessian_root(here, signs.to(here))
-        )
+        f = outputs[batch.rows]
+        signs = example_noise(batch.examples, f.shape[1], range(count), seed).sign()
+        yield data.tangent.at(batch.x).vjp(likelihood.hessian_root(f, signs.to(f)))
 
 
 def example_noise(

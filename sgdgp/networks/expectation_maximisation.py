@@ -25,7 +25,7 @@ from sgdgp.core.codec import register_stored_class
 
 _LARGEST_RISE = math.log(100.0)
 _LARGEST_FALL = math.log(30.0)
-"""Of a log precision in one step: see ``PrecisionUpdate``."""
+"""Of a log precision in one step: see ``PrecisionUpdate`` for why they differ."""
 
 _NEAR = 0.7
 """A step in log alpha, a factor of two, below which its secant is believed."""

@@ -33,6 +33,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sgdgp.core.codec import register_stored_class
+from sgdgp.core.memory import resolve_budget
 from sgdgp.core.seeds import derived_generator
 from sgdgp.networks.curvature import (
     TangentData,
@@ -51,6 +52,7 @@ from sgdgp.networks.linear_model import LinearOptimum, optimise
 from sgdgp.networks.priors import PriorSettings, WeightPrior
 from sgdgp.networks.weight_solvers import WeightSolution, WeightSolver
 from sgdgp.solvers.base import Callback, Progress
+from sgdgp.tangent import Tangent
 
 CurvatureAt: TypeAlias = Literal["linear", "network"]
 """Outputs at which the likelihood's Hessian is taken."""
@@ -416,7 +418,8 @@ def _is_near(one: Likelihood, other: Likelihood) -> bool:
     return bool((ratio.log().abs() < _SETTLED_NOISE).all())
 
 
-def columns_within(budget: int, num_weights: int, element_size: int) -> int:
-    """How many columns a solver can work on together within a memory budget."""
-    block = num_weights * element_size
-    return max(1, min(_MOST_COLUMNS, budget // (_LIVE_COLUMNS * block)))
+def columns_at_once(tangent: Tangent) -> int:
+    """How many columns a solver can work on together within the memory budget."""
+    budget = resolve_budget(tangent.memory_budget, tangent.device)
+    column = tangent.num_weights * tangent.dtype.itemsize
+    return max(1, min(_MOST_COLUMNS, budget // (_LIVE_COLUMNS * column)))

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from sgdgp.core.checks import check_count, check_positive
 from sgdgp.core.deprecation import renamed_arguments
-from sgdgp.core.memory import resolve_budget
 from sgdgp.core.seeds import generator_of, seed_of
 from sgdgp.networks.checkpoint import RunKeeper
 from sgdgp.networks.curvature import TangentData
@@ -23,7 +22,7 @@ from sgdgp.networks.fitting import (
     Run,
     RunState,
     Schedule,
-    columns_within,
+    columns_at_once,
     start,
 )
 from sgdgp.networks.likelihoods import Likelihood
@@ -35,7 +34,8 @@ from sgdgp.solvers.base import Callback, progress_bar
 from sgdgp.tangent import Tangent, Weights
 
 STREAMED_FROM = 200_000
-"""From so many examples "auto" is stochastic gradient descent."""
+"""From so many examples "auto" is stochastic gradient descent: a single epoch of it has
+more steps than CG needs passes."""
 
 _SOLVERS: dict[str, Callable[[], WeightSolver]] = {
     "cg": WeightCG,
@@ -188,11 +188,7 @@ class LinearisedNetwork:
             precision=precision,
             solver=chosen_solver(solver, stream.num_examples),
             seed=seed_of(generator_of(seed)),
-            columns=columns_within(
-                resolve_budget(tangent.memory_budget, tangent.device),
-                tangent.num_weights,
-                tangent.dtype.itemsize,
-            ),
+            columns=columns_at_once(tangent),
             curvature_at=self.curvature_at,
         )
         data = TangentData(tangent, stream)
@@ -205,8 +201,8 @@ class LinearisedNetwork:
         if state is None:
             state = start(data, self.likelihood, self.prior, schedule)
         reason = "finished"
-        with progress_bar(progress, "linearised Laplace", callback) as told:
-            run = Run(data, schedule, state, told)
+        with progress_bar(progress, "linearised Laplace", callback) as listener:
+            run = Run(data, schedule, state, listener)
             try:
                 for reached in run.stages():
                     if keeper is not None:

@@ -284,8 +284,8 @@ class RepeatedStream(Stream):
             first, seen = seen, seen + len(y)
             if turn % self.processes.size != self.processes.rank:
                 continue
-            here = torch.arange(len(y), device=self._device)
-            batch = Batch(mine + here, first + here, x, y)
+            numbers = torch.arange(len(y), device=self._device)
+            batch = Batch(mine + numbers, first + numbers, x, y)
             self._fixed.check(batch)
             mine += len(y)
             yield batch
