@@ -32,7 +32,7 @@ from sgdgp.operators.arguments import (
     index_length,
     resolve_index,
 )
-from sgdgp.operators.evaluation import detached_copy, evaluated_blocks
+from sgdgp.operators.evaluation import check_kernel, detached_copy, evaluated_blocks
 from sgdgp.operators.gradients import form_by_autograd
 from sgdgp.operators.tracked import Move, TrackedVectors
 
@@ -56,6 +56,11 @@ class KernelOperator(ABC):
         x_rows: Row inputs X1 (m, d). Default: the same tensor as ``x``, which
             makes the operator square and symmetric.
         memory_budget: Bytes that temporaries may take. Default: half of what is free.
+
+    Raises:
+        TypeError: ``kernel`` is not a GPyTorch kernel.
+        ValueError: It is not a function of two points, has a batch shape or a parameter
+            that is not finite, or an argument does not fit.
     """
 
     name: str
@@ -79,6 +84,18 @@ class KernelOperator(ABC):
         *,
         memory_budget: int | None = None,
     ) -> None:
+        check_kernel(kernel)
+        self._hold(kernel, x, x_rows, memory_budget)
+        self._prepare()
+
+    def _hold(
+        self,
+        kernel: Kernel,
+        x: Tensor,
+        x_rows: Tensor | None,
+        memory_budget: int | None,
+    ) -> None:
+        """What every operator has; ``_prepare`` adds what it makes of that."""
         check_inputs(x, x_rows)
         self.memory_budget = resolve_budget(memory_budget, x.device)
         self.kernel = kernel
@@ -87,6 +104,9 @@ class KernelOperator(ABC):
             self.x_rows = self.x
         else:
             self.x_rows = x_rows.detach()
+
+    def _prepare(self) -> None:  # noqa: B027
+        """Prepare kernel and points for products, once."""
 
     @property
     def is_square(self) -> bool:

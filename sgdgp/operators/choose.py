@@ -11,7 +11,6 @@ from torch import Tensor
 from sgdgp.core.memory import resolve_budget
 from sgdgp.operators.base import KernelOperator
 from sgdgp.operators.dense import DenseOperator, streaming_operator
-from sgdgp.operators.evaluation import check_kernel
 from sgdgp.operators.feature import FeatureOperator, features_operator
 from sgdgp.operators.keops import KeopsOperator, keops_is_available
 from sgdgp.operators.row_blocks import RowBlocksOperator
@@ -123,6 +122,4 @@ def operator_by_name(
     if name not in _OPERATORS:
         known = ", ".join(repr(known) for known in ("auto", *get_args(OperatorName)))
         raise ValueError(f"operator must be one of {known}, found {name!r}")
-    check_kernel(kernel)
-    operator: type = _OPERATORS[name]
-    return operator(kernel, x, memory_budget=memory_budget)
+    return _OPERATORS[name](kernel, x, memory_budget=memory_budget)

@@ -39,30 +39,24 @@ class DenseOperator(KernelOperator):
 
     name = "dense"
 
-    def __init__(
-        self,
-        kernel: Kernel,
-        x: Float[Tensor, "n d"],
-        x_rows: Float[Tensor, "m d"] | None = None,
-        *,
-        memory_budget: int | None = None,
-    ) -> None:
-        source = streaming_operator(kernel, x, x_rows, memory_budget)
-        self._fill_from(source)
+    def _prepare(self) -> None:
+        x_rows = None if self.is_square else self.x_rows
+        self._fill_from(
+            streaming_operator(self.kernel, self.x, x_rows, self.memory_budget)
+        )
 
     @classmethod
     def filled_by(cls, source: KernelOperator) -> DenseOperator:
         """The same matrix as ``source``, in memory from the first product on."""
         operator = cls.__new__(cls)
+        x_rows = None if source.is_square else source.x_rows
+        operator._hold(source.kernel, source.x, x_rows, source.memory_budget)
         operator._fill_from(source)
         return operator
 
     def _fill_from(self, source: KernelOperator) -> None:
-        x_rows = None if source.is_square else source.x_rows
-        super().__init__(
-            source.kernel, source.x, x_rows, memory_budget=source.memory_budget
-        )
         self.source = source
+        self.kernel = source.kernel
         self.outputs_per_input = source.outputs_per_input
         self._entries: Tensor | None = None
 

@@ -23,7 +23,6 @@ from sgdgp.operators.arguments import (
     take,
 )
 from sgdgp.operators.base import KernelOperator, RowIndex
-from sgdgp.operators.evaluation import check_kernel
 from sgdgp.operators.tiled import TiledOperator
 from sgdgp.operators.tracked import Move, TrackedVectors
 
@@ -62,16 +61,8 @@ class FeatureOperator(KernelOperator):
     name = "features"
     has_features = True
 
-    def __init__(
-        self,
-        kernel: Kernel,
-        x: Float[Tensor, "n d"],
-        x_rows: Float[Tensor, "m d"] | None = None,
-        *,
-        memory_budget: int | None = None,
-    ) -> None:
-        super().__init__(kernel, x, x_rows, memory_budget=memory_budget)
-        check_kernel(kernel)
+    def _prepare(self) -> None:
+        kernel = self.kernel
         features = exact_features(kernel, self.x)
         if features is None:
             raise ValueError(
@@ -106,7 +97,7 @@ class FeatureOperator(KernelOperator):
         self.outputs_per_input = outputs
         # The map cuts a sweep into chunks; cut twice, it would sweep too often.
         self.rows_per_step = max(1, self.shape[0])
-        self._last = _LastImage()
+        self._last = _LastAdjoint()
 
     @torch.no_grad()
     def tracked(self, v: Float[Tensor, "n k"]) -> TrackedVectors:
@@ -114,8 +105,8 @@ class FeatureOperator(KernelOperator):
         check_vectors(v, self.shape[1], self.dtype)
         if bool(v.any()):
             return TrackedVectors(v.clone(), self.features.adjoint(self.x, v))
-        image = v.new_zeros(v.shape[1], self.features.num_features).mT
-        return TrackedVectors(v.clone(), image)
+        phi_t_v = v.new_zeros(v.shape[1], self.features.num_features).mT
+        return TrackedVectors(v.clone(), phi_t_v)
 
     @torch.no_grad()
     def move(self, rows: RowIndex, values: Float[Tensor, "b k"]) -> Move:
@@ -150,34 +141,34 @@ class FeatureOperator(KernelOperator):
     def _rows_matmul(
         self, index: RowIndex, v: Float[Tensor, "n k"]
     ) -> Float[Tensor, "b k"]:
-        return self._forward(index, self._image(v))
+        return self._forward(index, self._phi_t_v(v))
 
     def _columns_matmul(
         self, index: RowIndex, v: Float[Tensor, "b k"]
     ) -> Float[Tensor, "m k"]:
-        image = self._adjoint(index, v)
-        return self.features.forward(self.x_rows, image)
+        phi_t_v = self._adjoint(index, v)
+        return self.features.forward(self.x_rows, phi_t_v)
 
     def product_at(
         self, x_new: Float[Tensor, "m d"], v: Float[Tensor, "n k"]
     ) -> Float[Tensor, "m k"]:
         """K(x_new, X) v, differentiable in x_new."""
         with torch.no_grad():
-            image = self._last.of(v, lambda: self.features.adjoint(self.x, v))
-        return self.features.forward(x_new, image)
+            phi_t_v = self._last.of(v, lambda: self.features.adjoint(self.x, v))
+        return self.features.forward(x_new, phi_t_v)
 
-    def _image(self, v: Tensor) -> Tensor:
+    def _phi_t_v(self, v: Tensor) -> Tensor:
         """phi(X2)^T v; kept for predictions, which ask for the same v again."""
         if self.is_square:
             return self.features.adjoint(self.x, v)
         return self._last.of(v, lambda: self.features.adjoint(self.x, v))
 
-    def _forward(self, index: Tensor | slice, image: Tensor) -> Tensor:
+    def _forward(self, index: Tensor | slice, phi_t_v: Tensor) -> Tensor:
         """phi(x_index) U."""
         if index_length(index) == 0:
-            return image.new_zeros(0, image.shape[1])
+            return phi_t_v.new_zeros(0, phi_t_v.shape[1])
         points, rows = points_behind(index, self.outputs_per_input)
-        found = self.features.forward(take(self.x_rows, points), image)
+        found = self.features.forward(take(self.x_rows, points), phi_t_v)
         return found if rows is None else take(found, rows)
 
     def _adjoint(self, index: Tensor | slice, v: Tensor) -> Tensor:
@@ -223,6 +214,7 @@ class FeatureOperator(KernelOperator):
         """Pieces of the rows ``index``, and their features (s, M)."""
         outputs = self.outputs_per_input
         row = self.features.num_features * x.element_size()
+        # Features of rows, of columns, and what a map takes to make either.
         affordable = max(1, self.memory_budget // (4 * row))
         if affordable < outputs:
             # Not even the outputs of one point: columns of phi^T one by one.
@@ -264,10 +256,7 @@ class FeatureOperator(KernelOperator):
         self, x: Tensor, x_rows: Tensor | None, kernel: Kernel | None = None
     ) -> FeatureOperator:
         other = object.__new__(FeatureOperator)
-        budget = self.memory_budget
-        KernelOperator.__init__(
-            other, kernel or self.kernel, x, x_rows, memory_budget=budget
-        )
+        other._hold(kernel or self.kernel, x, x_rows, self.memory_budget)
         features = self.features
         if kernel is not None:
             features = self._features_as(kernel, x)
@@ -285,23 +274,23 @@ class FeatureOperator(KernelOperator):
         return CastFeatures(self.features, self.dtype) if found is None else found
 
 
-class _LastImage:
+class _LastAdjoint:
     """phi(X)^T v of the last v: predictions in batches ask for the same one."""
 
     def __init__(self) -> None:
         self._of: Tensor | None = None
         self._key: tuple[object, ...] = ()
-        self._image: Tensor | None = None
+        self._found: Tensor | None = None
 
     def of(self, v: Tensor, compute: Callable[[], Tensor]) -> Tensor:
-        """The image of v, computed unless v is the tensor of the last call."""
+        """phi(X)^T v, computed unless v is the tensor of the last call."""
         if v.is_inference():
             return compute()
         # v is kept, so that no other tensor can have its place in memory.
         key = (v.data_ptr(), tuple(v.shape), v.stride(), v._version)
-        if self._image is None or key != self._key:
-            self._of, self._key, self._image = v, key, compute()
-        return self._image
+        if self._found is None or key != self._key:
+            self._of, self._key, self._found = v, key, compute()
+        return self._found
 
 
 def _are_same(i: Tensor | slice, j: Tensor | slice) -> bool:

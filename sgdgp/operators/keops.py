@@ -14,7 +14,6 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from gpytorch.kernels import Kernel
 from jaxtyping import Float
 from torch import Tensor
 
@@ -47,17 +46,10 @@ class KeopsOperator(TiledOperator):
     """
 
     name = "keops"
-    rows_per_step = 1 << 30
+    rows_per_step = 1 << 30  # KeOps takes all rows in one reduction
 
-    def __init__(
-        self,
-        kernel: Kernel,
-        x: Float[Tensor, "n d"],
-        x_rows: Float[Tensor, "m d"] | None = None,
-        *,
-        memory_budget: int | None = None,
-    ) -> None:
-        super().__init__(kernel, x, x_rows, memory_budget=memory_budget)
+    def _prepare(self) -> None:
+        super()._prepare()
         self._columns = self.tile.keops_inputs(self.x, self.origin)
         self._rows = (
             self._columns

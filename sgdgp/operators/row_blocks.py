@@ -16,7 +16,7 @@ from sgdgp.operators.arguments import (
     take,
 )
 from sgdgp.operators.base import KernelOperator, RowIndex
-from sgdgp.operators.evaluation import check_kernel, evaluated, with_fixed_grids
+from sgdgp.operators.evaluation import evaluated, with_fixed_grids
 
 _BASE_COPIES = 6
 """Copies of a block that GPyTorch keeps to evaluate it, about: distances, their parts,
@@ -49,18 +49,9 @@ class RowBlocksOperator(KernelOperator):
 
     name = "row_blocks"
 
-    def __init__(
-        self,
-        kernel: Kernel,
-        x: Float[Tensor, "n d"],
-        x_rows: Float[Tensor, "m d"] | None = None,
-        *,
-        memory_budget: int | None = None,
-    ) -> None:
-        super().__init__(kernel, x, x_rows, memory_budget=memory_budget)
-        check_kernel(kernel)
-        self.outputs_per_input = _outputs_per_input(kernel, self.x)
-        self.kernel = with_fixed_grids(kernel, self.x, self.x_rows)
+    def _prepare(self) -> None:
+        self.outputs_per_input = _outputs_per_input(self.kernel, self.x)
+        self.kernel = with_fixed_grids(self.kernel, self.x, self.x_rows)
         self._points_per_block = self._affordable_points()
         self.rows_per_step = self._points_per_block * self.outputs_per_input
 

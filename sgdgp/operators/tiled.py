@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from gpytorch.kernels import Kernel
 from jaxtyping import Float
 from torch import Tensor
 
@@ -22,7 +21,6 @@ from sgdgp.operators.arguments import (
     take,
 )
 from sgdgp.operators.base import KernelOperator, RowIndex
-from sgdgp.operators.evaluation import check_kernel
 from sgdgp.operators.gradients import form_by_tiles
 
 _TILE_ROWS = 512
@@ -72,21 +70,12 @@ class TiledOperator(KernelOperator):
 
     name = "tiled"
 
-    def __init__(
-        self,
-        kernel: Kernel,
-        x: Float[Tensor, "n d"],
-        x_rows: Float[Tensor, "m d"] | None = None,
-        *,
-        memory_budget: int | None = None,
-    ) -> None:
-        super().__init__(kernel, x, x_rows, memory_budget=memory_budget)
-        check_kernel(kernel)
-        tile = tile_kernel(kernel)
+    def _prepare(self) -> None:
+        tile = tile_kernel(self.kernel)
         if tile is None:
             raise ValueError(
-                f"{type(kernel).__name__} has no tile form; use the row_blocks "
-                "operator, or register_tile_kernel"
+                f"{type(self.kernel).__name__} has no tile form; use the row_blocks "
+                "operator, or register_kernel"
             )
         self.tile = tile
         with torch.no_grad():
