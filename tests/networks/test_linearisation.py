@@ -237,46 +237,37 @@ def test_gaussian_noise_is_learned_to_the_optimum_of_the_evidence():
     assert prediction.noise == posterior.noise
 
 
-def test_sgd_and_cg_agree_with_the_same_noise(small_mlp, digits):
-    fits = [
-        linearise(small_mlp, Categorical(), Isotropic()).fit(
-            train(digits),
-            steps=0,
-            precision=200.0,
-            num_samples=2,
-            final_samples=4,
-            solver=solver,
-        )
-        for solver in (
-            WeightCG(tolerance=1e-5),
-            WeightSGD(tolerance=0.03, max_passes=1000.0),
-        )
-    ]
-    exact, found = (fit.weight_samples for fit in fits)
-    assert not fits[1].warnings
-    assert float((found - exact).norm()) < 0.03 * float(exact.norm())
-
-
-def test_primal_and_dual_agree_with_the_same_noise(mlp, digits):
-    primal, dual = (
-        linearise(mlp, Categorical(), Isotropic()).fit(
-            train(digits),
-            steps=0,
-            precision=20.0,
-            num_samples=2,
-            final_samples=4,
-            solver=solver,
-        )
-        for solver in (
-            WeightCG(tolerance=1e-8),
+@pytest.mark.parametrize(
+    ("network", "precision", "solver", "error"),
+    [
+        ("small_mlp", 200.0, WeightSGD(tolerance=0.03, max_passes=1000.0), 0.03),
+        (
+            "mlp",
+            20.0,
             Dual(CG(tolerance=1e-10, preconditioner=None), tolerance=1e-8),
+            1e-6,
+        ),
+    ],
+    ids=["sgd", "dual"],
+)
+def test_solvers_agree_with_the_same_noise(
+    network, precision, solver, error, digits, request
+):
+    exact, found = (
+        linearise(request.getfixturevalue(network), Categorical(), Isotropic()).fit(
+            train(digits),
+            steps=0,
+            precision=precision,
+            num_samples=2,
+            final_samples=4,
+            solver=each,
         )
+        for each in (WeightCG(tolerance=1e-8), solver)
     )
-    for found, exact in (
-        (dual.weight_samples, primal.weight_samples),
-        (dual.weight_mean, primal.weight_mean),
-    ):
-        assert float((found - exact).norm()) < 1e-6 * float(exact.norm())
+    assert not found.warnings
+    for name in ("weight_samples", "weight_mean"):
+        value, truth = getattr(found, name), getattr(exact, name)
+        assert float((value - truth).norm()) < error * float(truth.norm())
 
 
 @pytest.fixture(scope="module")
