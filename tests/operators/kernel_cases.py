@@ -1,5 +1,5 @@
 """Every kernel that is said to work, with inputs that suit it. Any other is welcome:
-the tests of this room, those of gradients and of features are made for all of CASES.
+products, blocks, gradients, formulas and features are tested for all of CASES.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from copy import deepcopy
 
 import hypothesis
@@ -10,15 +11,27 @@ import pytest
 import torch
 
 from sgdgp.features import has_features, random_features
+from sgdgp.features.dispatch import exact_features
 from sgdgp.operators import (
     DenseOperator,
+    FeatureOperator,
+    KernelOperator,
     RowBlocksOperator,
     TiledOperator,
     choose_operator,
     tile_kernel,
 )
-from tests.operators.kernel_cases import CASES, TILED, tolerance
+from tests.operators.kernel_cases import CASES, TILED, Case, tolerance
 from tests.operators.matrix_truth import is_the_cross_matrix, is_the_matrix
+from tests.stored import stored
+
+OPERATORS: dict[type[KernelOperator], Callable[[Case], bool]] = {
+    DenseOperator: lambda case: True,
+    TiledOperator: lambda case: case.tiled,
+    RowBlocksOperator: lambda case: not case.tiled,  # it would only be slower
+    FeatureOperator: lambda case: exact_features(case.kernel(), case.x(1)) is not None,
+}
+"""Every operator, and which kernels it is tested with (KeOps: see test_keops)."""
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32}
 
@@ -51,15 +64,15 @@ def test_the_operator_is_the_kernel_matrix(
     case = CASES[name]
     kernel = case.kernel(seed).to(dtype)
     x, x_new = case.x(n, seed).to(dtype), case.x(m, seed + 1).to(dtype)
-    streaming = TiledOperator if case.tiled else RowBlocksOperator
     operators = [
-        streaming(kernel, x, memory_budget=budget),
-        choose_operator(kernel, x, memory_budget=2**30),
+        operator(kernel, x, memory_budget=budget)
+        for operator, takes in OPERATORS.items()
+        if takes(case)
     ]
-    assert isinstance(operators[1], DenseOperator)
+    chosen = choose_operator(kernel, x, memory_budget=2**30)
+    assert isinstance(chosen, DenseOperator)
     exact = deepcopy(kernel).double()
     if name == "grid_interpolation":  # which of all grids is up to the operator
-        operators = operators[:1]
         exact = deepcopy(operators[0].kernel).double()
     truth = exact(x.double()).to_dense().detach()
 
@@ -157,7 +170,7 @@ def test_formulas_for_keops_are_the_kernel(name):
 @pytest.mark.parametrize(
     "name", [name for name in CASES if has_features(CASES[name].kernel())]
 )
-def test_features_have_the_kernel_as_their_mean(name):
+def test_features_have_the_kernel_as_their_mean_and_are_stored(name):
     case = CASES[name]
     kernel, x, count = case.kernel(2), case.x(8, 2), 16
     products = []
@@ -176,3 +189,4 @@ def test_features_have_the_kernel_as_their_mean(name):
     error = (mean - kernel(x).to_dense().detach()).abs() - 1e-10 * mean.abs().max()
     assert (error < 6 * deviation / count**0.5).all()
     assert found.exact == bool((deviation < 1e-10).all())
+    assert torch.equal(stored(found).features(x), phi)
