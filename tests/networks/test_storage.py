@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, fields
+from dataclasses import fields
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from sgdgp.core.codec import decode, encode, register_stored_class
 from sgdgp.core.errors import CheckpointError, NotStorableError, StorageError
 from sgdgp.networks.checkpoint import RunKeeper
 from sgdgp.networks.expectation_maximisation import EMStep, PrecisionUpdate
@@ -166,26 +165,6 @@ def test_a_class_that_is_not_registered_is_refused_before_anything_is_written(
     with pytest.raises(NotStorableError, match="likelihood is a Own"):
         save_fields(path, tangent, {"likelihood": Own()})
     assert not path.exists()
-
-
-def test_a_registered_class_comes_back(monkeypatch):
-    monkeypatch.setattr("sgdgp.core.codec._STORED", {})
-
-    @register_stored_class
-    @dataclass
-    class Note:
-        text: str
-        value: Tensor
-
-    tensors: dict[str, Tensor] = {}
-    state = encode(Note("a", torch.ones(2)), "note", tensors)
-    found = decode(state, tensors, torch.device("cpu"))
-    assert (found.text, found.value.tolist()) == ("a", [1.0, 1.0])
-    with pytest.raises(ValueError, match="another class named Note"):
-        register_stored_class(type("Note", (), {}))
-    monkeypatch.setattr("sgdgp.core.codec._STORED", {})
-    with pytest.raises(ValueError, match="holds a 'Note', which is not registered"):
-        decode(state, tensors, torch.device("cpu"))
 
 
 def _run(tangent: Tangent) -> RunState:
