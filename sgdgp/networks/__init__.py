@@ -1,8 +1,9 @@
 """Posteriors of trained networks: linearised Laplace at any size."""
 
-import sgdgp.core.codec
+from sgdgp.core import codec, processes
 from sgdgp.core.deprecation import also_importable_as
 from sgdgp.core.processes import process_group, started
+from sgdgp.networks import priors
 from sgdgp.networks.calibration import Comparison
 from sgdgp.networks.dual import Dual
 from sgdgp.networks.likelihoods import Categorical, Gaussian, Likelihood
@@ -12,7 +13,9 @@ from sgdgp.networks.predictive import GaussianPrediction
 from sgdgp.networks.priors import GPrior, Isotropic, Kronecker, Layerwise
 from sgdgp.networks.weight_solvers import WeightCG, WeightSGD
 
-also_importable_as("sgdgp.networks.stored_values", sgdgp.core.codec)
+also_importable_as("sgdgp.networks.processes", processes)
+also_importable_as("sgdgp.networks.stored_values", codec)
+also_importable_as("sgdgp.networks.weight_priors", priors)
 
 __all__ = [
     "Categorical",

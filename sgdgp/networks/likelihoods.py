@@ -289,10 +289,7 @@ class Gaussian(Likelihood):
     ) -> Float[Tensor, "b C k"]:
         return v / self._deviation(outputs)
 
-    def hessian_root_transpose(
-        self, outputs: Float[Tensor, "b C"], v: Float[Tensor, "b C k"]
-    ) -> Float[Tensor, "b C k"]:
-        return v / self._deviation(outputs)
+    hessian_root_transpose = hessian_root
 
     def hessian(
         self, outputs: Float[Tensor, "b C"], v: Float[Tensor, "b C k"]

@@ -43,7 +43,6 @@ class LinearOptimum:
         system: The posterior precision with the likelihood linearised there.
         loss: Negative log-likelihood of the targets at it.
         passes: Passes over the data.
-        newton_steps: Steps taken.
         converged: Whether the last one changed the mean by less than the tolerance.
     """
 
@@ -51,7 +50,6 @@ class LinearOptimum:
     system: WeightSystem
     loss: float
     passes: float
-    newton_steps: int
     converged: bool
 
 
@@ -117,4 +115,4 @@ def optimise(
         converged = small or gained <= 1e-2 * solver.tolerance**2
         if solved.reason == "interrupted":
             break
-    return LinearOptimum(mean, system, loss, passes, steps, converged)
+    return LinearOptimum(mean, system, loss, passes, converged)

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from sgdgp.core.checks import check_count, check_positive
 from sgdgp.core.deprecation import renamed_arguments
 from sgdgp.core.seeds import generator_of, seed_of
-from sgdgp.networks.checkpoint import RunKeeper
 from sgdgp.networks.curvature import TangentData
 from sgdgp.networks.dual import Dual
 from sgdgp.networks.fitting import (
@@ -28,6 +27,7 @@ from sgdgp.networks.fitting import (
 from sgdgp.networks.likelihoods import Likelihood
 from sgdgp.networks.posterior import LinearisedPosterior
 from sgdgp.networks.priors import GPrior, PriorSettings
+from sgdgp.networks.storage import RunKeeper
 from sgdgp.networks.stream import Split, stream_of
 from sgdgp.networks.weight_solvers import WeightCG, WeightSGD, WeightSolver
 from sgdgp.solvers.base import Callback, progress_bar

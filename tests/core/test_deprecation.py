@@ -52,3 +52,7 @@ def test_documented_modules_that_are_gone_can_still_be_imported():
     assert values.register_stored_class is sgdgp.register_stored_class
     file = importlib.import_module("sgdgp.posterior.checkpoint_file")
     assert file.CheckpointError is errors.CheckpointError
+    processes = importlib.import_module("sgdgp.networks.processes")
+    assert processes.process_group is sgdgp.networks.process_group
+    priors = importlib.import_module("sgdgp.networks.weight_priors")
+    assert priors.Isotropic is sgdgp.networks.Isotropic

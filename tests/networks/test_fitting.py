@@ -9,8 +9,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from sgdgp.core.errors import CheckpointError
 from sgdgp.networks import Categorical, Gaussian, Isotropic, WeightCG, linearise
-from sgdgp.networks.checkpoint import RunKeeper
 from sgdgp.networks.fitting import prior_draws
+from sgdgp.networks.storage import RunKeeper
 
 SETTINGS = {
     "num_samples": 4,

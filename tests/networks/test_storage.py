@@ -10,13 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from sgdgp.core.errors import CheckpointError, NotStorableError, StorageError
-from sgdgp.networks.checkpoint import RunKeeper
 from sgdgp.networks.expectation_maximisation import EMStep, PrecisionUpdate
 from sgdgp.networks.fitting import RunState
 from sgdgp.networks.likelihoods import Categorical, Gaussian
 from sgdgp.networks.posterior import LinearisedPosterior, load
 from sgdgp.networks.priors import DiagonalPrior, Layerwise
-from sgdgp.networks.storage import load_fields, save_fields
+from sgdgp.networks.storage import RunKeeper, load_fields, save_fields
 from sgdgp.tangent import Tangent
 
 STEP = EMStep((1.5,), (3.0,), 0.25, None, 12.5, (1e-3, float("inf")), 7.0, 1.25)
