@@ -26,7 +26,9 @@ import sgdgp
 from sgdgp.sklearn import KERNEL_NAMES, SGDGPRegressor
 
 
-@parametrize_with_checks([SGDGPRegressor()])
+# A few steps learn what the checks ask for, as scikit-learn's own ensembles are checked
+# with a few trees.
+@parametrize_with_checks([SGDGPRegressor(steps=15)])
 def test_scikit_learn_checks_pass(estimator: SGDGPRegressor, check: Any):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -513,7 +515,9 @@ class TestHabits:
         X, y = some_data()
         for state in (3, None):
             one, two = (
-                SGDGPRegressor(random_state=state).fit(X, y).predict(X, return_std=True)
+                SGDGPRegressor(random_state=state, steps=5)
+                .fit(X, y)
+                .predict(X, return_std=True)
                 for _ in range(2)
             )
             assert np.array_equal(one[1], two[1]) == (state == 3)

@@ -23,7 +23,7 @@ from tests.training.problems import (
 
 SEVERAL_OUTPUTS = {"multitask", "lcm", "rbf_grad", "matern52_grad", "polynomial_grad"}
 SINGLE_OUTPUT = sorted(set(CASES) - SEVERAL_OUTPUTS)
-N = 500
+N = 300
 BATCHES = 8
 
 
