@@ -151,14 +151,7 @@ class Outputs(Evaluated):
     def evaluate(
         self, x: Tensor, index: tuple[int, ...] | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Means (*b, q, m), and what functions add to them (s, *b, q, m).
-
-        Of units that are not affine, both before them.
-
-        Args:
-            x: Inputs (*b, q, d).
-            index: Numbers of the functions. Default: all; () for none.
-        """
+        """See ``Evaluated.evaluate``."""
         paths, wanted = self._paths(index or None), index != ()
         flat, shape = paths.flattened(x)
         if isinstance(paths, OutputPaths):

@@ -15,6 +15,7 @@ from sklearn.utils.validation import _check_sample_weight
 
 from sgdgp.core.checks import check_count, check_positive
 from sgdgp.solvers import Solver
+from sgdgp.solvers.auto import check_solver_name
 
 Optimiser = Callable[[Any], torch.optim.Optimizer]
 
@@ -64,12 +65,13 @@ class Settings:
             TypeError: One is of the wrong kind; named, with what was found.
             ValueError: One has the wrong value.
         """
+        check_solver_name(parameters["solver"])
         return cls(
             noise=check_noise(parameters["noise"]),
             optimiser=check_optimizer(parameters["optimizer"]),
             steps=check_whole("steps", parameters["steps"], 0),
             num_samples=check_whole("num_samples", parameters["num_samples"], 0),
-            solver=check_solver(parameters["solver"]),
+            solver=parameters["solver"],
             device=check_device(parameters["device"]),
             dtype=check_dtype(parameters["dtype"]),
             progress=bool(parameters["verbose"]),
@@ -101,20 +103,6 @@ def check_noise(noise: Any) -> float:
         raise TypeError(f"noise: expected a number, found {type(noise).__name__}")
     check_positive("noise", float(noise))
     return float(noise)
-
-
-def check_solver(solver: Any) -> Solver | str:
-    """The solver, or its name.
-
-    Raises:
-        TypeError: Something else.
-    """
-    if not isinstance(solver, Solver | str):
-        raise TypeError(
-            "solver: expected a Solver such as sgdgp.SDD(), or a name, found "
-            f"{solver!r}"
-        )
-    return solver
 
 
 def check_device(device: str | torch.device) -> torch.device:

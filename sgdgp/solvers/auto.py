@@ -347,11 +347,16 @@ def choose_solver(
 
 
 def check_solver_name(solver: Solver | str) -> None:
-    """Refuse a name that no solver has.
+    """Refuse what is no solver, and a name that none has.
 
     Raises:
+        TypeError: Neither a solver nor a name.
         ValueError: Unknown name.
     """
+    if not isinstance(solver, Solver | str):
+        raise TypeError(
+            f"solver: expected a Solver such as SDD(), or a name, found {solver!r}"
+        )
     if not isinstance(solver, Solver) and solver not in ("auto", *SOLVERS):
         raise ValueError(
             f"solver: expected a Solver, 'auto' or one of {sorted(SOLVERS)}, found "

@@ -106,10 +106,6 @@ class StochasticMarginalLogLikelihood(MarginalLogLikelihood):
             raise TypeError(
                 f"model: expected a gpytorch.models.ExactGP, found {type(model)}"
             )
-        if not isinstance(solver, Solver | str):
-            raise TypeError(
-                f"solver: expected a Solver such as SDD(), or a name, found {solver!r}"
-            )
         check_solver_name(solver)
         if not isinstance(probes, Probes) and probes != "auto":
             raise TypeError(

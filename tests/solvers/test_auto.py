@@ -228,7 +228,12 @@ def test_a_solver_is_passed_through_whatever_the_memory():
     assert choose_solver(solver, tiled(3), 1) is solver
 
 
-@pytest.mark.parametrize("name", ["", "CG", "lbfgs", None])
+@pytest.mark.parametrize("name", ["", "CG", "lbfgs"])
 def test_an_unknown_name_is_refused_with_those_that_exist(name):
     with pytest.raises(ValueError, match=r"solver.*cg.*cholesky.*sdd"):
         choose_solver(name, tiled(3), 10**9)
+
+
+def test_what_is_neither_a_solver_nor_a_name_is_refused():
+    with pytest.raises(TypeError, match="solver: expected a Solver"):
+        choose_solver(None, tiled(3), 10**9)

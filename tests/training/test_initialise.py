@@ -3,15 +3,13 @@ import math
 
 import pytest
 import torch
-from botorch.models import SingleTaskGP
-from botorch.models.transforms import Normalize, Standardize
 from gpytorch.kernels import MaternKernel, RBFKernel, ScaleKernel
 
 import sgdgp
 from sgdgp.training import fit, initialise
 from tests.models import hadamard_gp, multitask_gp
 from tests.training.problems import Model, assert_same, data, parameters, rbf_model
-from tests.training.test_marginal_likelihood import deep, fixed_noise
+from tests.training.test_marginal_likelihood import botorch, deep, fixed_noise
 
 MODULE = importlib.import_module("sgdgp.training.initialise")
 
@@ -116,16 +114,6 @@ def test_networks_stay_as_they_are():
     initialise(model, subsets=2, size=30, steps=3)
     for name, value in parameters(model).items():
         assert torch.equal(value, before[name]) is name.startswith("network"), name
-
-
-def botorch():
-    x, y = data(60, 2)
-    return SingleTaskGP(
-        4.0 + 3.0 * x,
-        100.0 + 20.0 * y.unsqueeze(1),
-        input_transform=Normalize(2),
-        outcome_transform=Standardize(1),
-    )
 
 
 def with_missing_targets():

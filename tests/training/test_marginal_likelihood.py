@@ -162,6 +162,21 @@ def test_solves_with_every_unit_vector_give_gpytorchs_value_and_gradient(name):
     assert mll.passes > 0.0
 
 
+def assert_value_and_gradient(model, y, truth, probes):
+    """Of solves with these probes, those of ``truth``, which has a graph."""
+    model.zero_grad()
+    truth.backward()
+    slopes = gradients(model)
+    mll = StochasticMarginalLogLikelihood(
+        model.likelihood, model, probes=probes, solver="cholesky"
+    )
+    model.zero_grad()
+    value = mll(model(model.train_inputs[0]), y)
+    value.backward()
+    torch.testing.assert_close(value, truth, rtol=1e-8, atol=1e-10)
+    assert_same(gradients(model), slopes, rtol=1e-6, atol=1e-8)
+
+
 def covariance_of_pairs(model, x):
     """Mean (nT,) and noisy covariance (nT, nT) of a multitask model, densely."""
     noisy = model.likelihood(gpytorch.Module.__call__(model, x), x)
@@ -178,18 +193,8 @@ def test_missing_targets_of_a_multitask_model_are_left_out(probes):
     normal = torch.distributions.MultivariateNormal(
         mean[kept], covariance[kept][:, kept]
     )
-    model.zero_grad()
     truth = normal.log_prob(y.flatten()[kept]) / kept.sum()
-    truth.backward()
-    slopes = gradients(model)
-    mll = StochasticMarginalLogLikelihood(
-        model.likelihood, model, probes=probes, solver="cholesky"
-    )
-    model.zero_grad()
-    value = mll(model(x), y)
-    value.backward()
-    torch.testing.assert_close(value, truth, rtol=1e-8, atol=1e-10)
-    assert_same(gradients(model), slopes, rtol=1e-6, atol=1e-8)
+    assert_value_and_gradient(model, y, truth, probes)
 
 
 @pytest.mark.parametrize("probes", ["auto", UnitProbes()])
@@ -199,23 +204,13 @@ def test_independent_outputs_add_up_whatever_is_missing_in_each(probes):
     columns = torch.stack([y, 0.5 * y.flip(0), y.square()], dim=1)
     columns[:7, 1] = math.nan
     exact = gpytorch.mlls.ExactMarginalLogLikelihood(model.likelihood, model)
-    model.zero_grad()
     total = torch.zeros((), dtype=torch.float64)
     for column in columns.T:
         there = ~torch.isnan(column)
         with gpytorch.settings.debug(False):
             part = exact(model(x[there]), column[there])
         total = total + part * there.sum() / (~torch.isnan(columns)).sum()
-    total.backward()
-    slopes = gradients(model)
-    mll = StochasticMarginalLogLikelihood(
-        model.likelihood, model, probes=probes, solver="cholesky"
-    )
-    model.zero_grad()
-    value = mll(model(x), columns)
-    value.backward()
-    torch.testing.assert_close(value, total, rtol=1e-8, atol=1e-10)
-    assert_same(gradients(model), slopes, rtol=1e-6, atol=1e-8)
+    assert_value_and_gradient(model, columns, total, probes)
 
 
 class Tutorial(gpytorch.models.ExactGP):
