@@ -26,7 +26,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sgdgp.bayesopt.maximise import Maxima
-from sgdgp.bayesopt.record import Step, store_posterior, stored_posterior
+from sgdgp.bayesopt.record import Step, read_posterior, store_posterior
 from sgdgp.core.errors import CheckpointError
 from sgdgp.core.seeds import derived_generator
 from sgdgp.posterior import PathwisePosterior, condition
@@ -203,7 +203,7 @@ class Chain:
             model: ExactGP = MaternModel(x, y)
         else:
             model = given if isinstance(given, ExactGP) else given(x, y)
-        posterior = stored_posterior(self.place, model, self.options.solver)
+        posterior = read_posterior(self.place, model, self.options.solver)
         if not torch.equal(posterior.problem.x, x[: len(posterior.problem.x)]):
             raise CheckpointError(
                 f"checkpoint: {self.place} belongs to other data; delete it to have "

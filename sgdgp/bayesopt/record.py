@@ -119,7 +119,7 @@ class Record:
                 "observations"
             )
 
-    def observed(self, values: Float[Tensor, " k"], seconds: float) -> Record:
+    def with_values(self, values: Float[Tensor, " k"], seconds: float) -> Record:
         """The record with values of the next proposals; with all, the step is done."""
         pending = self.pending
         if pending is None:
@@ -218,7 +218,7 @@ def store_posterior(posterior: PathwisePosterior, place: Path) -> PathwisePoster
     return posterior
 
 
-def stored_posterior(
+def read_posterior(
     place: Path, model: ExactGP, solver: Solver | str
 ) -> PathwisePosterior:
     """Read what ``store_posterior`` wrote.

@@ -321,7 +321,7 @@ class Run:
         start = time.perf_counter()
         values = evaluate(self.objective, pending.proposals[first : first + count])
         seconds = time.perf_counter() - start
-        self._keep(self.record.observed(values, seconds))
+        self._keep(self.record.with_values(values, seconds))
 
 
 def evaluate(objective: Objective, x: Float[Tensor, "b d"]) -> Float[Tensor, " b"]:

@@ -26,7 +26,7 @@ from sgdgp.botorch.fantasies import FantasyModel
 from sgdgp.botorch.function_model import FunctionModel
 from sgdgp.botorch.outputs import Outputs
 from sgdgp.botorch.posterior import PathSampler
-from sgdgp.botorch.storage import KIND, restored, save
+from sgdgp.botorch.storage import KIND, restore, save
 from sgdgp.core.checks import check_count
 from sgdgp.core.files import reads
 from sgdgp.core.seeds import derived_generator, number_of, seed_of
@@ -297,7 +297,7 @@ class PathwiseModel(ConditionedModel):
             "input_transform": input_transform,
             "outcome_transform": outcome_transform,
         }
-        return restored(empty, path, model, transforms, solver)
+        return restore(empty, path, model, transforms, solver)
 
     def next_functions(self, count: int) -> tuple[tuple[Outputs, ...], tuple[int, ...]]:
         """Outputs, and the numbers of functions that were not given out before.

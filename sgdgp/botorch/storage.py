@@ -53,7 +53,7 @@ def save(model: ConditionedModel, path: str | os.PathLike[str]) -> None:
     write_values(place, KIND, values, given_by_kernel)
 
 
-def restored(
+def restore(
     empty: M,
     path: str | os.PathLike[str],
     definition: nn.Module,

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import sgdgp
-from sgdgp.bayesopt.record import store_posterior, stored_posterior
+from sgdgp.bayesopt.record import read_posterior, store_posterior
 from sgdgp.solvers import PivotedCholesky
 from sgdgp.solvers.preconditioners import Inverse
 from sgdgp.solvers.recycling import ExtendedInverse
@@ -38,7 +38,7 @@ def test_an_update_goes_on_from_the_file_as_from_memory(name, count, tmp_path):
     solver = sgdgp.CG(tolerance=1e-4, preconditioner=PRECONDITIONERS[name])
     model, posterior, x_new, y_new = updates(solver, count)
     kept = store_posterior(posterior, tmp_path / "posterior")
-    loaded = stored_posterior(tmp_path / "posterior", model, solver)
+    loaded = read_posterior(tmp_path / "posterior", model, solver)
     inverse = loaded.solution.recycled.inverse
     assert isinstance(inverse, ExtendedInverse) == (name != "none" and count > 0)
     found = [one.update(x_new, y_new).solution for one in (kept, loaded)]
@@ -62,5 +62,5 @@ def test_a_preconditioner_that_cannot_be_stored_is_left_out(tmp_path):
     solution = replace(posterior.solution, recycled=recycled)
     kept = store_posterior(replace(posterior, solution=solution), tmp_path / "one")
     assert kept.solution.recycled is None
-    loaded = stored_posterior(tmp_path / "one", model, "auto")
+    loaded = read_posterior(tmp_path / "one", model, "auto")
     assert loaded.solution.recycled is None
