@@ -315,6 +315,12 @@ def test_content_that_cannot_be_is_refused(stopped, what):
         condition(stopped, callback=must_not_run)
 
 
+def test_a_place_that_cannot_be_written_is_refused_before_any_work(tmp_path):
+    # A model that fails as soon as it is read: nothing may come before the refusal.
+    with pytest.raises(CheckpointError, match="expected an existing directory"):
+        condition(tmp_path / "missing" / "run", given="no model")
+
+
 @pytest.mark.parametrize("every", [0, -1.0, float("nan"), float("inf")])
 def test_every_must_be_positive(path, every):
     with pytest.raises(ValueError, match=r"checkpoint_every: expected a positive"):

@@ -264,6 +264,18 @@ def test_another_fits_file_is_refused_with_what_differs(changed, words, tmp_path
         fit(rbf_model(), **{"x": x, "y": y, "checkpoint": path, **changed})
 
 
+def test_a_file_that_is_refused_leaves_the_model_as_it_is(tmp_path):
+    path = tmp_path / "fit.sgdgp"
+    written(path)
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    model = rbf_model()
+    with pytest.raises(CheckpointError, match="damaged"):
+        fit(model, steps=2, checkpoint=path)
+    assert_same(parameters(model), parameters(rbf_model()), rtol=0.0, atol=0.0)
+
+
 def test_another_models_file_is_refused(tmp_path):
     path = tmp_path / "fit.sgdgp"
     written(path)
