@@ -23,7 +23,7 @@ from sgdgp.features import draw_prior
 from sgdgp.gpytorch_adapter import prior_of
 from sgdgp.operators import KernelOperator
 from sgdgp.operators.choose import operator_by_name
-from sgdgp.posterior.functions import ConditionedPaths, SampleFunctions
+from sgdgp.posterior.paths import ConditionedPaths, SampleFunctions
 from sgdgp.solvers.base import Solution
 
 _JITTER = 1e-8

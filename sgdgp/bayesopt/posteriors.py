@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import math
-import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -29,11 +28,8 @@ from sgdgp.bayesopt.maximise import Maxima
 from sgdgp.bayesopt.record import Step, read_posterior, store_posterior
 from sgdgp.core.errors import CheckpointError
 from sgdgp.core.seeds import derived_generator
-from sgdgp.posterior import PathwisePosterior, condition
-from sgdgp.posterior.problem import prior_draws, right_hand_sides, sample_targets
-from sgdgp.posterior.update import extended
+from sgdgp.posterior import PathwisePosterior, condition, update
 from sgdgp.solvers.base import Solver
-from sgdgp.solvers.warm_start import solve_new_columns
 from sgdgp.training import fit
 
 _STORED_EVERY = 5
@@ -237,35 +233,9 @@ def redraw(
         generator: Source of the new functions.
         noise: Noise variance of the new targets. Default: the likelihood's.
     """
-    start = time.perf_counter()
-    problem = posterior.problem
-    if len(x_new):
-        problem = extended(problem, x_new, y_new, noise, None)
-    count = posterior.num_samples
-    draws = prior_draws(
-        problem.prior, problem.operator, count, problem.settings, generator
-    )
-    sampled = sample_targets(draws, problem.operator.x, problem.noise, generator)
-    rhs, noise_draws = right_hand_sides(problem.targets, *sampled)
-    problem = replace(problem, draws=draws, rhs=rhs, noise_draws=noise_draws)
-    drawn = time.perf_counter()
-    solution = solve_new_columns(
-        problem.solver,
-        problem.operator.unfilled(),
-        problem.noise,
-        rhs,
-        posterior.solution,
-        memory_budget=problem.settings.memory_budget,
-    )
-    if solution is None or solution.reason == "stagnated":
-        mean = posterior.solution.weights[:, :1]
-        initial = rhs.new_zeros(rhs.shape)
-        initial[: len(mean), :1] = mean
-        solution = problem.solve(generator, initial=initial)
-    timings = {"prior_draws": drawn - start, "solve": time.perf_counter() - drawn}
-    return PathwisePosterior(
-        solution, count, timings, problem.paths(solution.weights), problem
-    )
+    (part,) = posterior.parts
+    part = update.update_and_redraw(part, x_new, y_new, generator, noise=noise)
+    return replace(posterior, parts=(part,))
 
 
 class MaternModel(ExactGP):

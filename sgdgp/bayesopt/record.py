@@ -28,6 +28,7 @@ from sgdgp.core.files import FileKind
 from sgdgp.posterior import PathwisePosterior, load
 from sgdgp.posterior.storage import save
 from sgdgp.solvers.base import Solver
+from sgdgp.solvers.recycling import Recycled
 
 KIND = FileKind(
     "sgdgp.thompson_sampling", 2, "record of a Thompson sampling run", format_1.thompson
@@ -203,10 +204,9 @@ def store_posterior(posterior: PathwisePosterior, place: Path) -> PathwisePoster
     recycled = posterior.solution.recycled
     if recycled is not None:
         recycled = recycled.reduced() if can_be_stored(recycled.inverse) else None
-    solution = replace(posterior.solution, recycled=recycled)
-    posterior = replace(posterior, solution=solution)
+    posterior = _with_recycled(posterior, recycled)
     try:
-        save(posterior.kind, [posterior.solved], place, with_recycled=True)
+        save(posterior.parts, place, with_recycled=True)
     except OSError as error:
         warnings.warn(
             f"The posterior {place} could not be written ({error}); it is an earlier "
@@ -216,6 +216,14 @@ def store_posterior(posterior: PathwisePosterior, place: Path) -> PathwisePoster
     for path in _former_files(place):
         path.unlink(missing_ok=True)
     return posterior
+
+
+def _with_recycled(
+    posterior: PathwisePosterior, recycled: Recycled | None
+) -> PathwisePosterior:
+    (part,) = posterior.parts
+    solution = replace(part.solution, recycled=recycled)
+    return replace(posterior, parts=(replace(part, solution=solution),))
 
 
 def read_posterior(
@@ -236,7 +244,7 @@ def read_posterior(
         left = read_values(former, _FORMER_KIND, found.problem.x.device)["recycled"]
     except StorageError as error:
         raise CheckpointError(f"checkpoint: {error}; it may be deleted") from error
-    return replace(found, solution=replace(found.solution, recycled=left))
+    return _with_recycled(found, left)
 
 
 def remove_posterior(place: Path) -> None:

@@ -21,7 +21,7 @@ from torch import Tensor
 from sgdgp.core.slices import recomputed, slices
 from sgdgp.gpytorch_adapter import differentiable_block
 from sgdgp.operators.base import KernelOperator
-from sgdgp.posterior import PathwisePosterior
+from sgdgp.posterior.problem import Part
 from sgdgp.solvers.differentiable import DifferentiableSolve
 
 _ENTRIES = 2**21
@@ -43,7 +43,7 @@ class Block:
         factor: Factors (T,) from the posterior's units to those of the outputs.
     """
 
-    part: PathwisePosterior
+    part: Part
     inverse: DifferentiableSolve
     columns: tuple[int, ...]
     tasks: tuple[int, ...] | None

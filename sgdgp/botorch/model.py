@@ -30,7 +30,7 @@ from sgdgp.botorch.storage import KIND, restore, save
 from sgdgp.core.checks import check_count
 from sgdgp.core.files import reads
 from sgdgp.core.seeds import derived_generator, number_of, seed_of
-from sgdgp.posterior import MultiOutputPosterior, PathwisePosterior
+from sgdgp.posterior import Posterior
 from sgdgp.solvers import Solver
 
 DEFAULT_FEATURES = 2048
@@ -146,7 +146,7 @@ class PathwiseModel(ConditionedModel):
         return cast(nn.Module, self.definition.likelihood)
 
     @property
-    def posteriors(self) -> tuple[PathwisePosterior | MultiOutputPosterior, ...]:
+    def posteriors(self) -> tuple[Posterior, ...]:
         """The sgdgp posteriors behind the outputs; conditions if need be."""
         return tuple(outputs.posterior for outputs in self._evaluated())
 

@@ -11,12 +11,11 @@ from botorch.models.transforms.outcome import OutcomeTransform
 from torch import Tensor
 
 from sgdgp.botorch.kalman_gain import Block
-from sgdgp.gpytorch_adapter import has_fixed_noise
+from sgdgp.gpytorch_adapter import PairPrior, has_fixed_noise
 from sgdgp.gpytorch_adapter.outcome_scale import affine_of
-from sgdgp.posterior import MultiOutputPosterior, PathwisePosterior
-from sgdgp.posterior.functions import ConditionedPaths, SampleFunctions
-from sgdgp.posterior.multitask import MultitaskPosterior
-from sgdgp.posterior.output_paths import OutputFunctions, OutputPaths
+from sgdgp.posterior import Posterior, SampleFunctions
+from sgdgp.posterior.paths import Paths
+from sgdgp.posterior.problem import Part, System
 from sgdgp.solvers.differentiable import DifferentiableSolve
 
 
@@ -134,14 +133,14 @@ class Outputs(Evaluated):
         functions: Sample functions; the posterior's own, or others drawn from it.
     """
 
-    posterior: PathwisePosterior | MultiOutputPosterior
+    posterior: Posterior
     columns: tuple[int, ...]
     units: Units
-    functions: SampleFunctions | OutputFunctions
-    _subsets: dict[tuple[int, ...], ConditionedPaths | OutputPaths] = field(
+    functions: SampleFunctions
+    _subsets: dict[tuple[int, ...], Paths] = field(default_factory=dict, repr=False)
+    _inverses: dict[System, DifferentiableSolve] = field(
         default_factory=dict, repr=False
     )
-    _inverses: dict[int, DifferentiableSolve] = field(default_factory=dict, repr=False)
 
     @property
     def num_paths(self) -> int:
@@ -154,14 +153,9 @@ class Outputs(Evaluated):
         """See ``Evaluated.evaluate``."""
         paths, wanted = self._paths(index or None), index != ()
         flat, shape = paths.flattened(x)
-        if isinstance(paths, OutputPaths):
-            mean, deviations = paths.evaluate(flat, deviations=wanted)
-            mean, deviations = mean[:, self._own], deviations[:, self._own]
-        else:
-            scale = paths.prior.target_scale
-            mean, deviations = paths.mean_and_deviations(flat, None if wanted else 0)
-            mean = (scale.shift + scale.scale * mean).unsqueeze(1)
-            deviations = (scale.scale * deviations).unsqueeze(1)
+        mean, deviations = paths.evaluate(flat, deviations=wanted)
+        mean = self._columns(paths.units.shift + paths.units.scale * mean, 1)
+        deviations = self._columns(paths.units.scale * deviations, 1)
         deviations = deviations.permute(2, 0, 1)
         mean = mean.reshape(*shape, mean.shape[-1])
         deviations = deviations.reshape(len(deviations), *mean.shape)
@@ -175,18 +169,13 @@ class Outputs(Evaluated):
         paths = self._paths(index)
         flat, _ = paths.flattened(x)
         values = paths.each(flat.reshape(x.shape))
-        if isinstance(paths, OutputPaths):
-            values = values[..., self._own]
-        else:
-            scale = paths.prior.target_scale
-            values = (scale.shift + scale.scale * values).unsqueeze(-1)
+        values = self._columns(paths.units.shift + paths.units.scale * values, 2)
         return self.units.values(values, x)
 
     def noise(self, x: Tensor) -> Tensor:
         """Noise variances (*b, q, m); the average one where they are only known."""
         flat, shape = self._paths(None).flattened(x)
-        posterior = self.posterior
-        parts = posterior.parts
+        parts = self.posterior.parts
         prior = parts[0].problem.prior
         with torch.no_grad():
             if has_fixed_noise(prior.model.likelihood):
@@ -196,15 +185,12 @@ class Outputs(Evaluated):
                     for part in parts
                 ]
                 noise = torch.stack(means).expand(len(flat), self._width)
-            elif isinstance(posterior, MultiOutputPosterior):
-                noise = posterior.likelihood_noise(flat)
             else:
-                noise = prior.target_scale.scale**2 * prior.noise(flat)
-                noise = noise.unsqueeze(1)
+                noise = self.posterior.paths.noise(flat).reshape(len(flat), -1)
         own = noise[:, self._own].reshape(*shape, len(self.columns))
         return self.units.factor**2 * own
 
-    def of(self, posterior: PathwisePosterior | MultiOutputPosterior) -> Outputs:
+    def of(self, posterior: Posterior) -> Outputs:
         """The same outputs of another posterior."""
         return Outputs(posterior, self.columns, self.units, posterior.functions)
 
@@ -217,7 +203,7 @@ class Outputs(Evaluated):
     @property
     def scale(self) -> Tensor:
         """Factors (m,) from the definition's units to those of ``evaluate``."""
-        prior = self._first.problem.prior
+        prior = self.posterior.problem.prior
         scales = getattr(prior, "target_scales", (prior.target_scale,) * self._width)
         factors = self.units.factor.new_tensor([scale.scale for scale in scales])
         return factors[self._own] * self.units.factor
@@ -234,13 +220,11 @@ class Outputs(Evaluated):
     def blocks(self) -> tuple[Block, ...]:
         """Groups of these outputs that are correlated, and how to solve for them."""
         posterior = self.posterior
-        if isinstance(posterior, MultitaskPosterior):
-            inner = posterior.parts[0]
+        if isinstance(posterior.problem.prior, PairPrior):
+            (part,) = posterior.parts
             everything = tuple(range(len(self.columns)))
             return (
-                Block(
-                    inner, self._inverse(inner), everything, self.columns, self.scale
-                ),
+                Block(part, self._inverse(part), everything, self.columns, self.scale),
             )
         parts = posterior.parts
         return tuple(
@@ -254,9 +238,9 @@ class Outputs(Evaluated):
             for output, column in enumerate(self.columns)
         )
 
-    def _inverse(self, part: PathwisePosterior) -> DifferentiableSolve:
+    def _inverse(self, part: Part) -> DifferentiableSolve:
         """Outputs over the same rows share one."""
-        key = id(part.problem.operator)
+        key = part.problem.system
         if key not in self._inverses:
             problem = part.problem
             self._inverses[key] = DifferentiableSolve(
@@ -269,19 +253,21 @@ class Outputs(Evaluated):
         return self._inverses[key]
 
     @property
-    def _first(self) -> PathwisePosterior:
-        return self.posterior.parts[0]
-
-    @property
     def _width(self) -> int:
         """Outputs of the posterior."""
-        return getattr(self.posterior, "num_outputs", 1)
+        return self.posterior.num_outputs or 1
+
+    def _columns(self, values: Tensor, dim: int) -> Tensor:
+        """These outputs of values that have those of the posterior along ``dim``."""
+        if self.posterior.num_outputs is None:
+            return values.unsqueeze(dim)
+        return values.index_select(dim, values.new_tensor(self.columns).long())
 
     @property
     def _own(self) -> list[int]:
         return list(self.columns)
 
-    def _paths(self, index: tuple[int, ...] | None) -> ConditionedPaths | OutputPaths:
+    def _paths(self, index: tuple[int, ...] | None) -> Paths:
         """All functions, or some; those last asked for are kept."""
         if index is None:
             return self.functions.paths

@@ -46,9 +46,7 @@ def save(model: ConditionedModel, path: str | os.PathLike[str]) -> None:
         "settings": settings,
     }
     for index, part in enumerate(model.all_outputs()):
-        posterior = part.posterior
-        solved = [own.solved for own in posterior.parts]
-        for name, value in contents_of(posterior.kind, solved).items():
+        for name, value in contents_of(part.posterior.parts).items():
             values[f"posterior.{index}.{name}"] = value
     write_values(place, KIND, values, given_by_kernel)
 

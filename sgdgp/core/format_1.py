@@ -51,6 +51,10 @@ def posterior(tensors: Tensors, state: State, prefix: str = "") -> State:
             "draws": _draws(part["draws"], prefix, dtype),
             "solution": _solution(part["solution"], f"{name}solution."),
             **_named(name, "rhs", "noise_draws"),
+            # It was among what a solver chose.
+            "passes_from_zero": part["solution"]["settings"].get(
+                "passes_from_zero", 0.0
+            ),
         }
         parts.append(_dict({**_values(part), **own}))
     return {

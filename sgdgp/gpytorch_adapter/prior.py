@@ -105,9 +105,13 @@ class Prior:
         """The user's inputs after the model's input transform, if it has one."""
         return transformed(self.model, x)
 
-    def to_model_units(self, y: Float[Tensor, " n"]) -> Tensor:
+    def to_model_units(self, y: Float[Tensor, n * t]) -> Float[Tensor, n * t]:
         """The user's targets in the model's units."""
         return self.target_scale.to_model_units(y)
+
+    def to_model_variances(self, noise: Float[Tensor, n * t]) -> Float[Tensor, n * t]:
+        """Variances in the user's units squared in those of the model."""
+        return noise / self.target_scale.scale**2
 
 
 @dataclass(frozen=True)
@@ -139,6 +143,16 @@ class PairPrior(Prior):
         """Noise variances of the likelihood at pairs, in the model's units."""
         noise = noise_of(self.model.likelihood, self.transformed(x[:, :-1]))
         return self._of_task(noise, x[:, -1].long())
+
+    def to_model_units(self, y: Float[Tensor, "n t"]) -> Float[Tensor, "n t"]:
+        """The user's targets of all tasks in the model's units."""
+        scales = enumerate(self.target_scales)
+        return torch.stack([s.to_model_units(y[:, t]) for t, s in scales], dim=1)
+
+    def to_model_variances(self, noise: Float[Tensor, "n t"]) -> Float[Tensor, "n t"]:
+        """Variances of all tasks in the model's units."""
+        factor = noise.new_tensor([scale.scale for scale in self.target_scales])
+        return noise / factor.square()
 
     def joined(self, x: Inputs) -> Tensor:
         """Pairs are one matrix already."""

@@ -17,7 +17,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import TypeAlias
+from functools import partial
 
 import torch
 from jaxtyping import Float
@@ -28,11 +28,8 @@ from sgdgp.core.checkpoint import Checkpoint
 from sgdgp.core.files import FileKind
 from sgdgp.core.hashes import digest, former_structure_of, structure_of
 from sgdgp.operators.base import KernelOperator
-from sgdgp.solvers.base import Callback, HistoryEntry, Progress, Solution, Solver
-from sgdgp.solvers.solutions import continued
-
-Attempt: TypeAlias = Callable[[Solver, Tensor | None, Callback | None], Solution]
-"""A solve as a function of (solver, starting point, callback)."""
+from sgdgp.posterior.problem import Observations, Problem
+from sgdgp.solvers.base import HistoryEntry, Progress, Solution, Solver
 
 KIND = FileKind("sgdgp.checkpoint", 2, "checkpoint", format_1.solve)
 
@@ -65,24 +62,24 @@ class SolveCheckpoint(Checkpoint):
 
     def __init__(self, path: str | os.PathLike[str], every: int | float) -> None:
         super().__init__(path, every, KIND, "problem")
+        self._first = self.path
         self._stored: tuple[Solution, str, dict[str, Tensor]] | None = None
 
     def open_for(
         self,
+        index: int,
         model: torch.nn.Module,
-        x: Float[Tensor, "n d"],
-        y: Float[Tensor, " n"],
+        data: Observations,
         generator: torch.Generator,
-        *,
         num_samples: int,
         num_features: int,
     ) -> None:
-        """Read the file, if there is one.
+        """Read the file of a system, if there is one.
 
         Args:
+            index: Number of the system; from the second on it has a file of its own.
             model: The model whose prior and noise are conditioned.
-            x: Training inputs (n, d).
-            y: Training targets (n,).
+            data: What was observed.
             generator: Source of the prior draws, before the first of them.
             num_samples: Posterior sample functions.
             num_features: Random features of each group of draws.
@@ -91,10 +88,12 @@ class SolveCheckpoint(Checkpoint):
             CheckpointError: The file is damaged, foreign, of a newer format or of
                 another problem.
         """
+        if index > 0:
+            self.path = self._first.with_name(f"{self._first.name}.{index}")
         components = {
-            "the training inputs x": digest(x),
-            "the training targets y": digest(y),
-            "dtype": str(x.dtype),
+            "the training inputs x": digest(data.x),
+            "the training targets y": digest(data.y.flatten()),
+            "dtype": str(data.x.dtype),
             "num_samples": str(num_samples),
             "num_features": str(num_features),
             "the seed, or the state of the generator that was passed": digest(
@@ -104,37 +103,28 @@ class SolveCheckpoint(Checkpoint):
             **structure_of(model),
         }
         found = self.open(components, former_structure_of(model))
+        self._stored = None
         if found is not None:
             with self.reading():
                 self._stored = found["solution"], found["solver"], found["probe"]
 
-    def solve(
-        self,
-        solver: Solver,
-        attempt: Attempt,
-        operator: KernelOperator,
-        noise: Float[Tensor, " n"],
-        rhs: Float[Tensor, "n k"],
-        callback: Callback | None,
-    ) -> Solution:
+    def around(self, problem: Problem) -> Callable[[torch.Generator], Solution]:
+        """``problem.solve`` with the file around it, see ``solve``."""
+        return partial(self.solve, problem)
+
+    def solve(self, problem: Problem, generator: torch.Generator) -> Solution:
         """Return the stored solution, or go on from it, or start; and write.
 
         Args:
-            solver: Settings; their budgets are for all runs together.
-            attempt: Solves with given settings, starting point and callback.
-            operator: K (n, n).
-            noise: Noise variances (n,).
-            rhs: The right-hand sides (n, k).
-            callback: Called with the passes and seconds of all runs.
+            problem: The problem; its solver's budgets are for all runs together.
+            generator: Source of everything random in the solver.
 
         Raises:
-            CheckpointError: The file's weights do not belong to ``rhs``.
+            CheckpointError: The file's weights do not belong to the problem.
         """
-        probe = _probe(operator, noise, rhs)
-        if self._stored is None:
-            writer = _Writer(self, solver, probe, _nothing_yet(solver, rhs))
-            solution = attempt(solver, None, writer.following(callback))
-        else:
+        solver, rhs, before = problem.solver, problem.rhs, None
+        probe = _probe(problem.operator, problem.noise, rhs)
+        if self._stored is not None:
             before, settings, stored = self._stored
             self.refuse(_differing(stored, probe))
             with self.reading():
@@ -146,10 +136,8 @@ class SolveCheckpoint(Checkpoint):
             )
             if _is_final(before, settings, solver):
                 return before
-            writer = _Writer(self, solver, probe, before)
-            left = solver.with_limits(solver.limits.less(before.passes, before.seconds))
-            found = attempt(left, before.weights, writer.following(callback))
-            solution = continued(before, found)
+        writer = _Writer(self, solver, probe, before or _nothing_yet(solver, rhs))
+        solution = problem.solve(generator, after=before, listener=writer)
         writer.finish(solution)
         if self.problem is None:
             return solution
@@ -157,7 +145,7 @@ class SolveCheckpoint(Checkpoint):
 
 
 class _Writer:
-    """Callback that writes the best weights so far, and keeps the accounts."""
+    """Callback that writes the best weights so far, and the history of all runs."""
 
     def __init__(
         self,
@@ -176,29 +164,19 @@ class _Writer:
         self._has_file = before.passes > 0
         file.wait()
 
-    def following(self, callback: Callback | None) -> Callback:
-        """A callback that writes when it is time, then calls the given one."""
-
-        def called(progress: Progress) -> bool | None:
-            progress = replace(
-                progress,
-                passes=self._before.passes + progress.passes,
-                seconds=self._before.seconds + progress.seconds,
+    def __call__(self, progress: Progress) -> None:
+        """Write when it is time; told of the passes and seconds of all runs."""
+        self._history.append(
+            HistoryEntry(
+                progress.passes,
+                progress.seconds,
+                tuple(progress.residuals.tolist()),
+                progress.exact,
             )
-            self._history.append(
-                HistoryEntry(
-                    progress.passes,
-                    progress.seconds,
-                    tuple(progress.residuals.tolist()),
-                    progress.exact,
-                )
-            )
-            if self._file.is_due:
-                self._keep(progress)
-                self._file.wait()
-            return None if callback is None else callback(progress)
-
-        return called
+        )
+        if self._file.is_due:
+            self._keep(progress)
+            self._file.wait()
 
     def finish(self, solution: Solution) -> None:
         """Write what the solve ended with."""

@@ -11,18 +11,11 @@ from torch import Tensor
 
 from sgdgp.core.checks import check_count
 from sgdgp.core.deprecation import renamed_arguments
-from sgdgp.core.memory import resolve_budget
-from sgdgp.core.seeds import derived_generator, generator_of, seed_of
-from sgdgp.gpytorch_adapter import Inputs, PairPrior, prior_of
-from sgdgp.gpytorch_adapter.data import training_data
-from sgdgp.operators import check_kernel
+from sgdgp.core.seeds import generator_of
+from sgdgp.gpytorch_adapter import Inputs, prior_of, training_data
 from sgdgp.posterior.checkpoint import SolveCheckpoint
-from sgdgp.posterior.independent import IndependentPosterior
-from sgdgp.posterior.multitask import MultitaskPosterior
-from sgdgp.posterior.outputs import MultiOutputPosterior
-from sgdgp.posterior.pathwise import PathwisePosterior
-from sgdgp.posterior.problem import Settings
-from sgdgp.posterior.systems import solve_system, systems_of
+from sgdgp.posterior.posterior import Posterior, posterior_of
+from sgdgp.posterior.problem import Settings, Stopwatch, System, observations, parts_of
 from sgdgp.solvers.base import Callback, Solver
 
 DEFAULT_FEATURES = 16_384
@@ -45,7 +38,7 @@ def condition(
     callback: Callback | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
     checkpoint_every: int | float = 60,
-) -> PathwisePosterior | MultiOutputPosterior:
+) -> Posterior:
     """Condition a GPyTorch model on data by one stochastic linear solve.
 
     The model is read, never changed: mean, kernel, noise and transforms. Its
@@ -66,18 +59,17 @@ def condition(
         seed: Seed or generator of everything random.
         num_features: Random features of each group of 64 prior draws.
         operator: "auto", "dense", "tiled", "keops" or "row_blocks".
-        memory_budget: Bytes that operator and solver may use. Default: half of what
-            is free.
+        memory_budget: Bytes for operator and solver. Default: half of what is free.
         progress: Show a progress bar. Default: on a terminal.
         callback: Called as the solve advances; returning True stops it.
         checkpoint: File that keeps the solve. Calling again after the process was
             killed goes on from there; after the solve has ended, it is returned at
             once. Budgets are for all runs together. See docs/checkpoints.md. Further
             solves (outputs observed in different rows) have ``checkpoint.1`` and on.
-        checkpoint_every: Seconds between two writes of the checkpoint, at least.
+        checkpoint_every: Seconds between two writes of it, at least.
 
     Returns:
-        The posterior; a ``MultiOutputPosterior`` where y has several columns.
+        A ``PathwisePosterior``; where y has several columns a ``MultiOutputPosterior``.
         ``posterior.solution.reason`` says how the solve ended.
 
     Raises:
@@ -94,56 +86,32 @@ def condition(
         >>> posterior.mean(x), posterior.variance(x), posterior.samples(x)
     """
     check_count("num_samples", num_samples, 0)
-    check_count("num_features", num_features, 1)
-    if memory_budget is not None:
-        check_count("memory_budget", memory_budget, 1)
-    if not isinstance(solver, Solver | str):
-        raise TypeError(
-            f"solver: expected a Solver such as SDD(), or a name, found {solver!r}"
-        )
-    keeper = (
-        None if checkpoint is None else SolveCheckpoint(checkpoint, checkpoint_every)
-    )
+    keeper = None
+    if checkpoint is not None:
+        keeper = SolveCheckpoint(checkpoint, checkpoint_every)
     generator = generator_of(seed)
     x, y = training_data(model, x, y)
     prior = prior_of(model, x)
-    check_kernel(prior.kernel)
-    systems = systems_of(prior, x, y)
-    settings = Settings(
-        num_features=num_features,
-        operator=operator,
-        memory_budget=resolve_budget(memory_budget, systems[0].inputs.device),
-        seed=seed_of(generator),
-        progress=progress,
-        callback=callback,
+    settings = Settings.resolve(
+        solver, num_features, operator, memory_budget, y, generator, progress, callback
     )
-    parts: dict[int, PathwisePosterior] = {}
-    for index, system in enumerate(systems):
-        if index > 0:
-            # A stream of its own: a solve that is found finished in its checkpoint
-            # takes less from a generator than one that is run.
-            generator = derived_generator(settings.seed, "system", index)
+    parts = {}
+    for index, data in enumerate(observations(prior, x, y)):
+        stream = settings.stream(index, generator)
         if keeper is not None:
-            keeper = (
-                keeper
-                if index == 0
-                else SolveCheckpoint(f"{checkpoint}.{index}", checkpoint_every)
-            )
-            keeper.open_for(
-                prior.model,
-                system.x,
-                system.y.flatten(),
-                generator,
-                num_samples=num_samples,
-                num_features=num_features,
-            )
-        solved = solve_system(
-            prior, system, solver, num_samples, settings, generator, keeper
-        )
-        # Of a multitask model all columns of y are one.
-        parts.update(zip(system.columns, solved, strict=False))
-    if isinstance(prior, PairPrior):
-        return MultitaskPosterior.of(parts[0])
-    if y.ndim == 1:
-        return parts[0]
-    return IndependentPosterior.of([parts[column] for column in sorted(parts)])
+            keeper.open_for(index, prior.model, data, stream, num_samples, num_features)
+        clock = Stopwatch()
+        matrix = settings.operator_over(prior.kernel, data.inputs)
+        system = System(prior, matrix, data.x, data.noise)
+        problems = []
+        for column, targets in zip(data.columns, data.targets.mT, strict=True):
+            draws = settings.draw_prior(prior.kernel, data.inputs, num_samples, stream)
+            later = settings.of_output(column)
+            problems.append(system.problem(targets, draws, later, stream))
+        problem = system.join(problems)
+        clock.end("prior_draws")
+        solve = problem.solve if keeper is None else keeper.around(problem)
+        solution = solve(stream)
+        clock.end("solve")
+        parts.update(parts_of(data.columns, problems, solution, clock.seconds))
+    return posterior_of([parts[column] for column in sorted(parts)])

@@ -3,20 +3,14 @@
 from __future__ import annotations
 
 import os
-from typing import TypeAlias
 
 from gpytorch.models import ExactGP
 
 from sgdgp.core.codec import Contents, fitting, read_values
 from sgdgp.core.files import path_of, reads
-from sgdgp.posterior.independent import IndependentPosterior
-from sgdgp.posterior.multitask import MultitaskPosterior
-from sgdgp.posterior.outputs import MultiOutputPosterior
-from sgdgp.posterior.pathwise import PathwisePosterior
+from sgdgp.posterior.posterior import Posterior, posterior_of
 from sgdgp.posterior.storage import KIND, parts_from
 from sgdgp.solvers.base import Solver
-
-Posterior: TypeAlias = PathwisePosterior | MultiOutputPosterior
 
 
 @reads(KIND)
@@ -64,21 +58,4 @@ def posterior_from(
     contents: Contents, model: ExactGP, solver: Solver | str | None = None
 ) -> Posterior:
     """The posterior behind ``storage.contents_of``; see ``storage.parts_from``."""
-    kind, parts = parts_from(contents, model, solver)
-    posteriors = [
-        PathwisePosterior(
-            part.solution,
-            part.num_samples,
-            part.timings,
-            part.problem.paths(part.solution.weights),
-            part.problem,
-        )
-        for part in parts
-    ]
-    if kind == "multitask":
-        return MultitaskPosterior.of(posteriors[0])
-    if kind == "independent":
-        return IndependentPosterior.of(posteriors)
-    if kind != "single":
-        raise ValueError(f"unknown kind {kind!r}")
-    return posteriors[0]
+    return posterior_of(parts_from(contents, model, solver))

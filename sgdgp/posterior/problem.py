@@ -1,29 +1,51 @@
-"""What a posterior was conditioned on: all that draws, new data and storage need."""
+"""What a posterior is conditioned on: rows of data, right-hand sides, and their solve.
+
+    (K + Sigma) V = [y - m(X) | f_s(X) + eps_s]
+
+Outputs that were observed in the same rows share one system, hence one solve: all of
+their right-hand sides meet every kernel entry together.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
+from gpytorch.kernels import Kernel
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import pad
 
+from sgdgp.core.checks import check_count
+from sgdgp.core.memory import resolve_budget
+from sgdgp.core.seeds import derived_generator, seed_of
 from sgdgp.features import ExactDraws, PriorDraws, draw_prior, has_features
-from sgdgp.gpytorch_adapter import Prior
-from sgdgp.operators import KernelOperator
-from sgdgp.posterior.checkpoint import SolveCheckpoint
-from sgdgp.posterior.functions import ConditionedPaths, SampleFunctions
+from sgdgp.gpytorch_adapter import (
+    Inputs,
+    PairPrior,
+    Prior,
+    has_fixed_noise,
+    noise_of,
+    noise_of_rows,
+    observed_rows,
+    pairs_of,
+)
+from sgdgp.operators import KernelOperator, operator_by_name
+from sgdgp.posterior.paths import ConditionedPaths
+from sgdgp.solvers.auto import choose_solver
 from sgdgp.solvers.base import Callback, Solution, Solver, progress_bar
-from sgdgp.solvers.recycling import Recycled, directions_to_keep
-from sgdgp.solvers.warm_start import solve_again
+from sgdgp.solvers.recycling import directions_to_keep
+from sgdgp.solvers.solutions import continued, split_solution
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How to solve and draw again; nothing here changes what the posterior is.
+    """How to draw and solve, now and later; nothing here says what the posterior is.
 
     Attributes:
+        solver: Solver of this problem and of later ones.
         num_features: Random features of each group of prior draws.
         operator: Operator that was asked for, "auto" or a name.
         memory_budget: Bytes for operator and solver.
@@ -32,6 +54,7 @@ class Settings:
         callback: Called as a solve advances.
     """
 
+    solver: Solver
     num_features: int
     operator: str
     memory_budget: int
@@ -39,32 +62,221 @@ class Settings:
     progress: bool | None = None
     callback: Callback | None = field(default=None, repr=False, compare=False)
 
+    @classmethod
+    def resolve(
+        cls,
+        solver: Solver | str,
+        num_features: int,
+        operator: str,
+        memory_budget: int | None,
+        like: Tensor,
+        generator: torch.Generator,
+        progress: bool | None,
+        callback: Callback | None,
+    ) -> Settings:
+        """What a user asked for, with the defaults on the device of ``like``.
+
+        Args:
+            solver: A solver or a name.
+            num_features: See ``Settings``.
+            operator: See ``Settings``.
+            memory_budget: Default: half of what is free.
+            like: A tensor where the work will be.
+            generator: Source of everything random, as it is given.
+            progress: See ``Settings``.
+            callback: See ``Settings``.
+
+        Raises:
+            TypeError: Something is of the wrong kind.
+            ValueError: Something is out of range.
+        """
+        check_count("num_features", num_features, 1)
+        if memory_budget is not None:
+            check_count("memory_budget", memory_budget, 1)
+        budget = resolve_budget(memory_budget, like.device)
+        return cls(
+            choose_solver(solver, None, budget),
+            num_features,
+            operator,
+            budget,
+            seed_of(generator),
+            progress,
+            callback,
+        )
+
+    def stream(self, index: int, given: torch.Generator) -> torch.Generator:
+        """Source of everything random of the system with this number.
+
+        From the second on one of its own: a solve that is found finished in its
+        checkpoint takes less from a generator than one that is run.
+        """
+        return derived_generator(self.seed, "system", index) if index else given
+
+    def of_output(self, column: int) -> Settings:
+        """Those of one output: later data of each have noise draws of their own."""
+        if column == 0:
+            return self
+        own = derived_generator(self.seed, "output", column)
+        return replace(self, seed=seed_of(own))
+
+    def operator_over(
+        self, kernel: Kernel, inputs: Float[Tensor, "n p"]
+    ) -> KernelOperator:
+        """K over these kernel inputs."""
+        return operator_by_name(
+            self.operator, kernel, inputs, memory_budget=self.memory_budget
+        )
+
+    def draw_prior(
+        self,
+        kernel: Kernel,
+        inputs: Float[Tensor, "n p"],
+        count: int,
+        generator: torch.Generator,
+    ) -> PriorDraws | ExactDraws:
+        """Prior functions: by random features, else exactly by Cholesky.
+
+        Args:
+            kernel: Their covariance.
+            inputs: Kernel inputs that exact draws are to be revealed at.
+            count: Number of functions.
+            generator: Source of everything random.
+
+        Raises:
+            NoRandomFeatures: The kernel has none, and there are too many points.
+        """
+        if count and not has_features(kernel):
+            return ExactDraws(kernel, count, inputs, generator=generator)
+        return draw_prior(
+            kernel,
+            count,
+            dim=inputs.shape[1],
+            num_features=self.num_features,
+            generator=generator,
+            dtype=inputs.dtype,
+            device=inputs.device,
+        )
+
 
 @dataclass(frozen=True, eq=False)
-class Problem:
-    """(K + Sigma) V = [y - m(X) | f_s(X) + eps_s], and where it came from.
+class Observations:
+    """Targets that were observed in the same rows.
+
+    Attributes:
+        x: The prior's inputs (n, d): the user's, or pairs of those and tasks.
+        inputs: Kernel inputs (n, p).
+        y: Targets in the model's units (n, c).
+        targets: y - m(X) (n, c).
+        noise: Noise variances, with what ``forward`` adds to the diagonal (n,).
+        columns: Outputs behind the columns of ``targets``; of a multitask model, whose
+            targets are one column, the first.
+    """
+
+    x: Float[Tensor, "n d"]
+    inputs: Float[Tensor, "n p"]
+    y: Float[Tensor, "n c"]
+    targets: Float[Tensor, "n c"]
+    noise: Float[Tensor, " n"]
+    columns: tuple[int, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class System:
+    """K + Sigma over rows that were observed; outputs observed there share it.
 
     Attributes:
         prior: Mean, kernel and units.
         operator: K (n, n) over the kernel inputs.
-        x: The user's training inputs (n, d).
+        x: The prior's inputs (n, d): the user's, or pairs of those and tasks.
         noise: Noise variances, the diagonal of Sigma (n,).
-        rhs: Right-hand sides (n, 1 + s): targets, then sample targets.
-        noise_draws: The part of ``rhs`` drawn from N(0, Sigma): zero, then eps_s.
-        draws: Prior functions f_s, kernel inputs (n, p) -> (n, s).
-        solver: Solver of this problem and of later ones.
-        settings: How to draw and solve again.
     """
 
     prior: Prior
     operator: KernelOperator = field(repr=False)
     x: Float[Tensor, "n d"] = field(repr=False)
     noise: Float[Tensor, " n"] = field(repr=False)
+
+    def problem(
+        self,
+        targets: Float[Tensor, " n"],
+        draws: PriorDraws | ExactDraws,
+        settings: Settings,
+        generator: torch.Generator,
+    ) -> Problem:
+        """The problem of one output: [y - m(X) | f_s(X) + eps_s].
+
+        Args:
+            targets: y - m(X).
+            draws: Prior functions f_s.
+            settings: How to draw and solve.
+            generator: Source of eps_s.
+        """
+        rhs, noise_draws = right_hand_sides(
+            targets, draws, self.operator.x, self.noise, generator
+        )
+        return Problem(self, draws, rhs, noise_draws, settings)
+
+    def join(self, problems: Sequence[Problem]) -> Problem:
+        """Problems of this system as one: their right-hand sides side by side."""
+        first, *others = problems
+        if not others:
+            return first
+        return replace(
+            first,
+            rhs=torch.cat([problem.rhs for problem in problems], dim=1),
+            noise_draws=torch.cat([problem.noise_draws for problem in problems], dim=1),
+        )
+
+    def paths(
+        self, draws: PriorDraws | ExactDraws, weights: Float[Tensor, "n k"]
+    ) -> ConditionedPaths:
+        """The posterior functions of these draws with these weights."""
+        dim = self.x.shape[1]
+        return ConditionedPaths(self.prior, self.operator, draws, weights, dim)
+
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """(K + Sigma) V = [y - m(X) | f_s(X) + eps_s] of one output.
+
+    Attributes:
+        system: K + Sigma, the same object for outputs that share it.
+        draws: Prior functions f_s, kernel inputs (n, p) -> (n, s).
+        rhs: Right-hand sides (n, 1 + s): targets, then sample targets.
+        noise_draws: The part of ``rhs`` drawn from N(0, Sigma): zero, then eps_s.
+        settings: How to draw and solve again.
+    """
+
+    system: System
+    draws: PriorDraws | ExactDraws = field(repr=False)
     rhs: Float[Tensor, "n k"] = field(repr=False)
     noise_draws: Float[Tensor, "n k"] = field(repr=False)
-    draws: PriorDraws | ExactDraws = field(repr=False)
-    solver: Solver
     settings: Settings
+
+    @property
+    def prior(self) -> Prior:
+        """Mean, kernel and units."""
+        return self.system.prior
+
+    @property
+    def operator(self) -> KernelOperator:
+        """K (n, n) over the kernel inputs."""
+        return self.system.operator
+
+    @property
+    def x(self) -> Float[Tensor, "n d"]:
+        """The user's training inputs; of a multitask model pairs with the task."""
+        return self.system.x
+
+    @property
+    def noise(self) -> Float[Tensor, " n"]:
+        """Noise variances."""
+        return self.system.noise
+
+    @property
+    def solver(self) -> Solver:
+        """Solver of this problem and of later ones."""
+        return self.settings.solver
 
     @property
     def targets(self) -> Float[Tensor, " n"]:
@@ -81,142 +293,149 @@ class Problem:
         generator: torch.Generator,
         *,
         initial: Float[Tensor, "n k"] | None = None,
-        keeper: SolveCheckpoint | None = None,
-        filled: KernelOperator | None = None,
+        after: Solution | None = None,
+        operator: KernelOperator | None = None,
+        listener: Callback | None = None,
+        for_updates: bool = True,
     ) -> Solution:
         """The representer weights of all columns.
 
         Args:
             generator: Source of everything random in the solver.
             initial: Weights to start from (n, k). Default: zero.
-            keeper: Checkpoint that keeps them.
-            filled: ``operator`` with entries it may have stored already. Default:
-                whatever the solve stores of K goes with it.
+            after: A solution to go on from, with what it has left of the budgets; what
+                is returned accounts for both.
+            operator: K with entries it may have stored already. Default: whatever the
+                solve stores of K goes with it.
+            listener: Called as the solve advances, before the settings' callback.
+            for_updates: Keep what a solve with more rows may start from.
         """
-        return self._solve(
-            self.rhs,
-            self.noise_draws,
-            generator,
-            initial,
-            keeper,
-            filled,
-            for_updates=True,
-        )
-
-    def redraw(
-        self, k: int, generator: torch.Generator, solved: Solution
-    ) -> SampleFunctions:
-        """K new posterior functions around the same mean.
-
-        Args:
-            k: Number of functions.
-            generator: Source of their prior draws and noise.
-            solved: The solution of this problem; what it leaves is used again.
-        """
-        draws = prior_draws(self.prior, self.operator, k, self.settings, generator)
-        sampled, noise_draws = sample_targets(
-            draws, self.operator.x, self.noise, generator
-        )
-        solution = self._solve_again(sampled, noise_draws, generator, solved.recycled)
-        weights = torch.cat([solved.weights[:, :1], solution.weights], dim=1)
-        return SampleFunctions(self.paths(weights, draws), solution)
-
-    def paths(
-        self,
-        weights: Float[Tensor, "n k"],
-        draws: PriorDraws | ExactDraws | None = None,
-    ) -> ConditionedPaths:
-        """The posterior functions with these weights, of these draws or its own."""
-        draws = self.draws if draws is None else draws
-        return ConditionedPaths(
-            self.prior, self.operator, draws, weights, self.x.shape[1]
-        )
-
-    def _solve_again(
-        self,
-        rhs: Tensor,
-        noise_draws: Tensor,
-        generator: torch.Generator,
-        recycled: Recycled | None,
-    ) -> Solution:
-        """Other right-hand sides, with preconditioner and directions of a solve."""
-        shown, callback = self.settings.progress, self.settings.callback
-        if recycled is None or not self.solver.resumes:
-            return self._solve(rhs, noise_draws, generator)
-        operator = self.operator.unfilled()
-        with progress_bar(shown, "cg", callback) as callback:
-            solution = solve_again(
-                self.solver, operator, self.noise, rhs, recycled, callback
-            )
-        if solution.reason == "stagnated":
-            return self._solve(rhs, noise_draws, generator, solution.weights)
-        return solution
-
-    def _solve(
-        self,
-        rhs: Tensor,
-        noise_draws: Tensor,
-        generator: torch.Generator,
-        start: Tensor | None = None,
-        keeper: SolveCheckpoint | None = None,
-        filled: KernelOperator | None = None,
-        *,
-        for_updates: bool = False,
-    ) -> Solution:
-        operator = self.operator.unfilled() if filled is None else filled
-
-        def attempt(
-            solver: Solver, initial: Tensor | None, callback: Callback | None
-        ) -> Solution:
-            if for_updates:
-                kept = directions_to_keep(rhs, self.settings.memory_budget)
-                solver = solver.with_recycling(kept)
-            return solver.solve(
-                operator,
+        settings, solver, passes, seconds = self.settings, self.solver, 0.0, 0.0
+        if after is not None:
+            initial, passes, seconds = after.weights, after.passes, after.seconds
+            solver = solver.with_limits(solver.limits.less(passes, seconds))
+        if for_updates:
+            kept = directions_to_keep(self.rhs, settings.memory_budget)
+            solver = solver.with_recycling(kept)
+        with (
+            torch.no_grad(),
+            progress_bar(
+                settings.progress,
+                solver.name,
+                listener,
+                settings.callback,
+                passes=passes,
+                seconds=seconds,
+            ) as callback,
+        ):
+            solution = solver.solve(
+                self.operator.unfilled() if operator is None else operator,
                 self.noise,
-                rhs,
+                self.rhs,
                 initial=initial,
-                noise_draws=noise_draws,
+                noise_draws=self.noise_draws,
                 generator=generator,
                 callback=callback,
             )
-
-        shown, callback = self.settings.progress, self.settings.callback
-        with (
-            torch.no_grad(),
-            progress_bar(shown, self.solver.name, callback) as callback,
-        ):
-            if keeper is None:
-                return attempt(self.solver, start, callback)
-            return keeper.solve(
-                self.solver, attempt, self.operator, self.noise, rhs, callback
-            )
+        return solution if after is None else continued(after, solution)
 
 
-def prior_draws(
-    prior: Prior,
-    operator: KernelOperator,
-    count: int,
-    settings: Settings,
-    generator: torch.Generator,
-) -> PriorDraws | ExactDraws:
-    """Prior functions: by random features, else exactly by Cholesky.
+@dataclass(frozen=True, eq=False)
+class Part:
+    """One output of a posterior: a problem and its solution.
+
+    Attributes:
+        problem: What was solved.
+        solution: Its representer weights (n, 1 + s), the mean's first. Passes, seconds
+            and history are those of the whole solve, whoever shared it.
+        timings: Seconds for "prior_draws" and "solve".
+        passes_from_zero: Passes that the first solve took, which updates went on from.
+    """
+
+    problem: Problem
+    solution: Solution
+    timings: dict[str, float]
+    passes_from_zero: float = 0.0
+
+    @property
+    def paths(self) -> ConditionedPaths:
+        """The posterior functions."""
+        problem = self.problem
+        return problem.system.paths(problem.draws, self.solution.weights)
+
+
+def groups_of(parts: Sequence[Part]) -> list[list[int]]:
+    """Numbers of the parts that share a system, hence a solve."""
+    groups: dict[System, list[int]] = {}
+    for number, part in enumerate(parts):
+        groups.setdefault(part.problem.system, []).append(number)
+    return list(groups.values())
+
+
+def parts_of(
+    numbers: Sequence[int],
+    problems: Sequence[Problem],
+    solution: Solution,
+    timings: dict[str, float],
+    passes_from_zero: float = 0.0,
+) -> dict[int, Part]:
+    """The parts of a posterior with these numbers, by the solution of all together."""
+    widths = [problem.rhs.shape[1] for problem in problems]
+    solutions = split_solution(solution, widths)
+    return {
+        number: Part(problem, solved, timings, passes_from_zero)
+        for number, problem, solved in zip(numbers, problems, solutions, strict=True)
+    }
+
+
+@torch.no_grad()
+def observations(prior: Prior, x: Inputs, y: Tensor) -> tuple[Observations, ...]:
+    """The data of a model, divided by the rows that outputs were observed in.
+
+    Args:
+        prior: The model's prior.
+        x: Training inputs (n, d), or several.
+        y: Targets in the model's units (n,), or (n, T) with NaN where there is none.
 
     Raises:
-        NoRandomFeatures: The kernel has none, and there are too many points.
+        ValueError: y does not have the model's outputs, is missing altogether, or the
+            noise does not fit.
     """
-    inputs = operator.x
-    if count and not has_features(prior.kernel):
-        return ExactDraws(prior.kernel, count, inputs, generator=generator)
-    return draw_prior(
-        prior.kernel,
-        count,
-        dim=inputs.shape[1],
-        num_features=settings.num_features,
-        generator=generator,
-        dtype=inputs.dtype,
-        device=inputs.device,
+    points = prior.joined(x) if not isinstance(prior, PairPrior) else x
+    assert isinstance(points, Tensor)
+    tasks, n = prior.num_outputs, len(points)
+    if tasks > 1 and y.shape != (n, tasks):
+        raise ValueError(
+            f"y: expected shape ({n}, {tasks}), one column for each task of the model, "
+            f"found {tuple(y.shape)}"
+        )
+    rows = pairs_of(points, tasks) if isinstance(prior, PairPrior) else points
+    noise = _noise(prior, points, rows)
+    if y.ndim == 1:
+        return (_observations(prior, rows, y.unsqueeze(1), noise, (0,)),)
+    return tuple(
+        _observations(
+            prior, rows[seen.rows], seen.targets, noise[seen.rows], seen.columns
+        )
+        for seen in observed_rows(y, tasks)
     )
+
+
+def _noise(prior: Prior, points: Tensor, rows: Tensor) -> Tensor:
+    likelihood = prior.model.likelihood
+    if isinstance(prior, PairPrior) and has_fixed_noise(likelihood):
+        known = noise_of(likelihood, points)
+        return noise_of_rows(known, len(points), prior.num_outputs)
+    return prior.noise(rows)
+
+
+def _observations(
+    prior: Prior, x: Tensor, y: Tensor, noise: Tensor, columns: tuple[int, ...]
+) -> Observations:
+    mean, inputs = prior.evaluate(x)
+    centred = y - mean.unsqueeze(1)
+    columns = columns[: y.shape[1]]
+    return Observations(x, inputs, y, centred, noise + prior.nugget, columns)
 
 
 def sample_targets(
@@ -242,9 +461,35 @@ def sample_targets(
 
 def right_hand_sides(
     targets: Float[Tensor, " n"],
-    sampled: Float[Tensor, "n s"],
-    noise_draws: Float[Tensor, "n s"],
+    draws: PriorDraws | ExactDraws,
+    inputs: Float[Tensor, "n p"],
+    noise: Float[Tensor, " n"],
+    generator: torch.Generator,
 ) -> tuple[Float[Tensor, "n k"], Float[Tensor, "n k"]]:
-    """[targets | sampled], and [0 | noise_draws]."""
+    """[y - m(X) | f_s(X) + eps_s], and of it what is noise: [0 | eps_s].
+
+    Args:
+        targets: y - m(X).
+        draws: Prior functions.
+        inputs: Kernel inputs X.
+        noise: Noise variances.
+        generator: Source of eps_s.
+    """
+    sampled, noise_draws = sample_targets(draws, inputs, noise, generator)
     rhs = torch.cat([targets.unsqueeze(1), sampled], dim=1)
     return rhs, pad(noise_draws, (1, 0))
+
+
+class Stopwatch:
+    """Seconds of one stage of the work after another."""
+
+    def __init__(self) -> None:
+        """Start the first one."""
+        self.seconds: dict[str, float] = {}
+        self._start = time.perf_counter()
+
+    def end(self, stage: str) -> None:
+        """Note how long this stage took, and start the next one."""
+        now = time.perf_counter()
+        self.seconds[stage] = now - self._start
+        self._start = now

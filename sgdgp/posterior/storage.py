@@ -12,7 +12,7 @@ import os
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from gpytorch.models import ExactGP
@@ -25,12 +25,12 @@ from sgdgp.core.files import FileKind, place_of
 from sgdgp.core.hashes import differences, in_words, plain_attributes
 from sgdgp.core.memory import resolve_budget
 from sgdgp.features.storage import given_by_kernel, parts_of_kernel
-from sgdgp.gpytorch_adapter import Prior, prior_of
+from sgdgp.gpytorch_adapter import PairPrior, Prior, prior_of
 from sgdgp.operators import KernelOperator
 from sgdgp.operators.choose import operator_by_name
-from sgdgp.posterior.problem import Problem, Settings
+from sgdgp.posterior.problem import Part, Problem, Settings, System, groups_of
 from sgdgp.solvers.auto import choose_solver
-from sgdgp.solvers.base import Solution, Solver
+from sgdgp.solvers.base import Solver
 
 KIND = FileKind("sgdgp.posterior", 2, "posterior", format_1.posterior)
 
@@ -42,25 +42,8 @@ _TOLERANCE = 1e-3
 """Of that comparison: another device or thread count is no other model."""
 
 
-class Solved(NamedTuple):
-    """One output of a posterior.
-
-    Attributes:
-        problem: What was solved.
-        solution: Its solution.
-        num_samples: Sample functions.
-        timings: Seconds for "prior_draws" and "solve".
-    """
-
-    problem: Problem
-    solution: Solution
-    num_samples: int
-    timings: dict[str, float]
-
-
 def save(
-    kind: str,
-    parts: Sequence[Solved],
+    parts: Sequence[Part],
     path: str | os.PathLike[str],
     *,
     with_recycled: bool = False,
@@ -68,8 +51,7 @@ def save(
     """Write a posterior into a file, in one step.
 
     Args:
-        kind: "single", "multitask" or "independent": what becomes of the parts.
-        parts: Its outputs; of a multitask model one, over pairs.
+        parts: What it is made of.
         path: The file; its directory must exist.
         with_recycled: With what the solves leave for the next ones. That is several
             times as large as all else, and only saves passes of a later ``update``.
@@ -79,54 +61,57 @@ def save(
         OSError: The file could not be written.
         StorageError: There is no such directory, or the path is one.
     """
-    values = contents_of(kind, parts, with_recycled=with_recycled)
+    values = contents_of(parts, with_recycled=with_recycled)
     write_values(place_of(path), KIND, values, given_by_kernel)
 
 
 def contents_of(
-    kind: str, parts: Sequence[Solved], *, with_recycled: bool = False
+    parts: Sequence[Part], *, with_recycled: bool = False
 ) -> dict[str, Any]:
     """What a file of a posterior holds, by name; see ``save``."""
     if not with_recycled:
         parts = [
-            part._replace(solution=replace(part.solution, recycled=None))
+            replace(part, solution=replace(part.solution, recycled=None))
             for part in parts
         ]
     prior = parts[0].problem.prior
     # Outputs that were observed in the same rows share what belongs to the rows.
-    systems: dict[int, int] = {}
-    for part in parts:
-        systems.setdefault(id(part.problem.operator), len(systems))
-    firsts = {systems[id(part.problem.operator)]: part for part in reversed(parts)}
+    systems = [parts[group[0]].problem.system for group in groups_of(parts)]
     return {
-        "kind": kind,
+        "kind": _kind_of(parts),
         "structure": structure_in_words(prior.model),
         "model": dict(prior.model.state_dict()),
         "widths": list(prior.layout.widths),
         "dtypes": list(prior.layout.dtypes),
-        "systems": [_system(firsts[number].problem) for number in range(len(systems))],
+        "systems": [_system(system) for system in systems],
         "parts": [
-            {"system": systems[id(part.problem.operator)], **_part(part)}
+            {"system": systems.index(part.problem.system), **_part(part)}
             for part in parts
         ],
     }
 
 
-def _system(problem: Problem) -> dict[str, Any]:
+def _kind_of(parts: Sequence[Part]) -> str:
+    if isinstance(parts[0].problem.prior, PairPrior):
+        return "multitask"
+    return "single" if len(parts) == 1 else "independent"
+
+
+def _system(system: System) -> dict[str, Any]:
     points = slice(0, _CHECKED_ROWS)
     with torch.no_grad():
-        mean, _ = problem.prior.evaluate(problem.x[points])
+        mean, _ = system.prior.evaluate(system.x[points])
     return {
-        "x": problem.x,
-        "inputs": problem.operator.x,
-        "noise": problem.noise,
-        "operator": problem.operator.name,
+        "x": system.x,
+        "inputs": system.operator.x,
+        "noise": system.noise,
+        "operator": system.operator.name,
         "mean": mean,
-        "kernel": _corner(problem.operator),
+        "kernel": _corner(system.operator),
     }
 
 
-def _part(part: Solved) -> dict[str, Any]:
+def _part(part: Part) -> dict[str, Any]:
     problem, settings = part.problem, part.problem.settings
     return {
         "rhs": problem.rhs,
@@ -135,8 +120,8 @@ def _part(part: Solved) -> dict[str, Any]:
         "solution": part.solution,
         "solver": problem.solver if can_be_stored(problem.solver) else None,
         "solver_in_words": repr(problem.solver),
-        "num_samples": part.num_samples,
         "timings": part.timings,
+        "passes_from_zero": part.passes_from_zero,
         "settings": {
             "num_features": settings.num_features,
             "operator": settings.operator,
@@ -148,8 +133,8 @@ def _part(part: Solved) -> dict[str, Any]:
 
 def parts_from(
     contents: Contents, model: ExactGP, solver: Solver | str | None = None
-) -> tuple[str, list[Solved]]:
-    """The kind and the parts behind ``contents_of``, on the model's device.
+) -> list[Part]:
+    """The parts behind ``contents_of``, on the model's device.
 
     Args:
         contents: What the file holds.
@@ -170,29 +155,27 @@ def parts_from(
         points = points[:, :-1]
     prior = _prior(own, points, contents["widths"], contents["dtypes"])
     given = parts_of_kernel(prior.kernel, systems[0]["inputs"])
-    operators: dict[int, KernelOperator] = {}
+    known: dict[int, System] = {}
     parts = []
     for part in contents.value("parts", given):
-        number, settings = part["system"], Settings(**part["settings"])
-        system = systems[number]
-        if number not in operators:
-            operators[number] = _operator(system, prior, settings)
-            _check_prior(prior, operators[number], system)
+        number, settings = part["system"], _settings(part, solver)
+        if number not in known:
+            known[number] = _system_from(systems[number], prior, settings)
         problem = Problem(
-            prior=prior,
-            operator=operators[number],
-            x=system["x"],
-            noise=system["noise"],
-            rhs=part["rhs"],
-            noise_draws=part["noise_draws"],
-            draws=part["draws"],
-            solver=_solver(part, solver, operators[number], settings),
-            settings=settings,
+            known[number], part["draws"], part["rhs"], part["noise_draws"], settings
         )
         parts.append(
-            Solved(problem, part["solution"], part["num_samples"], part["timings"])
+            Part(problem, part["solution"], part["timings"], part["passes_from_zero"])
         )
-    return kind, parts
+    if kind not in ("single", "multitask", "independent"):
+        raise ValueError(f"unknown kind {kind!r}")
+    return parts
+
+
+def _system_from(stored: Mapping[str, Any], prior: Prior, settings: Settings) -> System:
+    operator = _operator(stored, prior, settings)
+    _check_prior(prior, operator, stored)
+    return System(prior, operator, stored["x"], stored["noise"])
 
 
 def _prior(
@@ -222,25 +205,21 @@ def _operator(
         return operator_by_name("auto", kernel, inputs, memory_budget=here)
 
 
-def _solver(
-    part: Mapping[str, Any],
-    given: Solver | str | None,
-    operator: KernelOperator,
-    settings: Settings,
-) -> Solver:
-    if given is not None:
-        return choose_solver(given, operator, settings.memory_budget)
-    if part["solver"] is not None:
-        if not isinstance(part["solver"], Solver):
-            raise ValueError(f"expected a solver, found {part['solver']!r}")
-        return part["solver"]
-    warnings.warn(
-        f"The posterior was solved by {part['solver_in_words']}, which is not a "
-        "solver of sgdgp and not in the file; later draws and updates use 'auto'. "
-        "Pass solver= to load for another.",
-        stacklevel=2,
-    )
-    return choose_solver("auto", operator, settings.memory_budget)
+def _settings(part: Mapping[str, Any], given: Solver | str | None) -> Settings:
+    """How to draw and solve from now on, with the solver that is given on loading."""
+    stored, budget = part["solver"], part["settings"]["memory_budget"]
+    if given is None and stored is None:
+        warnings.warn(
+            f"The posterior was solved by {part['solver_in_words']}, which is not a "
+            "solver of sgdgp and not in the file; later draws and updates use 'auto'. "
+            "Pass solver= to load for another.",
+            stacklevel=2,
+        )
+        given = "auto"
+    elif given is None and not isinstance(stored, Solver):
+        raise ValueError(f"expected a solver, found {stored!r}")
+    solver = choose_solver(stored if given is None else given, None, budget)
+    return Settings(solver, **part["settings"])
 
 
 def _check_prior(

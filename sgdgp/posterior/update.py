@@ -1,165 +1,289 @@
-"""New data for a posterior: the same prior functions, the old weights to start from.
+"""New data and new functions for a posterior that was solved for already.
 
-The old rows keep their targets, prior values and noise draws; the new rows get theirs
-from the same functions and from a stream of their own. So the larger system has the
-old one as a block, and its solution is the old one but for what the new data change.
+With new data the old rows keep their targets, prior values and noise draws; the new
+rows get theirs from the same functions and from a stream of their own. So the larger
+system has the old one as a block, and its solution is the old one but for what the new
+data change. New functions are other right-hand sides of the same system.
 """
 
 from __future__ import annotations
 
-import time
+from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any, TypeAlias
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sgdgp.core.checks import check_finite, check_matrix, check_same
+from sgdgp.core.checks import (
+    check_finite,
+    check_matrix,
+    check_same,
+    check_variances,
+)
 from sgdgp.core.seeds import derived_generator
-from sgdgp.gpytorch_adapter import has_fixed_noise
-from sgdgp.operators.choose import operator_by_name
-from sgdgp.posterior.functions import Points
-from sgdgp.posterior.pathwise import PathwisePosterior
-from sgdgp.posterior.problem import Problem, right_hand_sides, sample_targets
+from sgdgp.gpytorch_adapter import PairPrior, Prior, has_fixed_noise, pairs_of
+from sgdgp.posterior.paths import ConditionedPaths, Points
+from sgdgp.posterior.problem import (
+    Part,
+    Problem,
+    Stopwatch,
+    System,
+    groups_of,
+    parts_of,
+    right_hand_sides,
+    sample_targets,
+)
 from sgdgp.solvers.auto import DIRECT_ROWS, Auto, choose_solver
-from sgdgp.solvers.base import Callback, Solution, Solver, Watch, progress_bar
+from sgdgp.solvers.base import Callback, Solution, Solver, progress_bar
 from sgdgp.solvers.cholesky import Cholesky
-from sgdgp.solvers.solutions import continued
-from sgdgp.solvers.warm_start import warm_start
+from sgdgp.solvers.recycling import Recycled
+from sgdgp.solvers.solutions import merged_solution, split_solution
+from sgdgp.solvers.warm_start import solve_again, solve_new_columns, warm_start
 
-_FROM_ZERO = "passes_from_zero"
+Variances: TypeAlias = Tensor | float
+"""Noise variances (m,), (m, T), or one for all."""
 
-# A correction that took as long as a solve from zero would help nobody.
 _WORTH = 0.75
+"""Most passes of a correction, of those of a solve from zero: one that took as long
+would help nobody."""
 
 
-def updated(
-    posterior: PathwisePosterior,
+def update_parts(
+    parts: Sequence[Part],
     x_new: Points,
     y_new: Tensor,
     *,
-    noise: Tensor | float | None = None,
+    noise: Variances | None = None,
     solver: Solver | str | None = None,
     progress: bool | None = None,
     callback: Callback | None = None,
-) -> PathwisePosterior:
-    """The posterior given its data and new ones; see ``PathwisePosterior.update``."""
-    before = posterior.problem
-    x_new, y_new = _data(before, x_new, y_new)
-    if solver is not None and not isinstance(solver, Solver | str):
-        raise TypeError(
-            f"solver: expected a Solver such as SDD(), or a name, found {solver!r}"
-        )
-    start = time.perf_counter()
-    problem = extended(before, x_new, y_new, noise, solver)
-    problem = replace(
-        problem,
-        settings=replace(problem.settings, progress=progress, callback=callback),
-    )
-    drawn = time.perf_counter()
-    solution = solved(problem, posterior.solution)
-    timings = {"prior_draws": drawn - start, "solve": time.perf_counter() - drawn}
-    return PathwisePosterior(
-        solution,
-        posterior.num_samples,
-        timings,
-        problem.paths(solution.weights),
-        problem,
-    )
+) -> tuple[Part, ...]:
+    """The parts of a posterior given new data; see ``Posterior.update``.
 
-
-def extended(
-    before: Problem,
-    x_new: Tensor,
-    y_new: Tensor,
-    noise: Tensor | float | None,
-    solver: Solver | str | None,
-) -> Problem:
-    """The problem with the new rows behind the old ones."""
-    prior, settings = before.prior, before.settings
-    variances = _noise(before, x_new, noise)
-    with torch.no_grad():
-        mean, inputs = prior.evaluate(x_new)
-    generator = _generator(before)
-    sampled = sample_targets(before.draws, inputs, variances, generator)
-    rhs, noise_draws = right_hand_sides(prior.to_model_units(y_new) - mean, *sampled)
-    operator = operator_by_name(
-        settings.operator,
-        prior.kernel,
-        torch.cat([before.operator.x, inputs]),
-        memory_budget=settings.memory_budget,
-    )
-    chosen = before.solver
+    Outputs of one system whose new data have the same gaps and noise stay in one.
+    """
+    settings: dict[str, Any] = {"progress": progress, "callback": callback}
     if solver is not None:
-        chosen = choose_solver(solver, operator, settings.memory_budget)
-    return replace(
-        before,
-        operator=operator,
-        x=torch.cat([before.x, x_new]),
-        noise=torch.cat([before.noise, variances]),
-        rhs=torch.cat([before.rhs, rhs]),
-        noise_draws=torch.cat([before.noise_draws, noise_draws]),
-        solver=chosen,
+        budget = parts[0].problem.settings.memory_budget
+        settings["solver"] = choose_solver(solver, None, budget)
+    x, y, variances = _new_rows(parts, x_new, y_new, noise)
+    after = dict(enumerate(parts))
+    for group in _divide(groups_of(parts), torch.isnan(y), variances):
+        rows = (~torch.isnan(y[:, group[0]])).nonzero().squeeze(1)
+        if len(rows) == 0:
+            continue
+        clock = Stopwatch()
+        old = [parts[number] for number in group]
+        problems = extend_problems(
+            [part.problem for part in old],
+            x[rows],
+            y[rows][:, group],
+            None if variances is None else variances[rows, group[0]],
+            **settings,
+        )
+        problem = problems[0].system.join(problems)
+        clock.end("prior_draws")
+        from_zero = 0.0
+        if not _is_direct(problem):
+            from_zero = max(old[0].solution.passes, old[0].passes_from_zero)
+        before = merged_solution([part.solution for part in old], [range(len(old))])
+        solution = _solve_larger(problem, before, _WORTH * from_zero)
+        clock.end("solve")
+        after.update(parts_of(group, problems, solution, clock.seconds, from_zero))
+    return tuple(after[number] for number in range(len(parts)))
+
+
+def extend_problems(
+    before: Sequence[Problem],
+    x: Float[Tensor, "m d"],
+    y: Float[Tensor, "m c"],
+    noise: Float[Tensor, " m"] | None,
+    **settings: Any,
+) -> list[Problem]:
+    """The problems of one system with new rows behind the old ones.
+
+    Args:
+        before: The problems.
+        x: New inputs of the prior.
+        y: Their targets in the model's units, one column for each problem.
+        noise: Their noise variances in the model's units. Default: the likelihood's.
+        **settings: Settings that change.
+    """
+    first = before[0]
+    prior, system = first.prior, first.system
+    with torch.no_grad():
+        variances = (prior.noise(x) if noise is None else noise) + prior.nugget
+        mean, inputs = prior.evaluate(x)
+    operator = first.settings.operator_over(
+        prior.kernel, torch.cat([system.operator.x, inputs])
     )
+    larger = System(
+        prior, operator, torch.cat([system.x, x]), torch.cat([system.noise, variances])
+    )
+    problems = []
+    for problem, targets in zip(before, y.unbind(1), strict=True):
+        rhs, noise_draws = right_hand_sides(
+            targets - mean, problem.draws, inputs, variances, _generator(problem)
+        )
+        problems.append(
+            Problem(
+                larger,
+                problem.draws,
+                torch.cat([problem.rhs, rhs]),
+                torch.cat([problem.noise_draws, noise_draws]),
+                replace(problem.settings, **settings),
+            )
+        )
+    return problems
 
 
-def solved(problem: Problem, before: Solution) -> Solution:
-    """Correct the old weights where the new rows are, then let the solver go on."""
-    old = before.weights
-    num_new = len(problem.rhs) - len(old)
-    initial = torch.cat([old, old.new_zeros(num_new, old.shape[1])])
-    generator = _generator(problem)
-    if problem.solver.limits.tolerance is None or _is_direct(problem):
+def draw_functions(
+    parts: Sequence[Part], k: int, generator: torch.Generator
+) -> list[tuple[ConditionedPaths, Solution]]:
+    """K new functions of every part around the same mean, and their solutions.
+
+    Args:
+        parts: Parts of a posterior; those of one system cost one solve.
+        k: Number of functions.
+        generator: Source of their prior draws and noise.
+    """
+    drawn: dict[int, tuple[ConditionedPaths, Solution]] = {}
+    for group in groups_of(parts):
+        problems = []
+        for number in group:
+            problem = parts[number].problem
+            inputs = problem.operator.x
+            draws = problem.settings.draw_prior(
+                problem.prior.kernel, inputs, k, generator
+            )
+            rhs, noise_draws = sample_targets(draws, inputs, problem.noise, generator)
+            problems.append(
+                replace(problem, draws=draws, rhs=rhs, noise_draws=noise_draws)
+            )
+        # Several outputs start anew.
+        recycled = parts[0].solution.recycled if len(parts) == 1 else None
+        solution = _solve_again(problem.system.join(problems), generator, recycled)
+        solutions = split_solution(solution, [k] * len(group))
+        for number, problem, own in zip(group, problems, solutions, strict=True):
+            mean = parts[number].solution.weights[:, :1]
+            weights = torch.cat([mean, own.weights], dim=1)
+            drawn[number] = problem.system.paths(problem.draws, weights), own
+    return [drawn[number] for number in range(len(parts))]
+
+
+def update_and_redraw(
+    part: Part,
+    x: Float[Tensor, "m d"],
+    y: Float[Tensor, " m"],
+    generator: torch.Generator,
+    *,
+    noise: float | None = None,
+) -> Part:
+    """One output given new data as well, with functions drawn anew.
+
+    The solve of the mean starts from the old one; those of the functions start from
+    zero, as nothing is known of them yet; the old preconditioner and directions serve
+    all of them.
+
+    Args:
+        part: The output so far.
+        x: New inputs, possibly none.
+        y: New targets, in the units of the user.
+        generator: Source of the new functions.
+        noise: Noise variance of the new targets. Default: the likelihood's.
+    """
+    clock = Stopwatch()
+    problem, before = part.problem, part.solution
+    if len(x):
+        x, y, variances = _new_rows([part], x, y, noise)
+        if variances is not None:
+            variances = variances[:, 0]
+        (problem,) = extend_problems([problem], x, y, variances)
+    count = before.weights.shape[1] - 1
+    draws = problem.settings.draw_prior(
+        problem.prior.kernel, problem.operator.x, count, generator
+    )
+    problem = problem.system.problem(
+        problem.targets, draws, problem.settings, generator
+    )
+    clock.end("prior_draws")
+    solution = solve_new_columns(
+        problem.solver,
+        problem.operator.unfilled(),
+        problem.noise,
+        problem.rhs,
+        before,
+        memory_budget=problem.settings.memory_budget,
+    )
+    if solution is None or solution.reason == "stagnated":
+        initial = torch.zeros_like(problem.rhs)
+        initial[: len(before.weights), :1] = before.weights[:, :1]
+        solution = problem.solve(generator, initial=initial)
+    clock.end("solve")
+    return Part(problem, solution, clock.seconds)
+
+
+def _solve_larger(problem: Problem, before: Solution, worth_passes: float) -> Solution:
+    """Correct the old weights where the new rows are, then let the solver go on.
+
+    Args:
+        problem: The problem, its new rows last.
+        before: The solution of the old rows.
+        worth_passes: Passes in whose time a part of the system may be factorised.
+    """
+    generator, settings = _generator(problem), problem.settings
+    if _is_direct(problem):
+        initial = torch.zeros_like(problem.rhs)
+        initial[: len(before.weights)] = before.weights
         return problem.solve(generator, initial=initial)
     # One operator for both: what the correction fills in memory, the solver finds.
     operator = problem.operator.unfilled()
-    settings = problem.settings
-    from_zero = max(before.passes, before.settings.get(_FROM_ZERO, 0.0))
-    with (
-        torch.no_grad(),
-        progress_bar(settings.progress, "update", settings.callback) as callback,
-    ):
-        solution = warm_start(
+    with progress_bar(settings.progress, "update", settings.callback) as callback:
+        corrected = warm_start(
             problem.solver,
             operator,
             problem.noise,
             problem.rhs,
             before,
-            worth_passes=_WORTH * from_zero,
+            worth_passes=worth_passes,
             memory_budget=settings.memory_budget,
             callback=callback,
         )
-    if solution.reason not in ("converged", "interrupted"):
-        rest = replace(
-            problem,
-            solver=problem.solver.with_limits(
-                problem.solver.limits.less(solution.passes, solution.seconds)
-            ),
-            settings=replace(
-                settings,
-                callback=Watch.after(
-                    solution.passes, solution.seconds, settings.callback
-                ),
-            ),
-        )
-        last = rest.solve(generator, initial=solution.weights, filled=operator)
-        solution = replace(
-            continued(solution, last),
-            solver=f"{solution.solver}+{last.solver}",
-            settings={**solution.settings, **last.settings},
-        )
+    if corrected.reason in ("converged", "interrupted"):
+        return corrected
+    solution = problem.solve(generator, after=corrected, operator=operator)
     return replace(
         solution,
-        settings={**solution.settings, _FROM_ZERO: from_zero},
+        solver=f"{corrected.solver}+{solution.solver}",
+        settings={**corrected.settings, **solution.settings},
     )
 
 
+def _solve_again(
+    problem: Problem, generator: torch.Generator, recycled: Recycled | None
+) -> Solution:
+    """Other right-hand sides, with preconditioner and directions of a solve."""
+    solver, settings, initial = problem.solver, problem.settings, None
+    if recycled is not None and solver.resumes:
+        operator = problem.operator.unfilled()
+        with progress_bar(settings.progress, "cg", settings.callback) as callback:
+            solution = solve_again(
+                solver, operator, problem.noise, problem.rhs, recycled, callback
+            )
+        if solution.reason != "stagnated":
+            return solution
+        initial = solution.weights
+    return problem.solve(generator, initial=initial, for_updates=False)
+
+
 def _is_direct(problem: Problem) -> bool:
-    """Whether the whole system will be factorised, wherever that starts from."""
+    """Whether it is all the same to the solver where it starts from."""
     solver = problem.solver
     if isinstance(solver, Auto):
         return solver.stages is None and len(problem.rhs) <= DIRECT_ROWS
-    return isinstance(solver, Cholesky)
+    return isinstance(solver, Cholesky) or solver.limits.tolerance is None
 
 
 def _generator(problem: Problem) -> torch.Generator:
@@ -167,53 +291,112 @@ def _generator(problem: Problem) -> torch.Generator:
     return derived_generator(problem.settings.seed, "update", len(problem.rhs))
 
 
-def _data(before: Problem, x: Points, y: Tensor) -> tuple[Tensor, Tensor]:
-    x = before.prior.joined(x)
+def _divide(
+    groups: list[list[int]], missing: Tensor, noise: Tensor | None
+) -> list[list[int]]:
+    """Groups divided where new data differ in their gaps or in their noise."""
+    divided: list[list[int]] = []
+    for group in groups:
+        kinds: dict[object, list[int]] = {}
+        for output in group:
+            gaps = tuple(missing[:, output].tolist())
+            own = None if noise is None else tuple(noise[:, output].tolist())
+            kinds.setdefault((gaps, own), []).append(output)
+        divided.extend(kinds.values())
+    return divided
+
+
+def _new_rows(
+    parts: Sequence[Part], x: Points, y: Tensor, noise: Variances | None
+) -> tuple[Float[Tensor, "N p"], Float[Tensor, "N c"], Float[Tensor, "N c"] | None]:
+    """New data, checked, as rows of the prior with a column for each part.
+
+    Of a multitask model rows are pairs of input and task.
+
+    Returns:
+        Inputs (N, p), targets (N, c) with NaN where there is none, and noise variances
+        (N, c) if they are given, both in the model's units.
+
+    Raises:
+        TypeError: Data are of the wrong kind.
+        ValueError: Shape, dtype, device or values do not fit, or noise is needed.
+    """
+    first = parts[0].problem
+    prior, known, outputs = first.prior, first.x, len(parts)
+    is_multitask = isinstance(prior, PairPrior)
+    if is_multitask:
+        outputs, known = prior.num_outputs, known[:, :-1]
+    shape = (outputs,) if is_multitask or outputs > 1 else ()
+    x = _new_inputs(prior, x, known)
+    y = prior.to_model_units(_new_targets(x, y, shape))
+    if noise is not None:
+        given = torch.as_tensor(noise, dtype=x.dtype, device=x.device).detach()
+        given = variances_of("noise", given, (len(x), *shape))
+        noise = prior.to_model_variances(given)
+    elif has_fixed_noise(prior.model.likelihood):
+        raise ValueError(
+            "noise: the likelihood only knows the noise of its training points; "
+            f"pass the {len(x)} noise variances of y_new"
+        )
+    if is_multitask:
+        x = pairs_of(x, outputs)
+    columns = (len(x), -1)
+    return (
+        x,
+        y.reshape(columns),
+        None if noise is None else noise.reshape(columns),
+    )
+
+
+def _new_inputs(prior: Prior, x: Points, known: Tensor) -> Tensor:
+    x = prior.joined(x)
     if torch.is_tensor(x) and x.ndim == 1:
         x = x.unsqueeze(-1)
-    check_matrix("x_new", x, before.x.shape[1])
-    if not torch.is_tensor(y):
-        raise TypeError(f"y_new: expected a torch.Tensor, found {type(y)}")
-    if y.ndim == 2 and y.shape[1] == 1:
-        y = y[:, 0]
-    if y.shape != (x.shape[0],):
-        raise ValueError(
-            f"y_new: expected shape ({x.shape[0]},), found {tuple(y.shape)}"
-        )
-    check_same("x_new", x, "the training inputs", before.x)
-    check_same("y_new", y, "x_new", x)
+    check_matrix("x_new", x, known.shape[1])
+    check_same("x_new", x, "the training inputs", known)
     check_finite("x_new", x)
-    check_finite("y_new", y)
-    return x.detach(), y.detach()
+    return x.detach()
 
 
-def _noise(
-    before: Problem, x_new: Tensor, given: Tensor | float | None
-) -> Float[Tensor, " m"]:
-    """Noise variances of the new rows in the model's units."""
-    prior = before.prior
-    if given is None:
-        likelihood = prior.model.likelihood
-        if has_fixed_noise(likelihood):
-            raise ValueError(
-                "noise: the likelihood only knows the noise of its training points; "
-                f"pass the {len(x_new)} noise variances of y_new"
-            )
-        with torch.no_grad():
-            return prior.noise(x_new) + prior.nugget
-    noise = torch.as_tensor(given, dtype=x_new.dtype, device=x_new.device).detach()
-    if noise.ndim > 1 or (noise.ndim == 1 and len(noise) != len(x_new)):
+def _new_targets(x: Tensor, y: Tensor, shape: tuple[int, ...]) -> Tensor:
+    if not torch.is_tensor(y):
+        raise TypeError(f"y_new: expected a torch.Tensor, found {type(y).__name__}")
+    if not shape and y.ndim == 2 and y.shape[1] == 1:
+        y = y[:, 0]
+    if y.shape != (len(x), *shape):
         raise ValueError(
-            f"noise: expected a number or {len(x_new)} variances, one per new point, "
-            f"found shape {tuple(noise.shape)}"
+            f"y_new: expected shape {(len(x), *shape)}, found {tuple(y.shape)}"
         )
-    noise = noise.expand(len(x_new))
-    bad = ~(torch.isfinite(noise) & (noise > 0))
-    if bad.any():
-        first = int(bad.nonzero()[0])
+    check_same("y_new", y, "x_new", x)
+    if not shape:
+        check_finite("y_new", y)
+        return y.detach()
+    if bool(torch.isnan(y).all()):
+        raise ValueError("y_new: expected targets, found NaN in every row")
+    check_finite("y_new", torch.where(torch.isnan(y), torch.zeros_like(y), y))
+    return y.detach()
+
+
+def variances_of(
+    name: str, noise: Tensor, shape: tuple[int, ...]
+) -> Float[Tensor, "*shape"]:
+    """Noise variances of that shape, (n,) or (n, T), checked.
+
+    Args:
+        name: What they are called.
+        noise: One for all; one for each point; or for each of several outputs too.
+        shape: The shape that is wanted.
+
+    Raises:
+        ValueError: Shape or values do not fit.
+    """
+    if len(shape) == 2 and noise.shape == shape[:1]:
+        noise = noise.unsqueeze(1)
+    elif noise.ndim != 0 and noise.shape != shape:
+        also = f" or {shape[:1]}" if len(shape) == 2 else ""
         raise ValueError(
-            "noise: expected positive finite variances, found "
-            f"{int(bad.sum())} that are not, the first at index {first}: "
-            f"{float(noise[first])}"
+            f"{name}: expected a number, or {shape[0]} variances of shape {shape}"
+            f"{also}, found shape {tuple(noise.shape)}"
         )
-    return noise / prior.target_scale.scale**2 + prior.nugget
+    check_variances(name, noise)
+    return noise.expand(shape)

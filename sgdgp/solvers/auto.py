@@ -326,23 +326,24 @@ SOLVERS: dict[str, type[Solver]] = {
 
 
 def choose_solver(
-    solver: Solver | str, operator: KernelOperator, memory_budget: int
+    solver: Solver | str, operator: KernelOperator | None, memory_budget: int
 ) -> Solver:
     """Turn "auto" or a name into a solver.
 
     Args:
         solver: A solver, "auto" (see ``auto.plan``), or a name in ``SOLVERS``.
-        operator: The operator to solve with.
+        operator: The operator to solve with; no rule needs it so far.
         memory_budget: Bytes that may be used.
 
     Raises:
+        TypeError: Neither a solver nor a name.
         ValueError: Unknown name.
     """
     if isinstance(solver, Solver):
         return solver
+    check_solver_name(solver)
     if solver == "auto":
         return Auto(memory_budget=memory_budget)
-    check_solver_name(solver)
     return SOLVERS[solver]()
 
 

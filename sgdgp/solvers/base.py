@@ -104,19 +104,26 @@ class Watch:
 
 @contextmanager
 def progress_bar(
-    show: bool | None, title: str, callback: Callback | None
+    show: bool | None,
+    title: str,
+    *listeners: Callback | None,
+    passes: float = 0.0,
+    seconds: float = 0.0,
 ) -> Iterator[Callback | None]:
-    """Wrap a callback so that it also moves a bar.
+    """A bar beside all others who follow a solve, as one callback.
 
     Args:
         show: Whether to show it. Default: only on a terminal.
         title: Name on the left of the bar.
-        callback: Callback to call on as well.
+        *listeners: Callbacks; None is left out.
+        passes: What went before, of which everyone is told too.
+        seconds: The same in seconds.
     """
     if show is None:
         show = sys.stderr.isatty()
     if not show:
-        yield callback
+        others = any(listener is not None for listener in listeners)
+        yield Watch(*listeners, passes=passes, seconds=seconds) if others else None
         return
     with tqdm(
         desc=title,
@@ -124,13 +131,12 @@ def progress_bar(
         bar_format="{desc}: {n:.0f} passes [{elapsed}{postfix}]",
     ) as bar:
 
-        def moved(progress: Progress) -> bool | None:
+        def move(progress: Progress) -> None:
             bar.n = progress.passes
             kind = "residual" if progress.exact else "running residual"
             bar.set_postfix_str(f"{kind} {float(progress.residuals.max()):.1e}")
-            return None if callback is None else callback(progress)
 
-        yield moved
+        yield Watch(move, *listeners, passes=passes, seconds=seconds)
 
 
 @dataclass(frozen=True)

@@ -59,8 +59,10 @@ class Identity(Inverse):
 def test_a_preconditioner_that_cannot_be_stored_is_left_out(tmp_path):
     model, posterior, _, _ = updates(sgdgp.CG(tolerance=1e-2), 0)
     recycled = replace(posterior.solution.recycled, inverse=Identity())
-    solution = replace(posterior.solution, recycled=recycled)
-    kept = store_posterior(replace(posterior, solution=solution), tmp_path / "one")
+    part = replace(
+        posterior.parts[0], solution=replace(posterior.solution, recycled=recycled)
+    )
+    kept = store_posterior(replace(posterior, parts=(part,)), tmp_path / "one")
     assert kept.solution.recycled is None
     loaded = read_posterior(tmp_path / "one", model, "auto")
     assert loaded.solution.recycled is None

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sgdgp.operators import choose_operator
-from sgdgp.posterior.cross import cross_product
+from sgdgp.posterior.paths import cross_product
 from tests.models import FEATURE_KERNELS, toy_data
 
 
@@ -52,7 +52,7 @@ def test_no_graph_is_made_where_gradients_are_off(problem):
 def test_pieces_give_the_same_values_and_gradients(problem, monkeypatch, entries):
     operator, x_new, v, expected = problem
     whole = gradient(operator, x_new, v)
-    monkeypatch.setattr("sgdgp.posterior.cross._ENTRIES", entries)
+    monkeypatch.setattr("sgdgp.posterior.paths._ENTRIES", entries)
     product = cross_product(operator, x_new.clone().requires_grad_(), v)
     torch.testing.assert_close(product.detach(), expected)
     torch.testing.assert_close(gradient(operator, x_new, v), whole)

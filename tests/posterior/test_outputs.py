@@ -18,11 +18,9 @@ from gpytorch.likelihoods import (
 )
 
 import sgdgp
-from sgdgp import load
 from sgdgp.core.errors import UnsupportedModelError
-from sgdgp.posterior.independent import IndependentPosterior
-from sgdgp.posterior.multitask import MultitaskPosterior
-from sgdgp.posterior.outputs import OutputMarginals
+from sgdgp.posterior import Marginals, MultiOutputPosterior, load
+from sgdgp.posterior.paths import PairPaths, ParallelPaths
 from tests.models import (
     GP,
     MULTITASK_KERNELS,
@@ -73,7 +71,8 @@ def with_gaps(y):
 def test_a_multitask_posterior_is_gpytorchs(name):
     model = multitask_gp(MULTITASK_KERNELS[name]())
     posterior = sgdgp.condition(model, num_samples=SAMPLES, num_features=512)
-    assert isinstance(posterior, MultitaskPosterior)
+    assert isinstance(posterior, MultiOutputPosterior)
+    assert isinstance(posterior.paths, PairPaths)
     x = new_points()
     with torch.no_grad(), gpytorch.settings.fast_computations(False, False, False):
         own = model.eval()(x)
@@ -157,7 +156,8 @@ def independent():
 def test_independent_outputs_are_posteriors_of_each_by_itself():
     model, x, y = independent()
     posterior = sgdgp.condition(model, x, y, num_samples=SAMPLES, num_features=512)
-    assert isinstance(posterior, IndependentPosterior)
+    assert isinstance(posterior, MultiOutputPosterior)
+    assert isinstance(posterior.paths, ParallelPaths)
     assert posterior.solution.weights.shape == (30, 3 * (1 + SAMPLES))
     at = new_points()
     for output in range(3):
@@ -300,7 +300,7 @@ def test_predictions_in_batches_are_those_at_once(kind):
     x = new_points()
     joint = posterior.predict(x)
     batches = posterior.predict(x, batch_size=2)
-    assert isinstance(batches, OutputMarginals)
+    assert isinstance(batches, Marginals)
     torch.testing.assert_close(batches.mean, joint.mean)
     torch.testing.assert_close(batches.variance, joint.variance)
 
@@ -334,7 +334,7 @@ def test_saved_and_loaded_it_predicts_the_same(kind, tmp_path):
     posterior, x = posterior_of(kind), new_points()
     posterior.save(tmp_path / "posterior")
     again = load(tmp_path / "posterior", multitask_gp() if kind == 0 else gp())
-    assert type(again) is type(posterior)
+    assert type(again.paths) is type(posterior.paths)
     assert torch.equal(again.samples(x), posterior.samples(x))
     assert torch.equal(again.mean(x), posterior.mean(x))
     assert torch.equal(again.draw(2)(x), posterior.draw(2)(x))

@@ -210,7 +210,7 @@ def test_samples_do_not_depend_on_how_x_is_batched(posterior, size):
 def test_more_points_than_are_evaluated_at_a_time(posterior, monkeypatch):
     x = new_points(50)
     expected = posterior.mean(x), posterior.samples(x)
-    monkeypatch.setattr("sgdgp.posterior.functions._ROWS", 7)
+    monkeypatch.setattr("sgdgp.posterior.paths._ROWS", 7)
     torch.testing.assert_close((posterior.mean(x), posterior.samples(x)), expected)
 
 

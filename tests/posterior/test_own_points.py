@@ -14,8 +14,8 @@ from gpytorch.kernels import (
 )
 
 from sgdgp.operators import choose_operator
-from sgdgp.posterior import each
-from sgdgp.posterior.each import own_products
+from sgdgp.posterior import own_points
+from sgdgp.posterior.own_points import own_products
 
 N, COUNT, OWN = 83, 4, 3
 
@@ -95,8 +95,8 @@ def test_tiles_add_up(name, monkeypatch):
     operator = choose_operator(kernel, x)
     whole = own_products(operator, own, v)
     slope = gradient(whole, own)
-    monkeypatch.setattr(each, "_ROWS", 2 * OWN)
-    monkeypatch.setattr(each, "_ENTRIES_CPU", 100)
+    monkeypatch.setattr(own_points, "_ROWS", 2 * OWN)
+    monkeypatch.setattr(own_points, "_ENTRIES_CPU", 100)
     parts = own_products(operator, own, v)
     torch.testing.assert_close(parts, whole)
     torch.testing.assert_close(gradient(parts, own), slope)
@@ -107,7 +107,7 @@ def test_blocks_add_up(monkeypatch):
     operator = choose_operator(kernel, x)
     whole = own_products(operator, own, v)
     slope = gradient(whole, own)
-    monkeypatch.setattr(each, "_BLOCK", 50)
+    monkeypatch.setattr(own_points, "_BLOCK", 50)
     parts = own_products(operator, own, v)
     torch.testing.assert_close(parts, whole)
     torch.testing.assert_close(gradient(parts, own), slope)

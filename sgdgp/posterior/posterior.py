@@ -1,0 +1,326 @@
+"""The posterior as functions: mean, variance, samples, new draws, prediction."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import NamedTuple, TypeVar
+
+import torch
+from gpytorch.distributions import MultivariateNormal
+from jaxtyping import Float
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from sgdgp.core.checks import check_count
+from sgdgp.core.seeds import generator_of_draws
+from sgdgp.core.slices import slices
+from sgdgp.gpytorch_adapter import has_fixed_noise
+from sgdgp.posterior.paths import Paths, Points, SampleFunctions, paths_of
+from sgdgp.posterior.problem import Part, Problem, groups_of
+from sgdgp.posterior.storage import save
+from sgdgp.posterior.update import draw_functions, update_parts, variances_of
+from sgdgp.solvers.base import Callback, Solution, Solver
+from sgdgp.solvers.solutions import merged_solution
+
+P = TypeVar("P", bound="Posterior")
+
+
+class Marginals(NamedTuple):
+    """Mean and variance of the posterior at each point on its own.
+
+    Attributes:
+        mean: (n',), of T outputs (n', T).
+        variance: Of the same shape.
+    """
+
+    mean: Tensor
+    variance: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Posterior:
+    """A Gaussian process posterior made of functions, of one output or of several.
+
+    Values have the shape (n',) where ``num_outputs`` is None and (n', T) else, written
+    (n', *t) here.
+
+    Variances come from the zero-mean samples around the separately solved mean:
+    they cannot be negative, and S samples give them a relative standard error of
+    sqrt(2 / S) (18 % for 64). The mean carries no Monte-Carlo error.
+
+    Attributes:
+        parts: What was solved: a problem and its solution for each of independent
+            outputs, for one output, or for the pairs of input and task of a multitask
+            model.
+    """
+
+    parts: tuple[Part, ...] = field(repr=False)
+
+    @cached_property
+    def solution(self) -> Solution:
+        """The solve behind it: weights (n, 1 + s), residuals (1 + s,), passes, reason.
+
+        Column 0 is the mean. Of independent outputs the columns of each, one output
+        after another; of several solves (outputs observed in different rows) their
+        sum.
+        """
+        return merged_solution(
+            [part.solution for part in self.parts], groups_of(self.parts)
+        )
+
+    @property
+    def timings(self) -> dict[str, float]:
+        """Seconds for "prior_draws" and "solve", of all solves together."""
+        first = [self.parts[group[0]].timings for group in groups_of(self.parts)]
+        return {
+            name: sum(timings.get(name, 0.0) for timings in first) for name in first[0]
+        }
+
+    @property
+    def problem(self) -> Problem:
+        """What was solved; of independent outputs the problem of the first."""
+        return self.parts[0].problem
+
+    @cached_property
+    def paths(self) -> Paths:
+        """The functions of x."""
+        return paths_of([part.paths for part in self.parts])
+
+    @property
+    def num_outputs(self) -> int | None:
+        """Number of outputs T; None for values without an axis of outputs."""
+        return self.paths.num_outputs
+
+    @property
+    def num_samples(self) -> int:
+        """Number of posterior sample functions, of each output."""
+        return self.paths.num_functions
+
+    @property
+    def functions(self) -> SampleFunctions:
+        """The posterior's own sample functions, x (n', d) -> (num_samples, n', *t)."""
+        self._need_samples("functions")
+        return SampleFunctions(self.paths, self.solution)
+
+    def __call__(self, x: Points) -> Float[Tensor, s * shape]:
+        """Values of the sample functions; same as ``samples``."""
+        return self.samples(x)
+
+    def mean(self, x: Points) -> Float[Tensor, "*shape"]:
+        """Posterior mean (n', *t), differentiable in x.
+
+        Args:
+            x: Inputs (n', d), or with leading batch dimensions.
+
+        Raises:
+            ValueError: Shape, dtype, device or values of x do not fit.
+        """
+        flat, shape = self.paths.flattened(x)
+        mean, _ = self.paths.evaluate(flat, deviations=False)
+        units = self.paths.units
+        return (units.shift + units.scale * mean).reshape(*shape, *mean.shape[1:])
+
+    def variance(self, x: Points) -> Float[Tensor, "*shape"]:
+        """Posterior variance of the function (n', *t), without observation noise.
+
+        Args:
+            x: Inputs (n', d), or with leading batch dimensions.
+
+        Raises:
+            ValueError: There are no samples, or x does not fit.
+        """
+        self._need_samples("variance")
+        flat, shape = self.paths.flattened(x)
+        _, deviations = self.paths.evaluate(flat)
+        variance = self.paths.units.scale**2 * deviations.square().mean(-1)
+        return variance.reshape(*shape, *variance.shape[1:])
+
+    def samples(self, x: Points) -> Float[Tensor, s * shape]:
+        """Joint samples (num_samples, n', *t): the same functions on every call.
+
+        Args:
+            x: Inputs (n', d), or with leading batch dimensions.
+
+        Raises:
+            ValueError: There are no samples, or x does not fit.
+        """
+        return self.functions(x)
+
+    def draw(self, k: int, *, seed: int | torch.Generator = 1) -> SampleFunctions:
+        """Draw k new posterior functions; costs a solve with k columns per output.
+
+        Args:
+            k: Number of functions.
+            seed: Seed or generator of the new prior draws and noise.
+
+        Returns:
+            A callable x (n', d) -> (k, n', *t), differentiable in x. Functions of
+            independent outputs are independent from output to output, those of a
+            multitask model correlated as the model says.
+        """
+        check_count("k", k, 1)
+        drawn = draw_functions(self.parts, k, generator_of_draws(seed))
+        return SampleFunctions(
+            paths_of([paths for paths, _ in drawn]),
+            merged_solution([solution for _, solution in drawn], groups_of(self.parts)),
+        )
+
+    def update(
+        self: P,
+        x_new: Points,
+        y_new: Float[Tensor, " m"] | Float[Tensor, "m t"],
+        *,
+        noise: Float[Tensor, " m"] | Float[Tensor, "m t"] | float | None = None,
+        solver: Solver | str | None = None,
+        progress: bool | None = None,
+        callback: Callback | None = None,
+    ) -> P:
+        """The posterior given new data as well; this one stays as it is.
+
+        The same prior functions and noise draws are conditioned, so that every sample
+        function moves only as far as the new data say, and the solve starts from
+        the old weights, corrected around the new points. Hyperparameters stay.
+
+        Args:
+            x_new: New inputs (m, d) before the model's own transforms; of a model of
+                several inputs all of them.
+            y_new: New targets (m,) in the units of the user; of T outputs (m, T), NaN
+                where there is none.
+            noise: Noise variances of the new targets, in the units of the user squared:
+                a number, (m,), or (m, T). Default: the likelihood's; needed where that
+                only knows the noise of its training points.
+            solver: A solver or a name. Default: that of this posterior.
+            progress: Show a progress bar. Default: on a terminal.
+            callback: Called as the solve advances; returning True stops it.
+
+        Returns:
+            A new posterior over n + m points, the same within the tolerance as
+            conditioning on all of them with the same draws. Passes and seconds of its
+            solution are those of the update; its solver is "local" where the correction
+            was all it took.
+
+        Raises:
+            TypeError: Data or solver are of the wrong kind.
+            ValueError: Shape, dtype, device or values do not fit, or noise is needed.
+        """
+        parts = update_parts(
+            self.parts,
+            x_new,
+            y_new,
+            noise=noise,
+            solver=solver,
+            progress=progress,
+            callback=callback,
+        )
+        return replace(self, parts=parts)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the posterior into a file; ``sgdgp.load(path, model)`` reads it.
+
+        The file (safetensors, with a checksum, no code) holds the data, parameters
+        and buffers of the model, prior draws, weights, solver and history. A file in
+        its place is replaced in one step.
+
+        Args:
+            path: The file; its directory must exist.
+
+        Raises:
+            NotStorableError: A feature map is not registered for storage.
+            OSError: The file could not be written.
+            StorageError: There is no such directory, or the path is one.
+        """
+        save(self.parts, path)
+
+    def predict(
+        self,
+        x: Points,
+        *,
+        observation_noise: bool | Tensor = False,
+        batch_size: int | None = None,
+        progress: bool = False,
+    ) -> MultivariateNormal | Marginals:
+        """Predictive distribution at x, jointly or point by point.
+
+        Args:
+            x: Inputs (n', d).
+            observation_noise: Add the likelihood's noise; or the noise variances
+                (n', *t) themselves, of several outputs (n',) for all alike too, needed
+                where the likelihood only knows the noise of its training points.
+            batch_size: Points at a time. Default: all of them, jointly.
+            progress: Show a progress bar over the batches.
+
+        Returns:
+            Without ``batch_size`` a GPyTorch ``MultivariateNormal``, of several outputs
+            a ``MultitaskMultivariateNormal`` over all points and outputs, whose
+            covariance is the samples' (rank at most ``num_samples``) plus noise. With
+            it, ``Marginals(mean, variance)`` in memory that does not grow with n'
+            beyond the result.
+
+        Raises:
+            ValueError: There are no samples, x or the noise does not fit, or noise is
+                asked of a likelihood that does not know it.
+        """
+        self._need_samples("predict")
+        flat, shape = self.paths.flattened(x)
+        if len(shape) != 1:
+            dim = self.paths.dim
+            raise ValueError(f"x: expected shape (n, {dim}), found {(*shape, dim)}")
+        noise = self._noise(flat, observation_noise)
+        units = self.paths.units
+        if batch_size is None:
+            mean, deviations = self.paths.evaluate(flat)
+            return self.paths.joint(units.shift + units.scale * mean, deviations, noise)
+        check_count("batch_size", batch_size, 1)
+        mean = flat.new_empty(self._shape(flat))
+        variance = torch.empty_like(mean)
+        batches = list(slices(len(flat), batch_size))
+        with torch.no_grad():
+            for rows in tqdm(batches, desc="predict", disable=not progress):
+                centre, deviations = self.paths.evaluate(flat[rows])
+                mean[rows] = units.shift + units.scale * centre
+                variance[rows] = units.scale**2 * deviations.square().mean(-1)
+        return Marginals(mean, variance if noise is None else variance + noise)
+
+    def _shape(self, x: Tensor) -> tuple[int, ...]:
+        """Shape of values at x (n, d): (n,), or (n, T)."""
+        return (len(x),) if self.num_outputs is None else (len(x), self.num_outputs)
+
+    def _noise(self, x: Tensor, wanted: bool | Tensor) -> Tensor | None:
+        """Noise variances of predictions (n, *t)."""
+        if isinstance(wanted, Tensor):
+            return variances_of("observation_noise", wanted, self._shape(x)).to(x)
+        if not wanted:
+            return None
+        if has_fixed_noise(self.problem.prior.model.likelihood):
+            raise ValueError(
+                "observation_noise: the likelihood only knows the noise of its training"
+                f" points; pass the {len(x)} noise variances at x as a tensor "
+                f"{self._shape(x)}"
+            )
+        with torch.no_grad():
+            return self.paths.noise(x)
+
+    def _need_samples(self, what: str) -> None:
+        if self.num_samples == 0:
+            raise ValueError(
+                f"{what}: the posterior has no samples (num_samples=0), only a mean; "
+                "condition with num_samples >= 1 or use draw"
+            )
+
+
+class PathwisePosterior(Posterior):
+    """A posterior of one output: values have the shape (n',)."""
+
+
+class MultiOutputPosterior(Posterior):
+    """A posterior of T outputs, correlated or independent: values are (n', T)."""
+
+
+def posterior_of(parts: Sequence[Part]) -> Posterior:
+    """The posterior made of these parts, one for each output."""
+    posterior = Posterior(tuple(parts))
+    one = posterior.num_outputs is None
+    return (PathwisePosterior if one else MultiOutputPosterior)(posterior.parts)
