@@ -96,7 +96,8 @@ class BlockIterate:
             if self._decay < _UNDERFLOW:
                 self.rescale()
             self._decay *= momentum
-            self._u.move(move, -u_step / self._decay)
+            if u_step:
+                self._u.move(move, -u_step / self._decay)
             self.look_ahead(lag)
         self.steps += 1
 
