@@ -222,6 +222,7 @@ _SOLVERS: dict[str, Case] = {
     "sdd tangent": Case(SDD(block_size=40), "tangent"),
     "sdd tangent warm": Case(SDD(0.05, block_size=40), "tangent", initial=True),
     "sdd tasks": Case(SDD(), "tasks"),
+    "sdd beyond rescue": Case(SDD(step_size=1e30)),
     # Primal stochastic gradient descent.
     "sgd": Case(SGD(tolerance=0.2), noise_draws=True),
     "sgd few": Case(SGD(max_passes=FEW)),
@@ -242,6 +243,8 @@ _SOLVERS: dict[str, Case] = {
         SGD(block_size=40, step_size=0.01, max_passes=25.0), "tangent"
     ),
     "sgd tasks": Case(SGD(num_features=0, max_passes=20.0), "tasks"),
+    "sgd beyond rescue": Case(SGD(step_size=1e30, max_passes=12.0), initial=True),
+    "sgd linear interrupted": Case(SGD(1e-6, block_size=20), "linear", stop=5),
     # Primal stochastic gradient descent with inducing points.
     "inducing": Case(InducingSGD(inducing=40, gradient_tolerance=0.02)),
     "inducing few": Case(InducingSGD(inducing=40, max_passes=FEW)),
@@ -255,6 +258,11 @@ _SOLVERS: dict[str, Case] = {
         InducingSGD(inducing=50, step_size=2e-3, max_passes=30.0)
     ),
     "inducing interrupted": Case(InducingSGD(inducing=50), stop=2),
+    "inducing tiny": Case(InducingSGD(inducing=50, max_passes=0.5)),
+    "inducing tasks": Case(InducingSGD(inducing=50, max_passes=8.0), "tasks"),
+    "inducing linear": Case(
+        InducingSGD(inducing=50, max_passes=8.0), "linear", initial=True
+    ),
     # Accelerated sketch-and-project.
     "adasap nystrom": Case(ADASAP(preconditioner=NystromBlocks(30), tolerance=1e-4)),
     "adasap exact": Case(ADASAP(preconditioner=ExactBlocks(), tolerance=1e-4)),
@@ -269,6 +277,11 @@ _SOLVERS: dict[str, Case] = {
     "adasap tiled": Case(ADASAP(block_size=20), "tiled"),
     "adasap tangent": Case(ADASAP(block_size=20), "tangent"),
     "adasap tasks": Case(ADASAP(), "tasks"),
+    "adasap linear": Case(ADASAP(block_size=20), "linear"),
+    "adasap restarts": Case(
+        ADASAP(preconditioner=ExactBlocks(), nu=1.0, mu=1e-8, block_size=50),
+        "small_noise",
+    ),
     # Alternating projections.
     "projections": Case(AlternatingProjections(block_size=20, tolerance=1e-3)),
     "projections few": Case(AlternatingProjections(block_size=20, max_passes=FEW)),
@@ -287,6 +300,9 @@ _SOLVERS: dict[str, Case] = {
     "projections linear": Case(AlternatingProjections(block_size=20), "linear"),
     "projections tangent": Case(
         AlternatingProjections(0.2, block_size=40), "tangent", initial=True
+    ),
+    "projections tasks": Case(
+        AlternatingProjections(block_size=21), "tasks", initial=True
     ),
     # Conjugate gradients.
     "cg": Case(CG(tolerance=1e-6)),

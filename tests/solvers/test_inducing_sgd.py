@@ -179,48 +179,6 @@ def test_a_start_near_its_answer_saves_passes():
     assert warm.passes < 0.5 * cold.passes
 
 
-def test_budgets_and_callbacks_end_a_solve():
-    p = problem("rbf", 200, noise=1e-4)
-    found = p.solve(InducingSGD(inducing=40, max_passes=6.0))
-    assert found.reason == "budget"
-    assert found.passes <= 7.0
-    assert p.solve(InducingSGD(inducing=40, max_seconds=1e-4)).reason == "budget"
-    seen: list[float] = []
-    stopped = p.solve(
-        InducingSGD(inducing=40),
-        callback=lambda q: seen.append(q.passes) or len(seen) == 3,
-    )
-    assert stopped.reason == "interrupted"
-    assert len(seen) == 3
-
-
-def test_the_seed_decides_and_nothing_else():
-    p = problem("matern32", 200)
-    solver = InducingSGD(inducing=40, max_passes=10.0)
-    found = [p.solve(solver, generator=_generator(seed)).weights for seed in (1, 1, 2)]
-    assert torch.equal(found[0], found[1])
-    assert not torch.equal(found[0], found[2])
-    assert torch.equal(
-        p.solve(solver).weights, p.solve(solver, generator=_generator(0)).weights
-    )
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"tolerance": 0.0}, "tolerance"),
-        ({"gradient_tolerance": -1.0}, "gradient_tolerance"),
-        ({"inducing": 0}, "inducing"),
-        ({"block_size": 0}, "block_size"),
-        ({"momentum": 1.0}, "momentum"),
-        ({"step_size": 0.0}, "step_size"),
-    ],
-)
-def test_settings_out_of_range_are_named(settings, message):
-    with pytest.raises(ValueError, match=message):
-        InducingSGD(**settings)
-
-
 @pytest.mark.parametrize(
     "rows",
     [

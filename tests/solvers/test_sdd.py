@@ -50,14 +50,6 @@ def test_it_agrees_with_the_dense_solution_at_a_thousand_points(kernel):
     assert relative_error(found.weights, p.answer) < 1e-6
 
 
-def test_noise_per_row_is_the_diagonal_of_sigma():
-    noise = torch.logspace(-1, 1, 150).double()
-    p = problem("matern32", 150, noise=noise)
-    found = p.solve(SDD(tolerance=1e-8))
-    assert found.reason == "converged"
-    assert relative_error(found.weights, p.answer) < 1e-6
-
-
 @pytest.mark.parametrize("momentum", [0.0, 0.5, 0.9])
 @pytest.mark.parametrize("block_size", [1, 7, 33, 50, 100])
 def test_any_block_size_and_momentum_reach_the_same_answer(block_size, momentum):
@@ -110,71 +102,12 @@ def test_the_predicted_limit_of_the_step_size_holds(
     assert restarts[1] > 0
 
 
-@pytest.mark.parametrize("kernel", ["matern12", "matern32", "rbf", "linear"])
-def test_a_step_size_far_too_large_is_halved_until_it_works(kernel):
-    p = problem(kernel, 300, noise=0.05)
-    own = p.solve(SDD()).settings["step_size"]
-    found = p.solve(SDD(step_size=20.0 * own))
-    assert found.reason == "converged"
-    assert float(p.residuals(found.weights).max()) <= 0.01
-    restarts = found.settings["restarts"]
-    assert 2 <= restarts <= 6
-    assert found.settings["step_size"] == pytest.approx(20.0 * own / 2**restarts)
-    assert f"halved its step size {restarts} times" in found.warnings[-1]
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_a_step_size_beyond_rescue_is_called_diverged(dtype):
-    p = problem("matern32", 300, dtype=dtype)
-    found = p.solve(SDD(step_size=1e30))
-    assert found.reason == "diverged"
-    assert torch.isfinite(found.weights).all()
-    assert float(p.residuals(found.weights).max()) <= 1.0 + 1e-6
-    assert "diverged" in found.warnings[0]
-
-
 @pytest.mark.parametrize("momentum", [0.0, 0.5, 0.9])
 def test_a_restart_never_goes_back_to_something_worse_than_the_start(momentum):
     p = problem("matern32", 300)
     limit = _limit(p, 100, momentum)
     found = p.solve(SDD(block_size=100, momentum=momentum, step_size=2.0 * limit))
     assert found.reason == "converged"
-
-
-def test_restarts_do_not_escape_the_budget():
-    p = problem("matern32", 300)
-    found = p.solve(SDD(step_size=1e30, max_passes=5.0))
-    assert found.passes <= 8.0
-
-
-def test_the_seed_decides_and_nothing_else():
-    p = problem("matern32", 200)
-
-    def weights(seed: int | None) -> torch.Tensor:
-        torch.rand(5)
-        generator = None if seed is None else torch.Generator().manual_seed(seed)
-        return p.solve(SDD(), generator=generator).weights
-
-    before = torch.random.get_rng_state()
-    p.solve(SDD())
-    assert torch.equal(before, torch.random.get_rng_state())
-    assert torch.equal(weights(1), weights(1))
-    assert torch.equal(weights(None), weights(0))
-    assert not torch.equal(weights(1), weights(2))
-
-
-def test_rows_keep_the_order_of_the_caller():
-    p = problem("matern12", 120, noise=0.1)
-    seen = []
-    found = p.solve(
-        SDD(tolerance=1e-6),
-        callback=lambda q: seen.append((q.exact, q.residuals, q.weights())),
-    )
-    checked = [(residuals, weights) for exact, residuals, weights in seen if exact]
-    assert checked
-    for residuals, weights in checked:
-        torch.testing.assert_close(p.residuals(weights), residuals)
-    assert torch.equal(checked[-1][1], found.weights)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -208,27 +141,3 @@ def test_only_float32_is_blamed_for_its_rounding(dtype):
     assert found.reason == "budget"
     blamed = any("float64" in w and "Rounding" in w for w in found.warnings)
     assert blamed == (dtype == torch.float32)
-
-
-def test_a_converged_start_ends_at_once():
-    p = problem("matern32", 200)
-    assert p.solve(SDD(), initial=p.answer).passes < 2.0 + 1e-9
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"tolerance": 0.0}, "tolerance"),
-        ({"max_passes": float("nan")}, "max_passes"),
-        ({"max_seconds": -1.0}, "max_seconds"),
-        ({"block_size": 0}, "block_size"),
-        ({"averaging": 0.0}, "averaging"),
-        ({"averaging": 1.5}, "averaging"),
-        ({"momentum": 1.0}, "momentum"),
-        ({"momentum": -0.1}, "momentum"),
-        ({"step_size": 0.0}, "step_size"),
-    ],
-)
-def test_settings_out_of_range_are_named(settings, message):
-    with pytest.raises(ValueError, match=message):
-        SDD(**settings)

@@ -53,14 +53,6 @@ def test_random_features_agree_with_the_dense_solution_to_their_noise():
     assert "num_features=0" in p.solve(SGD(max_passes=5.0)).warnings[0]
 
 
-def test_noise_per_row_is_the_diagonal_of_sigma():
-    noise = torch.logspace(-0.5, 0.5, 80).double()
-    p = problem("matern12", 80, noise=noise)
-    found = p.solve(SGD(tolerance=1e-7, num_features=0, momentum=0.97))
-    assert found.reason == "converged"
-    assert relative_error(found.weights, p.answer) < 1e-5
-
-
 def test_a_kernel_without_features_uses_blocks_and_says_so():
     p = problem(PiecewisePolynomialKernel(q=0), 80, noise=1.0)
     p = Problem(RowBlocksOperator(p.operator.kernel, p.operator.x), p.noise, p.rhs)
@@ -236,99 +228,9 @@ def test_the_step_rule_is_stable_in_single_precision(kernel, noise, num_features
     assert bool(((true - found.residuals.double()).abs() <= slack + 1e-6 * true).all())
 
 
-def test_a_step_size_far_too_large_is_halved_until_it_works():
-    p = problem("matern12", 100, noise=1.0)
-    own = p.solve(SGD(num_features=0)).settings["step_size"]
-    found = p.solve(SGD(num_features=0, step_size=40.0 * own))
-    assert found.reason == "converged"
-    restarts = found.settings["restarts"]
-    assert restarts >= 2
-    assert found.settings["step_size"] == pytest.approx(40.0 * own / 2**restarts)
-    assert f"halved its step size {restarts} times" in found.warnings[-1]
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_a_step_size_beyond_rescue_is_called_diverged(dtype):
-    p = problem("matern32", 100, dtype=dtype)
-    found = p.solve(SGD(step_size=1e30))
-    assert found.reason == "diverged"
-    assert torch.isfinite(found.weights).all()
-    assert float(p.residuals(found.weights).max()) <= 1.0 + 1e-6
-    assert "diverged" in found.warnings[0]
-
-
-def test_a_start_near_the_answer_saves_passes():
-    p = problem("matern12", 150, noise=0.5)
-    solver = SGD(num_features=0)
-    cold = p.solve(solver)
-    warm = p.solve(solver, initial=p.answer + 0.05 * p.answer.roll(1, 0))
-    assert warm.reason == cold.reason == "converged"
-    assert warm.passes < 0.8 * cold.passes
-    assert p.solve(solver, initial=p.answer).passes < 2.0 + 1e-9
-
-
-def test_budgets_and_callbacks_end_a_solve():
-    p = problem("rbf", 200, noise=1e-4)
-    found = p.solve(SGD(max_passes=10.0))
-    assert found.reason == "budget"
-    assert found.passes <= 12.0
-    assert "max_passes" in found.warnings[0]
-    assert p.solve(SGD(max_seconds=1e-4)).reason == "budget"
-    seen: list[float] = []
-    stopped = p.solve(SGD(), callback=lambda q: seen.append(q.passes) or len(seen) == 3)
-    assert stopped.reason == "interrupted"
-    assert len(seen) == 3
-
-
-def test_rows_keep_the_order_of_the_caller():
-    p = problem("matern12", 120, noise=0.5)
-    seen = []
-    found = p.solve(
-        SGD(num_features=0),
-        callback=lambda q: seen.append((q.exact, q.residuals, q.weights())),
-    )
-    checked = [(residuals, weights) for exact, residuals, weights in seen if exact]
-    for residuals, weights in checked:
-        torch.testing.assert_close(p.residuals(weights), residuals)
-    assert torch.equal(checked[-1][1], found.weights)
-
-
-def test_the_seed_decides_and_nothing_else():
-    p = problem("matern32", 200)
-
-    def weights(seed: int | None) -> Tensor:
-        torch.rand(5)
-        generator = None if seed is None else _generator(seed)
-        return p.solve(SGD(max_passes=20.0), generator=generator).weights
-
-    before = torch.random.get_rng_state()
-    p.solve(SGD(max_passes=5.0))
-    assert torch.equal(before, torch.random.get_rng_state())
-    assert torch.equal(weights(1), weights(1))
-    assert torch.equal(weights(None), weights(0))
-    assert not torch.equal(weights(1), weights(2))
-
-
 @pytest.mark.parametrize(("n", "block"), [(10, 64), (6400, 100), (2**21, 128)])
 def test_the_default_block_is_bounded_by_its_memory(n, block):
     assert default_block_size(n) == block
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"tolerance": 0.0}, "tolerance"),
-        ({"max_passes": float("nan")}, "max_passes"),
-        ({"max_seconds": -1.0}, "max_seconds"),
-        ({"block_size": 0}, "block_size"),
-        ({"num_features": -1}, "num_features"),
-        ({"momentum": 1.0}, "momentum"),
-        ({"step_size": 0.0}, "step_size"),
-    ],
-)
-def test_settings_out_of_range_are_named(settings, message):
-    with pytest.raises(ValueError, match=message):
-        SGD(**settings)
 
 
 def test_noise_draws_that_do_not_fit_are_named():
