@@ -268,11 +268,21 @@ def _value(stored: Any, prefix: str = "") -> Any:
         return _tensor(prefix + stored["tensor"])
     if "of_kernel" in stored:
         return {"given": {"features": ".".join(str(i) for i in stored["of_kernel"])}}
+    if stored.get("type") == "Refined":
+        return _value(_without_refinement(stored["settings"]))
     if "type" in stored and "settings" in stored:
         return _object(stored["type"], stored["settings"])
     if "map" in stored and "arguments" in stored:
         return _object(stored["map"], stored["arguments"], prefix)
     return _dict(_values(stored, prefix))
+
+
+def _without_refinement(settings: Mapping[str, Any]) -> State:
+    """The inner solver of Refined, which alone does the same, with its limits."""
+    inner = settings["solver"]
+    limits = ("tolerance", "max_passes", "max_seconds")
+    own = {name: settings[name] for name in limits if name in inner["settings"]}
+    return {**inner, "settings": {**inner["settings"], **own}}
 
 
 def _values(stored: Mapping[str, Any], prefix: str = "") -> State:

@@ -6,7 +6,7 @@ from sgdgp.solvers.alternating_projections import (
     Greedy,
     RandomOrder,
 )
-from sgdgp.solvers.auto import Auto, Stage, choose_solver, plan
+from sgdgp.solvers.auto import Auto, Refined, Stage, choose_solver, plan
 from sgdgp.solvers.base import (
     Callback,
     HistoryEntry,
@@ -21,7 +21,6 @@ from sgdgp.solvers.cholesky import Cholesky
 from sgdgp.solvers.conjugate_gradients import CG
 from sgdgp.solvers.inducing_sgd import InducingSGD
 from sgdgp.solvers.preconditioners import Nystrom, PivotedCholesky, Preconditioner
-from sgdgp.solvers.refinement import Refined
 from sgdgp.solvers.sdd import SDD
 from sgdgp.solvers.sgd import SGD
 from sgdgp.solvers.two_level import TwoLevel

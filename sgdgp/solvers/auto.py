@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import reduce
@@ -363,3 +364,32 @@ def check_solver_name(solver: Solver | str) -> None:
             f"solver: expected a Solver, 'auto' or one of {sorted(SOLVERS)}, found "
             f"{solver!r}"
         )
+
+
+def Refined(
+    solver: Solver | None = None,
+    tolerance: float = 1e-8,
+    max_refinements: int = 50,
+    max_passes: float = 1000.0,
+    max_seconds: float | None = None,
+) -> Solver:
+    """The solver with this tolerance; deprecated, and for files of version 0.1.0.
+
+    There it solved in float32 and corrected with residuals in float64, which took
+    longer than a solve of float64 data in float64.
+
+    Args:
+        solver: A solver. Default: ``CG()``.
+        tolerance: Relative residual that every column must reach.
+        max_refinements: Has no meaning any more.
+        max_passes: Budget in passes over K.
+        max_seconds: Budget in seconds. Default: none.
+    """
+    solver = CG() if solver is None else solver
+    warnings.warn(
+        f"Refined goes with version 0.3: {type(solver).__name__}(tolerance="
+        f"{tolerance:g}) with float64 data reaches the same in less time.",
+        DeprecationWarning,
+        stacklevel=2,
+    )
+    return solver.with_limits(Limits(tolerance, max_passes, max_seconds))

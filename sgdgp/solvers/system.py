@@ -204,8 +204,7 @@ def float32_warnings(system: System, v: Tensor, tolerance: float) -> tuple[str, 
         return ()
     return (
         f"In {v.dtype} residuals are rounded at about {floor:.1e} here, the tolerance "
-        f"is {tolerance:g}: give float64 data, to be solved at the speed of float32 by "
-        "Refined(CG()), or a larger tolerance or noise.",
+        f"is {tolerance:g}: give float64 data, or a larger tolerance or noise.",
     )
 
 

@@ -49,7 +49,6 @@ from sgdgp.solvers import (
     PivotedCholesky,
     Progress,
     RandomOrder,
-    Refined,
     Solution,
     Solver,
     Stage,
@@ -338,14 +337,6 @@ _SOLVERS: dict[str, Case] = {
     "cholesky tiled": Case(Cholesky(), "tiled"),
     "cholesky tangent": Case(Cholesky(), "tangent"),
     "cholesky interrupted": Case(Cholesky(1e-9, factor_dtype=torch.float32), stop=1),
-    "refined cg": Case(
-        Refined(CG(tolerance=1e-2, preconditioner=PivotedCholesky(20)), 1e-6), "noisy"
-    ),
-    "refined sdd": Case(Refined(SDD(tolerance=0.1), 0.01)),
-    "refined few": Case(Refined(SDD(tolerance=0.05), 1e-6, max_passes=30.0)),
-    "refined warm": Case(Refined(CG(), 1e-6), initial=True),
-    "refined once": Case(Refined(CG(preconditioner=None), max_refinements=1)),
-    "refined interrupted": Case(Refined(CG(preconditioner=None)), stop=5),
     # Plans.
     "auto": Case(Auto(memory_budget=BUDGET)),
     "auto little memory": Case(Auto(memory_budget=200_000), "noisy"),
@@ -438,7 +429,6 @@ _UPDATES: dict[str, Updates] = {
     "update cg plain": Updates(CG(tolerance=1e-3, preconditioner=None), 1.0),
     "update cg many": Updates(CG(tolerance=1e-4), 1e-3, new=50),
     "update cholesky": Updates(Cholesky()),
-    "update refined": Updates(Refined(CG(), tolerance=1e-4)),
     "update auto": Updates(Auto(memory_budget=BUDGET)),
     "update auto stages": Updates(
         Auto(stages=(Stage(CG(preconditioner=PivotedCholesky(20)), 40.0),)), 1.0

@@ -19,7 +19,6 @@ from sgdgp.core.errors import StorageError
 from sgdgp.core.files import read_file, write_file
 from sgdgp.posterior import load
 from sgdgp.posterior.storage import KIND
-from sgdgp.solvers.refinement import Refined
 from sgdgp.solvers.two_level import TwoLevel
 from tests.models import GP, gp, toy_data
 from tests.posterior.stored_posteriors import BUILD, data_for, predictions
@@ -143,7 +142,6 @@ SOLVERS = [
     sgdgp.AlternatingProjections(),
     sgdgp.ADASAP(),
     sgdgp.SGD(),
-    Refined(sgdgp.CG()),
     sgdgp.solvers.auto.Auto(tolerance=1e-5, memory_budget=10**7),
     sgdgp.solvers.auto.Auto(stages=(sgdgp.solvers.auto.Stage(sgdgp.CG(), 20.0),)),
 ]
