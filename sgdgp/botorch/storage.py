@@ -22,8 +22,8 @@ from sgdgp.core import format_1
 from sgdgp.core.codec import Contents, can_be_stored, fitting, read_values, write_values
 from sgdgp.core.files import FileKind, path_of, place_of
 from sgdgp.features.storage import given_by_kernel
-from sgdgp.posterior.load import posterior_from
-from sgdgp.posterior.storage import contents_of
+from sgdgp.posterior.posterior import posterior_of
+from sgdgp.posterior.storage import contents_of, parts_from
 from sgdgp.solvers import Solver
 
 KIND = FileKind("sgdgp.botorch", 2, "PathwiseModel", format_1.botorch)
@@ -99,7 +99,7 @@ def _fill(
     outputs = []
     for index, problem in enumerate(model.problems()):
         own = found.below(f"posterior.{index}.")
-        posterior = posterior_from(own, problem.model, solver)
+        posterior = posterior_of(parts_from(own, problem.model, solver))
         columns = tuple(range(problem.y.shape[1]))
         outputs.append(Outputs(posterior, columns, problem.units, posterior.functions))
     model.keep(Conditioned(tuple(outputs), state_of(model)))

@@ -4,13 +4,13 @@ import sgdgp.core.errors
 from sgdgp.core.deprecation import also_importable_as
 from sgdgp.core.errors import StorageError
 from sgdgp.posterior.condition import condition
-from sgdgp.posterior.load import load
 from sgdgp.posterior.paths import SampleFunctions
 from sgdgp.posterior.posterior import (
     Marginals,
     MultiOutputPosterior,
     PathwisePosterior,
     Posterior,
+    load,
 )
 
 also_importable_as("sgdgp.posterior.checkpoint_file", sgdgp.core.errors)

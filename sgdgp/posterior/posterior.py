@@ -10,17 +10,20 @@ from typing import NamedTuple, TypeVar
 
 import torch
 from gpytorch.distributions import MultivariateNormal
+from gpytorch.models import ExactGP
 from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from sgdgp.core.checks import check_count
+from sgdgp.core.codec import fitting, read_values
+from sgdgp.core.files import path_of, reads
 from sgdgp.core.seeds import generator_of_draws
 from sgdgp.core.slices import slices
 from sgdgp.gpytorch_adapter import has_fixed_noise
 from sgdgp.posterior.paths import Paths, Points, SampleFunctions, paths_of
 from sgdgp.posterior.problem import Part, Problem, groups_of
-from sgdgp.posterior.storage import save
+from sgdgp.posterior.storage import KIND, parts_from, save
 from sgdgp.posterior.update import draw_functions, update_parts, variances_of
 from sgdgp.solvers.base import Callback, Solution, Solver
 from sgdgp.solvers.solutions import merged_solution
@@ -324,3 +327,44 @@ def posterior_of(parts: Sequence[Part]) -> Posterior:
     posterior = Posterior(tuple(parts))
     one = posterior.num_outputs is None
     return (PathwisePosterior if one else MultiOutputPosterior)(posterior.parts)
+
+
+@reads(KIND)
+def load(
+    path: str | os.PathLike[str],
+    model: ExactGP,
+    *,
+    solver: Solver | str | None = None,
+) -> Posterior:
+    """Read a posterior that was saved; it predicts the same numbers.
+
+    Args:
+        path: The file.
+        model: A model built like the one that was saved: it gives the structure, the
+            file the parameters. It is copied and never changed. What a model keeps
+            outside its ``state_dict`` comes from it as well.
+        solver: Solver of later draws and updates. Default: the one that was saved; a
+            solver that is not of this package is not in the file, and "auto" takes
+            its place with a warning.
+
+    Returns:
+        The posterior, on the model's device, with all of its verbs.
+
+    Raises:
+        StorageError: The file is missing, damaged, not a posterior of sgdgp, or of a
+            newer format; or the model is built otherwise (a ValueError).
+        TypeError: An argument is of the wrong kind.
+    """
+    place = path_of(path)
+    if not isinstance(model, ExactGP):
+        raise TypeError(
+            f"model: expected a gpytorch.models.ExactGP for {place}, a posterior, "
+            f"found {type(model).__name__}"
+        )
+    if solver is not None and not isinstance(solver, Solver | str):
+        raise TypeError(
+            f"solver: expected a Solver such as SDD(), or a name, found {solver!r}"
+        )
+    contents = read_values(place, KIND)
+    with fitting(place, "model"):
+        return posterior_of(parts_from(contents, model, solver))
