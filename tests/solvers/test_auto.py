@@ -234,15 +234,14 @@ def test_an_unknown_name_is_refused_with_those_that_exist(name):
         choose_solver(name, tiled(3), 10**9)
 
 
-<<<<<<< HEAD
 def test_what_is_neither_a_solver_nor_a_name_is_refused():
     with pytest.raises(TypeError, match="solver: expected a Solver"):
         choose_solver(None, tiled(3), 10**9)
-=======
+
+
 def test_refined_is_its_inner_solver_with_the_same_tolerance():
     with pytest.warns(DeprecationWarning, match="CG"):
         found = Refined(max_passes=7.0)
     assert found == CG(tolerance=1e-8, max_passes=7.0)
     with pytest.warns(DeprecationWarning, match="SDD"):
         assert Refined(SDD(), 1e-3) == SDD(tolerance=1e-3)
->>>>>>> 3a7392a (Refined goes: in float64 its inner solver alone takes less time; stored ones are read as that)
