@@ -61,7 +61,7 @@ def source_of(given: object) -> Source:
         problem = given.problem
         with torch.no_grad():
             mean, _ = problem.prior.evaluate(problem.x)
-        units = problem.prior.target_scale
+        units = problem.prior.outcome_scale
         y = units.shift + units.scale * (problem.targets + mean)
         return Source(
             given.functions, problem.x, y, lengthscale_of(given, problem.x.shape[1])

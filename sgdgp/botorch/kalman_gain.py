@@ -19,8 +19,8 @@ from linear_operator.utils.cholesky import psd_safe_cholesky
 from torch import Tensor
 
 from sgdgp.core.slices import recomputed, slices
-from sgdgp.gpytorch_adapter import differentiable_block
 from sgdgp.operators.base import KernelOperator
+from sgdgp.operators.evaluation import differentiable_block
 from sgdgp.posterior.problem import Part
 from sgdgp.solvers.differentiable import DifferentiableSolve
 

@@ -11,7 +11,7 @@ from botorch.models.transforms.outcome import OutcomeTransform
 from torch import Tensor
 
 from sgdgp.botorch.kalman_gain import Block
-from sgdgp.gpytorch_adapter import PairPrior, has_fixed_noise
+from sgdgp.gpytorch_adapter import MultitaskPrior, has_fixed_noise
 from sgdgp.gpytorch_adapter.outcome_scale import affine_of
 from sgdgp.posterior import Posterior, SampleFunctions
 from sgdgp.posterior.paths import Paths
@@ -181,7 +181,7 @@ class Outputs(Evaluated):
             if has_fixed_noise(prior.model.likelihood):
                 means = [
                     (part.problem.noise - prior.nugget).mean()
-                    * part.problem.prior.target_scale.scale**2
+                    * part.problem.prior.outcome_scale.scale**2
                     for part in parts
                 ]
                 noise = torch.stack(means).expand(len(flat), self._width)
@@ -204,7 +204,7 @@ class Outputs(Evaluated):
     def scale(self) -> Tensor:
         """Factors (m,) from the definition's units to those of ``evaluate``."""
         prior = self.posterior.problem.prior
-        scales = getattr(prior, "target_scales", (prior.target_scale,) * self._width)
+        scales = getattr(prior, "outcome_scales", (prior.outcome_scale,) * self._width)
         factors = self.units.factor.new_tensor([scale.scale for scale in scales])
         return factors[self._own] * self.units.factor
 
@@ -220,7 +220,7 @@ class Outputs(Evaluated):
     def blocks(self) -> tuple[Block, ...]:
         """Groups of these outputs that are correlated, and how to solve for them."""
         posterior = self.posterior
-        if isinstance(posterior.problem.prior, PairPrior):
+        if isinstance(posterior.problem.prior, MultitaskPrior):
             (part,) = posterior.parts
             everything = tuple(range(len(self.columns)))
             return (

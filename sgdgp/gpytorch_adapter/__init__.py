@@ -21,15 +21,20 @@ from sgdgp.gpytorch_adapter.data import (
     raw_training_data,
     training_data,
 )
-from sgdgp.gpytorch_adapter.kernel_matrix import differentiable_block
 from sgdgp.gpytorch_adapter.noise import (
     has_fixed_noise,
     noise_of,
     noise_of_rows,
     noise_variances,
 )
-from sgdgp.gpytorch_adapter.outcome_scale import TargetScale, to_model_units
-from sgdgp.gpytorch_adapter.prior import PairPrior, Prior, pairs_of, prior_at, prior_of
+from sgdgp.gpytorch_adapter.outcome_scale import OutcomeScale, to_model_units
+from sgdgp.gpytorch_adapter.prior import (
+    MultitaskPrior,
+    Prior,
+    multitask_inputs,
+    prior_at,
+    prior_of,
+)
 from sgdgp.gpytorch_adapter.training import (
     TracedPrior,
     TracedProblem,
@@ -40,21 +45,20 @@ from sgdgp.gpytorch_adapter.training import (
 __all__ = [
     "InputLayout",
     "Inputs",
+    "MultitaskPrior",
     "Observed",
-    "PairPrior",
+    "OutcomeScale",
     "Prior",
-    "TargetScale",
     "TracedPrior",
     "TracedProblem",
     "UnsupportedModelError",
-    "differentiable_block",
     "has_fixed_noise",
     "layout_of",
+    "multitask_inputs",
     "noise_of",
     "noise_of_rows",
     "noise_variances",
     "observed_rows",
-    "pairs_of",
     "prior_at",
     "prior_of",
     "raw_training_data",

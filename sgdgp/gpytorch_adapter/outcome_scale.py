@@ -18,7 +18,7 @@ float32 statistics in float64, far below that of any transform one would choose.
 
 
 @dataclass(frozen=True)
-class TargetScale:
+class OutcomeScale:
     """Targets in the user's units = shift + scale * targets in the model's units."""
 
     shift: float = 0.0
@@ -54,7 +54,7 @@ def affine_of(
     return shift, scale
 
 
-def target_scales(model: ExactGP, outputs: int) -> tuple[TargetScale, ...]:
+def outcome_scales(model: ExactGP, outputs: int) -> tuple[OutcomeScale, ...]:
     """Read an affine outcome transform, output by output.
 
     Args:
@@ -66,7 +66,7 @@ def target_scales(model: ExactGP, outputs: int) -> tuple[TargetScale, ...]:
     """
     transform = getattr(model, "outcome_transform", None)
     if transform is None:
-        return (TargetScale(),) * outputs
+        return (OutcomeScale(),) * outputs
     targets = model.train_targets
     device = targets.device if torch.is_tensor(targets) else None
     affine = affine_of(transform, outputs, device)
@@ -75,7 +75,7 @@ def target_scales(model: ExactGP, outputs: int) -> tuple[TargetScale, ...]:
             f"model: outcome transform {type(transform).__name__} is not affine; only "
             "affine transforms such as Standardize keep the posterior Gaussian"
         )
-    return tuple(map(TargetScale, *(part.tolist() for part in affine)))
+    return tuple(map(OutcomeScale, *(part.tolist() for part in affine)))
 
 
 def to_model_units(model: ExactGP, y: Tensor) -> Tensor:
@@ -88,7 +88,7 @@ def to_model_units(model: ExactGP, y: Tensor) -> Tensor:
     if getattr(model, "outcome_transform", None) is None:
         return y
     # Columns of a model with one output get its units, by broadcasting.
-    scales = target_scales(model, y.shape[1] if y.ndim == 2 else 1)
+    scales = outcome_scales(model, y.shape[1] if y.ndim == 2 else 1)
     shift = y.new_tensor([scale.shift for scale in scales])
     factor = y.new_tensor([scale.scale for scale in scales])
     return (y - shift) / factor

@@ -46,8 +46,8 @@ from sgdgp.gpytorch_adapter.multitask import (
     on_columns,
     products_kept,
 )
-from sgdgp.gpytorch_adapter.noise import noise_of
-from sgdgp.gpytorch_adapter.outcome_scale import TargetScale, target_scales
+from sgdgp.gpytorch_adapter.noise import has_fixed_noise, noise_of, noise_of_rows
+from sgdgp.gpytorch_adapter.outcome_scale import OutcomeScale, outcome_scales
 
 
 @dataclass(frozen=True)
@@ -58,14 +58,14 @@ class Prior:
         model: A frozen private copy of the user's model, in eval mode.
         kernel: One GPyTorch kernel over the kernel inputs.
         nugget: Variance that ``forward`` adds to the diagonal (``add_jitter``).
-        target_scale: Units of the user's targets (BoTorch outcome transforms).
+        outcome_scale: Units of the user's targets (BoTorch outcome transforms).
         layout: How several inputs lie in one matrix.
     """
 
     model: ExactGP
     kernel: Kernel
     nugget: float
-    target_scale: TargetScale
+    outcome_scale: OutcomeScale
     layout: InputLayout
     _is_plain: bool
 
@@ -101,36 +101,46 @@ class Prior:
         inputs = self.layout.split(self.transformed(x))
         return noise_of(self.model.likelihood, inputs)
 
+    def rows(self, points: Float[Tensor, "n d"]) -> Float[Tensor, "N k"]:
+        """The prior's inputs behind joined points: one for each output (n T, k)."""
+        return points
+
+    def training_noise(self, points: Float[Tensor, "n d"]) -> Float[Tensor, " N"]:
+        """Noise variances of all rows of the training points, fixed ones included."""
+        return self.noise(points)
+
     def transformed(self, x: Float[Tensor, "n d"]) -> Tensor:
         """The user's inputs after the model's input transform, if it has one."""
         return transformed(self.model, x)
 
-    def to_model_units(self, y: Float[Tensor, n * t]) -> Float[Tensor, n * t]:
+    def to_model_units(self, y: Float[Tensor, "n ..."]) -> Float[Tensor, "n ..."]:
         """The user's targets in the model's units."""
-        return self.target_scale.to_model_units(y)
+        return self.outcome_scale.to_model_units(y)
 
-    def to_model_variances(self, noise: Float[Tensor, n * t]) -> Float[Tensor, n * t]:
+    def to_model_variances(
+        self, noise: Float[Tensor, "n ..."]
+    ) -> Float[Tensor, "n ..."]:
         """Variances in the user's units squared in those of the model."""
-        return noise / self.target_scale.scale**2
+        return noise / self.outcome_scale.scale**2
 
 
 @dataclass(frozen=True)
-class PairPrior(Prior):
+class MultitaskPrior(Prior):
     """The prior of a model with T outputs per input, over pairs (x, t).
 
-    Its inputs are rows [x, t] (N, d + 1), in any order. ``target_scale`` is the
-    identity: units differ from task to task, see ``target_scales``.
+    Its inputs are rows [x, t] (N, d + 1), in any order. ``outcome_scale`` is the
+    identity: units differ from task to task, see ``outcome_scales``.
 
     Attributes:
-        target_scales: Units of each task's targets.
+        outcome_scales: Units of each task's targets.
     """
 
-    target_scales: tuple[TargetScale, ...]
+    outcome_scales: tuple[OutcomeScale, ...]
 
     @property
     def num_outputs(self) -> int:
         """Number of tasks T."""
-        return len(self.target_scales)
+        return len(self.outcome_scales)
 
     def evaluate(self, x: Float[Tensor, "n d"]) -> tuple[Tensor, Tensor]:
         """Prior mean (N,) and kernel inputs (N, p) at pairs, differentiable in x."""
@@ -144,14 +154,26 @@ class PairPrior(Prior):
         noise = noise_of(self.model.likelihood, self.transformed(x[:, :-1]))
         return self._of_task(noise, x[:, -1].long())
 
+    def rows(self, points: Float[Tensor, "n d"]) -> Float[Tensor, "N k"]:
+        """All pairs of a point and a task, those of one point one after another."""
+        return multitask_inputs(points, self.num_outputs)
+
+    def training_noise(self, points: Float[Tensor, "n d"]) -> Float[Tensor, " N"]:
+        """Noise variances of all pairs; fixed ones may be those of points alone."""
+        likelihood = self.model.likelihood
+        if has_fixed_noise(likelihood):
+            known = noise_of(likelihood, points)
+            return noise_of_rows(known, len(points), self.num_outputs)
+        return self.noise(self.rows(points))
+
     def to_model_units(self, y: Float[Tensor, "n t"]) -> Float[Tensor, "n t"]:
         """The user's targets of all tasks in the model's units."""
-        scales = enumerate(self.target_scales)
+        scales = enumerate(self.outcome_scales)
         return torch.stack([s.to_model_units(y[:, t]) for t, s in scales], dim=1)
 
     def to_model_variances(self, noise: Float[Tensor, "n t"]) -> Float[Tensor, "n t"]:
         """Variances of all tasks in the model's units."""
-        factor = noise.new_tensor([scale.scale for scale in self.target_scales])
+        factor = noise.new_tensor([scale.scale for scale in self.outcome_scales])
         return noise / factor.square()
 
     def joined(self, x: Inputs) -> Tensor:
@@ -178,7 +200,7 @@ def prior_of(model: ExactGP, probe: Inputs) -> Prior:
             for a model of several inputs.
 
     Returns:
-        The prior, a ``PairPrior`` where the model has several outputs per input;
+        The prior, a ``MultitaskPrior`` where the model has several outputs per input;
         ``prior.kernel`` acts on ``prior.evaluate(x)[1]``.
 
     Raises:
@@ -201,24 +223,21 @@ def prior_of(model: ExactGP, probe: Inputs) -> Prior:
     tasks = tasks_of(distribution, len(points))
     tree = _frozen_tree(distribution)
     kernel, nugget = kernel_of(tree), nugget_of(distribution.lazy_covariance_matrix)
+    prior: Prior
     if tasks is None:
-        prior = Prior(
-            frozen,
-            kernel,
-            nugget,
-            target_scales(frozen, 1)[0],
-            layout,
-            len(inputs) == 1 and is_plain(tree, inputs[0]),
+        plain = len(inputs) == 1 and is_plain(tree, inputs[0])
+        (scale,) = outcome_scales(frozen, 1)
+        prior = Prior(frozen, kernel, nugget, scale, layout, plain)
+    else:
+        scales = outcome_scales(frozen, tasks)
+        prior = MultitaskPrior(
+            frozen, kernel, nugget, OutcomeScale(), layout, False, scales
         )
-        _check_pointwise(prior, points)
-        return prior
-    scales = target_scales(frozen, tasks)
-    pairs = PairPrior(frozen, kernel, nugget, TargetScale(), layout, False, scales)
-    _check_pointwise(pairs, pairs_of(points, tasks))
-    return pairs
+    _check_pointwise(prior, prior.rows(points))
+    return prior
 
 
-def pairs_of(x: Float[Tensor, "n d"], tasks: int) -> Float[Tensor, "N k"]:
+def multitask_inputs(x: Float[Tensor, "n d"], tasks: int) -> Float[Tensor, "N k"]:
     """All rows [x_i, t], those of one input one after another: (n T, d + 1)."""
     index = torch.arange(tasks, device=x.device).to(x).repeat(len(x))
     return torch.cat([x.repeat_interleave(tasks, 0), index.unsqueeze(1)], dim=1)

@@ -19,7 +19,6 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from sgdgp.core.slices import recomputed, slices, tracks_gradient
-from sgdgp.gpytorch_adapter import differentiable_block
 from sgdgp.kernels.distance import (
     DIRECT_DIMENSIONS,
     StationaryTile,
@@ -30,6 +29,7 @@ from sgdgp.kernels.distance import (
 )
 from sgdgp.kernels.registry import differentiable_tile
 from sgdgp.operators.base import KernelOperator
+from sgdgp.operators.evaluation import differentiable_block
 
 _ENTRIES_CPU = 2**17
 """Entries of a tile: the four buffers of one stay in the cache."""

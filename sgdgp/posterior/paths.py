@@ -29,13 +29,12 @@ from sgdgp.core.checks import check_finite, check_same
 from sgdgp.core.slices import slices, tracks_gradient
 from sgdgp.features import ExactDraws, PriorDraws, SelectedDraws
 from sgdgp.gpytorch_adapter import (
-    PairPrior,
+    MultitaskPrior,
+    OutcomeScale,
     Prior,
-    TargetScale,
-    differentiable_block,
-    pairs_of,
 )
 from sgdgp.operators import FeatureOperator, KernelOperator
+from sgdgp.operators.evaluation import differentiable_block
 from sgdgp.posterior.own_points import own_products
 from sgdgp.solvers.base import Solution
 
@@ -72,9 +71,9 @@ class Paths(ABC):
         """Number of sample functions s, of each output."""
 
     @property
-    def units(self) -> TargetScale:
+    def units(self) -> OutcomeScale:
         """From values to the units of the targets. Default: they are in these."""
-        return TargetScale()
+        return OutcomeScale()
 
     @abstractmethod
     def flattened(self, x: Points) -> tuple[Tensor, torch.Size]:
@@ -148,9 +147,9 @@ class ConditionedPaths(Paths):
         return self.weights.shape[1] - 1
 
     @property
-    def units(self) -> TargetScale:
+    def units(self) -> OutcomeScale:
         """From the model's units to those of the targets."""
-        return self.prior.target_scale
+        return self.prior.outcome_scale
 
     def flattened(self, x: Points) -> tuple[Tensor, torch.Size]:
         """See ``Paths``."""
@@ -220,9 +219,9 @@ class PairPaths(Paths):
     paths: ConditionedPaths = field(repr=False)
 
     @property
-    def prior(self) -> PairPrior:
+    def prior(self) -> MultitaskPrior:
         """The prior over pairs."""
-        assert isinstance(self.paths.prior, PairPrior)
+        assert isinstance(self.paths.prior, MultitaskPrior)
         return self.paths.prior
 
     @property
@@ -249,7 +248,7 @@ class PairPaths(Paths):
     ) -> tuple[Float[Tensor, "n t"], Float[Tensor, "n t s"]]:
         """All tasks at each input, every task in its own units."""
         tasks = self.num_outputs
-        mean, values = self.paths.evaluate(pairs_of(x, tasks), deviations=deviations)
+        mean, values = self.paths.evaluate(self.prior.rows(x), deviations=deviations)
         shift, factor = self._scales(x)
         values = values.reshape(len(x), tasks, values.shape[1])
         return (
@@ -260,7 +259,7 @@ class PairPaths(Paths):
     def each(self, x: Float[Tensor, "s q d"]) -> Float[Tensor, "s q t"]:
         """All tasks at each function's own points."""
         tasks = self.num_outputs
-        pairs = pairs_of(x.flatten(0, 1), tasks)
+        pairs = self.prior.rows(x.flatten(0, 1))
         own = pairs.reshape(x.shape[0], x.shape[1] * tasks, pairs.shape[1])
         shift, factor = self._scales(x)
         return shift + factor * self.paths.each(own).reshape(*x.shape[:2], tasks)
@@ -272,7 +271,7 @@ class PairPaths(Paths):
     def noise(self, x: Float[Tensor, "n d"]) -> Float[Tensor, "n t"]:
         """See ``Paths``."""
         _, factor = self._scales(x)
-        noise = self.prior.noise(pairs_of(x, self.num_outputs))
+        noise = self.prior.noise(self.prior.rows(x))
         return factor.square() * noise.reshape(len(x), -1)
 
     def joint(
@@ -286,7 +285,7 @@ class PairPaths(Paths):
 
     def _scales(self, like: Tensor) -> tuple[Tensor, Tensor]:
         """Shift and factor (T,) of every task's targets."""
-        scales = self.prior.target_scales
+        scales = self.prior.outcome_scales
         return (
             like.new_tensor([scale.shift for scale in scales]),
             like.new_tensor([scale.scale for scale in scales]),
@@ -391,7 +390,7 @@ class ParallelPaths(Paths):
 def paths_of(paths: Sequence[ConditionedPaths]) -> Paths:
     """The functions of one output, of pairs as outputs, or of outputs side by side."""
     first, *others = paths
-    if isinstance(first.prior, PairPrior):
+    if isinstance(first.prior, MultitaskPrior):
         return PairPaths(first)
     return ParallelPaths((first, *others)) if others else first
 

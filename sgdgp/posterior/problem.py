@@ -24,13 +24,8 @@ from sgdgp.core.seeds import derived_generator, seed_of
 from sgdgp.features import ExactDraws, PriorDraws, draw_prior, has_features
 from sgdgp.gpytorch_adapter import (
     Inputs,
-    PairPrior,
     Prior,
-    has_fixed_noise,
-    noise_of,
-    noise_of_rows,
     observed_rows,
-    pairs_of,
 )
 from sgdgp.operators import KernelOperator, operator_by_name
 from sgdgp.posterior.paths import ConditionedPaths
@@ -401,16 +396,14 @@ def observations(prior: Prior, x: Inputs, y: Tensor) -> tuple[Observations, ...]
         ValueError: y does not have the model's outputs, is missing altogether, or the
             noise does not fit.
     """
-    points = prior.joined(x) if not isinstance(prior, PairPrior) else x
-    assert isinstance(points, Tensor)
+    points = prior.joined(x)
     tasks, n = prior.num_outputs, len(points)
     if tasks > 1 and y.shape != (n, tasks):
         raise ValueError(
             f"y: expected shape ({n}, {tasks}), one column for each task of the model, "
             f"found {tuple(y.shape)}"
         )
-    rows = pairs_of(points, tasks) if isinstance(prior, PairPrior) else points
-    noise = _noise(prior, points, rows)
+    rows, noise = prior.rows(points), prior.training_noise(points)
     if y.ndim == 1:
         return (_observations(prior, rows, y.unsqueeze(1), noise, (0,)),)
     return tuple(
@@ -419,14 +412,6 @@ def observations(prior: Prior, x: Inputs, y: Tensor) -> tuple[Observations, ...]
         )
         for seen in observed_rows(y, tasks)
     )
-
-
-def _noise(prior: Prior, points: Tensor, rows: Tensor) -> Tensor:
-    likelihood = prior.model.likelihood
-    if isinstance(prior, PairPrior) and has_fixed_noise(likelihood):
-        known = noise_of(likelihood, points)
-        return noise_of_rows(known, len(points), prior.num_outputs)
-    return prior.noise(rows)
 
 
 def _observations(

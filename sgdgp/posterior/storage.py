@@ -25,7 +25,7 @@ from sgdgp.core.files import FileKind, place_of
 from sgdgp.core.hashes import differences, in_words, plain_attributes
 from sgdgp.core.memory import resolve_budget
 from sgdgp.features.storage import given_by_kernel, parts_of_kernel
-from sgdgp.gpytorch_adapter import PairPrior, Prior, prior_of
+from sgdgp.gpytorch_adapter import MultitaskPrior, Prior, prior_of
 from sgdgp.operators import KernelOperator
 from sgdgp.operators.choose import operator_by_name
 from sgdgp.posterior.problem import Part, Problem, Settings, System, groups_of
@@ -92,7 +92,7 @@ def contents_of(
 
 
 def _kind_of(parts: Sequence[Part]) -> str:
-    if isinstance(parts[0].problem.prior, PairPrior):
+    if isinstance(parts[0].problem.prior, MultitaskPrior):
         return "multitask"
     return "single" if len(parts) == 1 else "independent"
 

@@ -23,7 +23,11 @@ from sgdgp.core.checks import (
     check_variances,
 )
 from sgdgp.core.seeds import derived_generator
-from sgdgp.gpytorch_adapter import PairPrior, Prior, has_fixed_noise, pairs_of
+from sgdgp.gpytorch_adapter import (
+    MultitaskPrior,
+    Prior,
+    has_fixed_noise,
+)
 from sgdgp.posterior.paths import ConditionedPaths, Points
 from sgdgp.posterior.problem import (
     Part,
@@ -323,7 +327,7 @@ def _new_rows(
     """
     first = parts[0].problem
     prior, known, outputs = first.prior, first.x, len(parts)
-    is_multitask = isinstance(prior, PairPrior)
+    is_multitask = isinstance(prior, MultitaskPrior)
     if is_multitask:
         outputs, known = prior.num_outputs, known[:, :-1]
     shape = (outputs,) if is_multitask or outputs > 1 else ()
@@ -338,8 +342,7 @@ def _new_rows(
             "noise: the likelihood only knows the noise of its training points; "
             f"pass the {len(x)} noise variances of y_new"
         )
-    if is_multitask:
-        x = pairs_of(x, outputs)
+    x = prior.rows(x)
     columns = (len(x), -1)
     return (
         x,

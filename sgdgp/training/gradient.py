@@ -16,8 +16,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sgdgp.gpytorch_adapter import TracedProblem, differentiable_block
+from sgdgp.gpytorch_adapter import TracedProblem
 from sgdgp.operators import KernelOperator
+from sgdgp.operators.evaluation import differentiable_block
 
 EXACT_ROWS = 1_000
 """Up to here one factorisation costs less than the solves of a few probes."""

@@ -8,7 +8,12 @@ import torch
 from gpytorch.kernels import LinearKernel, MultitaskKernel, RBFKernel, RBFKernelGrad
 
 from sgdgp.core.errors import UnsupportedModelError
-from sgdgp.gpytorch_adapter import PairPrior, pairs_of, prior_of, traced_prior
+from sgdgp.gpytorch_adapter import (
+    MultitaskPrior,
+    multitask_inputs,
+    prior_of,
+    traced_prior,
+)
 from sgdgp.gpytorch_adapter.multitask import multitask_kernel
 from sgdgp.operators import tile_kernel
 from tests.models import (
@@ -28,7 +33,7 @@ def test_the_kernel_over_pairs_is_the_multitask_kernel(name):
     x, _ = multitask_data(10)
     truth = kernel(x).to_dense()
     columns = x if kernel.active_dims is None else x[:, kernel.active_dims]
-    pairs = pairs_of(columns, 3)
+    pairs = multitask_inputs(columns, 3)
     ours = multitask_kernel(kernel, columns.shape[1])
     torch.testing.assert_close(ours(pairs).to_dense(), truth, rtol=0, atol=1e-8)
     order = torch.randperm(30, generator=torch.Generator().manual_seed(0))
@@ -74,17 +79,17 @@ def test_the_traced_prior_is_the_models_own_with_its_gradient(name):
 def test_pairs_are_ordered_as_gpytorch_orders_outputs():
     x = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
     expected = [[1, 2, 0], [1, 2, 1], [1, 2, 2], [3, 4, 0], [3, 4, 1], [3, 4, 2]]
-    assert pairs_of(x, 3).tolist() == expected
+    assert multitask_inputs(x, 3).tolist() == expected
 
 
 def test_the_prior_takes_pairs_in_any_order():
     model = multitask_gp()
     x, _ = multitask_data(6, seed=3)
     prior = prior_of(model, x)
-    assert isinstance(prior, PairPrior)
+    assert isinstance(prior, MultitaskPrior)
     assert prior.num_outputs == 3
     own = gpytorch.Module.__call__(model.eval(), x)
-    pairs = pairs_of(x, 3)
+    pairs = multitask_inputs(x, 3)
     order = torch.randperm(18, generator=torch.Generator().manual_seed(0))[:11]
     mean, inputs = prior.evaluate(pairs[order])
     torch.testing.assert_close(mean, own.loc[order].detach())
@@ -103,7 +108,7 @@ def test_a_network_in_front_of_a_multitask_kernel_is_traced():
     x, _ = multitask_data(6, seed=3)
     prior = prior_of(model, x)
     own = gpytorch.Module.__call__(model.eval(), x)
-    _, inputs = prior.evaluate(pairs_of(x, 3))
+    _, inputs = prior.evaluate(multitask_inputs(x, 3))
     torch.testing.assert_close(
         prior.kernel(inputs).to_dense(), own.covariance_matrix.detach()
     )
@@ -147,7 +152,7 @@ def test_a_product_with_a_linear_kernel_is_not_sent_through_a_root():
     kernel = uneven(MultitaskKernel(LinearKernel(), 3))
     x, _ = multitask_data(10)
     ours = multitask_kernel(kernel, 2)
-    pairs = pairs_of(x, 3)
+    pairs = multitask_inputs(x, 3)
     data = kernel.data_covar_module(x).to_dense()
     truth = torch.kron(data, kernel.task_covar_module._eval_covar_matrix())
     # Different points: GPyTorch evaluates equal ones through root decompositions.

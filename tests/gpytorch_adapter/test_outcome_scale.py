@@ -39,7 +39,7 @@ def test_a_large_shift_in_float32_does_not_hide_the_scale():
     x, y = toy_data(30, dtype=torch.float32)
     targets = 3e4 + 0.5 * y[:, None]
     model = SingleTaskGP(x, targets)
-    units = prior_of(model, x).target_scale
+    units = prior_of(model, x).outcome_scale
     assert units.scale == pytest.approx(float(targets.std()), rel=1e-5)
     assert units.shift == pytest.approx(float(targets.mean()), rel=1e-6)
 

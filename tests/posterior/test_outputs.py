@@ -523,7 +523,7 @@ def test_botorch_kronecker_models_have_units_by_output(explicit):
     assert float((ratio - 1).abs().max()) < BAND
     noisy = posterior.predict(at, observation_noise=True).variance
     scales = torch.tensor(
-        [s.scale for s in posterior.parts[0].problem.prior.target_scales]
+        [s.scale for s in posterior.parts[0].problem.prior.outcome_scales]
     ).double()
     noise = (model.likelihood.task_noises + model.likelihood.noise).detach()
     torch.testing.assert_close(

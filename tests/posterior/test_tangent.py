@@ -17,7 +17,7 @@ from gpytorch.models import ExactGP
 from torch import nn
 
 import sgdgp
-from sgdgp.gpytorch_adapter import pairs_of
+from sgdgp.gpytorch_adapter import multitask_inputs
 from sgdgp.gpytorch_adapter.multitask import multitask_kernel
 from sgdgp.kernels import NeuralTangentKernel
 from sgdgp.operators import operator_by_name
@@ -255,7 +255,7 @@ def test_new_data_update_the_posterior():
 @pytest.mark.parametrize("operator", ["features", "row_blocks"])
 def test_the_kernel_over_pairs_is_the_kernel_of_all_outputs(operator):
     case = Case(2, n=7)
-    pairs = pairs_of(case.x, 2)
+    pairs = multitask_inputs(case.x, 2)
     kernel = multitask_kernel(case.model.kernel, 2)
     j = case.jacobian(case.x)
     truth = SCALE * j @ j.mT

@@ -252,7 +252,7 @@ def test_transforms_of_a_botorch_model_hold_for_new_data_and_their_noise():
     updated = posterior.update(x_new, y_new)
     at = new_points()
     torch.testing.assert_close(updated.mean(at), fresh.mean(at), rtol=0, atol=1e-5)
-    scale = posterior.problem.prior.target_scale.scale
+    scale = posterior.problem.prior.outcome_scale.scale
     given = posterior.update(x_new, y_new, noise=9.0)
     expected = torch.full((6,), 9.0 / scale**2, dtype=torch.float64)
     torch.testing.assert_close(given.problem.noise[60:], expected)

@@ -6,8 +6,9 @@ import pytest
 import torch
 from gpytorch.kernels import IndexKernel, LinearKernel, MultitaskKernel
 
-from sgdgp.gpytorch_adapter import differentiable_block, pairs_of
+from sgdgp.gpytorch_adapter import multitask_inputs
 from sgdgp.gpytorch_adapter.multitask import multitask_kernel
+from sgdgp.operators.evaluation import differentiable_block
 from tests.models import multitask_data, uneven
 from tests.operators.kernel_cases import CASES
 
@@ -28,7 +29,7 @@ def test_every_kernel_is_gpytorchs(name):
 def test_a_product_of_roots_is_exact_where_points_are_equal(dtype):
     kernel = uneven(MultitaskKernel(LinearKernel(), 3, rank=2)).to(dtype)
     x, _ = multitask_data(40, dtype=dtype)
-    pairs = pairs_of(x, 3)
+    pairs = multitask_inputs(x, 3)
     data, task = kernel.data_covar_module, kernel.task_covar_module
     truth = torch.kron(data(x).to_dense(), task._eval_covar_matrix())
     found = differentiable_block(multitask_kernel(kernel, 2), pairs, pairs)
