@@ -105,6 +105,12 @@ def test_a_checkpoint_does_not_change_the_answer(path):
     assert torch.equal(solution.weights, condition(None).solution.weights)
 
 
+def test_the_old_name_of_the_interval_is_taken_with_a_warning(path):
+    with pytest.warns(DeprecationWarning, match="every is now called checkpoint_every"):
+        sgdgp.condition(model(), num_samples=0, checkpoint=path, every=10)
+    assert path.exists()
+
+
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_a_stopped_run_goes_on_and_ends_at_the_same_answer(path, solver):
     settings = {"solver": SOLVERS[solver]}

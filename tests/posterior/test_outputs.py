@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import pickle
 
 import gpytorch
 import pytest
@@ -19,7 +18,7 @@ from gpytorch.likelihoods import (
 
 import sgdgp
 from sgdgp.core.errors import UnsupportedModelError
-from sgdgp.posterior import Marginals, MultiOutputPosterior, load
+from sgdgp.posterior import MultiOutputPosterior
 from sgdgp.posterior.paths import PairPaths, ParallelPaths
 from tests.models import (
     GP,
@@ -260,109 +259,13 @@ def test_fixed_noise_of_tasks_is_one_for_each_target():
         )
 
 
-def both_kinds(**settings):
+KINDS = pytest.mark.parametrize("kind", ["multitask", "independent"])
+
+
+def posterior_of(kind):
     model, x, y = independent()
-    settings = {"num_samples": 3, "num_features": 64, **settings}
-    yield sgdgp.condition(multitask_gp(), **settings)
-    yield sgdgp.condition(model, x, y, **settings)
-
-
-KINDS = pytest.mark.parametrize("kind", [0, 1], ids=["multitask", "independent"])
-
-
-def posterior_of(kind, **settings):
-    return list(both_kinds(**settings))[kind]
-
-
-@KINDS
-def test_shapes_of_every_verb(kind):
-    posterior = posterior_of(kind)
-    x = new_points()
-    assert posterior.num_outputs == 3
-    assert posterior.num_samples == 3
-    assert posterior.mean(x).shape == posterior.variance(x).shape == (7, 3)
-    assert posterior.samples(x).shape == posterior(x).shape == (3, 7, 3)
-    assert torch.equal(posterior.functions(x), posterior.samples(x))
-    assert posterior.draw(5, seed=3)(x).shape == (5, 7, 3)
-    assert set(posterior.timings) == {"prior_draws", "solve"}
-    batched = x.expand(2, 4, 7, 2)
-    torch.testing.assert_close(posterior.mean(batched)[1, 2], posterior.mean(x))
-    torch.testing.assert_close(
-        posterior.samples(batched)[:, 1, 2], posterior.samples(x)
-    )
-    assert posterior.mean(x[:0]).shape == (0, 3)
-    assert posterior.samples(x[:0]).shape == (3, 0, 3)
-
-
-@KINDS
-def test_predictions_in_batches_are_those_at_once(kind):
-    posterior = posterior_of(kind)
-    x = new_points()
-    joint = posterior.predict(x)
-    batches = posterior.predict(x, batch_size=2)
-    assert isinstance(batches, Marginals)
-    torch.testing.assert_close(batches.mean, joint.mean)
-    torch.testing.assert_close(batches.variance, joint.variance)
-
-
-@KINDS
-def test_gradients_in_x_are_those_of_differences(kind):
-    posterior = posterior_of(kind)
-    x = new_points(2).requires_grad_()
-    assert torch.autograd.gradcheck(posterior.mean, x)
-    assert torch.autograd.gradcheck(posterior.samples, x)
-
-
-@KINDS
-def test_the_same_seed_gives_the_same_functions(kind):
-    x = new_points()
-    one, other = posterior_of(kind, seed=5), posterior_of(kind, seed=5)
-    assert torch.equal(one.samples(x), other.samples(x))
-    assert torch.equal(one.draw(2, seed=1)(x), other.draw(2, seed=1)(x))
-    assert not torch.equal(one.samples(x), posterior_of(kind, seed=6).samples(x))
-
-
-@KINDS
-def test_it_survives_a_pickle(kind):
-    posterior, x = posterior_of(kind), new_points()
-    again = pickle.loads(pickle.dumps(posterior))
-    assert torch.equal(again.samples(x), posterior.samples(x))
-
-
-@KINDS
-def test_saved_and_loaded_it_predicts_the_same(kind, tmp_path):
-    posterior, x = posterior_of(kind), new_points()
-    posterior.save(tmp_path / "posterior")
-    again = load(tmp_path / "posterior", multitask_gp() if kind == 0 else gp())
-    assert type(again.paths) is type(posterior.paths)
-    assert torch.equal(again.samples(x), posterior.samples(x))
-    assert torch.equal(again.mean(x), posterior.mean(x))
-    assert torch.equal(again.draw(2)(x), posterior.draw(2)(x))
-    data = new_points(3), torch.ones(3, 3, dtype=torch.float64)
-    torch.testing.assert_close(
-        again.update(*data).mean(x), posterior.update(*data).mean(x)
-    )
-
-
-@KINDS
-def test_what_needs_samples_says_so(kind):
-    posterior = posterior_of(kind, num_samples=0)
-    for call in (posterior.variance, posterior.samples, posterior.predict):
-        with pytest.raises(ValueError, match="num_samples=0"):
-            call(new_points())
-    assert posterior.draw(2)(new_points()).shape == (2, 7, 3)
-
-
-@KINDS
-def test_points_that_do_not_fit_are_refused(kind):
-    posterior = posterior_of(kind)
-    for bad in (new_points()[:, :1], new_points().repeat(1, 2)):
-        with pytest.raises(ValueError, match=r"x: expected shape \(n, 2\)"):
-            posterior.mean(bad)
-    with pytest.raises(TypeError, match=r"x: expected a torch\.Tensor"):
-        posterior.mean([[0.0, 1.0]])
-    with pytest.raises(ValueError, match="dtype"):
-        posterior.mean(new_points().float())
+    data = (multitask_gp(),) if kind == "multitask" else (model, x, y)
+    return sgdgp.condition(*data, num_samples=3, num_features=64)
 
 
 @KINDS
@@ -381,7 +284,7 @@ def test_updates_are_as_good_as_conditioning_on_all(kind):
     x, y = multitask_data(30)
     y = with_gaps(y)
     y[25:27, 1] = NAN
-    model = multitask_gp() if kind == 0 else gp()
+    model = multitask_gp() if kind == "multitask" else gp()
     settings = {"num_samples": SAMPLES, "num_features": 512}
     before = sgdgp.condition(model, x[:24], y[:24], **settings)
     held = before.mean(new_points())

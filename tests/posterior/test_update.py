@@ -329,6 +329,19 @@ def test_passes_and_history_are_those_of_the_correction_and_the_solver():
     assert solution.solver == "local+cg"
 
 
+def test_what_the_first_solve_took_is_remembered_and_stored(tmp_path):
+    model, x_new, y_new, _ = both(n=300)
+    first = sgdgp.condition(model, solver=sgdgp.CG(1e-6), num_samples=2)
+    updated = first.update(x_new[:3], y_new[:3]).update(x_new[3:], y_new[3:])
+    assert updated.parts[0].passes_from_zero == first.solution.passes
+    updated.save(tmp_path / "updated")
+    again = sgdgp.load(tmp_path / "updated", model)
+    assert again.parts[0].passes_from_zero == first.solution.passes
+    # A direct solve starts anew, whatever there was.
+    direct = updated.update(x_new, y_new, solver="cholesky")
+    assert direct.parts[0].passes_from_zero == 0.0
+
+
 def test_a_callback_stops_the_update_at_once():
     model, x_new, y_new, _ = both(noise=1e-3)
     seen = []

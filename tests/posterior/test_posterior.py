@@ -1,13 +1,14 @@
-"""Mean, samples and gradients agree with the closed form for every kernel."""
+"""Mean, samples and gradients agree with the closed form; verbs of every posterior."""
 
 from __future__ import annotations
 
 import functools
 import math
+import pickle
 
 import pytest
 import torch
-from gpytorch.distributions import MultivariateNormal
+from gpytorch.distributions import MultitaskMultivariateNormal, MultivariateNormal
 from gpytorch.kernels import (
     CosineKernel,
     MaternKernel,
@@ -18,8 +19,22 @@ from gpytorch.kernels import (
 from gpytorch.likelihoods import FixedNoiseGaussianLikelihood
 
 import sgdgp
-from sgdgp.posterior import Marginals
-from tests.models import FEATURE_KERNELS, closed_form, gp, own_posterior, toy_data
+from sgdgp.posterior import (
+    Marginals,
+    MultiOutputPosterior,
+    PathwisePosterior,
+    Posterior,
+    load,
+)
+from tests.models import (
+    FEATURE_KERNELS,
+    closed_form,
+    gp,
+    multitask_data,
+    multitask_gp,
+    own_posterior,
+    toy_data,
+)
 
 SAMPLES = 4096
 GROUP = 64  # prior draws that share random features
@@ -144,18 +159,6 @@ def posterior():
     return sgdgp.condition(gp(n=60), num_samples=70, num_features=256)
 
 
-def test_draws_with_one_seed_are_the_same_functions(posterior):
-    x = new_points()
-    assert torch.equal(posterior.draw(3, seed=4)(x), posterior.draw(3, seed=4)(x))
-
-
-def test_draws_with_different_seeds_differ(posterior):
-    x = new_points()
-    assert not torch.allclose(
-        posterior.draw(3, seed=4)(x), posterior.draw(3, seed=5)(x)
-    )
-
-
 @pytest.mark.parametrize("seed", [0, 1])
 def test_draws_are_new_even_with_the_seed_of_the_posterior(seed):
     posterior = sgdgp.condition(gp(), num_samples=3, num_features=256, seed=seed)
@@ -193,69 +196,11 @@ def test_draws_report_their_own_solve(posterior):
     assert functions(new_points()).shape == (5, 8)
 
 
-def test_samples_are_the_same_functions_on_every_call(posterior):
-    x = new_points(50)
-    assert torch.equal(posterior.samples(x), posterior.samples(x))
-    assert torch.equal(posterior(x), posterior.samples(x))
-    assert torch.equal(posterior.functions(x), posterior.samples(x))
-
-
 @pytest.mark.parametrize("size", [1, 7, 50])
 def test_samples_do_not_depend_on_how_x_is_batched(posterior, size):
     x = new_points(50)
     parts = torch.cat([posterior.samples(rows) for rows in x.split(size)], 1)
     torch.testing.assert_close(parts, posterior.samples(x))
-
-
-def test_more_points_than_are_evaluated_at_a_time(posterior, monkeypatch):
-    x = new_points(50)
-    expected = posterior.mean(x), posterior.samples(x)
-    monkeypatch.setattr("sgdgp.posterior.paths._ROWS", 7)
-    torch.testing.assert_close((posterior.mean(x), posterior.samples(x)), expected)
-
-
-def test_batch_dimensions_of_x_come_out_again(posterior):
-    x = new_points(24).reshape(2, 3, 4, 2)
-    flat = x.reshape(24, 2)
-    assert posterior.samples(x).shape == (70, 2, 3, 4)
-    assert posterior.mean(x).shape == (2, 3, 4)
-    torch.testing.assert_close(
-        posterior.samples(x).reshape(70, 24), posterior.samples(flat)
-    )
-    torch.testing.assert_close(posterior.mean(x).flatten(), posterior.mean(flat))
-    torch.testing.assert_close(
-        posterior.variance(x).flatten(), posterior.variance(flat)
-    )
-
-
-def test_no_points_give_empty_results(posterior):
-    x = new_points()[:0]
-    assert posterior.mean(x).shape == (0,)
-    assert posterior.variance(x).shape == (0,)
-    assert posterior.samples(x).shape == (70, 0)
-    assert posterior.predict(x, batch_size=4).variance.shape == (0,)
-
-
-def test_joint_prediction_is_a_multivariate_normal_of_the_samples(posterior):
-    x = new_points()
-    predicted = posterior.predict(x)
-    deviations = posterior.samples(x) - posterior.mean(x)
-    assert isinstance(predicted, MultivariateNormal)
-    torch.testing.assert_close(predicted.mean, posterior.mean(x))
-    torch.testing.assert_close(
-        predicted.covariance_matrix, deviations.T @ deviations / 70
-    )
-
-
-@pytest.mark.parametrize("batch_size", [1, 3, 8, 100])
-@pytest.mark.parametrize("noise", [False, True])
-def test_marginals_are_those_of_the_joint_prediction(posterior, batch_size, noise):
-    x = new_points()
-    joint = posterior.predict(x, observation_noise=noise)
-    marginals = posterior.predict(x, observation_noise=noise, batch_size=batch_size)
-    assert isinstance(marginals, Marginals)
-    torch.testing.assert_close(marginals.mean, joint.mean)
-    torch.testing.assert_close(marginals.variance, joint.variance)
 
 
 def test_observation_noise_is_the_likelihoods(posterior):
@@ -280,18 +225,6 @@ def test_fixed_noise_has_to_be_given_at_new_points():
             posterior.predict(x, observation_noise=spoilt)
     added = posterior.predict(x, observation_noise=noise, batch_size=3).variance
     torch.testing.assert_close(added - posterior.variance(x), noise.double())
-
-
-def test_without_samples_there_is_a_mean_and_draws_and_no_variance():
-    model, x = gp(), new_points()
-    posterior = sgdgp.condition(model, num_samples=0)
-    expected, _ = own_posterior(model, x)
-    assert posterior.solution.weights.shape == (30, 1)
-    torch.testing.assert_close(posterior.mean(x), expected, rtol=0, atol=1e-6)
-    assert posterior.draw(3)(x).shape == (3, 8)
-    for verb in (posterior.variance, posterior.samples, posterior.predict):
-        with pytest.raises(ValueError, match="no samples"):
-            verb(x)
 
 
 def test_one_sample_is_enough_for_a_function_and_a_variance():
@@ -360,3 +293,177 @@ def test_too_many_points_for_exact_draws_say_how_to_register_features():
     model = gp(PiecewisePolynomialKernel(q=2), d=1)
     with pytest.raises(sgdgp.NoRandomFeatures, match="register_features"):
         sgdgp.condition(model, x, y, num_samples=2, operator="row_blocks")
+
+
+KINDS = pytest.mark.parametrize("kind", ["one", "multitask", "independent"])
+
+
+def outputs_of(kind):
+    """Shape of what comes behind the points."""
+    return () if kind == "one" else (3,)
+
+
+def posterior_of(kind, **settings):
+    settings = {"num_samples": 3, "num_features": 64, **settings}
+    data = multitask_data(30) if kind == "independent" else ()
+    return sgdgp.condition(model_of(kind), *data, **settings)
+
+
+def model_of(kind):
+    return multitask_gp() if kind == "multitask" else gp()
+
+
+@KINDS
+def test_shapes_of_every_verb(kind):
+    posterior, t = posterior_of(kind), outputs_of(kind)
+    x = new_points()
+    assert isinstance(posterior, Posterior)
+    assert isinstance(posterior, PathwisePosterior) == (kind == "one")
+    assert isinstance(posterior, MultiOutputPosterior) == (kind != "one")
+    assert posterior.num_outputs == (None if kind == "one" else 3)
+    assert posterior.num_samples == 3
+    assert posterior.mean(x).shape == posterior.variance(x).shape == (8, *t)
+    assert posterior.samples(x).shape == posterior(x).shape == (3, 8, *t)
+    assert torch.equal(posterior(x), posterior.samples(x))
+    assert torch.equal(posterior.functions(x), posterior.samples(x))
+    assert posterior.draw(5, seed=3)(x).shape == (5, 8, *t)
+    assert set(posterior.timings) == {"prior_draws", "solve"}
+
+
+@KINDS
+def test_batch_dimensions_of_x_come_out_again(kind):
+    posterior, t = posterior_of(kind), outputs_of(kind)
+    flat = new_points(24)
+    x = flat.reshape(2, 3, 4, 2)
+    assert posterior.samples(x).shape == (3, 2, 3, 4, *t)
+    torch.testing.assert_close(
+        posterior.samples(x).reshape(3, 24, *t), posterior.samples(flat)
+    )
+    for verb in (posterior.mean, posterior.variance):
+        torch.testing.assert_close(verb(x).reshape(24, *t), verb(flat))
+
+
+@KINDS
+def test_no_points_give_empty_results(kind):
+    posterior, t = posterior_of(kind), outputs_of(kind)
+    x = new_points()[:0]
+    assert posterior.mean(x).shape == posterior.variance(x).shape == (0, *t)
+    assert posterior.samples(x).shape == (3, 0, *t)
+    assert posterior.predict(x, batch_size=4).variance.shape == (0, *t)
+
+
+@KINDS
+def test_more_points_than_are_evaluated_at_a_time(kind, monkeypatch):
+    posterior, x = posterior_of(kind), new_points(50)
+    expected = posterior.mean(x), posterior.samples(x)
+    monkeypatch.setattr("sgdgp.posterior.paths._ROWS", 7)
+    torch.testing.assert_close((posterior.mean(x), posterior.samples(x)), expected)
+
+
+@KINDS
+def test_joint_prediction_is_a_multivariate_normal_of_the_samples(kind):
+    posterior, x = posterior_of(kind), new_points()
+    predicted = posterior.predict(x)
+    deviations = (posterior.samples(x) - posterior.mean(x)).flatten(1)
+    covariance = deviations.T @ deviations / 3
+    if kind == "independent":
+        same = torch.eye(3, dtype=torch.float64).repeat(8, 8)
+        covariance = covariance * same
+    assert isinstance(predicted, MultivariateNormal)
+    assert isinstance(predicted, MultitaskMultivariateNormal) == (kind != "one")
+    torch.testing.assert_close(predicted.mean, posterior.mean(x))
+    torch.testing.assert_close(predicted.covariance_matrix, covariance)
+    torch.testing.assert_close(predicted.variance, posterior.variance(x))
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 100])
+@pytest.mark.parametrize("noise", [False, True])
+@KINDS
+def test_marginals_are_those_of_the_joint_prediction(kind, batch_size, noise):
+    posterior, x = posterior_of(kind), new_points()
+    joint = posterior.predict(x, observation_noise=noise)
+    marginals = posterior.predict(x, observation_noise=noise, batch_size=batch_size)
+    assert isinstance(marginals, Marginals)
+    torch.testing.assert_close(marginals.mean, joint.mean)
+    torch.testing.assert_close(marginals.variance, joint.variance)
+
+
+@KINDS
+def test_gradients_in_x_are_those_of_differences(kind):
+    posterior = posterior_of(kind)
+    x = new_points(2).requires_grad_()
+    assert torch.autograd.gradcheck(posterior.mean, x)
+    assert torch.autograd.gradcheck(posterior.samples, x)
+
+
+@KINDS
+def test_the_same_seed_gives_the_same_functions(kind):
+    x = new_points()
+    one, other = posterior_of(kind, seed=5), posterior_of(kind, seed=5)
+    assert torch.equal(one.samples(x), other.samples(x))
+    assert torch.equal(one.samples(x), one.samples(x))
+    assert torch.equal(one.draw(3, seed=4)(x), other.draw(3, seed=4)(x))
+    assert not torch.allclose(one.draw(3, seed=4)(x), one.draw(3, seed=5)(x))
+    assert not torch.equal(one.samples(x), posterior_of(kind, seed=6).samples(x))
+
+
+@KINDS
+def test_it_survives_a_pickle(kind):
+    posterior, x = posterior_of(kind), new_points()
+    again = pickle.loads(pickle.dumps(posterior))
+    assert torch.equal(again.samples(x), posterior.samples(x))
+
+
+@KINDS
+def test_saved_and_loaded_it_predicts_the_same(kind, tmp_path):
+    posterior, x = posterior_of(kind), new_points()
+    posterior.save(tmp_path / "posterior")
+    again = load(tmp_path / "posterior", model_of(kind))
+    assert type(again) is type(posterior)
+    assert type(again.paths) is type(posterior.paths)
+    assert torch.equal(again.samples(x), posterior.samples(x))
+    assert torch.equal(again.mean(x), posterior.mean(x))
+    assert torch.equal(again.draw(2)(x), posterior.draw(2)(x))
+    data = new_points(3), torch.ones(3, *outputs_of(kind), dtype=torch.float64)
+    torch.testing.assert_close(
+        again.update(*data).mean(x), posterior.update(*data).mean(x)
+    )
+
+
+@KINDS
+def test_an_update_keeps_the_kind(kind):
+    posterior, t = posterior_of(kind), outputs_of(kind)
+    data = new_points(3), torch.ones(3, *t, dtype=torch.float64)
+    updated = posterior.update(*data)
+    assert type(updated) is type(posterior)
+    assert updated.samples(new_points()).shape == (3, 8, *t)
+
+
+@KINDS
+def test_what_needs_samples_says_so(kind):
+    posterior, x = posterior_of(kind, num_samples=0), new_points()
+    assert posterior.mean(x).shape == (8, *outputs_of(kind))
+    for verb in (posterior.variance, posterior.samples, posterior.predict):
+        with pytest.raises(ValueError, match=r"no samples \(num_samples=0\)"):
+            verb(x)
+    assert posterior.draw(2)(x).shape == (2, 8, *outputs_of(kind))
+
+
+@KINDS
+def test_points_that_do_not_fit_are_refused(kind):
+    posterior = posterior_of(kind)
+    for bad in (new_points()[:, :1], new_points().repeat(1, 2)):
+        with pytest.raises(ValueError, match=r"x: expected shape \(n, 2\)"):
+            posterior.mean(bad)
+    with pytest.raises(TypeError, match=r"x: expected a torch\.Tensor"):
+        posterior.mean([[0.0, 1.0]])
+    with pytest.raises(ValueError, match="dtype"):
+        posterior.mean(new_points().float())
+
+
+def test_without_samples_the_mean_is_the_models_own():
+    model, x = gp(), new_points()
+    posterior = sgdgp.condition(model, num_samples=0)
+    expected, _ = own_posterior(model, x)
+    assert posterior.solution.weights.shape == (30, 1)
+    torch.testing.assert_close(posterior.mean(x), expected, rtol=0, atol=1e-6)
