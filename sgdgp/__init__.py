@@ -15,6 +15,7 @@ with contextlib.redirect_stdout(io.StringIO()):
 
 from sgdgp import bayesopt, kernels, metrics, networks  # noqa: F401
 from sgdgp.core.codec import register_stored_class
+from sgdgp.core.errors import CheckpointError, SgdgpError, StorageError
 from sgdgp.core.files import load
 from sgdgp.features import (
     FeatureMap,
@@ -26,13 +27,14 @@ from sgdgp.features import (
 from sgdgp.gpytorch_adapter import UnsupportedModelError
 from sgdgp.kernels import TileKernel, register_kernel, register_tile_kernel
 from sgdgp.operators import KernelOperator, choose_operator
-from sgdgp.posterior import PathwisePosterior, condition
+from sgdgp.posterior import MultiOutputPosterior, PathwisePosterior, condition
 from sgdgp.solvers import (
     ADASAP,
     CG,
     SDD,
     SGD,
     AlternatingProjections,
+    Auto,
     Cholesky,
     Solution,
     Solver,
@@ -53,15 +55,20 @@ __all__ = [
     "SDD",
     "SGD",
     "AlternatingProjections",
+    "Auto",
+    "CheckpointError",
     "Cholesky",
     "FeatureMap",
     "FeatureRequest",
     "KernelOperator",
+    "MultiOutputPosterior",
     "NoRandomFeatures",
     "PathwisePosterior",
+    "SgdgpError",
     "Solution",
     "Solver",
     "StochasticMarginalLogLikelihood",
+    "StorageError",
     "TileKernel",
     "UnsupportedModelError",
     "__version__",

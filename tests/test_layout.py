@@ -53,9 +53,6 @@ ARROWS: dict[str, set[str]] = {
 }
 """What each room may import, a room only from those above it."""
 
-EXCEPTIONS: set[object] = set()
-"""Arrows and lazy imports that are still to be removed."""
-
 MODULES = {
     ".".join(
         path.relative_to(ROOT)
@@ -112,11 +109,7 @@ def test_a_room_imports_what_the_table_allows(room: str):
         for target in targets
         if room_of(target) != room
     }
-    assert [
-        arrows[target]
-        for target in arrows
-        if target not in ARROWS[room] and (room, target) not in EXCEPTIONS
-    ] == []
+    assert [arrows[target] for target in arrows if target not in ARROWS[room]] == []
 
 
 def test_every_room_is_in_the_table_and_every_arrow_points_up():
@@ -142,7 +135,7 @@ def test_nothing_of_the_package_is_imported_in_a_function(module: str):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
         for target in imported_modules(node, module)
     ]
-    assert inner == [] or module in EXCEPTIONS
+    assert inner == []
 
 
 def test_the_layout_page_shows_the_table():
