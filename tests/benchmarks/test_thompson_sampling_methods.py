@@ -141,7 +141,7 @@ def test_inducing_points_at_all_data_give_the_exact_posterior(problem: Problem) 
         generator=torch.Generator().manual_seed(0),
     )
     x = _points(20, 2)
-    mean, _ = functions.paths.mean_and_deviations(x, num_deviations=0)
+    mean, _ = functions.paths.evaluate(x, deviations=False)
     weights = torch.linalg.solve(_matrix(problem), problem.y)
     expected = _kernel(x, problem.x) @ weights
     torch.testing.assert_close(mean, expected, rtol=1e-4, atol=1e-4)

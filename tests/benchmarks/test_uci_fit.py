@@ -51,7 +51,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
     def fit(model: Any, x: Any, y: Any, **options: Any) -> FakeFitted:
         seen["fit"] = options
-        seen["optimiser"] = options["optimiser"](model.parameters())
+        seen["optimiser"] = options["optimizer"](model.parameters())
         with torch.no_grad():
             model.mean_module.constant.fill_(0.3)
             model.likelihood.noise = 0.04
