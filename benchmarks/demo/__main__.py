@@ -143,7 +143,9 @@ def _run(
         seed=options.seed,
         memory_budget=_BUDGET,
     )
-    mean, variance = posterior.predict(problem.x_test, batch_size=len(problem.x_test))
+    mean, variance = posterior.predict(
+        problem.x_test, batch_size=len(problem.x_test), progress=False
+    )
     seconds = time.perf_counter() - start
     solution = posterior.solution
     print(

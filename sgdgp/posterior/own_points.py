@@ -35,13 +35,15 @@ _ENTRIES_CPU = 2**17
 """Entries of a tile: the four buffers of one stay in the cache."""
 
 _ENTRIES = 2**23
-"""Entries of a tile elsewhere."""
+"""Entries of a tile elsewhere: 32 MB a buffer in float32, enough to fill a GPU."""
 
 _ROWS = 128
-"""Rows of a tile, about."""
+"""Rows of a tile, about: with few of them the training inputs are read too often, with
+many a tile has few columns, and its products with single columns are short."""
 
 _BLOCK = 2**21
-"""Entries of a block that GPyTorch evaluates."""
+"""Entries of a block that GPyTorch evaluates: 16 MB in float64, several of them with a
+graph."""
 
 
 def own_products(
@@ -69,8 +71,8 @@ class _ClosedForm(torch.autograd.Function):
     def forward(ctx, operator, tile, x, columns, wanted):  # type: ignore[no-untyped-def]
         origin = operator.x.mean(0)
         with torch.set_grad_enabled(wanted):
-            own = x.detach().requires_grad_(wanted)
-            z = tile.scaled(own.reshape(-1, own.shape[-1]), origin)
+            leaf = x.detach().requires_grad_(wanted)
+            z = tile.scaled(leaf.reshape(-1, leaf.shape[-1]), origin)
         points = tile.scaled(operator.x, origin)
         values, slopes = _sweep(
             tile,
@@ -80,7 +82,7 @@ class _ClosedForm(torch.autograd.Function):
             wanted=wanted,
         )
         if wanted:
-            (gradient,) = torch.autograd.grad(z, own, slopes.view_as(z))
+            (gradient,) = torch.autograd.grad(z, leaf, slopes.view_as(z))
             ctx.operator = operator
             ctx.save_for_backward(x, columns, gradient)
         return values
@@ -93,28 +95,28 @@ class _ClosedForm(torch.autograd.Function):
         # Somebody differentiates the gradient: that of GPyTorch has a graph.
         again = x.view_as(x)
         values = _by_blocks(ctx.operator, again, columns)
-        (found,) = torch.autograd.grad(values, again, grad, create_graph=True)
-        return None, None, found, None, None
+        (slope,) = torch.autograd.grad(values, again, grad, create_graph=True)
+        return None, None, slope, None, None
 
 
 def _sweep(
     tile: StationaryTile, z: Tensor, points: Tensor, columns: Tensor, *, wanted: bool
 ) -> tuple[Tensor, Tensor]:
     """Values (s, q) and, if wanted, slopes (s, q, p) at scaled points z (s, q, p)."""
-    count, own, width = z.shape
+    count, q, width = z.shape
     n = len(points)
-    values, slopes = z.new_zeros(count, own), z.new_zeros(width + 1, count * own)
+    values, slopes = z.new_zeros(count, q), z.new_zeros(width + 1, count * q)
     right = _padded(right_form(points)[0])
     displaced = torch.cat([points, torch.ones_like(points[:, :1])], 1).mT.contiguous()
     entries = _ENTRIES_CPU if z.device.type == "cpu" else _ENTRIES
-    at_once = max(1, min(count, _ROWS // max(1, own)))
-    step = max(1, min(n, entries // max(1, at_once * own)))
-    buffers = z.new_empty(3, at_once * own * step)
+    at_once = max(1, min(count, _ROWS // max(1, q)))
+    step = max(1, min(n, entries // max(1, at_once * q)))
+    buffers = z.new_empty(3, at_once * q * step)
     for rows in slices(count, at_once):
         flat = z[rows].reshape(-1, width)
         left = _padded(left_form(flat)[0])
         same = rounding_of_distances(flat)
-        gradient = slopes[:, rows.start * own : rows.stop * own]
+        gradient = slopes[:, rows.start * q : rows.stop * q]
         for cut in slices(n, step):
             shape = (len(flat), cut.stop - cut.start)
             value, derivative, scratch = (
@@ -122,7 +124,7 @@ def _sweep(
             )
             squared_distances(left, right[cut], value, (scratch,))
             weights = columns[rows, cut].unsqueeze(1)
-            grouped = (-1, own, shape[1])
+            grouped = (-1, q, shape[1])
             if wanted:
                 tile.profile_with_derivative(value, derivative, scratch, same)
                 derivative.view(grouped).mul_(weights)
@@ -133,7 +135,7 @@ def _sweep(
             values[rows].unsqueeze(-1).baddbmm_(value.view(grouped), weights.mT)
     factor = float(tile.factor)
     scale = 2 * factor * tile.derivative_scale
-    slopes = slopes.mT.reshape(count, own, width + 1)
+    slopes = slopes.mT.reshape(count, q, width + 1)
     return values.mul_(factor), (z * slopes[..., -1:] - slopes[..., :-1]).mul_(scale)
 
 
@@ -145,8 +147,8 @@ def _padded(form: Tensor) -> Tensor:
 
 
 def _by_blocks(operator: KernelOperator, x: Tensor, columns: Tensor) -> Tensor:
-    """The same by kernel blocks of GPyTorch, evaluated again in a backward pass."""
-    count, own, dim = x.shape
+    """The same values (s, q) by kernel blocks, evaluated again in a backward pass."""
+    count, q, dim = x.shape
     n = operator.x.shape[0]
     graph = tracks_gradient(x)
 
@@ -158,14 +160,14 @@ def _by_blocks(operator: KernelOperator, x: Tensor, columns: Tensor) -> Tensor:
             block = operator.cross(flat).block(slice(0, len(flat)), cut)
         return (block.view(*part.shape[:2], -1) @ weights.unsqueeze(-1)).squeeze(-1)
 
-    step = max(1, min(n, _BLOCK // max(1, own)))
-    at_once = max(1, _BLOCK // max(1, own * step))
+    step = max(1, min(n, _BLOCK // max(1, q)))
+    at_once = max(1, _BLOCK // max(1, q * step))
     parts = []
     for rows in slices(count, at_once):
-        total = x.new_zeros(rows.stop - rows.start, own)
+        total = x.new_zeros(rows.stop - rows.start, q)
         for cut in slices(n, step):
             total = total + recomputed(
                 partial(product, cut=cut), x[rows], columns[rows, cut]
             )
         parts.append(total)
-    return torch.cat(parts) if parts else x.new_zeros(count, own)
+    return torch.cat(parts) if parts else x.new_zeros(count, q)

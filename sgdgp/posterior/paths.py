@@ -87,11 +87,11 @@ class Paths(ABC):
     @abstractmethod
     def evaluate(
         self, x: Float[Tensor, "n d"], *, deviations: bool = True
-    ) -> tuple[Float[Tensor, n * t], Float[Tensor, "n *t s"]]:
+    ) -> tuple[Float[Tensor, "n ..."], Float[Tensor, "n ... s"]]:
         """Posterior means (n, *t), and zero-mean sample values (n, *t, s) if wanted."""
 
     @abstractmethod
-    def each(self, x: Float[Tensor, "s q d"]) -> Float[Tensor, "s q *t"]:
+    def each(self, x: Float[Tensor, "s q d"]) -> Float[Tensor, "s q ..."]:
         """Values of function i at its own points x[i]."""
 
     @abstractmethod
@@ -99,15 +99,15 @@ class Paths(ABC):
         """The functions with these numbers, in this order, around the same mean."""
 
     @abstractmethod
-    def noise(self, x: Float[Tensor, "n d"]) -> Float[Tensor, n * t]:
+    def noise(self, x: Float[Tensor, "n d"]) -> Float[Tensor, "n ..."]:
         """The likelihood's noise variances, in the units of the targets squared."""
 
     @abstractmethod
     def joint(
         self,
-        mean: Float[Tensor, n * t],
-        deviations: Float[Tensor, "n *t s"],
-        noise: Float[Tensor, n * t] | None,
+        mean: Float[Tensor, "n ..."],
+        deviations: Float[Tensor, "n ... s"],
+        noise: Float[Tensor, "n ..."] | None,
     ) -> MultivariateNormal:
         """A normal with this mean and the covariance of the deviations plus noise.
 
@@ -409,7 +409,7 @@ class SampleFunctions:
     paths: Paths = field(repr=False)
     solution: Solution
 
-    def __call__(self, x: Points) -> Float[Tensor, s * shape]:
+    def __call__(self, x: Points) -> Float[Tensor, "s ..."]:
         """Function values at x, in the units of the targets.
 
         Args:
@@ -428,7 +428,7 @@ class SampleFunctions:
         values = values.movedim(-1, 0)
         return values.reshape(len(values), *shape, *values.shape[2:])
 
-    def each(self, x: Float[Tensor, "s q d"]) -> Float[Tensor, "s q *t"]:
+    def each(self, x: Float[Tensor, "s q d"]) -> Float[Tensor, "s q ..."]:
         """Every function at points of its own: entry (i, j) is f_i(x[i, j]).
 
         Costs s q kernel rows with one column each, where ``self(x)`` would take s

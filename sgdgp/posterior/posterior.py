@@ -108,11 +108,11 @@ class Posterior:
         self._need_samples("functions")
         return SampleFunctions(self.paths, self.solution)
 
-    def __call__(self, x: Points) -> Float[Tensor, s * shape]:
+    def __call__(self, x: Points) -> Float[Tensor, "s ..."]:
         """Values of the sample functions; same as ``samples``."""
         return self.samples(x)
 
-    def mean(self, x: Points) -> Float[Tensor, "*shape"]:
+    def mean(self, x: Points) -> Float[Tensor, ...]:
         """Posterior mean (n', *t), differentiable in x.
 
         Args:
@@ -126,7 +126,7 @@ class Posterior:
         units = self.paths.units
         return (units.shift + units.scale * mean).reshape(*shape, *mean.shape[1:])
 
-    def variance(self, x: Points) -> Float[Tensor, "*shape"]:
+    def variance(self, x: Points) -> Float[Tensor, ...]:
         """Posterior variance of the function (n', *t), without observation noise.
 
         Args:
@@ -141,7 +141,7 @@ class Posterior:
         variance = self.paths.units.scale**2 * deviations.square().mean(-1)
         return variance.reshape(*shape, *variance.shape[1:])
 
-    def samples(self, x: Points) -> Float[Tensor, s * shape]:
+    def samples(self, x: Points) -> Float[Tensor, "s ..."]:
         """Joint samples (num_samples, n', *t): the same functions on every call.
 
         Args:
@@ -243,7 +243,7 @@ class Posterior:
         *,
         observation_noise: bool | Tensor = False,
         batch_size: int | None = None,
-        progress: bool = False,
+        progress: bool | None = None,
     ) -> MultivariateNormal | Marginals:
         """Predictive distribution at x, jointly or point by point.
 
@@ -253,7 +253,7 @@ class Posterior:
                 (n', *t) themselves, of several outputs (n',) for all alike too, needed
                 where the likelihood only knows the noise of its training points.
             batch_size: Points at a time. Default: all of them, jointly.
-            progress: Show a progress bar over the batches.
+            progress: Show a progress bar over the batches. Default: on a terminal.
 
         Returns:
             Without ``batch_size`` a GPyTorch ``MultivariateNormal``, of several outputs
@@ -281,7 +281,9 @@ class Posterior:
         variance = torch.empty_like(mean)
         batches = list(slices(len(flat), batch_size))
         with torch.no_grad():
-            for rows in tqdm(batches, desc="predict", disable=not progress):
+            # Hidden by tqdm itself where the default meets no terminal.
+            hidden = None if progress is None else not progress
+            for rows in tqdm(batches, desc="predict", disable=hidden):
                 centre, deviations = self.paths.evaluate(flat[rows])
                 mean[rows] = units.shift + units.scale * centre
                 variance[rows] = units.scale**2 * deviations.square().mean(-1)

@@ -111,8 +111,8 @@ class Settings:
         """Those of one output: later data of each have noise draws of their own."""
         if column == 0:
             return self
-        own = derived_generator(self.seed, "output", column)
-        return replace(self, seed=seed_of(own))
+        stream = derived_generator(self.seed, "output", column)
+        return replace(self, seed=seed_of(stream))
 
     def operator_over(
         self, kernel: Kernel, inputs: Float[Tensor, "n p"]

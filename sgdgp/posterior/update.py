@@ -382,7 +382,7 @@ def _new_targets(x: Tensor, y: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 def variances_of(
     name: str, noise: Tensor, shape: tuple[int, ...]
-) -> Float[Tensor, "*shape"]:
+) -> Float[Tensor, ...]:
     """Noise variances of that shape, (n,) or (n, T), checked.
 
     Args:

@@ -345,7 +345,7 @@ def posterior_mean(posterior: Any, x: Tensor) -> np.ndarray:
 
 def marginals(posterior: Any, x: Tensor) -> tuple[np.ndarray, np.ndarray]:
     """Posterior mean and variance (n', T), in one pass over the kernel."""
-    mean, variance = posterior.predict(x, batch_size=_ROWS)
+    mean, variance = posterior.predict(x, batch_size=_ROWS, progress=False)
     return _with_outputs(mean, axes=1), _with_outputs(variance, axes=1)
 
 
