@@ -18,7 +18,7 @@ That gradient vanishes at the solution, block by block, so its noise dies out.
 
 Deviations from the paper:
 
-1. The step size comes from spectral estimates (``primal.py``), momentum grows with
+1. The step size comes from spectral estimates (``step_size.py``), momentum grows with
    the steps instead of staying at .9, coordinates are scaled by D = diag(K + Sigma),
    and gradients are not clipped.
 2. Noise may differ from row to row. The paper's step size is beta n / (s^2 D).
