@@ -229,13 +229,13 @@ def update_and_redraw(
     return Part(problem, solution, clock.seconds)
 
 
-def _solve_larger(problem: Problem, before: Solution, worth_passes: float) -> Solution:
+def _solve_larger(problem: Problem, before: Solution, factor_passes: float) -> Solution:
     """Correct the old weights where the new rows are, then let the solver go on.
 
     Args:
         problem: The problem, its new rows last.
         before: The solution of the old rows.
-        worth_passes: Passes in whose time a part of the system may be factorised.
+        factor_passes: Passes in whose time a part of the system may be factorised.
     """
     generator, settings = _generator(problem), problem.settings
     if _is_direct(problem):
@@ -251,7 +251,7 @@ def _solve_larger(problem: Problem, before: Solution, worth_passes: float) -> So
             problem.noise,
             problem.rhs,
             before,
-            worth_passes=worth_passes,
+            factor_passes=factor_passes,
             memory_budget=settings.memory_budget,
             callback=callback,
         )

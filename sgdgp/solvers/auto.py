@@ -41,7 +41,7 @@ from sgdgp.solvers.sdd import SDD
 from sgdgp.solvers.sgd import SGD
 from sgdgp.solvers.solutions import continued
 from sgdgp.solvers.system import System, as_system
-from sgdgp.solvers.two_level import TwoLevel, default_neighbours, far_rank
+from sgdgp.solvers.two_level import TwoLevel, default_neighbours, far_field_rank
 
 DIRECT_ROWS = 2_000
 """Up to here a Cholesky factor takes less than a tenth of a second."""
@@ -134,7 +134,10 @@ def plan(
         and setup <= _WORTH_PASSES
         and _noise_ratio(operator, noise) < _LARGE_NOISE
         and n
-        * (_BYTES_PER_RANK * far_rank(n) + _BYTES_PER_NEIGHBOUR * default_neighbours(n))
+        * (
+            _BYTES_PER_RANK * far_field_rank(n)
+            + _BYTES_PER_NEIGHBOUR * default_neighbours(n)
+        )
         <= memory_budget
     ):
         stages.append(Stage(CG(preconditioner=TwoLevel()), share))
@@ -257,10 +260,10 @@ class Auto(IterativeSolver):
         """The stage's solver with this solver's tolerance and what is left to spend."""
         if stage.solver.limits.max_passes is None:
             return stage.solver  # a direct solve: no budget, a tolerance of its own
-        left = self.max_passes - passes
+        remaining = self.max_passes - passes
         limits = Limits(
             self.tolerance,
-            left if last else min(left, stage.share),
+            remaining if last else min(remaining, stage.share),
             None if self.max_seconds is None else self.max_seconds - seconds,
         )
         return stage.solver.with_limits(limits).with_recycling(self.recycle)
@@ -373,17 +376,10 @@ def Refined(
     max_passes: float = 1000.0,
     max_seconds: float | None = None,
 ) -> Solver:
-    """The solver with this tolerance; deprecated, and for files of version 0.1.0.
+    """The solver, or ``CG()``, with these limits; deprecated.
 
-    There it solved in float32 and corrected with residuals in float64, which took
-    longer than a solve of float64 data in float64.
-
-    Args:
-        solver: A solver. Default: ``CG()``.
-        tolerance: Relative residual that every column must reach.
-        max_refinements: Has no meaning any more.
-        max_passes: Budget in passes over K.
-        max_seconds: Budget in seconds. Default: none.
+    It solved in float32 and corrected with residuals in float64, which took longer than
+    to solve in float64.
     """
     solver = CG() if solver is None else solver
     warnings.warn(

@@ -40,7 +40,7 @@ from sgdgp.solvers.base import (
 )
 from sgdgp.solvers.conjugate_gradients import CG
 from sgdgp.solvers.preconditioners import Inverse, Preconditioner
-from sgdgp.solvers.system import System, as_system, in_float64, initial_weights
+from sgdgp.solvers.system import System, as_system, initial_weights
 
 _BLOCK = 512
 """Columns at a time: wide enough for fast products, and Ctrl-C gets in between."""
@@ -110,7 +110,7 @@ class Cholesky(Solver):
         given = as_system(operator, noise, rhs)
         initial_weights(given, initial)
         record = Recorder(callback)
-        system = in_float64(given)
+        system = given.to(torch.float64)
         untouched = torch.ones_like(given.scale)
 
         def advance() -> None:
@@ -119,9 +119,7 @@ class Cholesky(Solver):
                 raise _Stopped
 
         try:
-            factor, jitter, passes = factorise(
-                _in_dtype(system, self.factor_dtype), advance
-            )
+            factor, jitter, passes = factorise(system.to(self.factor_dtype), advance)
         except _Stopped:
             return Solution(
                 solver=self.name,
@@ -226,18 +224,6 @@ class Cholesky(Solver):
 
 class _Stopped(Exception):
     """The callback asked to stop while the factor was being computed."""
-
-
-def _in_dtype(system: System, dtype: torch.dtype) -> System:
-    """The system in the dtype of its factor; its operator holds no matrix."""
-    if dtype == system.rhs.dtype:
-        return system
-    return System(
-        system.operator.to(dtype),
-        system.noise.to(dtype),
-        system.rhs.to(dtype),
-        system.scale.to(dtype),
-    )
 
 
 def _by_conjugate_gradients(

@@ -340,7 +340,7 @@ class CG(IterativeSolver):
     ) -> Solution:
         """Iterate until every column is done; ``best`` becomes the solution."""
         norms = residual.norm(dim=0)
-        left = residual.clone() if self.recycle else None
+        best_residual = residual.clone() if self.recycle else None
         reason: Reason | None = None
         if float(norms.max()) <= self.tolerance:
             reason = "converged"
@@ -397,8 +397,8 @@ class CG(IterativeSolver):
             better = _better(run.norms, norms, reached, energy)
             energy = torch.where(better, reached, energy)
             best[:, better] = run.weights[:, better]
-            if left is not None:
-                left[:, better] = run.residual[:, better]
+            if best_residual is not None:
+                best_residual[:, better] = run.residual[:, better]
             norms = torch.where(better, run.norms, norms)
             if record(passes, norms, exact=True, weights=lambda: best * system.scale):
                 reason = "interrupted"
@@ -416,8 +416,8 @@ class CG(IterativeSolver):
             if reason is None:
                 passes += _readmit(run, system, norms > self.tolerance, best)
         recycled = None
-        if left is not None:
-            recycled = Recycled(left * system.scale, inverse, collector.pairs)
+        if best_residual is not None:
+            recycled = Recycled(best_residual * system.scale, inverse, collector.pairs)
         return Solution(
             solver=self.name,
             operator=system.operator.name,

@@ -80,7 +80,7 @@ class LowRank(Preconditioner):
 class PivotedCholesky(LowRank):
     """Randomly pivoted partial Cholesky in blocks (Chen et al., arXiv:2207.06503).
 
-    Pivots are drawn with probability proportional to the diagonal of what is left,
+    Pivots are drawn with probability proportional to the diagonal of what remains,
     which needs no arbitrary choice where the kernel's diagonal is constant. Costs
     n r kernel entries: nothing beside one pass.
 
@@ -110,26 +110,26 @@ class PivotedCholesky(LowRank):
         everything = slice(0, n)
         # Column-major: the columns found so far are one contiguous block.
         columns = system.rhs.new_zeros(rank, n, dtype=torch.float64)
-        left = system.operator.diagonal().double().clone()
-        total = float(left.sum())
+        remaining = system.operator.diagonal().double().clone()
+        total = float(remaining.sum())
         done = 0
-        while done < rank and float(left.sum()) > 1e-12 * total:
-            size = min(self.block_size, rank - done, int((left > 0).sum()))
+        while done < rank and float(remaining.sum()) > 1e-12 * total:
+            size = min(self.block_size, rank - done, int((remaining > 0).sum()))
             pivots = torch.multinomial(
-                left.to(generator.device), size, generator=generator
-            ).to(left.device)
+                remaining.to(generator.device), size, generator=generator
+            ).to(remaining.device)
             block = system.operator.block(pivots, everything).double()
             block -= columns[:done, pivots].mT @ columns[:done]
             corner = block[:, pivots]
             values, vectors = torch.linalg.eigh(0.5 * (corner + corner.mT))
             kept = values > 1e-10 * values[-1].clamp_min(0)
-            found = (vectors[:, kept] / values[kept].sqrt()).mT @ block
-            columns[done : done + len(found)] = found
-            left -= found.square().sum(0)
-            left[pivots] = 0.0
-            left.clamp_(min=0.0)
-            done += len(found)
-            if len(found) == 0:
+            new = (vectors[:, kept] / values[kept].sqrt()).mT @ block
+            columns[done : done + len(new)] = new
+            remaining -= new.square().sum(0)
+            remaining[pivots] = 0.0
+            remaining.clamp_(min=0.0)
+            done += len(new)
+            if len(new) == 0:
                 break
         return columns[:done].mT, done / n
 

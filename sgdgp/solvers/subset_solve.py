@@ -73,7 +73,7 @@ def solve_on_subset(
     num_new: int,
     limits: Limits,
     *,
-    worth_passes: float,
+    factor_passes: float,
     memory_budget: int,
     callback: Callback | None = None,
     residual: Float[Tensor, "n k"] | None = None,
@@ -87,7 +87,7 @@ def solve_on_subset(
         old: Old weights in the caller's scale, zero in the new rows (n, k).
         num_new: New rows.
         limits: Relative residual at which it is done, which must be given; budgets.
-        worth_passes: Passes over K in whose time S may be factorised.
+        factor_passes: Passes over K in whose time S may be factorised.
         memory_budget: Bytes that may be used.
         callback: Called after every size of S; True stops ("interrupted").
         residual: That of ``old``, in the scale of the caller (n, k). Default: a pass
@@ -115,7 +115,7 @@ def solve_on_subset(
         base = residual.double() / system.scale
     residual = base
     norms = residual.norm(dim=0)
-    most = largest_block(system, memory_budget, worth_passes)
+    most = largest_block(system, memory_budget, factor_passes)
     judged = _ROUNDS_TO_JUDGE
     if known is not None:
         most = max(1, min(most, int(_PART_WITH_KNOWN * system.n)))
@@ -194,18 +194,18 @@ def _next_size(sizes: list[tuple[int, float]], tolerance: float) -> int:
     return int(min(size, needed) if needed > now else size)
 
 
-def largest_block(system: System, memory_budget: int, worth_passes: float) -> int:
+def largest_block(system: System, memory_budget: int, factor_passes: float) -> int:
     """Rows of the largest S: most of all, if time and memory allow.
 
     Args:
         system: The system.
         memory_budget: Bytes, of which S and its factor may take a quarter.
-        worth_passes: Passes over K in whose time S may be factorised.
+        factor_passes: Passes over K in whose time S may be factorised.
     """
     n, columns = system.rhs.shape
     costs = costs_on(system.rhs.device)
     one_pass = n * n * costs.entry(columns)
-    affordable = (worth_passes * one_pass / costs.block_factor) ** (1 / 3)
+    affordable = (factor_passes * one_pass / costs.block_factor) ** (1 / 3)
     fitting = (memory_budget / (4 * 2 * system.rhs.element_size())) ** 0.5
     return max(1, int(min(_LARGEST_PART * n, affordable, fitting)))
 
@@ -266,23 +266,23 @@ def _solved_on(
     """
     block = system.operator.block(rows, rows).clone()
     block.diagonal().add_(system.noise[rows, 0])
-    left = residual[rows]
+    remainder = residual[rows]
     if known is not None:
         images = known.images[rows]
         block.addmm_(images, images.mT, alpha=-1.0)
-        left = left - (images @ inner).double()
+        remainder = remainder - (images @ inner).double()
     factor, info = torch.linalg.cholesky_ex(block)
     if bool(info):
         block = block.double()
         factor, info = torch.linalg.cholesky_ex(block)
     if bool(info):
         return None
-    solved = torch.zeros_like(left)
-    wanted = left
+    change = torch.zeros_like(remainder)
+    target = remainder
     for _ in range(_REFINEMENTS):
-        solved += torch.cholesky_solve(left.to(factor.dtype), factor).double()
-        left = wanted - (block @ solved.to(block.dtype)).double()
-    return solved.to(system.rhs.dtype) if bool(torch.isfinite(solved).all()) else None
+        change += torch.cholesky_solve(remainder.to(factor.dtype), factor).double()
+        remainder = target - (block @ change.to(block.dtype)).double()
+    return change.to(system.rhs.dtype) if bool(torch.isfinite(change).all()) else None
 
 
 def _applied(

@@ -65,6 +65,15 @@ class System:
             self.operator, self.noise, self.rhs[:, chosen], self.scale[chosen]
         )
 
+    def to(self, dtype: torch.dtype) -> System:
+        """The system in another dtype, its kernel evaluated anew and not stored."""
+        return System(
+            self.operator.streaming().to(dtype),
+            self.noise.to(dtype),
+            self.rhs.to(dtype),
+            self.scale.to(dtype),
+        )
+
     def permuted(self, order: Tensor) -> System:
         """The system with its equations and unknowns in another order.
 
@@ -140,15 +149,6 @@ def initial_weights(system: System, initial: Tensor | None) -> Tensor:
     return initial / system.scale
 
 
-def accurate_residual(system: System, v: Tensor) -> Tensor:
-    """Relative residual of every column in float64 (k,), true to about a tenth.
-
-    Products in the system's dtype, squares summed in float64; where rounding shows in
-    that, everything is evaluated in float64.
-    """
-    return believed_norms(system, v, true_residual(system, v))
-
-
 def true_residual(system: System, v: Float[Tensor, "n k"]) -> Float[Tensor, "n k"]:
     """B - (K + Sigma) v with the differences in float64 (n, k), one pass."""
     out = torch.empty_like(v, dtype=torch.float64)
@@ -191,7 +191,7 @@ def float64_residual(system: System, v: Tensor) -> Tensor:
     It is that of the weights which the caller gets back: their scale, once undone,
     rounds them, and an ill-conditioned system feels it.
     """
-    wide = in_float64(system)
+    wide = system.to(torch.float64)
     return wide.residual((v * system.scale).double() / wide.scale)
 
 
@@ -217,7 +217,7 @@ def rounding_level(system: System, v: Tensor) -> Tensor:
     """
     rows = torch.linspace(0, system.n - 1, min(system.n, _PROBE_ROWS)).long()
     rows = rows.to(v.device)
-    exact = in_float64(system)
+    exact = system.to(torch.float64)
     if isinstance(system.operator, FeatureOperator):
         return _rounding_of_features(system, exact, v, rows)
     squares = torch.zeros(v.shape[1], dtype=torch.float64, device=v.device)
@@ -254,13 +254,3 @@ def _rounding_of_features(
     )
     ratio = (system.n / len(rows)) * (system.n / len(columns))
     return (product.double() - reference).square().sum(0).mul(ratio).sqrt()
-
-
-def in_float64(system: System) -> System:
-    """The same system in float64, its kernel evaluated anew and not stored."""
-    return System(
-        system.operator.streaming().to(torch.float64),
-        system.noise.double(),
-        system.rhs.double(),
-        system.scale.double(),
-    )

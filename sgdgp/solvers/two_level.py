@@ -73,7 +73,7 @@ class TwoLevel(Preconditioner):
             check_count("neighbours", self.neighbours, 1)
 
     def _low_rank(self, n: int) -> LowRank:
-        return self.low_rank or PivotedCholesky(rank=far_rank(n))
+        return self.low_rank or PivotedCholesky(rank=far_field_rank(n))
 
     def _count(self, n: int) -> int:
         return min(self.neighbours or default_neighbours(n), max(1, n - 1))
@@ -125,7 +125,7 @@ def default_neighbours(n: int) -> int:
     return max(1, min(40, math.isqrt(n) - 1))
 
 
-def far_rank(n: int) -> int:
+def far_field_rank(n: int) -> int:
     """Rank of the far field beside neighbours."""
     return min(n, max(100, min(500, n // 45)))
 
@@ -279,13 +279,13 @@ def _regressions(
         inner.diagonal(dim1=1, dim2=2).add_((~known).double())
         corner, info = torch.linalg.cholesky_ex(inner)
         regression = torch.cholesky_solve(cross.unsqueeze(2), corner).squeeze(2)
-        left = own_variance - (regression * cross).sum(1)
+        variance = own_variance - (regression * cross).sum(1)
         floor = 0.5 * system.noise[own[:, 0], 0].double()
-        failed = (info != 0) | ~torch.isfinite(left)
+        failed = (info != 0) | ~torch.isfinite(variance)
         regression = torch.where(failed.unsqueeze(1), 0.0, regression)
-        left = torch.where(failed, own_variance, left).clamp_min(floor)
-        explained += float((own_variance.clamp_min(floor) / left).log().sum())
-        root = left.rsqrt().unsqueeze(1)
+        variance = torch.where(failed, own_variance, variance).clamp_min(floor)
+        explained += float((own_variance.clamp_min(floor) / variance).log().sum())
+        root = variance.rsqrt().unsqueeze(1)
         values[rows] = torch.cat([-regression * root, root], dim=1).to(values.dtype)
     return values, explained / max(1, num_rows)
 

@@ -37,7 +37,7 @@ def warm_start(
     rhs: Float[Tensor, "n k"],
     before: Solution,
     *,
-    worth_passes: float,
+    factor_passes: float,
     memory_budget: int,
     callback: Callback | None = None,
 ) -> Solution:
@@ -49,7 +49,7 @@ def warm_start(
         noise: Noise variances.
         rhs: Right-hand sides.
         before: The solution of the old rows.
-        worth_passes: Passes in whose time a part of the system may be factorised.
+        factor_passes: Passes in whose time a part of the system may be factorised.
         memory_budget: Bytes that may be used.
         callback: Called as it advances; True stops it.
     """
@@ -65,7 +65,7 @@ def warm_start(
         _padded(before.weights, num_new),
         num_new,
         solver.limits,
-        worth_passes=worth_passes,
+        factor_passes=factor_passes,
         memory_budget=memory_budget,
         callback=callback,
         residual=residual,

@@ -113,7 +113,7 @@ def test_a_correction_with_known_directions_is_that_of_the_larger_subspace(dtype
         old.to(dtype),
         10,
         Limits(1e-12, max_passes=1.5),
-        worth_passes=1e6,
+        factor_passes=1e6,
         memory_budget=2**30,
         residual=(rhs.double() - matrix @ old).to(dtype),
         known=known,

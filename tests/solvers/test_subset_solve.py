@@ -40,14 +40,14 @@ def residuals(problem, weights):
     return left.norm(dim=0) / rhs.double().norm(dim=0)
 
 
-def corrected(problem, tolerance=1e-2, worth_passes=1e6, **settings):
+def corrected(problem, tolerance=1e-2, factor_passes=1e6, **settings):
     operator, noise, rhs, old, _ = problem
     return solve_on_subset(
         as_system(operator, noise, rhs),
         old,
         NEW,
         Limits(tolerance),
-        worth_passes=worth_passes,
+        factor_passes=factor_passes,
         memory_budget=BUDGET,
         **settings,
     )
@@ -82,7 +82,7 @@ def test_weights_that_are_good_enough_are_left_alone(problem):
         solved,
         NEW,
         Limits(1e-2),
-        worth_passes=1e6,
+        factor_passes=1e6,
         memory_budget=BUDGET,
     )
     assert found.reason == "converged"
@@ -100,7 +100,7 @@ def test_rows_outside_of_the_corrected_ones_keep_their_weights(problem):
 
 def test_a_small_budget_is_said_and_still_leads_in_the_right_direction(problem):
     _, _, rhs, old, system = problem
-    found = corrected(problem, 1e-3, worth_passes=1e-6)
+    found = corrected(problem, 1e-3, factor_passes=1e-6)
     assert found.reason == "budget"
     truth = residuals(problem, found.weights)
     torch.testing.assert_close(found.residuals.double(), truth, rtol=1e-2, atol=1e-5)
@@ -148,7 +148,7 @@ def test_more_new_rows_than_a_block_may_hold(problem):
         old,
         N - 1,
         Limits(1e-3),
-        worth_passes=1e-3,
+        factor_passes=1e-3,
         memory_budget=BUDGET,
     )
     assert found.reason == "budget"
@@ -166,7 +166,7 @@ def test_budgets_in_passes_and_seconds_hold(problem):
             old,
             NEW,
             Limits(1e-9, **settings),
-            worth_passes=1e6,
+            factor_passes=1e6,
             memory_budget=BUDGET,
         )
         assert found.reason == "budget"
