@@ -152,12 +152,19 @@ class Posterior:
         """
         return self.functions(x)
 
-    def draw(self, k: int, *, seed: int | torch.Generator = 1) -> SampleFunctions:
+    def draw(
+        self,
+        k: int,
+        *,
+        seed: int | torch.Generator = 1,
+        progress: bool | None = None,
+    ) -> SampleFunctions:
         """Draw k new posterior functions; costs a solve with k columns per output.
 
         Args:
             k: Number of functions.
             seed: Seed or generator of the new prior draws and noise.
+            progress: Show a progress bar. Default: as when it was conditioned.
 
         Returns:
             A callable x (n', d) -> (k, n', *t), differentiable in x. Functions of
@@ -165,7 +172,7 @@ class Posterior:
             multitask model correlated as the model says.
         """
         check_count("k", k, 1)
-        drawn = draw_functions(self.parts, k, generator_of_draws(seed))
+        drawn = draw_functions(self.parts, k, generator_of_draws(seed), progress)
         return SampleFunctions(
             paths_of([paths for paths, _ in drawn]),
             merged_solution([solution for _, solution in drawn], groups_of(self.parts)),
@@ -280,9 +287,9 @@ class Posterior:
         mean = flat.new_empty(self._shape(flat))
         variance = torch.empty_like(mean)
         batches = list(slices(len(flat), batch_size))
+        # Hidden by tqdm itself where the default meets no terminal.
+        hidden = None if progress is None else not progress
         with torch.no_grad():
-            # Hidden by tqdm itself where the default meets no terminal.
-            hidden = None if progress is None else not progress
             for rows in tqdm(batches, desc="predict", disable=hidden):
                 centre, deviations = self.paths.evaluate(flat[rows])
                 mean[rows] = units.shift + units.scale * centre

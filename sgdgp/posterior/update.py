@@ -144,7 +144,10 @@ def extend_problems(
 
 
 def draw_functions(
-    parts: Sequence[Part], k: int, generator: torch.Generator
+    parts: Sequence[Part],
+    k: int,
+    generator: torch.Generator,
+    progress: bool | None = None,
 ) -> list[tuple[ConditionedPaths, Solution]]:
     """K new functions of every part around the same mean, and their solutions.
 
@@ -152,12 +155,16 @@ def draw_functions(
         parts: Parts of a posterior; those of one system cost one solve.
         k: Number of functions.
         generator: Source of their prior draws and noise.
+        progress: Show a progress bar. Default: as it was conditioned.
     """
     drawn: dict[int, tuple[ConditionedPaths, Solution]] = {}
     for group in groups_of(parts):
         problems = []
         for number in group:
             problem = parts[number].problem
+            if progress is not None:
+                settings = replace(problem.settings, progress=progress)
+                problem = replace(problem, settings=settings)
             inputs = problem.operator.x
             draws = problem.settings.draw_prior(
                 problem.prior.kernel, inputs, k, generator

@@ -195,10 +195,16 @@ def test_a_callback_that_returns_true_stops_the_solve():
 
 
 def test_the_bar_is_silent_off_a_terminal_and_shown_on_demand(capsys):
-    sgdgp.condition(gp(), num_samples=1)
+    posterior = sgdgp.condition(gp(), num_samples=1)
+    posterior.draw(1)
+    posterior.predict(new_points(), batch_size=3)
     assert capsys.readouterr().err == ""
     sgdgp.condition(gp(), num_samples=1, progress=True)
     assert "passes" in capsys.readouterr().err
+    posterior.draw(1, progress=True)
+    assert "passes" in capsys.readouterr().err
+    posterior.predict(new_points(), batch_size=3, progress=True)
+    assert "predict" in capsys.readouterr().err
 
 
 def test_one_dimensional_inputs_and_column_targets_are_taken_as_gpytorch_takes_them():
