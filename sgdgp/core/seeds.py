@@ -51,8 +51,35 @@ def number_of(seed: int | torch.Generator) -> int:
     return seed_of(generator_of(seed))
 
 
+STREAMS = {
+    "candidates": "starting points of one step of Thompson sampling",
+    "draw": "functions that a BoTorch model draws for base samples",
+    "fantasies": "the solves behind fantasies",
+    "functions": "prior functions of one step of Thompson sampling",
+    "initial": "first points of Thompson sampling",
+    "learned from": "rows that Thompson sampling learns parameters from",
+    "noise of fantasies": "imagined observations",
+    "observation noise": "observation noise of a BoTorch posterior's samples",
+    "output": "later data of one of several outputs",
+    "prior weights": "prior weights of one sample of a network",
+    "restart": "one of the starts of a fit",
+    "system": "a further solve of a posterior, of rows of its own",
+    "update": "noise of new data",
+}
+"""Streams that are derived from a seed, and what they are for.
+
+The name is part of what is hashed: another name gives other numbers to everyone who has
+saved or seeded anything.
+"""
+
+
 def derived_generator(seed: int, *what: object) -> torch.Generator:
-    """A generator that is a function of a seed and of what it is for."""
+    """A generator that is a function of a seed and of what it is for.
+
+    Args:
+        seed: The seed.
+        *what: A name in ``STREAMS``, or the hash of some data, and which of several.
+    """
     text = " ".join(str(part) for part in (seed, *what))
     return torch.Generator().manual_seed(_number(hashlib.sha256(text.encode())))
 
