@@ -28,7 +28,8 @@ from sgdgp.bayesopt.maximise import Maxima
 from sgdgp.bayesopt.record import Step, read_posterior, store_posterior
 from sgdgp.core.errors import CheckpointError
 from sgdgp.core.seeds import derived_generator
-from sgdgp.posterior import PathwisePosterior, condition, update
+from sgdgp.posterior import PathwisePosterior, condition
+from sgdgp.posterior.update import update_and_redraw
 from sgdgp.solvers.base import Solver
 from sgdgp.training import fit
 
@@ -129,8 +130,9 @@ class Chain:
             return self._keep(self._from_zero(step, model, x, y), store=True)
         if _is_due(options.redraw_every, step):
             generator = derived_generator(options.seed, "functions", step)
-            posterior = redraw(before, x_new, y_new, generator, noise=options.noise)
-            return self._keep(posterior, store=True)
+            (part,) = before.parts
+            part = update_and_redraw(part, x_new, y_new, generator, noise=options.noise)
+            return self._keep(replace(before, parts=(part,)), store=True)
         posterior = before.update(x_new, y_new, noise=options.noise, progress=False)
         return self._keep(posterior, store=_is_due(_STORED_EVERY, step))
 
@@ -210,32 +212,6 @@ class Chain:
 
 def _is_due(every: int | None, step: int) -> bool:
     return every is not None and (step - 1) % every == 0
-
-
-def redraw(
-    posterior: PathwisePosterior,
-    x_new: Float[Tensor, "m d"],
-    y_new: Float[Tensor, " m"],
-    generator: torch.Generator,
-    *,
-    noise: float | None = None,
-) -> PathwisePosterior:
-    """The posterior given new data as well, with functions drawn anew.
-
-    The solve of the mean starts from the old one; those of the functions start from
-    zero, as nothing is known of them yet; the old preconditioner and directions serve
-    all of them.
-
-    Args:
-        posterior: The posterior so far.
-        x_new: New inputs (m, d), possibly none.
-        y_new: New targets (m,).
-        generator: Source of the new functions.
-        noise: Noise variance of the new targets. Default: the likelihood's.
-    """
-    (part,) = posterior.parts
-    part = update.update_and_redraw(part, x_new, y_new, generator, noise=noise)
-    return replace(posterior, parts=(part,))
 
 
 class MaternModel(ExactGP):
