@@ -146,15 +146,13 @@ class RunCheckpoint(Checkpoint):
     Args:
         path: The file; its directory must exist.
         every: Seconds between two writes of results, at least; 0 for all at once.
-
-    Raises:
-        CheckpointError: Nothing can be written at ``path``.
-        TypeError: ``path`` is no path or ``every`` no number.
-        ValueError: ``every`` is not positive and finite.
     """
 
+    kind = KIND
+    work = "run"
+
     def __init__(self, path: str | os.PathLike[str], every: int | float) -> None:
-        super().__init__(path, every or _AT_ONCE, KIND, "run")
+        super().__init__(path, every or _AT_ONCE)
 
     def open_for(
         self, settings: Mapping[str, str], device: torch.device

@@ -13,9 +13,10 @@ from torch import Tensor
 from sgdgp.botorch.kalman_gain import Block
 from sgdgp.gpytorch_adapter import MultitaskPrior, has_fixed_noise
 from sgdgp.gpytorch_adapter.outcome_scale import affine_of
+from sgdgp.operators.base import KernelOperator
 from sgdgp.posterior import Posterior, SampleFunctions
 from sgdgp.posterior.paths import Paths
-from sgdgp.posterior.problem import Part, System
+from sgdgp.posterior.problem import Part
 from sgdgp.solvers.differentiable import DifferentiableSolve
 
 
@@ -138,7 +139,7 @@ class Outputs(Evaluated):
     units: Units
     functions: SampleFunctions
     _subsets: dict[tuple[int, ...], Paths] = field(default_factory=dict, repr=False)
-    _inverses: dict[System, DifferentiableSolve] = field(
+    _inverses: dict[KernelOperator, DifferentiableSolve] = field(
         default_factory=dict, repr=False
     )
 
@@ -240,7 +241,7 @@ class Outputs(Evaluated):
 
     def _inverse(self, part: Part) -> DifferentiableSolve:
         """Outputs over the same rows share one."""
-        key = part.problem.system
+        key = part.problem.operator
         if key not in self._inverses:
             problem = part.problem
             self._inverses[key] = DifferentiableSolve(

@@ -11,7 +11,7 @@ import os
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -33,10 +33,10 @@ class Checkpoint:
     Args:
         path: The file; its directory must exist.
         every: Seconds between two writes that nothing asks for, at least.
-        kind: What the file is.
-        work: What it belongs to, as users call it: "problem", "fit", "run".
 
     Attributes:
+        kind: What the file is.
+        work: What it belongs to, as users call it: "problem", "fit", "run".
         path: The file.
         components: What the work at hand is made of, as it is written.
         problem: Why the last write failed; None if it did not. A full disk does not
@@ -48,13 +48,10 @@ class Checkpoint:
         ValueError: ``every`` is not positive and finite.
     """
 
-    def __init__(
-        self,
-        path: str | os.PathLike[str],
-        every: int | float,
-        kind: FileKind,
-        work: str,
-    ) -> None:
+    kind: ClassVar[FileKind]
+    work: ClassVar[str]
+
+    def __init__(self, path: str | os.PathLike[str], every: int | float) -> None:
         path_of(path, "checkpoint")
         if not isinstance(every, int | float) or isinstance(every, bool):
             raise TypeError(f"checkpoint_every: expected seconds, found {every!r}")
@@ -62,8 +59,6 @@ class Checkpoint:
         self.path = place_of(path, "checkpoint", CheckpointError)
         self.problem: str | None = None
         self._every = every
-        self._kind = kind
-        self._work = work
         self.components: dict[str, str] = {}
         self.wait()
 
@@ -97,7 +92,7 @@ class Checkpoint:
         if not self.path.exists():
             return None
         with self.reading():
-            found = read_values(self.path, self._kind, device)
+            found = read_values(self.path, self.kind, device)
             stored = {
                 name: self.components[name] if value == here else value
                 for name, value in found["components"].items()
@@ -121,7 +116,7 @@ class Checkpoint:
             raise CheckpointError(f"checkpoint: {error}. {_ADVICE}") from error
         except MISFITS as error:
             raise CheckpointError(
-                f"checkpoint: {self.path} is damaged, or not a {self._kind.words} of "
+                f"checkpoint: {self.path} is damaged, or not a {self.kind.words} of "
                 f"this version of sgdgp ({error}). {_ADVICE}"
             ) from error
 
@@ -133,7 +128,7 @@ class Checkpoint:
         """
         if differing:
             raise CheckpointError(
-                f"checkpoint: {self.path} belongs to another {self._work}. Different "
+                f"checkpoint: {self.path} belongs to another {self.work}. Different "
                 f"here: {in_words(differing)}. {_ADVICE}"
             )
 
@@ -142,7 +137,7 @@ class Checkpoint:
         self.problem = None
         try:
             write_values(
-                self.path, self._kind, {"components": self.components, **values}
+                self.path, self.kind, {"components": self.components, **values}
             )
         except OSError as error:
             self.problem = (

@@ -130,12 +130,10 @@ class RunKeeper(Checkpoint):
         settings: What else makes two fits the same one, such as the seed or the number
             of examples, by the names that users know; compared as text.
         processes: Who takes part. Default: those of the default group.
-
-    Raises:
-        CheckpointError: Nothing can be written at ``path``.
-        TypeError: ``path`` is no path or ``every`` no number.
-        ValueError: ``every`` is not positive and finite.
     """
+
+    kind = FIT_KIND
+    work = "fit"
 
     def __init__(
         self,
@@ -145,7 +143,7 @@ class RunKeeper(Checkpoint):
         settings: Mapping[str, object],
         processes: Processes | None = None,
     ) -> None:
-        super().__init__(path, every, FIT_KIND, "fit")
+        super().__init__(path, every)
         self._processes = current_processes() if processes is None else processes
         self._device = tangent.device
         self.components = {

@@ -17,7 +17,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import partial
 
 import torch
 from jaxtyping import Float
@@ -48,20 +47,13 @@ rounding of float32 over long sums; noise variances are copied, not computed."""
 
 
 class SolveCheckpoint(Checkpoint):
-    """The file of one problem: ``open_for`` it, then ``solve``.
+    """The file of one problem: ``open_for`` it, then ``solve``."""
 
-    Args:
-        path: The file; its directory must exist.
-        every: Seconds between two writes, at least.
-
-    Raises:
-        CheckpointError: Nothing can be written at ``path``.
-        TypeError: ``path`` is no path or ``every`` no number.
-        ValueError: ``every`` is not positive and finite.
-    """
+    kind = KIND
+    work = "problem"
 
     def __init__(self, path: str | os.PathLike[str], every: int | float) -> None:
-        super().__init__(path, every, KIND, "problem")
+        super().__init__(path, every)
         self._first = self.path
         self._stored: tuple[Solution, str, dict[str, Tensor]] | None = None
 
@@ -102,15 +94,11 @@ class SolveCheckpoint(Checkpoint):
             **{f"parameter {k}": digest(v) for k, v in model.state_dict().items()},
             **structure_of(model),
         }
-        found = self.open(components, former_structure_of(model))
+        found = self.open(components, former_structure_of(model), data.x.device)
         self._stored = None
         if found is not None:
             with self.reading():
                 self._stored = found["solution"], found["solver"], found["probe"]
-
-    def around(self, problem: Problem) -> Callable[[torch.Generator], Solution]:
-        """``problem.solve`` with the file around it, see ``solve``."""
-        return partial(self.solve, problem)
 
     def solve(self, problem: Problem, generator: torch.Generator) -> Solution:
         """Return the stored solution, or go on from it, or start; and write.
@@ -129,11 +117,6 @@ class SolveCheckpoint(Checkpoint):
             self.refuse(_differing(stored, probe))
             with self.reading():
                 _check_weights(before, rhs)
-            before = replace(
-                before,
-                weights=before.weights.to(rhs.device),
-                residuals=before.residuals.to(rhs.device),
-            )
             if _is_final(before, settings, solver):
                 return before
         writer = _Writer(self, solver, probe, before or _nothing_yet(solver, rhs))
@@ -175,41 +158,30 @@ class _Writer:
             )
         )
         if self._file.is_due:
-            self._keep(progress)
+            now = replace(
+                self._before,
+                solver=self._solver.name,
+                residuals=progress.residuals.detach(),
+                passes=progress.passes,
+                seconds=progress.seconds,
+                reason="interrupted",
+                history=tuple(self._history),
+                warnings=(),
+                settings={},
+            )
+            self._write_better(now, progress.weights)
             self._file.wait()
 
     def finish(self, solution: Solution) -> None:
         """Write what the solve ended with."""
         if solution.reason == "interrupted":
             # A solver may have been stopped before it had anything to show.
-            self._write_better(
-                solution,
-                solution.residuals.cpu(),
-                lambda: solution.weights,
-                is_last=True,
-            )
+            self._write_better(solution, lambda: solution.weights, is_last=True)
         else:
             self._write(solution)
 
-    def _keep(self, progress: Progress) -> None:
-        now = replace(
-            self._before,
-            solver=self._solver.name,
-            passes=progress.passes,
-            seconds=progress.seconds,
-            reason="interrupted",
-            history=tuple(self._history),
-            warnings=(),
-            settings={},
-        )
-        self._write_better(now, progress.residuals.detach().cpu(), progress.weights)
-
     def _write_better(
-        self,
-        now: Solution,
-        residuals: Tensor,
-        weights: Callable[[], Tensor],
-        is_last: bool = False,
+        self, now: Solution, weights: Callable[[], Tensor], is_last: bool = False
     ) -> None:
         """Write with the best weights of each column so far, if any is new.
 
@@ -218,7 +190,7 @@ class _Writer:
         A direct solver has nothing to show until it is done, and a stochastic one may
         be worse than it was: nothing in the file ever gives way to something worse.
         """
-        residuals = residuals.to(self._residuals.dtype)
+        residuals = now.residuals.to(self._residuals)
         better = residuals < self._residuals
         if not bool(better.any()) and not (is_last and self._has_file):
             return
@@ -286,9 +258,9 @@ def _probe(
         for column in (rhs[:, i].double() for i in range(rhs.shape[1]))
     ]
     return {
-        "kernel": operator.streaming().block(points, points).detach().double().cpu(),
-        "noise": noise.detach().cpu(),
-        "rhs": torch.stack(sketch, dim=1).cpu(),
+        "kernel": operator.streaming().block(points, points).detach().double(),
+        "noise": noise.detach(),
+        "rhs": torch.stack(sketch, dim=1),
     }
 
 

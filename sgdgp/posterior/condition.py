@@ -15,7 +15,14 @@ from sgdgp.core.seeds import generator_of
 from sgdgp.gpytorch_adapter import Inputs, prior_of, training_data
 from sgdgp.posterior.checkpoint import SolveCheckpoint
 from sgdgp.posterior.posterior import Posterior, posterior_of
-from sgdgp.posterior.problem import Settings, Stopwatch, System, observations, parts_of
+from sgdgp.posterior.problem import (
+    Settings,
+    Stopwatch,
+    joined,
+    observations,
+    parts_of,
+    problems_of,
+)
 from sgdgp.solvers.base import Callback, Solver
 
 DEFAULT_FEATURES = 16_384
@@ -101,17 +108,10 @@ def condition(
         if keeper is not None:
             keeper.open_for(index, prior.model, data, stream, num_samples, num_features)
         clock = Stopwatch()
-        matrix = settings.operator_over(prior.kernel, data.inputs)
-        system = System(prior, matrix, data.x, data.noise)
-        problems = []
-        for column, targets in zip(data.columns, data.targets.mT, strict=True):
-            draws = settings.draw_prior(prior.kernel, data.inputs, num_samples, stream)
-            later = settings.of_output(column)
-            problems.append(system.problem(targets, draws, later, stream))
-        problem = system.join(problems)
+        problems = problems_of(prior, data, settings, num_samples, stream)
+        problem = joined(problems)
         clock.end("prior_draws")
-        solve = problem.solve if keeper is None else keeper.around(problem)
-        solution = solve(stream)
+        solution = keeper.solve(problem, stream) if keeper else problem.solve(stream)
         clock.end("solve")
         parts.update(parts_of(data.columns, problems, solution, clock.seconds))
     return posterior_of([parts[column] for column in sorted(parts)])

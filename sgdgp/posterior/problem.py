@@ -20,7 +20,7 @@ from torch.nn.functional import pad
 
 from sgdgp.core.checks import check_count
 from sgdgp.core.memory import resolve_budget
-from sgdgp.core.seeds import derived_generator, seed_of
+from sgdgp.core.seeds import derived_generator, seed_of, standard_normal
 from sgdgp.features import ExactDraws, PriorDraws, draw_prior, has_features
 from sgdgp.gpytorch_adapter import (
     Inputs,
@@ -176,97 +176,29 @@ class Observations:
 
 
 @dataclass(frozen=True, eq=False)
-class System:
-    """K + Sigma over rows that were observed; outputs observed there share it.
-
-    Attributes:
-        prior: Mean, kernel and units.
-        operator: K (n, n) over the kernel inputs.
-        x: The prior's inputs (n, d): the user's, or pairs of those and tasks.
-        noise: Noise variances, the diagonal of Sigma (n,).
-    """
-
-    prior: Prior
-    operator: KernelOperator = field(repr=False)
-    x: Float[Tensor, "n d"] = field(repr=False)
-    noise: Float[Tensor, " n"] = field(repr=False)
-
-    def problem(
-        self,
-        targets: Float[Tensor, " n"],
-        draws: PriorDraws | ExactDraws,
-        settings: Settings,
-        generator: torch.Generator,
-    ) -> Problem:
-        """The problem of one output: [y - m(X) | f_s(X) + eps_s].
-
-        Args:
-            targets: y - m(X).
-            draws: Prior functions f_s.
-            settings: How to draw and solve.
-            generator: Source of eps_s.
-        """
-        rhs, noise_draws = right_hand_sides(
-            targets, draws, self.operator.x, self.noise, generator
-        )
-        return Problem(self, draws, rhs, noise_draws, settings)
-
-    def join(self, problems: Sequence[Problem]) -> Problem:
-        """Problems of this system as one: their right-hand sides side by side."""
-        first, *others = problems
-        if not others:
-            return first
-        return replace(
-            first,
-            rhs=torch.cat([problem.rhs for problem in problems], dim=1),
-            noise_draws=torch.cat([problem.noise_draws for problem in problems], dim=1),
-        )
-
-    def paths(
-        self, draws: PriorDraws | ExactDraws, weights: Float[Tensor, "n k"]
-    ) -> ConditionedPaths:
-        """The posterior functions of these draws with these weights."""
-        dim = self.x.shape[1]
-        return ConditionedPaths(self.prior, self.operator, draws, weights, dim)
-
-
-@dataclass(frozen=True, eq=False)
 class Problem:
     """(K + Sigma) V = [y - m(X) | f_s(X) + eps_s] of one output.
 
     Attributes:
-        system: K + Sigma, the same object for outputs that share it.
+        prior: Mean, kernel and units.
+        operator: K (n, n) over the kernel inputs; the same object for outputs that were
+            observed in the same rows, which share a solve.
+        x: The prior's inputs (n, d): the user's, or pairs of those and tasks.
+        noise: Noise variances, the diagonal of Sigma (n,).
         draws: Prior functions f_s, kernel inputs (n, p) -> (n, s).
         rhs: Right-hand sides (n, 1 + s): targets, then sample targets.
         noise_draws: The part of ``rhs`` drawn from N(0, Sigma): zero, then eps_s.
         settings: How to draw and solve again.
     """
 
-    system: System
+    prior: Prior
+    operator: KernelOperator = field(repr=False)
+    x: Float[Tensor, "n d"] = field(repr=False)
+    noise: Float[Tensor, " n"] = field(repr=False)
     draws: PriorDraws | ExactDraws = field(repr=False)
     rhs: Float[Tensor, "n k"] = field(repr=False)
     noise_draws: Float[Tensor, "n k"] = field(repr=False)
     settings: Settings
-
-    @property
-    def prior(self) -> Prior:
-        """Mean, kernel and units."""
-        return self.system.prior
-
-    @property
-    def operator(self) -> KernelOperator:
-        """K (n, n) over the kernel inputs."""
-        return self.system.operator
-
-    @property
-    def x(self) -> Float[Tensor, "n d"]:
-        """The user's training inputs; of a multitask model pairs with the task."""
-        return self.system.x
-
-    @property
-    def noise(self) -> Float[Tensor, " n"]:
-        """Noise variances."""
-        return self.system.noise
 
     @property
     def solver(self) -> Solver:
@@ -282,6 +214,11 @@ class Problem:
     def sample_targets(self) -> Float[Tensor, "n s"]:
         """f_s(X) + eps_s."""
         return self.rhs[:, 1:]
+
+    def paths(self, weights: Float[Tensor, "n k"]) -> ConditionedPaths:
+        """The posterior functions with these weights."""
+        dim = self.x.shape[1]
+        return ConditionedPaths(self.prior, self.operator, self.draws, weights, dim)
 
     def solve(
         self,
@@ -355,16 +292,27 @@ class Part:
     @property
     def paths(self) -> ConditionedPaths:
         """The posterior functions."""
-        problem = self.problem
-        return problem.system.paths(problem.draws, self.solution.weights)
+        return self.problem.paths(self.solution.weights)
 
 
 def groups_of(parts: Sequence[Part]) -> list[list[int]]:
     """Numbers of the parts that share a system, hence a solve."""
-    groups: dict[System, list[int]] = {}
+    groups: dict[KernelOperator, list[int]] = {}
     for number, part in enumerate(parts):
-        groups.setdefault(part.problem.system, []).append(number)
+        groups.setdefault(part.problem.operator, []).append(number)
     return list(groups.values())
+
+
+def joined(problems: Sequence[Problem]) -> Problem:
+    """Problems of one system as one: their right-hand sides side by side."""
+    first, *others = problems
+    if not others:
+        return first
+    return replace(
+        first,
+        rhs=torch.cat([problem.rhs for problem in problems], dim=1),
+        noise_draws=torch.cat([problem.noise_draws for problem in problems], dim=1),
+    )
 
 
 def parts_of(
@@ -423,6 +371,26 @@ def _observations(
     return Observations(x, inputs, y, centred, noise + prior.nugget, columns)
 
 
+def problems_of(
+    prior: Prior,
+    data: Observations,
+    settings: Settings,
+    num_samples: int,
+    generator: torch.Generator,
+) -> list[Problem]:
+    """The problems of these outputs, their prior functions and noise newly drawn."""
+    operator = settings.operator_over(prior.kernel, data.inputs)
+    problems = []
+    for column, targets in zip(data.columns, data.targets.mT, strict=True):
+        draws = settings.draw_prior(prior.kernel, data.inputs, num_samples, generator)
+        sides = right_hand_sides(targets, draws, data.inputs, data.noise, generator)
+        own = settings.of_output(column)
+        problems.append(
+            Problem(prior, operator, data.x, data.noise, draws, *sides, own)
+        )
+    return problems
+
+
 def sample_targets(
     draws: PriorDraws | ExactDraws,
     inputs: Float[Tensor, "n p"],
@@ -432,14 +400,7 @@ def sample_targets(
     """f_s(X) + eps_s (n, s), and eps_s alone (n, s)."""
     with torch.no_grad():
         values = draws(inputs)
-    standard = torch.randn(
-        values.shape[1],
-        values.shape[0],
-        generator=generator,
-        device=generator.device,
-        dtype=values.dtype,
-    )
-    standard = standard.mT.to(values.device)
+    standard = standard_normal(*values.mT.shape, like=values, generator=generator).mT
     deviation = noise.sqrt().unsqueeze(1)
     return values.addcmul(standard, deviation), standard * deviation
 
@@ -451,15 +412,7 @@ def right_hand_sides(
     noise: Float[Tensor, " n"],
     generator: torch.Generator,
 ) -> tuple[Float[Tensor, "n k"], Float[Tensor, "n k"]]:
-    """[y - m(X) | f_s(X) + eps_s], and of it what is noise: [0 | eps_s].
-
-    Args:
-        targets: y - m(X).
-        draws: Prior functions.
-        inputs: Kernel inputs X.
-        noise: Noise variances.
-        generator: Source of eps_s.
-    """
+    """[y - m(X) | f_s(X) + eps_s], and of it what is noise: [0 | eps_s]."""
     sampled, noise_draws = sample_targets(draws, inputs, noise, generator)
     rhs = torch.cat([targets.unsqueeze(1), sampled], dim=1)
     return rhs, pad(noise_draws, (1, 0))

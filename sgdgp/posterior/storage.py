@@ -28,7 +28,7 @@ from sgdgp.features.storage import given_by_kernel, parts_of_kernel
 from sgdgp.gpytorch_adapter import MultitaskPrior, Prior, prior_of
 from sgdgp.operators import KernelOperator
 from sgdgp.operators.choose import operator_by_name
-from sgdgp.posterior.problem import Part, Problem, Settings, System, groups_of
+from sgdgp.posterior.problem import Part, Problem, Settings, groups_of
 from sgdgp.solvers.auto import choose_solver
 from sgdgp.solvers.base import Solver
 
@@ -76,18 +76,16 @@ def contents_of(
         ]
     prior = parts[0].problem.prior
     # Outputs that were observed in the same rows share what belongs to the rows.
-    systems = [parts[group[0]].problem.system for group in groups_of(parts)]
+    groups = groups_of(parts)
+    system_of = {part: i for i, group in enumerate(groups) for part in group}
     return {
         "kind": _kind_of(parts),
         "structure": structure_in_words(prior.model),
         "model": dict(prior.model.state_dict()),
         "widths": list(prior.layout.widths),
         "dtypes": list(prior.layout.dtypes),
-        "systems": [_system(system) for system in systems],
-        "parts": [
-            {"system": systems.index(part.problem.system), **_part(part)}
-            for part in parts
-        ],
+        "systems": [_system(parts[group[0]].problem) for group in groups],
+        "parts": [{"system": system_of[i], **_part(p)} for i, p in enumerate(parts)],
     }
 
 
@@ -97,17 +95,17 @@ def _kind_of(parts: Sequence[Part]) -> str:
     return "single" if len(parts) == 1 else "independent"
 
 
-def _system(system: System) -> dict[str, Any]:
-    points = slice(0, _CHECKED_ROWS)
+def _system(problem: Problem) -> dict[str, Any]:
+    """What the outputs of a solve have in common."""
     with torch.no_grad():
-        mean, _ = system.prior.evaluate(system.x[points])
+        mean, _ = problem.prior.evaluate(problem.x[:_CHECKED_ROWS])
     return {
-        "x": system.x,
-        "inputs": system.operator.x,
-        "noise": system.noise,
-        "operator": system.operator.name,
+        "x": problem.x,
+        "inputs": problem.operator.x,
+        "noise": problem.noise,
+        "operator": problem.operator.name,
         "mean": mean,
-        "kernel": _corner(system.operator),
+        "kernel": _corner(problem.operator),
     }
 
 
@@ -155,14 +153,23 @@ def parts_from(
         points = points[:, :-1]
     prior = _prior(own, points, contents["widths"], contents["dtypes"])
     given = parts_of_kernel(prior.kernel, systems[0]["inputs"])
-    known: dict[int, System] = {}
+    operators: dict[int, KernelOperator] = {}
     parts = []
     for part in contents.value("parts", given):
         number, settings = part["system"], _settings(part, solver)
-        if number not in known:
-            known[number] = _system_from(systems[number], prior, settings)
+        system = systems[number]
+        if number not in operators:
+            operators[number] = _operator(system, prior, settings)
+            _check_prior(prior, operators[number], system)
         problem = Problem(
-            known[number], part["draws"], part["rhs"], part["noise_draws"], settings
+            prior,
+            operators[number],
+            system["x"],
+            system["noise"],
+            part["draws"],
+            part["rhs"],
+            part["noise_draws"],
+            settings,
         )
         parts.append(
             Part(problem, part["solution"], part["timings"], part["passes_from_zero"])
@@ -170,12 +177,6 @@ def parts_from(
     if kind not in ("single", "multitask", "independent"):
         raise ValueError(f"unknown kind {kind!r}")
     return parts
-
-
-def _system_from(stored: Mapping[str, Any], prior: Prior, settings: Settings) -> System:
-    operator = _operator(stored, prior, settings)
-    _check_prior(prior, operator, stored)
-    return System(prior, operator, stored["x"], stored["noise"])
 
 
 def _prior(
@@ -226,12 +227,11 @@ def _check_prior(
     prior: Prior, operator: KernelOperator, system: Mapping[str, Any]
 ) -> None:
     """Refuse a model whose code gives other numbers with the same parameters."""
-    points = slice(0, _CHECKED_ROWS)
     with torch.no_grad():
-        mean, inputs = prior.evaluate(system["x"][points])
+        mean, inputs = prior.evaluate(system["x"][:_CHECKED_ROWS])
     for what, stored, here in (
         ("mean", system["mean"], mean),
-        ("kernel's inputs", system["inputs"][points], inputs),
+        ("kernel's inputs", system["inputs"][:_CHECKED_ROWS], inputs),
         ("kernel", system["kernel"], _corner(operator)),
     ):
         size = stored.abs().max() if stored.numel() else stored.new_ones(())

@@ -33,8 +33,8 @@ from sgdgp.posterior.problem import (
     Part,
     Problem,
     Stopwatch,
-    System,
     groups_of,
+    joined,
     parts_of,
     right_hand_sides,
     sample_targets,
@@ -87,7 +87,7 @@ def update_parts(
             None if variances is None else variances[rows, group[0]],
             **settings,
         )
-        problem = problems[0].system.join(problems)
+        problem = joined(problems)
         clock.end("prior_draws")
         from_zero = 0.0
         if not _is_direct(problem):
@@ -116,16 +116,14 @@ def extend_problems(
         **settings: Settings that change.
     """
     first = before[0]
-    prior, system = first.prior, first.system
+    prior = first.prior
     with torch.no_grad():
         variances = (prior.noise(x) if noise is None else noise) + prior.nugget
         mean, inputs = prior.evaluate(x)
     operator = first.settings.operator_over(
-        prior.kernel, torch.cat([system.operator.x, inputs])
+        prior.kernel, torch.cat([first.operator.x, inputs])
     )
-    larger = System(
-        prior, operator, torch.cat([system.x, x]), torch.cat([system.noise, variances])
-    )
+    known, all_variances = torch.cat([first.x, x]), torch.cat([first.noise, variances])
     problems = []
     for problem, targets in zip(before, y.unbind(1), strict=True):
         rhs, noise_draws = right_hand_sides(
@@ -133,7 +131,10 @@ def extend_problems(
         )
         problems.append(
             Problem(
-                larger,
+                prior,
+                operator,
+                known,
+                all_variances,
                 problem.draws,
                 torch.cat([problem.rhs, rhs]),
                 torch.cat([problem.noise_draws, noise_draws]),
@@ -175,12 +176,12 @@ def draw_functions(
             )
         # Several outputs start anew.
         recycled = parts[0].solution.recycled if len(parts) == 1 else None
-        solution = _solve_again(problem.system.join(problems), generator, recycled)
+        solution = _solve_again(joined(problems), generator, recycled)
         solutions = split_solution(solution, [k] * len(group))
         for number, problem, own in zip(group, problems, solutions, strict=True):
             mean = parts[number].solution.weights[:, :1]
             weights = torch.cat([mean, own.weights], dim=1)
-            drawn[number] = problem.system.paths(problem.draws, weights), own
+            drawn[number] = problem.paths(weights), own
     return [drawn[number] for number in range(len(parts))]
 
 
@@ -212,13 +213,12 @@ def update_and_redraw(
         if variances is not None:
             variances = variances[:, 0]
         (problem,) = extend_problems([problem], x, y, variances)
-    count = before.weights.shape[1] - 1
-    draws = problem.settings.draw_prior(
-        problem.prior.kernel, problem.operator.x, count, generator
+    inputs, count = problem.operator.x, before.weights.shape[1] - 1
+    draws = problem.settings.draw_prior(problem.prior.kernel, inputs, count, generator)
+    rhs, noise_draws = right_hand_sides(
+        problem.targets, draws, inputs, problem.noise, generator
     )
-    problem = problem.system.problem(
-        problem.targets, draws, problem.settings, generator
-    )
+    problem = replace(problem, draws=draws, rhs=rhs, noise_draws=noise_draws)
     clock.end("prior_draws")
     solution = solve_new_columns(
         problem.solver,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any, get_args
 
 import torch
@@ -21,20 +20,10 @@ KIND = FileKind("sgdgp.fit", 2, "checkpoint of a fit", format_1.fit)
 
 
 class FitCheckpoint(Checkpoint):
-    """The file of one fit.
+    """The file of one fit."""
 
-    Args:
-        path: The file; its directory must exist.
-        every: Seconds between two writes, at least.
-
-    Raises:
-        CheckpointError: Nothing can be written at ``path``.
-        TypeError: ``path`` is no path or ``every`` no number.
-        ValueError: ``every`` is not positive and finite.
-    """
-
-    def __init__(self, path: str | os.PathLike[str], every: int | float) -> None:
-        super().__init__(path, every, KIND, "fit")
+    kind = KIND
+    work = "fit"
 
     def open_for(self, run: Run, x: Inputs, y: Tensor) -> FitReason | None:
         """Put a run where the file says it was.
