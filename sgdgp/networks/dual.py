@@ -25,7 +25,7 @@ from sgdgp.core.checks import check_count
 from sgdgp.core.slices import slices
 from sgdgp.features import FeatureMap
 from sgdgp.networks.curvature import WeightSystem
-from sgdgp.networks.weight_solvers import WeightIterate, WeightSolver
+from sgdgp.networks.weight_solvers import WeightSolution, WeightSolver
 from sgdgp.operators import FeatureOperator
 from sgdgp.solvers.base import Progress, Reason, Solver
 from sgdgp.solvers.sdd import SDD
@@ -153,8 +153,8 @@ class Dual(WeightSolver):
             raise TypeError(f"solver: expected SDD(), found {self.solver!r}")
 
     @torch.no_grad()
-    def _advance(self, iterate: WeightIterate, generator: torch.Generator) -> Reason:
-        system = iterate.system
+    def _advance(self, found: WeightSolution, generator: torch.Generator) -> Reason:
+        system = found.system
         processes = system.data.stream.processes
         if processes.size > 1:
             raise ValueError(
@@ -165,47 +165,47 @@ class Dual(WeightSolver):
         x = features.examples()
         operator = FeatureOperator.of_map(features, x, outputs=features.num_outputs)
         # phi B is noise-free: there are no draws in the dual's right-hand sides.
-        no_draws = system.outputs.new_zeros(operator.shape[0], iterate.rhs.shape[1])
+        no_draws = system.outputs.new_zeros(operator.shape[0], found.rhs.shape[1])
         tolerance, rounds = _FIRST * self.tolerance, 0
 
         def tell(progress: Progress) -> bool:
-            return iterate.report(progress.passes)
+            return found.report(progress.passes)
 
-        while (reason := self._verdict(iterate)) is None:
+        while (reason := self._verdict(found)) is None:
             if rounds >= _MOST_ROUNDS:
                 return "stagnated"
             limits = replace(
                 self.solver.limits,
                 tolerance=tolerance,
-                max_passes=self.max_passes - iterate.passes - 2.0,
+                max_passes=self.max_passes - found.passes - 2.0,
             )
             solution = self.solver.with_limits(limits).solve(
                 operator,
                 1.0,
-                no_draws - features.forward(x, iterate.residual),
+                no_draws - features.forward(x, found.residuals),
                 noise_draws=no_draws,
                 generator=generator,
                 callback=tell,
             )
-            change = features.adjoint(x, solution.weights).add_(iterate.residual)
+            change = features.adjoint(x, solution.weights).add_(found.residuals)
             # The features of the residual, and of the solution, took half a pass each.
-            iterate.passes += solution.passes + 1.0
-            candidate = iterate.weights + change
-            better = iterate.improve(candidate, iterate.residual_of(candidate))
+            found.passes += solution.passes + 1.0
+            candidate = found.weights + change
+            better = found.improve(candidate, found.residuals_of(candidate))
             rounds += 1
             if solution.reason == "interrupted":
-                return self._verdict(iterate) or "interrupted"
+                return self._verdict(found) or "interrupted"
             # To what the worst column needs beyond what this round has gained.
-            needed = float((self.tolerance / iterate.errors).nan_to_num(0.0).min())
+            needed = float((self.tolerance / found.errors).nan_to_num(0.0).min())
             if not bool(better.all()) or needed < _TIGHTER:
                 tolerance = max(tolerance * _TIGHTER, _TIGHTEST)
         return reason
 
-    def _verdict(self, iterate: WeightIterate) -> Reason | None:
-        if bool((iterate.errors <= self.tolerance).all()):
+    def _verdict(self, found: WeightSolution) -> Reason | None:
+        if bool((found.errors <= self.tolerance).all()):
             return "converged"
         # A round takes four passes but for the dual's own.
-        return "budget" if iterate.passes + 4.0 >= self.max_passes else None
+        return "budget" if found.passes + 4.0 >= self.max_passes else None
 
 
 def _numbers(x: Float[Tensor, "n 1"]) -> Int[Tensor, " n"]:

@@ -221,8 +221,8 @@ class Run:
 
     def _solve(
         self, system: WeightSystem, columns: range, initial: Tensor
-    ) -> tuple[WeightSolution, Tensor]:
-        """Posterior samples of these numbers, and the right-hand sides they solve."""
+    ) -> WeightSolution:
+        """Posterior samples of these numbers."""
         seed = self._schedule.seed
         rhs = system.noise(columns, seed) + prior_draws(initial, columns, seed)
         self.state.passes += 1.0
@@ -230,17 +230,17 @@ class Run:
             system, rhs, initial, seed=seed, callback=self._tell
         )
         self.state.passes += solution.passes
-        return solution, rhs
+        return solution
 
     def _learn(self) -> None:
         state, schedule = self.state, self._schedule
         optimum = self._optimum()
         self._stop_if_asked()
         system = self._curvature(optimum)
-        solution, rhs = self._solve(system, range(schedule.num_samples), state.samples)
+        solution = self._solve(system, range(schedule.num_samples), state.samples)
         self._stop_if_asked()
         prior, samples = state.prior, solution.weights
-        products = prior.group_sums(samples, solution.images(rhs))
+        products = prior.group_sums(samples, solution.images())
         gamma = effective_dimension(products, prior.group_sizes)
         squares = prior.group_sums(state.mean, state.mean)[:, 0]
         likelihood = self._learned_noise(optimum, gamma, samples)
@@ -302,7 +302,7 @@ class Run:
             stop = min(total, state.finished + schedule.columns)
             columns = range(state.finished, stop)
             part = slice(state.finished, stop)
-            solution, _ = self._solve(system, columns, state.samples[:, part])
+            solution = self._solve(system, columns, state.samples[:, part])
             state.samples[:, part] = solution.weights
             self._stop_if_asked()
             self._warn_unless_solved(solution, "the posterior samples")

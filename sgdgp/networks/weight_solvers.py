@@ -44,29 +44,6 @@ _ROUNDS_BEFORE_SHORTER_STEPS = 4
 between the number of epochs."""
 
 
-@dataclass(frozen=True)
-class WeightSolution:
-    """Solved whitened weights.
-
-    Attributes:
-        weights: V (D, k).
-        residuals: B - (phi^T phi + I) V (D, k), true ones.
-        errors: The bounds that the tolerance is compared with (k,).
-        passes: Products with the data set.
-        reason: Why it stopped.
-    """
-
-    weights: Float[Tensor, "D k"]
-    residuals: Float[Tensor, "D k"]
-    errors: Float[Tensor, " k"]
-    passes: float
-    reason: Reason
-
-    def images(self, rhs: Float[Tensor, "D k"]) -> Float[Tensor, "D k"]:
-        """phi^T phi V, known from the residuals without another pass."""
-        return rhs - self.weights - self.residuals
-
-
 def relative_errors(
     rhs: Float[Tensor, "D k"],
     weights: Float[Tensor, "D k"],
@@ -82,8 +59,8 @@ def relative_errors(
     return torch.where(norms > 0, norms / smaller, torch.zeros_like(norms))
 
 
-class WeightIterate:
-    """Weights on their way to a solution, their true residuals, and what they cost.
+class WeightSolution:
+    """Whitened weights on their way to a solution, and what they have cost.
 
     Args:
         system: The posterior precision as a product.
@@ -93,10 +70,13 @@ class WeightIterate:
 
     Attributes:
         weights: V (D, k).
-        residual: B - (phi^T phi + I) V (D, k).
+        residuals: B - (phi^T phi + I) V (D, k), true ones.
         errors: The bounds that the tolerance is compared with (k,).
         passes: Products with the data set so far.
+        reason: Why the solver stopped.
     """
+
+    reason: Reason
 
     def __init__(
         self,
@@ -110,28 +90,32 @@ class WeightIterate:
         self.passes = 0.0
         self._record = Recorder(callback)
         is_zero = not bool(initial.any())
-        self.move_to(initial, rhs.clone() if is_zero else self.residual_of(initial))
+        self.move_to(initial, rhs.clone() if is_zero else self.residuals_of(initial))
+
+    def images(self) -> Float[Tensor, "D k"]:
+        """phi^T phi V, known from the residuals without another pass."""
+        return self.rhs - self.weights - self.residuals
 
     def move_to(
-        self, weights: Float[Tensor, "D k"], residual: Float[Tensor, "D k"]
+        self, weights: Float[Tensor, "D k"], residuals: Float[Tensor, "D k"]
     ) -> None:
-        """Go on from other weights, whose residual is known."""
-        self.weights, self.residual = weights, residual
-        self.errors = relative_errors(self.rhs, weights, residual)
+        """Go on from other weights, whose residuals are known."""
+        self.weights, self.residuals = weights, residuals
+        self.errors = relative_errors(self.rhs, weights, residuals)
 
     def improve(
-        self, candidate: Float[Tensor, "D k"], residual: Float[Tensor, "D k"]
+        self, candidate: Float[Tensor, "D k"], residuals: Float[Tensor, "D k"]
     ) -> Tensor:
         """Move to those columns of a candidate that are better; which they are (k,)."""
-        better = residual.norm(dim=0) < self.residual.norm(dim=0)
+        better = residuals.norm(dim=0) < self.residuals.norm(dim=0)
         self.move_to(
             torch.where(better, candidate, self.weights),
-            torch.where(better, residual, self.residual),
+            torch.where(better, residuals, self.residuals),
         )
         return better
 
-    def residual_of(self, weights: Float[Tensor, "D k"]) -> Float[Tensor, "D k"]:
-        """The true residual of any weights, one pass."""
+    def residuals_of(self, weights: Float[Tensor, "D k"]) -> Float[Tensor, "D k"]:
+        """The true residuals of any weights, one pass."""
         self.passes += 1.0
         return self.system.residual(self.rhs, weights)
 
@@ -181,14 +165,12 @@ class WeightSolver(ABC):
             callback: Called as the solve advances, with relative errors in place of
                 residuals; True stops it.
         """
-        iterate = WeightIterate(system, rhs, initial, callback)
-        reason = self._advance(iterate, torch.Generator().manual_seed(seed))
-        return WeightSolution(
-            iterate.weights, iterate.residual, iterate.errors, iterate.passes, reason
-        )
+        found = WeightSolution(system, rhs, initial, callback)
+        found.reason = self._advance(found, torch.Generator().manual_seed(seed))
+        return found
 
     @abstractmethod
-    def _advance(self, iterate: WeightIterate, generator: torch.Generator) -> Reason:
+    def _advance(self, found: WeightSolution, generator: torch.Generator) -> Reason:
         """Move the weights until the tolerance or the budget is reached; say which."""
 
 
@@ -207,34 +189,34 @@ class WeightCG(WeightSolver):
     tolerance: float = 0.05
     max_passes: float = 100.0
 
-    def _advance(self, iterate: WeightIterate, generator: torch.Generator) -> Reason:
+    def _advance(self, found: WeightSolution, generator: torch.Generator) -> Reason:
         run = BlockRecurrence(
-            iterate.system.precision,
-            iterate.weights,
-            iterate.residual,
+            found.system.precision,
+            found.weights,
+            found.residuals,
             None,
-            ~(iterate.errors <= self.tolerance),
+            ~(found.errors <= self.tolerance),
         )
-        every_column = torch.arange(iterate.rhs.shape[1], device=iterate.rhs.device)
+        every_column = torch.arange(found.rhs.shape[1], device=found.rhs.device)
         reason: Reason | None = "converged" if run.is_done else None
         while reason is None:
             while not run.is_done and reason is None:
                 run.step()
-                iterate.passes += 1.0
-                iterate.move_to(run.weights, run.residual)
-                run.release(~(iterate.errors <= self.tolerance))
-                if iterate.report():
+                found.passes += 1.0
+                found.move_to(run.weights, run.residual)
+                run.release(~(found.errors <= self.tolerance))
+                if found.report():
                     reason = "interrupted"
-                elif iterate.passes + 1.0 >= self.max_passes:
+                elif found.passes + 1.0 >= self.max_passes:
                     reason = "budget"
-            run.adopt(every_column, iterate.residual_of(run.weights))
-            iterate.move_to(run.weights, run.residual)
-            unsolved = ~(iterate.errors <= self.tolerance)
-            if not bool(torch.isfinite(iterate.errors).all()):
+            run.adopt(every_column, found.residuals_of(run.weights))
+            found.move_to(run.weights, run.residual)
+            unsolved = ~(found.errors <= self.tolerance)
+            if not bool(torch.isfinite(found.errors).all()):
                 reason = "diverged"
             elif not bool(unsolved.any()):
                 reason = "converged"
-            elif reason is None and iterate.passes + 2.0 > self.max_passes:
+            elif reason is None and found.passes + 2.0 > self.max_passes:
                 reason = "budget"
             if reason is None:
                 run.resume(unsolved)
@@ -273,25 +255,25 @@ class WeightSGD(WeightSolver):
         if self.step_size is not None:
             check_positive("step_size", self.step_size)
 
-    def _advance(self, iterate: WeightIterate, generator: torch.Generator) -> Reason:
-        system = iterate.system
+    def _advance(self, found: WeightSolution, generator: torch.Generator) -> Reason:
+        system = found.system
         step = self.step_size
         if step is None:
             step = _STEP / (1.0 + largest_batch_eigenvalue(system, generator))
             # An epoch of fewer batches counts as one of three.
-            iterate.passes += (
+            found.passes += (
                 _POWER_BATCHES * _POWER_STEPS / max(3.0, _steps_per_epoch(system))
             )
         epochs, halvings, slow = 2, 0, 0
-        while bool((iterate.errors > self.tolerance).any()):
-            epochs = min(epochs, int(self.max_passes - iterate.passes) - 1)
+        while bool((found.errors > self.tolerance).any()):
+            epochs = min(epochs, int(self.max_passes - found.passes) - 1)
             if epochs < 1:
                 return "budget"
-            change = self._descend(system, iterate.residual, step, epochs, generator)
-            candidate = iterate.weights + change
-            residual = iterate.residual_of(candidate)
-            iterate.passes += epochs
-            before, after = float(iterate.residual.norm()), float(residual.norm())
+            change = self._descend(system, found.residuals, step, epochs, generator)
+            candidate = found.weights + change
+            residual = found.residuals_of(candidate)
+            found.passes += epochs
+            before, after = float(found.residuals.norm()), float(residual.norm())
             if not bool(torch.isfinite(residual).all()) or after > 2.0 * before:
                 halvings += 1
                 step /= 2.0
@@ -305,8 +287,8 @@ class WeightSGD(WeightSolver):
                     epochs *= 2
                 else:
                     step /= 4.0
-            iterate.improve(candidate, residual)
-            if iterate.report():
+            found.improve(candidate, residual)
+            if found.report():
                 return "interrupted"
         return "converged"
 
