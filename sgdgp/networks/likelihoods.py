@@ -20,7 +20,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
 
-from sgdgp.core.checks import check_finite
+from sgdgp.core.checks import check_finite, check_variances
 from sgdgp.core.codec import register_stored_class
 
 _LARGEST_FALL = 100.0
@@ -106,9 +106,7 @@ class Categorical(Likelihood):
     and the gradient all use the same p: the identities between them hold exactly.
     """
 
-    def hessian_root(
-        self, outputs: Float[Tensor, "b C"], v: Float[Tensor, "b C k"]
-    ) -> Float[Tensor, "b C k"]:
+    def hessian_root(self, outputs: Tensor, v: Tensor) -> Tensor:
         root = _root_probabilities(outputs)
         along = torch.einsum("bc,bck->bk", root, v)
         root = root.unsqueeze(-1)
@@ -119,32 +117,22 @@ class Categorical(Likelihood):
         product.scatter_(1, top, 0.0)
         return product.scatter_(1, top, -product.sum(1, keepdim=True))
 
-    def hessian_root_transpose(
-        self, outputs: Float[Tensor, "b C"], v: Float[Tensor, "b C k"]
-    ) -> Float[Tensor, "b C k"]:
+    def hessian_root_transpose(self, outputs: Tensor, v: Tensor) -> Tensor:
         root = _root_probabilities(outputs).unsqueeze(-1)
         return root * _centred(root, v)
 
-    def hessian(
-        self, outputs: Float[Tensor, "b C"], v: Float[Tensor, "b C k"]
-    ) -> Float[Tensor, "b C k"]:
+    def hessian(self, outputs: Tensor, v: Tensor) -> Tensor:
         root = _root_probabilities(outputs).unsqueeze(-1)
         return root.square() * _centred(root, v)
 
-    def gradient(
-        self, outputs: Float[Tensor, "b C"], y: Tensor
-    ) -> Float[Tensor, "b C"]:
+    def gradient(self, outputs: Tensor, y: Tensor) -> Tensor:
         return -_score(_root_probabilities(outputs), y)
 
-    def residual(
-        self, outputs: Float[Tensor, "b C"], y: Tensor
-    ) -> Float[Tensor, "b C"]:
+    def residual(self, outputs: Tensor, y: Tensor) -> Tensor:
         root = _root_probabilities(outputs)
         return _score(root, y) / root
 
-    def log_prob(
-        self, outputs: Float[Tensor, "b C k"], y: Tensor
-    ) -> Float[Tensor, "b k"]:
+    def log_prob(self, outputs: Tensor, y: Tensor) -> Tensor:
         columns = _classes(y, outputs).expand(-1, outputs.shape[-1])
         return -functional.cross_entropy(outputs, columns, reduction="none")
 
@@ -284,33 +272,23 @@ class Gaussian(Likelihood):
         noise = noise.maximum(before / _LARGEST_FALL).clamp_min(_SMALLEST)
         return self.with_noise(noise if self.per_output else float(noise.mean()))
 
-    def hessian_root(
-        self, outputs: Float[Tensor, "b C"], v: Float[Tensor, "b C k"]
-    ) -> Float[Tensor, "b C k"]:
+    def hessian_root(self, outputs: Tensor, v: Tensor) -> Tensor:
         return v / self._deviation(outputs)
 
     hessian_root_transpose = hessian_root
 
-    def hessian(
-        self, outputs: Float[Tensor, "b C"], v: Float[Tensor, "b C k"]
-    ) -> Float[Tensor, "b C k"]:
+    def hessian(self, outputs: Tensor, v: Tensor) -> Tensor:
         return v / self._deviation(outputs) ** 2
 
-    def gradient(
-        self, outputs: Float[Tensor, "b C"], y: Tensor
-    ) -> Float[Tensor, "b C"]:
+    def gradient(self, outputs: Tensor, y: Tensor) -> Tensor:
         error = (outputs - _targets(y, outputs)).unsqueeze(-1)
         return self.hessian(outputs, error).squeeze(-1)
 
-    def residual(
-        self, outputs: Float[Tensor, "b C"], y: Tensor
-    ) -> Float[Tensor, "b C"]:
+    def residual(self, outputs: Tensor, y: Tensor) -> Tensor:
         error = (_targets(y, outputs) - outputs).unsqueeze(-1)
         return self.hessian_root(outputs, error).squeeze(-1)
 
-    def log_prob(
-        self, outputs: Float[Tensor, "b C k"], y: Tensor
-    ) -> Float[Tensor, "b k"]:
+    def log_prob(self, outputs: Tensor, y: Tensor) -> Tensor:
         first = outputs[..., 0]
         deviation = self._deviation(first)
         z = (_targets(y, first).unsqueeze(-1) - outputs) / deviation
@@ -406,11 +384,7 @@ def _as_variances(
             f"{name}: expected one variance, or one per output as shape (C,), found "
             f"shape {tuple(tensor.shape)}"
         )
-    check_finite(name, tensor)
-    if not bool((tensor > 0).all()):
-        raise ValueError(
-            f"{name}: expected positive variances, found {tensor.min().item():.6g}"
-        )
+    check_variances(name, tensor.reshape(-1))
     return tuple(tensor.tolist()) if tensor.ndim else float(tensor)
 
 

@@ -77,31 +77,53 @@ class Stream(ABC):
         self.processes = processes
         self._device = device
         self._split = split
-        self._fixed = FixedData()
+        self._sums: dict[int, tuple[float, ...]] = {}
 
     @property
     def mark(self) -> float:
         """A number that other data would not have; known after the first pass."""
-        return self._fixed.mark
-
-    def _inputs_and_targets(self, loaded: Any) -> tuple[Any, Tensor]:
-        return _moved_to(self._split(loaded), self._device)
+        return float(sum(sum(sums) for sums in self._sums.values()))
 
     @abstractmethod
     def __iter__(self) -> Iterator[Batch]:
         """One pass, in the order of the data."""
 
-    @abstractmethod
     def shuffled(self, generator: torch.Generator) -> Iterator[Batch]:
         """One pass in random order; streams without an index keep theirs."""
+        return iter(self)
 
-    @abstractmethod
     def take(self, rows: Tensor) -> Batch:
         """The examples of this process at ``rows`` (b,).
 
         Raises:
             TypeError: The data set cannot be indexed.
         """
+        raise TypeError(
+            "loader: the dual solver reads examples by their index; give a DataLoader "
+            "over a data set with an index"
+        )
+
+    def _inputs_and_targets(self, loaded: Any) -> tuple[Any, Tensor]:
+        return _mapped(
+            lambda tensor: tensor.to(self._device, non_blocking=True),
+            self._split(loaded),
+        )
+
+    def _check(self, batch: Batch) -> None:
+        """Refuse a batch that has NaN, or differs from that of an earlier pass."""
+        leaves = _leaves_of(batch)
+        sums = tuple(float(leaf.double().sum()) for leaf in leaves)
+        first = int(batch.rows[0])
+        if first not in self._sums:
+            for leaf in leaves:
+                check_finite("loader", leaf)
+            self._sums[first] = sums
+        elif self._sums[first] != sums:
+            raise ValueError(
+                f"loader: the batch from example {int(batch.examples[0])} on differs "
+                "from that of an earlier pass; switch shuffling and random "
+                "augmentation off"
+            )
 
 
 def stream_of(
@@ -124,17 +146,12 @@ def stream_of(
     """
     split = split or _pair
     processes = current_processes() if processes is None else processes
+    if isinstance(source, Dataset) and not isinstance(source, IterableDataset):
+        source = DataLoader(source, batch_size=DEFAULT_BATCH)
     if isinstance(source, DataLoader) and not isinstance(
         source.dataset, IterableDataset
     ):
-        if source.batch_sampler is None:
-            raise ValueError(
-                "loader: expected batches, found a DataLoader with batch_size=None"
-            )
-        return IndexedStream(source, _examples_of(source), device, split, processes)
-    if isinstance(source, Dataset) and not isinstance(source, IterableDataset):
-        loader: DataLoader[Any] = DataLoader(source, batch_size=DEFAULT_BATCH)
-        return IndexedStream(loader, _examples_of(loader), device, split, processes)
+        return IndexedStream(source, device, split, processes)
     if not isinstance(source, Iterable) or isinstance(source, Tensor):
         raise TypeError(
             "loader: expected a DataLoader, a Dataset or a collection of (inputs, "
@@ -151,22 +168,22 @@ def stream_of(
 class IndexedStream(Stream):
     """The examples of a map-style data set, read by their index.
 
-    Args:
-        loader: Gives data set, batch size, collate function and workers.
-        examples: Indices to use, in order.
-        device: Where batches are moved.
-        split: From a batch to (inputs, targets).
-        processes: Each takes a contiguous share of the batches.
+    Each process takes a contiguous share of the batches. Data set, batch size, collate
+    function and workers are those of a loader.
     """
 
     def __init__(
         self,
         loader: DataLoader[Any],
-        examples: Sequence[int],
         device: torch.device,
         split: Split,
         processes: Processes,
     ) -> None:
+        if loader.batch_sampler is None:
+            raise ValueError(
+                "loader: expected batches, found a DataLoader with batch_size=None"
+            )
+        examples = _examples_of(loader)
         if len(examples) == 0:
             raise ValueError("loader: the data set is empty")
         super().__init__(device, split, processes)
@@ -189,10 +206,11 @@ class IndexedStream(Stream):
             return
         kept: list[Batch] | None = []
         for batch in self._in_order(torch.arange(self.num_rows)):
-            self._fixed.check(batch)
+            self._check(batch)
             if kept is not None:
                 kept.append(batch)
-            if _size_of(batch) * self.num_batches > KEPT_BYTES:
+            size = sum(leaf.numel() * leaf.itemsize for leaf in _leaves_of(batch))
+            if size * self.num_batches > KEPT_BYTES:
                 kept = None
             yield batch
         self._kept = kept or []
@@ -236,13 +254,9 @@ class IndexedStream(Stream):
 
 
 class RepeatedStream(Stream):
-    """Batches that come in the order of their source, the same in every pass.
+    """Batches in the order of their source, the same in every pass.
 
-    Args:
-        source: Anything that can be iterated again and again.
-        device: Where batches are moved.
-        split: From a batch to (inputs, targets).
-        processes: They take turns.
+    The source can be iterated again and again; processes take turns.
     """
 
     def __init__(
@@ -256,7 +270,7 @@ class RepeatedStream(Stream):
         self._source = source
         self._counted = False
         self.num_examples = self.num_rows = self.num_batches = 0
-        for batch in self._batches():
+        for batch in self:
             self.num_rows += len(batch.y)
             self.num_batches += 1
         if self.num_examples == 0:
@@ -264,20 +278,6 @@ class RepeatedStream(Stream):
         self._counted = True
 
     def __iter__(self) -> Iterator[Batch]:
-        yield from self._batches()
-
-    def shuffled(self, generator: torch.Generator) -> Iterator[Batch]:
-        """One pass in the order of the source."""
-        yield from self._batches()
-
-    def take(self, rows: Tensor) -> Batch:
-        """Not possible here."""
-        raise TypeError(
-            "loader: the dual solver reads examples by their index; give a DataLoader "
-            "over a data set with an index"
-        )
-
-    def _batches(self) -> Iterator[Batch]:
         seen = mine = 0
         for turn, found in enumerate(self._source):
             x, y = self._inputs_and_targets(found)
@@ -286,7 +286,7 @@ class RepeatedStream(Stream):
                 continue
             numbers = torch.arange(len(y), device=self._device)
             batch = Batch(mine + numbers, first + numbers, x, y)
-            self._fixed.check(batch)
+            self._check(batch)
             mine += len(y)
             yield batch
         if not self._counted:
@@ -303,9 +303,7 @@ def _examples_of(loader: DataLoader[Any]) -> Sequence[int]:
     sampler = getattr(loader.batch_sampler, "sampler", None)
     length = len(loader.dataset)  # type: ignore[arg-type]
     # The processes share the examples themselves.
-    if isinstance(sampler, SequentialSampler | DistributedSampler):
-        return range(length)
-    if (
+    if isinstance(sampler, SequentialSampler | DistributedSampler) or (
         isinstance(sampler, RandomSampler)
         and not sampler.replacement
         and sampler.num_samples == length
@@ -339,58 +337,25 @@ def _pair(batch: Any) -> tuple[Any, Tensor]:
     )
 
 
-class FixedData:
-    """Notices data that change from pass to pass, and data that are no numbers."""
-
-    def __init__(self) -> None:
-        self._sums: dict[int, tuple[float, ...]] = {}
-
-    @property
-    def mark(self) -> float:
-        """One number for all that was seen."""
-        return float(sum(sum(sums) for sums in self._sums.values()))
-
-    def check(self, batch: Batch) -> None:
-        """Refuse a batch that has NaN, or differs from that of an earlier pass."""
-        leaves = list(_leaves_of((batch.x, batch.y)))
-        sums = tuple(float(leaf.double().sum()) for leaf in leaves)
-        first = int(batch.rows[0])
-        if first not in self._sums:
-            for leaf in leaves:
-                check_finite("loader", leaf)
-            self._sums[first] = sums
-        elif self._sums[first] != sums:
-            raise ValueError(
-                f"loader: the batch from example {int(batch.examples[0])} on differs "
-                "from that of an earlier pass; switch shuffling and random "
-                "augmentation off"
-            )
-
-
-def _size_of(batch: Batch) -> int:
-    """Bytes of a batch."""
-    return sum(leaf.numel() * leaf.itemsize for leaf in _leaves_of((batch.x, batch.y)))
-
-
-def _moved_to(value: Any, device: torch.device) -> Any:
-    """Tensors, and tuples, lists and mappings of them, on a device."""
+def _mapped(function: Callable[[Tensor], Tensor], value: Any) -> Any:
+    """A tensor, or tuples, lists and mappings of them, with every tensor mapped."""
     if isinstance(value, Tensor):
-        return value.to(device, non_blocking=True)
+        return function(value)
     if isinstance(value, Mapping):
-        moved = {key: _moved_to(part, device) for key, part in value.items()}
-        return moved if type(value) is dict else type(value)(moved)  # type: ignore[call-arg]
+        found = {key: _mapped(function, part) for key, part in value.items()}
+        return found if type(value) is dict else type(value)(found)  # type: ignore[call-arg]
     if isinstance(value, list | tuple):
-        return type(value)(_moved_to(part, device) for part in value)
+        return type(value)(_mapped(function, part) for part in value)
     return value
 
 
-def _leaves_of(value: Any) -> Iterator[Tensor]:
-    """The tensors in a structure of them."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for part in value.values():
-            yield from _leaves_of(part)
-    elif isinstance(value, list | tuple):
-        for part in value:
-            yield from _leaves_of(part)
+def _leaves_of(batch: Batch) -> list[Tensor]:
+    """The tensors of inputs and targets."""
+    found: list[Tensor] = []
+
+    def note(tensor: Tensor) -> Tensor:
+        found.append(tensor)
+        return tensor
+
+    _mapped(note, (batch.x, batch.y))
+    return found

@@ -62,11 +62,8 @@ def relative_errors(
 class WeightSolution:
     """Whitened weights on their way to a solution, and what they have cost.
 
-    Args:
-        system: The posterior precision as a product.
-        rhs: Right-hand sides B (D, k).
-        initial: Starting point (D, k); its residual takes a pass, that of zero none.
-        callback: Told of the advance; see ``report``.
+    Arguments are those of ``WeightSolver.solve``. The residual of the starting point
+    takes a pass, that of zero none.
 
     Attributes:
         weights: V (D, k).
