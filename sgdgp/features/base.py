@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from typing import TypeAlias
 
 import torch
 from jaxtyping import Float, Int
@@ -20,32 +21,33 @@ FEATURES_AT_ONCE = 2**21
 """Features held at once for points of functions' own: 16 MB in float64, in which a
 batched product of some rows is already at full speed."""
 
+Points: TypeAlias = Float[Tensor, "n d"]
+Features: TypeAlias = Float[Tensor, "r M"]
+Weights: TypeAlias = Float[Tensor, "M s"]
+Values: TypeAlias = Float[Tensor, "r s"]
+
 
 class FeatureMap(ABC):
     """phi: R^d -> R^M with E[phi(x)^T phi(x')] = k(x, x').
 
-    A prior function draw is a feature map and a standard normal weight vector:
-    f(x) = phi(x)^T w. A map is ``exact`` when the identity holds without the
-    expectation.
+    A point has one row of features, r = n, or C of them, r = n C. A prior function draw
+    is a feature map and a standard normal weight vector: f(x) = phi(x)^T w. A map is
+    ``exact`` when the identity holds without the expectation.
     """
 
     num_features: int
     exact: bool
 
     @abstractmethod
-    def features(self, x: Float[Tensor, "n d"]) -> Float[Tensor, "n M"]:
-        """The features themselves, (n, num_features)."""
+    def features(self, x: Points) -> Features:
+        """The features themselves."""
 
     @abstractmethod
-    def forward(
-        self, x: Float[Tensor, "n d"], w: Float[Tensor, "M s"]
-    ) -> Float[Tensor, "n s"]:
+    def forward(self, x: Points, w: Weights) -> Values:
         """phi(x) w in bounded memory, differentiable in x."""
 
     @abstractmethod
-    def adjoint(
-        self, x: Float[Tensor, "n d"], v: Float[Tensor, "n s"]
-    ) -> Float[Tensor, "M s"]:
+    def adjoint(self, x: Points, v: Values) -> Weights:
         """phi(x)^T v in bounded memory."""
 
     def each(
@@ -81,13 +83,40 @@ class FeatureMap(ABC):
         """The map of k(x[:, dims], x'[:, dims])."""
         return RestrictedFeatures(self, dims)
 
-    def point_of_rows(self, x: Float[Tensor, "n d"]) -> Int[Tensor, " n"] | None:
+    def point_of_rows(self, x: Points) -> Int[Tensor, " r"] | None:
         """Number of the point that each row is evaluated with, None if of its own."""
         return None
 
 
+class _MapAround(FeatureMap):
+    """A map around another: what it does to inputs, and to what comes out."""
+
+    def __init__(self, base: FeatureMap) -> None:
+        self.base = base
+        self.num_features = base.num_features
+        self.exact = base.exact
+
+    def _inputs(self, x: Tensor) -> Tensor:
+        return x
+
+    def _outputs(self, found: Tensor) -> Tensor:
+        return found
+
+    def features(self, x: Points) -> Features:
+        return self._outputs(self.base.features(self._inputs(x)))
+
+    def forward(self, x: Points, w: Weights) -> Values:
+        return self._outputs(self.base.forward(self._inputs(x), w))
+
+    def adjoint(self, x: Points, v: Values) -> Weights:
+        return self._outputs(self.base.adjoint(self._inputs(x), v))
+
+    def point_of_rows(self, x: Points) -> Tensor | None:
+        return self.base.point_of_rows(self._inputs(x))
+
+
 @register_stored_class
-class ScaledFeatures(FeatureMap):
+class ScaledFeatures(_MapAround):
     """sqrt(v) phi(x): v k(x, x').
 
     Args:
@@ -96,48 +125,24 @@ class ScaledFeatures(FeatureMap):
     """
 
     def __init__(self, base: FeatureMap, variance: float) -> None:
-        self.base = base
+        super().__init__(base)
         self.variance = float(variance)
-        self.num_features = base.num_features
-        self.exact = base.exact
 
-    def features(self, x: Float[Tensor, "n d"]) -> Float[Tensor, "r M"]:
-        """The scaled features."""
-        return self.base.features(x) * math.sqrt(self.variance)
+    def _outputs(self, found: Tensor) -> Tensor:
+        return found * math.sqrt(self.variance)
 
-    def forward(
-        self, x: Float[Tensor, "n d"], w: Float[Tensor, "M s"]
-    ) -> Float[Tensor, "r s"]:
-        """sqrt(v) phi(x) w."""
-        return self.base.forward(x, w) * math.sqrt(self.variance)
-
-    def adjoint(
-        self, x: Float[Tensor, "n d"], v: Float[Tensor, "r s"]
-    ) -> Float[Tensor, "M s"]:
-        """sqrt(v) phi(x)^T v."""
-        return self.base.adjoint(x, v) * math.sqrt(self.variance)
-
-    def each(
-        self, x: Float[Tensor, "g q d"], weights: Float[Tensor, "g M"]
-    ) -> Float[Tensor, "g q"]:
-        """sqrt(v) phi(x_i) w_i."""
+    def each(self, x: Tensor, weights: Tensor) -> Tensor:
         return self.base.each(x, weights) * self.variance**0.5
 
     def scaled(self, variance: float) -> FeatureMap:
-        """One factor for both."""
         return ScaledFeatures(self.base, variance * self.variance)
 
-    def restricted(self, dims: Int[Tensor, " k"]) -> FeatureMap:
-        """The restricted map, scaled."""
+    def restricted(self, dims: Tensor) -> FeatureMap:
         return ScaledFeatures(self.base.restricted(dims), self.variance)
-
-    def point_of_rows(self, x: Float[Tensor, "n d"]) -> Int[Tensor, " n"] | None:
-        """As without the factor."""
-        return self.base.point_of_rows(x)
 
 
 @register_stored_class
-class RestrictedFeatures(FeatureMap):
+class RestrictedFeatures(_MapAround):
     """phi(x[:, dims]): a map that sees some of the columns.
 
     Args:
@@ -146,40 +151,17 @@ class RestrictedFeatures(FeatureMap):
     """
 
     def __init__(self, base: FeatureMap, dims: Int[Tensor, " k"]) -> None:
-        self.base = base
+        super().__init__(base)
         self.dims = dims
-        self.num_features = base.num_features
-        self.exact = base.exact
 
-    def features(self, x: Float[Tensor, "n d"]) -> Float[Tensor, "r M"]:
-        """The features of the selected columns."""
-        return self.base.features(x.index_select(1, self.dims))
+    def _inputs(self, x: Tensor) -> Tensor:
+        return x.index_select(1, self.dims)
 
-    def forward(
-        self, x: Float[Tensor, "n d"], w: Float[Tensor, "M s"]
-    ) -> Float[Tensor, "r s"]:
-        """phi(x[:, dims]) w."""
-        return self.base.forward(x.index_select(1, self.dims), w)
-
-    def adjoint(
-        self, x: Float[Tensor, "n d"], v: Float[Tensor, "r s"]
-    ) -> Float[Tensor, "M s"]:
-        """phi(x[:, dims])^T v."""
-        return self.base.adjoint(x.index_select(1, self.dims), v)
-
-    def each(
-        self, x: Float[Tensor, "g q d"], weights: Float[Tensor, "g M"]
-    ) -> Float[Tensor, "g q"]:
-        """phi(x_i[:, dims]) w_i."""
+    def each(self, x: Tensor, weights: Tensor) -> Tensor:
         return self.base.each(x[..., self.dims], weights)
 
-    def restricted(self, dims: Int[Tensor, " k"]) -> FeatureMap:
-        """One selection for both."""
+    def restricted(self, dims: Tensor) -> FeatureMap:
         return RestrictedFeatures(self.base, dims[self.dims])
-
-    def point_of_rows(self, x: Float[Tensor, "n d"]) -> Int[Tensor, " n"] | None:
-        """As of the selected columns."""
-        return self.base.point_of_rows(x.index_select(1, self.dims))
 
 
 class CastFeatures(FeatureMap):
@@ -199,18 +181,11 @@ class CastFeatures(FeatureMap):
         self.num_features = base.num_features
         self.exact = base.exact
 
-    def features(self, x: Float[Tensor, "n d"]) -> Float[Tensor, "r M"]:
-        """The features, widened."""
+    def features(self, x: Points) -> Features:
         return self.base.features(x.to(self.dtype)).to(x.dtype)
 
-    def forward(
-        self, x: Float[Tensor, "n d"], w: Float[Tensor, "M s"]
-    ) -> Float[Tensor, "r s"]:
-        """phi(x) w, with w rounded."""
+    def forward(self, x: Points, w: Weights) -> Values:
         return self.base.forward(x.to(self.dtype), w.to(self.dtype)).to(x.dtype)
 
-    def adjoint(
-        self, x: Float[Tensor, "n d"], v: Float[Tensor, "r s"]
-    ) -> Float[Tensor, "M s"]:
-        """phi(x)^T v, with v rounded."""
+    def adjoint(self, x: Points, v: Values) -> Weights:
         return self.base.adjoint(x.to(self.dtype), v.to(self.dtype)).to(x.dtype)

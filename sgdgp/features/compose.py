@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 
 import torch
-from jaxtyping import Float, Int
 from torch import Tensor
 
 from sgdgp.core.codec import register_stored_class
@@ -20,7 +19,15 @@ from sgdgp.core.slices import (
     tile_size,
     tracks_gradient,
 )
-from sgdgp.features.base import FeatureMap, RestrictedFeatures, ScaledFeatures
+from sgdgp.features.base import (
+    FeatureMap,
+    Features,
+    Points,
+    RestrictedFeatures,
+    ScaledFeatures,
+    Values,
+    Weights,
+)
 from sgdgp.features.finite import ConstantFeatures
 from sgdgp.features.fourier import FourierFeatures
 from sgdgp.features.tasks import IndexFeatures, TaskFeatures
@@ -44,14 +51,10 @@ class SumFeatures(FeatureMap):
         self.num_features = sum(self.sizes)
         self.exact = all(part.exact for part in self.parts)
 
-    def features(self, x: Float[Tensor, "n d"]) -> Float[Tensor, "r M"]:
-        """The features of all parts side by side."""
+    def features(self, x: Points) -> Features:
         return torch.cat([part.features(x) for part in self.parts], 1)
 
-    def forward(
-        self, x: Float[Tensor, "n d"], w: Float[Tensor, "M s"]
-    ) -> Float[Tensor, "r s"]:
-        """The sum of phi_i(x) w_i over the parts."""
+    def forward(self, x: Points, w: Weights) -> Values:
         check_product("w", w, self.num_features)
         first, *rest = (
             part.forward(x, block)
@@ -59,28 +62,20 @@ class SumFeatures(FeatureMap):
         )
         return sum(rest, start=first)
 
-    def adjoint(
-        self, x: Float[Tensor, "n d"], v: Float[Tensor, "r s"]
-    ) -> Float[Tensor, "M s"]:
-        """phi_i(x)^T v of all parts, one below the other."""
+    def adjoint(self, x: Points, v: Values) -> Weights:
         return torch.cat([part.adjoint(x, v) for part in self.parts])
 
-    def each(
-        self, x: Float[Tensor, "g q d"], weights: Float[Tensor, "g M"]
-    ) -> Float[Tensor, "g q"]:
-        """The sum of the parts' values."""
+    def each(self, x: Tensor, weights: Tensor) -> Tensor:
         first, *rest = (
             part.each(x, rows)
             for part, rows in zip(self.parts, weights.split(self.sizes, 1), strict=True)
         )
         return sum(rest, start=first)
 
-    def restricted(self, dims: Int[Tensor, " k"]) -> FeatureMap:
-        """The sum of the restricted parts."""
+    def restricted(self, dims: Tensor) -> FeatureMap:
         return SumFeatures([part.restricted(dims) for part in self.parts])
 
-    def point_of_rows(self, x: Float[Tensor, "n d"]) -> Int[Tensor, " n"] | None:
-        """As of the first part that evaluates rows together."""
+    def point_of_rows(self, x: Points) -> Tensor | None:
         return _first_point_of_rows(self.parts, x)
 
 
@@ -103,15 +98,11 @@ class TensorFeatures(FeatureMap):
         self.num_features = small.num_features * large.num_features
         self.exact = small.exact and large.exact
 
-    def features(self, x: Float[Tensor, "n d"]) -> Float[Tensor, "n M"]:
-        """All products of features."""
+    def features(self, x: Points) -> Features:
         large, small = self.large.features(x), self.small.features(x)
         return (large[:, :, None] * small[:, None, :]).flatten(1)
 
-    def forward(
-        self, x: Float[Tensor, "n d"], w: Float[Tensor, "M s"]
-    ) -> Float[Tensor, "n s"]:
-        """phi(x) w by chunks of rows."""
+    def forward(self, x: Points, w: Weights) -> Values:
         check_product("w", w, self.num_features)
         columns = w.shape[1]
         w = w.reshape(self.large.num_features, -1)
@@ -124,10 +115,7 @@ class TensorFeatures(FeatureMap):
             out.append(torch.bmm(factors[:, None, :], inner)[:, 0, :])
         return torch.cat(out) if out else x.new_zeros(0, columns)
 
-    def adjoint(
-        self, x: Float[Tensor, "n d"], v: Float[Tensor, "n s"]
-    ) -> Float[Tensor, "M s"]:
-        """phi(x)^T v by chunks of rows."""
+    def adjoint(self, x: Points, v: Values) -> Weights:
         check_product("v", v, x.shape[0])
         width = self.small.num_features * v.shape[1]
         out = x.new_zeros(self.large.num_features, width)
@@ -138,12 +126,10 @@ class TensorFeatures(FeatureMap):
             out = out + block if tracks_gradient(out, block) else out.add_(block)
         return out.reshape(self.num_features, v.shape[1])
 
-    def restricted(self, dims: Int[Tensor, " k"]) -> FeatureMap:
-        """The product of the restricted maps."""
+    def restricted(self, dims: Tensor) -> FeatureMap:
         return TensorFeatures(self.small.restricted(dims), self.large.restricted(dims))
 
-    def point_of_rows(self, x: Float[Tensor, "n d"]) -> Int[Tensor, " n"] | None:
-        """As of the first map that evaluates rows together."""
+    def point_of_rows(self, x: Points) -> Tensor | None:
         return _first_point_of_rows((self.large, self.small), x)
 
     @staticmethod

@@ -39,7 +39,7 @@ from torch import Tensor
 from sgdgp.core.codec import register_stored_class
 from sgdgp.core.errors import SgdgpError
 from sgdgp.core.slices import check_product, check_width, slices, tracks_gradient
-from sgdgp.features.base import FeatureMap
+from sgdgp.features.base import FeatureMap, Features, Points, Values, Weights
 
 _LARGEST_SUM = 2**24
 """Whole numbers up to here are exact in float32."""
@@ -272,17 +272,13 @@ class TanimotoFeatures(FeatureMap):
         self.num_features = int(num_features)
 
     @torch.no_grad()
-    def features(self, x: Float[Tensor, "n d"]) -> Float[Tensor, "n M"]:
-        """The features themselves, 1 or -1 over sqrt(M)."""
+    def features(self, x: Points) -> Features:
         out = x.new_empty(x.shape[0], self.num_features)
         for rows, columns, signs in self._blocks(x):
             out[rows, columns] = signs.to(x)
         return out.mul_(self.num_features**-0.5)
 
-    def forward(
-        self, x: Float[Tensor, "n d"], w: Float[Tensor, "M s"]
-    ) -> Float[Tensor, "n s"]:
-        """phi(x) w by chunks of rows and features."""
+    def forward(self, x: Points, w: Weights) -> Values:
         check_product("w", w, self.num_features)
         keep = tracks_gradient(w)
         out = x.new_zeros(x.shape[0], w.shape[1])
@@ -292,10 +288,7 @@ class TanimotoFeatures(FeatureMap):
             out = add(0, rows, block)
         return out * self.num_features**-0.5
 
-    def adjoint(
-        self, x: Float[Tensor, "n d"], v: Float[Tensor, "n s"]
-    ) -> Float[Tensor, "M s"]:
-        """phi(x)^T v by chunks of rows and features."""
+    def adjoint(self, x: Points, v: Values) -> Weights:
         check_product("v", v, x.shape[0])
         keep = tracks_gradient(v)
         out = x.new_zeros(self.num_features, v.shape[1])

@@ -17,7 +17,7 @@ from sgdgp.core.slices import (
     slices,
     tile_size,
 )
-from sgdgp.features.base import FeatureMap
+from sgdgp.features.base import FeatureMap, Features, Points, Values, Weights
 
 
 @register_stored_class
@@ -34,23 +34,16 @@ class LinearFeatures(FeatureMap):
         self.variance = variance
         self.num_features = variance.shape[0]
 
-    def features(self, x: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
-        """The scaled inputs."""
+    def features(self, x: Points) -> Features:
         check_width(x, self.num_features)
         return x * self.variance.sqrt()
 
-    def forward(
-        self, x: Float[Tensor, "n d"], w: Float[Tensor, "d s"]
-    ) -> Float[Tensor, "n s"]:
-        """phi(x) w, without a copy of x."""
+    def forward(self, x: Points, w: Weights) -> Values:
         check_width(x, self.num_features)
         check_product("w", w, self.num_features)
         return x @ (self.variance.sqrt()[:, None] * w)
 
-    def adjoint(
-        self, x: Float[Tensor, "n d"], v: Float[Tensor, "n s"]
-    ) -> Float[Tensor, "d s"]:
-        """phi(x)^T v, without a copy of x."""
+    def adjoint(self, x: Points, v: Values) -> Weights:
         check_width(x, self.num_features)
         check_product("v", v, x.shape[0])
         return self.variance.sqrt()[:, None] * (x.T @ v)
@@ -70,31 +63,23 @@ class ConstantFeatures(FeatureMap):
     def __init__(self, variance: float) -> None:
         self.variance = float(variance)
 
-    def features(self, x: Float[Tensor, "n d"]) -> Float[Tensor, "n 1"]:
-        """A column of constants, tied to x in the graph (its gradient is zero)."""
+    def features(self, x: Points) -> Features:
         column = x.new_full((x.shape[0], 1), math.sqrt(self.variance))
+        # Tied to x in the graph; its gradient is zero.
         return column + 0 * x[:, :1] if x.requires_grad else column
 
-    def forward(
-        self, x: Float[Tensor, "n d"], w: Float[Tensor, "1 s"]
-    ) -> Float[Tensor, "n s"]:
-        """The same row for every input."""
+    def forward(self, x: Points, w: Weights) -> Values:
         check_product("w", w, 1)
         return self.features(x) @ w
 
-    def adjoint(
-        self, x: Float[Tensor, "n d"], v: Float[Tensor, "n s"]
-    ) -> Float[Tensor, "1 s"]:
-        """Scaled column sums of v."""
+    def adjoint(self, x: Points, v: Values) -> Weights:
         check_product("v", v, x.shape[0])
         return self.features(x).T @ v
 
     def scaled(self, variance: float) -> FeatureMap:
-        """Another constant."""
         return ConstantFeatures(variance * self.variance)
 
-    def restricted(self, dims: Int[Tensor, " k"]) -> FeatureMap:
-        """The same: it sees no column."""
+    def restricted(self, dims: Tensor) -> FeatureMap:
         return self
 
 
@@ -127,8 +112,7 @@ class PolynomialFeatures(FeatureMap):
         self.dim = dim
         self.num_features = indices.shape[0]
 
-    def features(self, x: Float[Tensor, "n d"]) -> Float[Tensor, "n M"]:
-        """The monomials."""
+    def features(self, x: Points) -> Features:
         check_width(x, self.dim)
         constant = x.new_full((x.shape[0], 1), math.sqrt(self.offset))
         z = torch.cat([constant, x], 1)
@@ -138,10 +122,7 @@ class PolynomialFeatures(FeatureMap):
         # A power of zero does not touch x, yet its gradient is defined (zero).
         return out + 0 * x[:, :1] if x.requires_grad else out
 
-    def forward(
-        self, x: Float[Tensor, "n d"], w: Float[Tensor, "M s"]
-    ) -> Float[Tensor, "n s"]:
-        """phi(x) w by chunks of rows."""
+    def forward(self, x: Points, w: Weights) -> Values:
         check_product("w", w, self.num_features)
         parts = [
             recomputed(lambda a, b: self.features(a) @ b, x[rows], w)
@@ -149,10 +130,7 @@ class PolynomialFeatures(FeatureMap):
         ]
         return torch.cat(parts) if parts else x.new_zeros(0, w.shape[1])
 
-    def adjoint(
-        self, x: Float[Tensor, "n d"], v: Float[Tensor, "n s"]
-    ) -> Float[Tensor, "M s"]:
-        """phi(x)^T v by chunks of rows."""
+    def adjoint(self, x: Points, v: Values) -> Weights:
         check_product("v", v, x.shape[0])
         out = x.new_zeros(self.num_features, v.shape[1])
         for rows in self._rows(x):

@@ -24,7 +24,14 @@ from sgdgp.core.slices import (
     tile_shape,
     tracks_gradient,
 )
-from sgdgp.features.base import FEATURES_AT_ONCE, FeatureMap
+from sgdgp.features.base import (
+    FEATURES_AT_ONCE,
+    FeatureMap,
+    Features,
+    Points,
+    Values,
+    Weights,
+)
 
 _TILE_CPU = 2**17
 """Entries of a tile of ``each``: its buffers (0.5 MB each in float32) stay in the
@@ -79,16 +86,13 @@ class FourierFeatures(FeatureMap):
     def _columns(self, x: Tensor) -> Tensor:
         return x if self.dims is None else x.index_select(1, self.dims)
 
-    def features(self, x: Float[Tensor, "n d"]) -> Float[Tensor, "n M"]:
+    def features(self, x: Points) -> Features:
         """All sines, then all cosines: (n, 2 m)."""
         self._check(x)
         phase = self._columns(x) @ self.frequencies
         return torch.cat([phase.sin(), phase.cos()], 1) * self._amplitude
 
-    def forward(
-        self, x: Float[Tensor, "n d"], w: Float[Tensor, "M s"]
-    ) -> Float[Tensor, "n s"]:
-        """phi(x) w, tile by tile; features are recomputed for gradients."""
+    def forward(self, x: Points, w: Weights) -> Values:
         self._check(x)
         check_product("w", w, self.num_features)
         if tracks_gradient(x, w):
@@ -100,10 +104,7 @@ class FourierFeatures(FeatureMap):
             out[rows].addmm_(sin, w[:m][columns]).addmm_(cos, w[m:][columns])
         return out.mul_(self._amplitude)
 
-    def adjoint(
-        self, x: Float[Tensor, "n d"], v: Float[Tensor, "n s"]
-    ) -> Float[Tensor, "M s"]:
-        """phi(x)^T v, tile by tile; features are recomputed for gradients."""
+    def adjoint(self, x: Points, v: Values) -> Weights:
         self._check(x)
         check_product("v", v, x.shape[0])
         if tracks_gradient(x, v):
@@ -125,11 +126,9 @@ class FourierFeatures(FeatureMap):
         return _Waves.apply(self, x, weights, tracks_gradient(x))
 
     def scaled(self, variance: float) -> FeatureMap:
-        """The same frequencies with another variance."""
         return FourierFeatures(self.frequencies, variance * self.variance, self.dims)
 
-    def restricted(self, dims: Int[Tensor, " k"]) -> FeatureMap:
-        """The same frequencies for other columns."""
+    def restricted(self, dims: Tensor) -> FeatureMap:
         inner = dims if self.dims is None else dims[self.dims]
         return FourierFeatures(self.frequencies, self.variance, inner)
 

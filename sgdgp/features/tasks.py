@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sgdgp.core.codec import register_stored_class
 from sgdgp.core.slices import check_product, check_width, tracks_gradient
-from sgdgp.features.base import FeatureMap
+from sgdgp.features.base import FeatureMap, Features, Points, Values, Weights
 
 
 @register_stored_class
@@ -47,23 +47,17 @@ class IndexFeatures(FeatureMap):
             )
         return tasks
 
-    def features(self, x: Float[Tensor, "n 1"]) -> Float[Tensor, "n M"]:
-        """Rows of R, tied to x in the graph (their gradient is zero)."""
+    def features(self, x: Points) -> Features:
         rows = self.root[self.tasks(x)]
+        # Tied to x in the graph; their gradient is zero.
         return rows + 0 * x if x.requires_grad else rows
 
-    def forward(
-        self, x: Float[Tensor, "n 1"], w: Float[Tensor, "M s"]
-    ) -> Float[Tensor, "n s"]:
-        """Rows of R w."""
+    def forward(self, x: Points, w: Weights) -> Values:
         check_product("w", w, self.num_features)
         rows = (self.root @ w)[self.tasks(x)]
         return rows + 0 * x if x.requires_grad else rows
 
-    def adjoint(
-        self, x: Float[Tensor, "n 1"], v: Float[Tensor, "n s"]
-    ) -> Float[Tensor, "M s"]:
-        """R^T times the sums of v over each task's rows."""
+    def adjoint(self, x: Points, v: Values) -> Weights:
         check_product("v", v, x.shape[0])
         sums = v.new_zeros(len(self.root), v.shape[1])
         return self.root.T @ sums.index_add(0, self.tasks(x), v)
@@ -91,15 +85,11 @@ class TaskFeatures(FeatureMap):
         self.num_features = index.num_features * other.num_features
         self.exact = other.exact
 
-    def features(self, x: Float[Tensor, "n d"]) -> Float[Tensor, "n M"]:
-        """All products of features."""
+    def features(self, x: Points) -> Features:
         other, small = self.other.features(x), self.index.features(self._tasks_of(x))
         return (other[:, :, None] * small[:, None, :]).flatten(1)
 
-    def forward(
-        self, x: Float[Tensor, "n d"], w: Float[Tensor, "M s"]
-    ) -> Float[Tensor, "n s"]:
-        """phi(x) w, task by task."""
+    def forward(self, x: Points, w: Weights) -> Values:
         check_product("w", w, self.num_features)
         w = w.reshape(self.other.num_features, self.index.num_features, -1)
         found, order = [x.new_zeros(0, w.shape[2])], []
@@ -111,10 +101,7 @@ class TaskFeatures(FeatureMap):
             return found[0]
         return torch.cat(found)[torch.cat(order).argsort()]
 
-    def adjoint(
-        self, x: Float[Tensor, "n d"], v: Float[Tensor, "n s"]
-    ) -> Float[Tensor, "M s"]:
-        """phi(x)^T v, task by task."""
+    def adjoint(self, x: Points, v: Values) -> Weights:
         check_product("v", v, x.shape[0])
         shape = self.other.num_features, self.index.num_features, v.shape[1]
         out = x.new_zeros(shape)
@@ -123,8 +110,7 @@ class TaskFeatures(FeatureMap):
             out = out + own[:, None, :] * root[None, :, None]
         return out.flatten(0, 1)
 
-    def restricted(self, dims: Int[Tensor, " k"]) -> FeatureMap:
-        """The same table, with its column where the selection puts it."""
+    def restricted(self, dims: Tensor) -> FeatureMap:
         column = int(dims[self.column])
         return TaskFeatures(self.index, column, self.other.restricted(dims))
 
@@ -156,29 +142,21 @@ class PairFeatures(FeatureMap):
         self.num_features = base.num_features
         self.exact = base.exact
 
-    def features(self, x: Float[Tensor, "n d"]) -> Float[Tensor, "n M"]:
-        """The features of each pair."""
+    def features(self, x: Points) -> Features:
         points, rows = self._points(x)
         return self.base.features(points)[rows]
 
-    def forward(
-        self, x: Float[Tensor, "n d"], w: Float[Tensor, "M s"]
-    ) -> Float[Tensor, "n s"]:
-        """phi(x) w, one forward for each point."""
+    def forward(self, x: Points, w: Weights) -> Values:
         points, rows = self._points(x)
         return self.base.forward(points, w)[rows]
 
-    def adjoint(
-        self, x: Float[Tensor, "n d"], v: Float[Tensor, "n s"]
-    ) -> Float[Tensor, "M s"]:
-        """phi(x)^T v, one adjoint for each point."""
+    def adjoint(self, x: Points, v: Values) -> Weights:
         check_product("v", v, len(x))
         points, rows = self._points(x)
         whole = v.new_zeros(len(points) * self.outputs, v.shape[1])
         return self.base.adjoint(points, whole.index_add(0, rows, v))
 
-    def point_of_rows(self, x: Float[Tensor, "n d"]) -> Int[Tensor, " n"] | None:
-        """Rows of one input that follow one another share it."""
+    def point_of_rows(self, x: Points) -> Tensor | None:
         return _numbers(x)
 
     def _points(self, x: Tensor) -> tuple[Tensor, Tensor]:
