@@ -13,12 +13,7 @@ from torch import Tensor
 
 from sgdgp.core.codec import register_stored_class
 from sgdgp.core.errors import SgdgpError
-from sgdgp.core.slices import (
-    check_product,
-    slices,
-    tile_size,
-    tracks_gradient,
-)
+from sgdgp.core.slices import check_product, slices, tile_size, tracks_gradient
 from sgdgp.features.base import (
     FeatureMap,
     Features,

@@ -226,9 +226,7 @@ def _codes(bins: Tensor, counts: Tensor) -> Tensor:
     return both.unique(return_inverse=True)[1]
 
 
-def distinct(
-    codes: Int[Tensor, " k"],
-) -> tuple[Int[Tensor, " p"], Int[Tensor, " k"]]:
+def distinct(codes: Int[Tensor, " k"]) -> tuple[Int[Tensor, " p"], Int[Tensor, " k"]]:
     """One entry of each code, and for every entry the number of its code there.
 
     Args:

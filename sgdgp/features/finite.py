@@ -10,13 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sgdgp.core.codec import register_stored_class
-from sgdgp.core.slices import (
-    check_product,
-    check_width,
-    recomputed,
-    slices,
-    tile_size,
-)
+from sgdgp.core.slices import check_product, check_width, recomputed, slices, tile_size
 from sgdgp.features.base import FeatureMap, Features, Points, Values, Weights
 
 

@@ -408,10 +408,7 @@ class KernelLinearOperator(LinearOperator):
     """
 
     def __init__(
-        self,
-        operator: KernelOperator | Tensor,
-        *,
-        source: KernelOperator | None = None,
+        self, operator: KernelOperator | Tensor, *, source: KernelOperator | None = None
     ) -> None:
         # linear_operator takes operators apart into tensors and puts them together
         # as cls(*tensors, **kwargs): there the inputs stand for the operator, which

@@ -43,10 +43,7 @@ _OPERATORS: dict[str, type[KernelOperator]] = {
 
 
 def choose_operator(
-    kernel: Kernel,
-    x: Float[Tensor, "n d"],
-    *,
-    memory_budget: int | None = None,
+    kernel: Kernel, x: Float[Tensor, "n d"], *, memory_budget: int | None = None
 ) -> KernelOperator:
     """The operator for K(X, X) that suits its size and the memory there is.
 

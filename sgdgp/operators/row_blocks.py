@@ -9,12 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sgdgp.core.slices import slices
-from sgdgp.operators.arguments import (
-    index_length,
-    piece,
-    points_behind,
-    take,
-)
+from sgdgp.operators.arguments import index_length, piece, points_behind, take
 from sgdgp.operators.base import KernelOperator, RowIndex
 from sgdgp.operators.evaluation import evaluated, with_fixed_grids
 

@@ -9,17 +9,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sgdgp.core.slices import slices
-from sgdgp.kernels.registry import (
-    FactoredTile,
-    Forms,
-    differentiable_tile,
-    tile_kernel,
-)
-from sgdgp.operators.arguments import (
-    index_length,
-    piece,
-    take,
-)
+from sgdgp.kernels.registry import FactoredTile, Forms, differentiable_tile, tile_kernel
+from sgdgp.operators.arguments import index_length, piece, take
 from sgdgp.operators.base import KernelOperator, RowIndex
 from sgdgp.operators.gradients import form_by_tiles
 
