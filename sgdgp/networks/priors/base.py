@@ -22,12 +22,14 @@ from __future__ import annotations
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import TypeAlias
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from sgdgp.core.slices import check_product
 from sgdgp.tangent import NORMS, Tangent
 
 Probes: TypeAlias = Callable[[int], Iterator[Tensor]]
@@ -37,13 +39,14 @@ Grouping: TypeAlias = str | Callable[[str], str]
 """Which weights share a precision: "all", "tensors", "layers", or name -> label."""
 
 
+@dataclass(eq=False, repr=False)
 class WeightPrior(ABC):
     """N(0, R R^T) over the weights, R = R_1 with group g scaled by alpha_g^-1/2.
 
     A subclass has the product with R and its transpose (``_apply``), and keeps the
     arguments of its constructor as attributes of their names.
 
-    Args:
+    Attributes:
         num_weights: D.
         precisions: alpha (G,), positive.
         groups: Slices that partition 0..D in order. Default: one.
@@ -54,19 +57,15 @@ class WeightPrior(ABC):
         ValueError: The slices are no partition, or the precisions do not fit them.
     """
 
-    def __init__(
-        self,
-        num_weights: int,
-        precisions: Float[Tensor, " G"],
-        groups: Sequence[slice] | None = None,
-        group_of: Sequence[int] | None = None,
-    ) -> None:
-        self.num_weights = num_weights
-        self.groups = (slice(0, num_weights),) if groups is None else tuple(groups)
-        self.group_of = (
-            tuple(range(len(self.groups))) if group_of is None else tuple(group_of)
-        )
-        _check_partition(self.groups, num_weights)
+    num_weights: int
+    precisions: Float[Tensor, " G"]
+    groups: Sequence[slice] = ()
+    group_of: Sequence[int] = ()
+
+    def __post_init__(self) -> None:
+        self.groups = tuple(self.groups or (slice(0, self.num_weights),))
+        self.group_of = tuple(self.group_of or range(len(self.groups)))
+        _check_partition(self.groups, self.num_weights)
         if len(self.group_of) != len(self.groups) or sorted(set(self.group_of)) != list(
             range(self.num_groups)
         ):
@@ -74,7 +73,7 @@ class WeightPrior(ABC):
                 f"group_of: expected the numbers 0..G-1 for {len(self.groups)} slices, "
                 f"found {self.group_of}"
             )
-        self._set_precisions(precisions)
+        self._set_precisions(self.precisions)
 
     @property
     def num_groups(self) -> int:
@@ -160,10 +159,7 @@ class WeightPrior(ABC):
             self._factor = self._factor[index.to(precisions.device)]
 
     def _rows(self, w: Tensor) -> Tensor:
-        if w.shape[0] != self.num_weights:
-            raise ValueError(
-                f"weights: expected {self.num_weights} rows, found {tuple(w.shape)}"
-            )
+        check_product("weights", w, self.num_weights)
         return w.mT
 
 

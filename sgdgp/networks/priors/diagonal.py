@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Float
@@ -25,28 +24,15 @@ from sgdgp.tangent import Tangent
 
 
 @register_stored_class
+@dataclass(eq=False, repr=False)
 class DiagonalPrior(WeightPrior):
     """R = diag(scales) alpha^-1/2.
 
-    Args:
-        num_weights: D.
-        precisions: alpha (G,).
-        groups: See ``WeightPrior``.
-        group_of: See ``WeightPrior``.
+    Attributes:
         scales: Standard deviations at precision one (D,). Default: one each.
     """
 
-    def __init__(
-        self,
-        num_weights: int,
-        precisions: Float[Tensor, " G"],
-        groups: Sequence[slice] | None = None,
-        group_of: Sequence[int] | None = None,
-        *,
-        scales: Float[Tensor, " D"] | None = None,
-    ) -> None:
-        self.scales = scales
-        super().__init__(num_weights, precisions, groups, group_of)
+    scales: Float[Tensor, " D"] | None = field(default=None, kw_only=True)
 
     def _set_precisions(self, precisions: Tensor) -> None:
         super()._set_precisions(precisions)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate, pairwise, starmap
 from typing import TypeAlias
 
 import torch
@@ -59,41 +60,32 @@ class MatrixRoot:
 
 
 @register_stored_class
+@dataclass(eq=False, repr=False)
 class KroneckerPrior(WeightPrior):
     """Each parameter tensor has a root of its own; R is block-diagonal.
 
-    Args:
-        num_weights: D.
-        precisions: alpha (G,).
-        groups: See ``WeightPrior``; parameter tensors are never split between groups.
-        group_of: See ``WeightPrior``.
+    Parameter tensors are never split between groups.
+
+    Attributes:
         blocks: For each parameter tensor, in order, its standard deviations (m,) or
             the root over its matrix.
     """
 
-    def __init__(
-        self,
-        num_weights: int,
-        precisions: Float[Tensor, " G"],
-        groups: Sequence[slice] | None = None,
-        group_of: Sequence[int] | None = None,
-        *,
-        blocks: Sequence[Tensor | MatrixRoot],
-    ) -> None:
-        super().__init__(num_weights, precisions, groups, group_of)
-        self.blocks = tuple(blocks)
+    blocks: Sequence[Tensor | MatrixRoot] = field(kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.blocks = tuple(self.blocks)
         sizes = [
             b.shape[0] if isinstance(b, Tensor) else b.left.shape[0] * b.right.shape[0]
             for b in self.blocks
         ]
-        if sum(sizes) != num_weights:
+        if sum(sizes) != self.num_weights:
             raise ValueError(
-                f"blocks: expected {num_weights} weights in all, found {sum(sizes)}"
+                f"blocks: expected {self.num_weights} weights in all, found "
+                f"{sum(sizes)}"
             )
-        stops = torch.tensor(sizes).cumsum(0).tolist()
-        self._slices = [
-            slice(stop - n, stop) for n, stop in zip(sizes, stops, strict=True)
-        ]
+        self._slices = list(starmap(slice, pairwise(accumulate(sizes, initial=0))))
 
     def _apply(self, rows: Tensor, adjoint: bool) -> Tensor:
         found = torch.empty_like(rows, memory_format=torch.contiguous_format)
