@@ -13,13 +13,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from sgdgp.core.checks import check_finite
+from sgdgp.core.slices import slices
 from sgdgp.metrics import interval_coverage, reliability_of, rmse
 from sgdgp.networks.likelihoods import Categorical, Gaussian, Likelihood
 from sgdgp.networks.predictive import (
@@ -205,15 +206,9 @@ class HeldOut:
         """Consecutive examples, few enough to compute on at once."""
         samples = 1 if self.fluctuations is None else self.fluctuations.shape[2]
         size = max(1, _CHUNK // (self.outputs.shape[1] * samples))
-        for start in range(0, len(self.outputs), size):
-            rows = slice(start, start + size)
-            g = self.fluctuations
-            yield HeldOut(
-                self.outputs[rows],
-                self.y[rows],
-                self.variance[rows],
-                None if g is None else g[rows],
-            )
+        for rows in slices(len(self.outputs), size):
+            g = None if self.fluctuations is None else self.fluctuations[rows]
+            yield HeldOut(self.outputs[rows], self.y[rows], self.variance[rows], g)
 
 
 @torch.no_grad()
@@ -252,38 +247,39 @@ def compare(
             that are not finite, shapes that differ, or a link that is unknown or
             needs the fluctuations.
     """
-    held_out = _checked(likelihood, outputs, y, fluctuations, variance, link)
+    likelihood.check_targets(y, outputs.shape[1])
+    n = len(outputs)
+    if n < 2 or len(y) != n:
+        raise ValueError(
+            f"y: expected a target for each of at least two held-out examples, found "
+            f"{len(y)} targets and {n} outputs"
+        )
+    check_link(link)
+    if fluctuations is None and (link == "monte_carlo" or variance is None):
+        raise ValueError("fluctuations: they are needed here, found None")
+    if variance is None:
+        assert fluctuations is not None
+        variance = variance_of(fluctuations)
+    check_finite("outputs", outputs)
+    check_finite("variance", variance)
+    if variance.shape != outputs.shape:
+        raise ValueError(
+            f"variance: expected the shape of outputs, {tuple(outputs.shape)}, found "
+            f"{tuple(variance.shape)}"
+        )
+    if bool((variance < 0).any()):
+        raise ValueError("variance: expected no negative value")
+    y = y.to(outputs.device)
+    held_out = HeldOut(outputs.detach(), y, variance.detach(), fluctuations)
     if isinstance(likelihood, Gaussian):
         return _compare_targets(likelihood, held_out)
-    if not isinstance(likelihood, Categorical):
-        raise TypeError(
-            f"likelihood: expected Categorical or Gaussian, found "
-            f"{type(likelihood).__name__}"
-        )
-    generator = generator or torch.Generator().manual_seed(0)
-    seed = int(
-        torch.randint(2**62, (), generator=generator, device=generator.device).item()
+    if isinstance(likelihood, Categorical):
+        generator = generator or torch.Generator().manual_seed(0)
+        return _compare_classes(likelihood, held_out, link, generator)
+    raise TypeError(
+        f"likelihood: expected Categorical or Gaussian, found "
+        f"{type(likelihood).__name__}"
     )
-
-    def entry(scale: float, temperature: float = 1.0) -> Entry:
-        return _class_entry(likelihood, held_out, link, scale, temperature, seed)
-
-    def loss(scale: float) -> float:
-        total = 0.0
-        for part in held_out.parts():
-            log_p = _log_probabilities(part, link, scale)
-            total -= float(log_p.gather(1, _column(part.y)).double().sum())
-        return total / len(outputs)
-
-    scale = best_scale(loss)
-    temperature = best_temperature(held_out.outputs, held_out.y)
-    entries = {
-        NETWORK: entry(0.0),
-        "network with temperature": entry(0.0, temperature),
-        EVIDENCE: entry(1.0),
-        CALIBRATED: entry(scale),
-    }
-    return conclude(entries, scale, temperature)
 
 
 def best_scale(loss: Callable[[float], float]) -> float:
@@ -358,45 +354,62 @@ def _log_probabilities(part: HeldOut, link: Link, scale: float) -> Tensor:
     return log_monte_carlo(part.outputs, math.sqrt(scale) * part.fluctuations)
 
 
-def _class_entry(
-    likelihood: Categorical,
-    held_out: HeldOut,
-    link: Link,
-    scale: float,
-    temperature: float,
-    seed: int,
-) -> Entry:
-    rows: list[tuple[Tensor, ...]] = []
-    targets = []
-    for whole in held_out.parts():
-        part = HeldOut(
-            whole.outputs / temperature, whole.y, whole.variance, whole.fluctuations
-        )
-        log_p = _log_probabilities(part, link, scale)
-        p = log_p.exp()
-        confidence, predicted = p.max(1)
-        of_target = log_p.gather(1, _column(part.y)).squeeze(1).double()
-        brier = p.double().square().sum(1) - 2 * of_target.exp() + 1
-        rows.append((-of_target, confidence, predicted == part.y, brier))
-        if scale == 0:
-            targets.append(of_target.unsqueeze(1))
-        elif part.fluctuations is not None:
-            logits = part.outputs.unsqueeze(-1) + math.sqrt(scale) * part.fluctuations
-            targets.append(likelihood.log_prob(logits, part.y))
-    nll, confidence, correct, brier = (torch.cat(c) for c in zip(*rows, strict=True))
-    joint = math.nan
-    if targets:
-        # Every entry meets the same pairs: differences are not those of the draw.
-        pairs = torch.Generator().manual_seed(seed)
-        joint = dyadic_joint_log_prob(torch.cat(targets), pairs)
-    scores = {
-        "nll": float(nll.mean()),
-        "ece": reliability_of(confidence, correct).error,
-        "brier": float(brier.mean()),
-        "accuracy": float(correct.double().mean()),
-        "joint": joint,
+def _compare_classes(
+    likelihood: Categorical, held_out: HeldOut, link: Link, generator: torch.Generator
+) -> Comparison:
+    """Compare for classification: a temperature against the posterior's variance."""
+    seed = int(
+        torch.randint(2**62, (), generator=generator, device=generator.device).item()
+    )
+
+    def entry(scale: float, temperature: float = 1.0) -> Entry:
+        rows: list[tuple[Tensor, ...]] = []
+        targets = []
+        for whole in held_out.parts():
+            part = replace(whole, outputs=whole.outputs / temperature)
+            log_p = _log_probabilities(part, link, scale)
+            p = log_p.exp()
+            confidence, predicted = p.max(1)
+            of_target = log_p.gather(1, _column(part.y)).squeeze(1).double()
+            brier = p.double().square().sum(1) - 2 * of_target.exp() + 1
+            rows.append((-of_target, confidence, predicted == part.y, brier))
+            if scale == 0:
+                targets.append(of_target.unsqueeze(1))
+            elif part.fluctuations is not None:
+                added = math.sqrt(scale) * part.fluctuations
+                logits = part.outputs.unsqueeze(-1) + added
+                targets.append(likelihood.log_prob(logits, part.y))
+        nll, confidence, correct, brier = map(torch.cat, zip(*rows, strict=True))
+        joint = math.nan
+        if targets:
+            # Every entry meets the same pairs: differences are not those of the draw.
+            pairs = torch.Generator().manual_seed(seed)
+            joint = dyadic_joint_log_prob(torch.cat(targets), pairs)
+        scores = {
+            "nll": float(nll.mean()),
+            "ece": reliability_of(confidence, correct).error,
+            "brier": float(brier.mean()),
+            "accuracy": float(correct.double().mean()),
+            "joint": joint,
+        }
+        return Entry(nll, scores)
+
+    def loss(scale: float) -> float:
+        total = 0.0
+        for part in held_out.parts():
+            log_p = _log_probabilities(part, link, scale)
+            total -= float(log_p.gather(1, _column(part.y)).double().sum())
+        return total / len(held_out.outputs)
+
+    scale = best_scale(loss)
+    temperature = best_temperature(held_out.outputs, held_out.y)
+    entries = {
+        NETWORK: entry(0.0),
+        "network with temperature": entry(0.0, temperature),
+        EVIDENCE: entry(1.0),
+        CALIBRATED: entry(scale),
     }
-    return Entry(nll, scores)
+    return conclude(entries, scale, temperature)
 
 
 def _compare_targets(likelihood: Gaussian, held_out: HeldOut) -> Comparison:
@@ -437,38 +450,3 @@ def _compare_targets(likelihood: Gaussian, held_out: HeldOut) -> Comparison:
 
 def _column(y: Tensor) -> Tensor:
     return y.long().unsqueeze(1)
-
-
-def _checked(
-    likelihood: Likelihood,
-    outputs: Tensor,
-    y: Tensor,
-    fluctuations: Tensor | None,
-    variance: Tensor | None,
-    link: str,
-) -> HeldOut:
-    """Refuse what cannot be compared."""
-    likelihood.check_targets(y, outputs.shape[1])
-    n = len(outputs)
-    if n < 2 or len(y) != n:
-        raise ValueError(
-            f"y: expected a target for each of at least two held-out examples, found "
-            f"{len(y)} targets and {n} outputs"
-        )
-    check_link(link)
-    if fluctuations is None and (link == "monte_carlo" or variance is None):
-        raise ValueError("fluctuations: they are needed here, found None")
-    if variance is None:
-        assert fluctuations is not None
-        variance = variance_of(fluctuations)
-    check_finite("outputs", outputs)
-    check_finite("variance", variance)
-    if variance.shape != outputs.shape:
-        raise ValueError(
-            f"variance: expected the shape of outputs, {tuple(outputs.shape)}, found "
-            f"{tuple(variance.shape)}"
-        )
-    if bool((variance < 0).any()):
-        raise ValueError("variance: expected no negative value")
-    y = y.to(outputs.device)
-    return HeldOut(outputs.detach(), y, variance.detach(), fluctuations)

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from sgdgp.core.checks import check_count
@@ -29,6 +29,7 @@ from sgdgp.networks.weight_solvers import WeightSolution, WeightSolver
 from sgdgp.operators import FeatureOperator
 from sgdgp.solvers.base import Progress, Reason, Solver
 from sgdgp.solvers.sdd import SDD
+from sgdgp.tangent import TangentBatch
 
 _FIRST = 0.1
 """The dual's first tolerance over that of the weights: its errors come out larger."""
@@ -85,46 +86,43 @@ class WhitenedFeatures(FeatureMap):
     def features(self, x: Float[Tensor, "n 1"]) -> Float[Tensor, "nC D"]:
         """The features of each example by one adjoint with C columns."""
         unit = torch.eye(self.num_outputs, dtype=x.dtype, device=x.device)
-        found = [self._adjoint(index, unit).mT for index in _numbers(x).split(1)]
+        found = [self.adjoint(example, unit).mT for example in x.split(1) if len(x)]
         return torch.cat(found) if found else x.new_empty(0, self.num_features)
 
     def forward(
         self, x: Float[Tensor, "n 1"], w: Float[Tensor, "D k"]
     ) -> Float[Tensor, "nC k"]:
         """Products phi w = L^T J R w, batch by batch."""
-        system = self.system
+        likelihood = self.system.likelihood
         out = w.new_empty(len(x) * self.num_outputs, w.shape[1])
-        changes = system.prior.root(w)
-        for numbers, rows in self._batches(x):
-            at = system.data.tangent.at(system.data.stream.take(numbers).x)
-            images = at.jvp(changes)
-            outputs = system.outputs[numbers]
-            out[rows] = system.likelihood.hessian_root_transpose(
-                outputs, images
-            ).flatten(0, 1)
+        changes = self.system.prior.root(w)
+        for at, outputs, rows in self._batches(x):
+            images = likelihood.hessian_root_transpose(outputs, at.jvp(changes))
+            out[rows] = images.flatten(0, 1)
         return out
 
     def adjoint(
         self, x: Float[Tensor, "n 1"], v: Float[Tensor, "nC k"]
     ) -> Float[Tensor, "D k"]:
         """Products phi^T v = R^T J^T L v, batch by batch."""
+        system = self.system
         out = v.new_zeros(v.shape[1], self.num_features).mT
-        for numbers, rows in self._batches(x):
-            out.add_(self._adjoint(numbers, v[rows]))
+        for at, outputs, rows in self._batches(x):
+            u = v[rows].unflatten(0, outputs.shape)
+            pulled = at.vjp(system.likelihood.hessian_root(outputs, u))
+            out.add_(system.prior.root_adjoint(pulled))
         return out
 
-    def _adjoint(self, numbers: Tensor, v: Tensor) -> Float[Tensor, "D k"]:
-        system = self.system
-        at = system.data.tangent.at(system.data.stream.take(numbers).x)
-        v = v.unflatten(0, (len(numbers), self.num_outputs))
-        pulled = at.vjp(system.likelihood.hessian_root(system.outputs[numbers], v))
-        return system.prior.root_adjoint(pulled)
-
-    def _batches(self, x: Tensor) -> Iterator[tuple[Tensor, slice]]:
-        """Numbers of a batch of examples, and their rows."""
-        numbers, outputs = _numbers(x), self.num_outputs
+    def _batches(
+        self, x: Float[Tensor, "n 1"]
+    ) -> Iterator[tuple[TangentBatch, Float[Tensor, "b C"], slice]]:
+        """Some examples' Jacobian, outputs, and rows."""
+        system, outputs = self.system, self.num_outputs
         for batch in slices(len(x), self.batch_size):
-            yield numbers[batch], slice(batch.start * outputs, batch.stop * outputs)
+            numbers = x[batch, 0].round().long()
+            at = system.data.tangent.at(system.data.stream.take(numbers).x)
+            rows = slice(batch.start * outputs, batch.stop * outputs)
+            yield at, system.outputs[numbers], rows
 
 
 @dataclass(frozen=True)
@@ -206,7 +204,3 @@ class Dual(WeightSolver):
             return "converged"
         # A round takes four passes but for the dual's own.
         return "budget" if found.passes + 4.0 >= self.max_passes else None
-
-
-def _numbers(x: Float[Tensor, "n 1"]) -> Int[Tensor, " n"]:
-    return x[:, 0].round().long()

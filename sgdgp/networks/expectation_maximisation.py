@@ -111,6 +111,7 @@ class EMStep:
 
 
 @register_stored_class
+@dataclass(eq=False)
 class PrecisionUpdate:
     """The fixed point of alpha -> gamma / |w|^2, by secants in log alpha.
 
@@ -125,16 +126,13 @@ class PrecisionUpdate:
     A group the data say next to nothing about has its fixed point at infinity. Its
     precision stops where it no longer matters.
 
-    Args:
+    Attributes:
         steps: Last s (G,), from an earlier run.
         moves: Last m (G,), likewise.
     """
 
-    def __init__(
-        self, steps: Tensor | None = None, moves: Tensor | None = None
-    ) -> None:
-        self.steps = steps
-        self.moves = moves
+    steps: Tensor | None = None
+    moves: Tensor | None = None
 
     def __call__(
         self,

@@ -81,13 +81,9 @@ block recurrence k^2 D."""
 class Schedule:
     """How much is done.
 
+    Attributes other than these are arguments of ``LinearisedNetwork.fit``.
+
     Attributes:
-        num_samples: Samples that learn the precisions.
-        final_samples: Samples of the posterior.
-        steps: Most steps of expectation maximisation; 0 keeps the precision.
-        precision: Where it starts. Default: the curvature's largest eigenvalue.
-        solver: For all linear systems.
-        seed: Of everything random.
         columns: Most samples solved for together.
         curvature_at: Where the Hessian of the samples is taken.
     """
@@ -360,8 +356,14 @@ def start(
     system = WeightSystem(data, prior, likelihood, outputs)
     precision = schedule.precision
     if precision is None:
-        precision = _largest_curvature(system, seed)
+        noise = system.noise(range(1), seed)
+        precision = largest_eigenvalue(system.product, noise, _POWER_STEPS)
         passes += 1.0 + _POWER_STEPS
+        if not 0 < precision < float("inf"):
+            raise ValueError(
+                "network: its Jacobian in the chosen weights is zero or not finite on "
+                f"the training data (largest eigenvalue of the curvature: {precision})"
+            )
     prior = prior.with_precisions(torch.full_like(prior.precisions, precision))
     empty = data.zeros(1)
     samples = prior_draws(empty, range(schedule.num_samples), seed)
@@ -382,22 +384,6 @@ def _first_noise(
             "Gaussian(noise=...)"
         )
     return likelihood.update_noise(errors.maximum(floor), data.stream.num_examples, 0.0)
-
-
-def _largest_curvature(system: WeightSystem, seed: int) -> float:
-    """Largest eigenvalue of phi^T phi, by power iteration from a noise draw.
-
-    Raises:
-        ValueError: It is zero or not finite.
-    """
-    noise = system.noise(range(1), seed)
-    value = largest_eigenvalue(system.product, noise, _POWER_STEPS)
-    if not 0 < value < float("inf"):
-        raise ValueError(
-            "network: its Jacobian in the chosen weights is zero or not finite on the "
-            f"training data (largest eigenvalue of the curvature: {value})"
-        )
-    return value
 
 
 def prior_draws(

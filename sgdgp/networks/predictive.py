@@ -86,13 +86,6 @@ def probit(
     The approximation of the logistic-normal integral by a probit (MacKay, Neural
     Computation 4, 1992), class by class. It needs variances only and is smooth in
     them, so that few samples do.
-
-    Args:
-        f: Mean logits (b, C).
-        variance: Their variances (b, C).
-
-    Returns:
-        Probabilities (b, C).
     """
     return log_probit(f, variance).exp()
 
@@ -101,22 +94,13 @@ def log_monte_carlo(
     f: Float[Tensor, "b C"], fluctuations: Float[Tensor, "b C k"]
 ) -> Float[Tensor, "b C"]:
     """Log of ``monte_carlo``, finite however unlikely a class is."""
-    each = (f.unsqueeze(-1) + fluctuations).log_softmax(1)
-    return each.logsumexp(-1) - math.log(fluctuations.shape[-1])
+    return _log_mean((f.unsqueeze(-1) + fluctuations).log_softmax(1))
 
 
 def monte_carlo(
     f: Float[Tensor, "b C"], fluctuations: Float[Tensor, "b C k"]
 ) -> Float[Tensor, "b C"]:
-    """Class probabilities mean_k softmax(f + g_k), unbiased in the number of samples.
-
-    Args:
-        f: Mean logits (b, C).
-        fluctuations: Samples around them (b, C, k).
-
-    Returns:
-        Probabilities (b, C).
-    """
+    """Class probabilities mean_k softmax(f + g_k), unbiased in the number k."""
     return log_monte_carlo(f, fluctuations).exp()
 
 
@@ -206,7 +190,7 @@ def mutual_information(
     """
     each = (f.unsqueeze(-1) + fluctuations).log_softmax(1)
     within = -(each.exp() * each).sum(1).mean(-1)
-    mean = each.logsumexp(-1) - math.log(fluctuations.shape[-1])
+    mean = _log_mean(each)
     return (-(mean.exp() * mean).sum(1) - within).clamp_min(0.0)
 
 
