@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -13,25 +14,24 @@ from botorch.sampling.base import MCSampler
 from gpytorch.models import GP
 from torch import Tensor, nn
 
-from sgdgp.botorch.conditioned_model import (
-    Conditioned,
-    ConditionedModel,
-    SolveSettings,
-    all_columns,
-    state_of,
-    update_outputs,
-)
-from sgdgp.botorch.definition import given_data, own_data, single_models
+from sgdgp.botorch.conditioned_model import ConditionedModel, SolveSettings
+from sgdgp.botorch.definition import Observations, given_data, own_data, single_models
 from sgdgp.botorch.fantasies import FantasyModel
 from sgdgp.botorch.function_model import FunctionModel
 from sgdgp.botorch.outputs import Outputs
 from sgdgp.botorch.posterior import PathSampler
-from sgdgp.botorch.storage import KIND, restore, save
+from sgdgp.core import format_1
 from sgdgp.core.checks import check_count
-from sgdgp.core.files import reads
+from sgdgp.core.codec import can_be_stored, fitting, read_values, write_values
+from sgdgp.core.files import FileKind, path_of, place_of, reads
 from sgdgp.core.seeds import derived_generator, number_of, seed_of
+from sgdgp.features.storage import given_by_kernel
 from sgdgp.posterior import Posterior
+from sgdgp.posterior.posterior import posterior_of
+from sgdgp.posterior.storage import contents_of, parts_from
 from sgdgp.solvers import Solver
+
+KIND = FileKind("sgdgp.botorch", 2, "PathwiseModel", format_1.botorch)
 
 DEFAULT_FEATURES = 2048
 """Random features of each group of 64 functions: more would be closer to the prior, but
@@ -122,22 +122,15 @@ class PathwiseModel(ConditionedModel):
             raise ValueError("train_X, train_Y: expected both, found no train_X")
         else:
             data = tuple(own_data(part) for part in models)
+        settings = SolveSettings(
+            solver, num_samples, num_features, seed, operator, memory_budget, progress
+        )
         self.build(
             model,
             data,
-            {
-                "input_transform": input_transform,
-                "outcome_transform": outcome_transform,
-            },
-            SolveSettings(
-                solver,
-                num_samples,
-                num_features,
-                seed,
-                operator,
-                memory_budget,
-                progress,
-            ),
+            settings,
+            input_transform=input_transform,
+            outcome_transform=outcome_transform,
         )
 
     @property
@@ -190,25 +183,11 @@ class PathwiseModel(ConditionedModel):
         """
         if X.ndim > 2 or Y.ndim > 2:
             return self._fantasies(X, Y, noise)
-        outputs = self.all_outputs()
-        count = sum(len(part.columns) for part in outputs)
-        Y = all_columns("Y", Y, self.columns, count)
-        if noise is not None:
-            noise = all_columns("noise", noise, self.columns, count)
-        parts = update_outputs(
-            outputs,
-            self.observations,
-            self.definition,
-            X,
-            Y,
-            noise,
-            self.settings.progress,
-        )
+        parts, data = zip(*self.updated(X, Y, noise), strict=True)
         other = self._sharing()
         other._modules["definition"] = copy.deepcopy(self.definition)
-        other._modules["_data"] = nn.ModuleList(seen for _, seen in parts)
-        new = tuple(part for part, _ in parts)
-        other.keep(Conditioned(new, state_of(other)))
+        other._modules["_data"] = nn.ModuleList(data)
+        other.keep(parts)
         other.cursor = copy.copy(self.cursor)
         return other
 
@@ -265,7 +244,22 @@ class PathwiseModel(ConditionedModel):
             OSError: The file could not be written.
             StorageError: There is no such directory, or the path is one.
         """
-        save(self, path)
+        place = place_of(path)
+        settings = self.settings
+        if not can_be_stored(settings.solver):
+            # A solver that is not of this package is in no file.
+            settings = replace(settings, solver="auto")
+        values: dict[str, Any] = {
+            "model": dict(self.state_dict()),
+            "data": [dict(seen.named_buffers()) for seen in self.observations],
+            "columns": self.columns,
+            "cursor": self.cursor.position,
+            "settings": settings,
+        }
+        for index, part in enumerate(self.all_outputs()):
+            for name, value in contents_of(part.posterior.parts).items():
+                values[f"posterior.{index}.{name}"] = value
+        write_values(place, KIND, values, given_by_kernel)
 
     @classmethod
     def load(
@@ -291,13 +285,36 @@ class PathwiseModel(ConditionedModel):
             StorageError: The file is missing, damaged or of another kind, or the
                 definition is built otherwise (a ValueError).
         """
-        empty = cls.__new__(cls)
-        FunctionModel.__init__(empty)
-        transforms = {
-            "input_transform": input_transform,
-            "outcome_transform": outcome_transform,
-        }
-        return restore(empty, path, model, transforms, solver)
+        place = path_of(path)
+        if not isinstance(model, nn.Module):
+            raise TypeError(
+                f"model: expected a gpytorch.models.GP for {place}, a PathwiseModel, "
+                f"found {type(model).__name__}"
+            )
+        parameter = next(model.parameters(), None)
+        device = torch.device("cpu") if parameter is None else parameter.device
+        found = read_values(place, KIND, device)
+        loaded = cls.__new__(cls)
+        FunctionModel.__init__(loaded)
+        with fitting(place, "definition"):
+            settings = found["settings"]
+            loaded.build(
+                copy.deepcopy(model),
+                (Observations(**seen) for seen in found["data"]),
+                settings if solver is None else replace(settings, solver=solver),
+                input_transform=copy.deepcopy(input_transform),
+                outcome_transform=copy.deepcopy(outcome_transform),
+            )
+            loaded.load_state_dict(found["model"])
+            outputs = []
+            for index, problem in enumerate(loaded.problems()):
+                own = found.below(f"posterior.{index}.")
+                posterior = posterior_of(parts_from(own, problem.model, solver))
+                outputs.append(problem.outputs_of(posterior))
+            loaded.keep(outputs)
+            loaded.cursor.position = int(found["cursor"])
+            loaded.columns = found["columns"]
+        return loaded
 
     def next_functions(self, count: int) -> tuple[tuple[Outputs, ...], tuple[int, ...]]:
         """Outputs, and the numbers of functions that were not given out before.
