@@ -22,10 +22,10 @@ from botorch.sampling.base import MCSampler
 from gpytorch.distributions import MultitaskMultivariateNormal, MultivariateNormal
 from torch import Size, Tensor
 
-from sgdgp.botorch.function_model import FunctionModel, select_outputs, standard_draws
+from sgdgp.botorch.function_model import FunctionModel, select_outputs
 from sgdgp.botorch.kalman_gain import Gain
-from sgdgp.botorch.outputs import Evaluated, Outputs, Units
-from sgdgp.botorch.posterior import Cursor
+from sgdgp.botorch.outputs import Evaluated, Outputs, Units, noise_variances
+from sgdgp.botorch.posterior import Cursor, Noise
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,13 +35,13 @@ class Site:
     Attributes:
         outputs: The outputs.
         u: Points (*b, q, d).
-        noise: Noise variances (*b, q, m) in the units of ``outputs.evaluate``.
+        variances: Of the noise (*b, q, m), in the units of ``outputs.evaluate``.
         seed: Of the noise of each sample function there.
     """
 
     outputs: Outputs
     u: Tensor
-    noise: Tensor
+    variances: Tensor
     seed: int
 
     @property
@@ -60,21 +60,16 @@ class Site:
         u = self.u.reshape(-1, *self.u.shape[-2:])
         gains = []
         for block in self.outputs.blocks():
-            noise = self.noise.expand(*self.u.shape[:-1], self.noise.shape[-1])
-            variances = noise[..., list(block.columns)].reshape(len(u), -1)
+            variances = self.variances[..., list(block.columns)].reshape(len(u), -1)
             gains.append((block.columns, Gain(block, u, variances)))
         return tuple(gains)
 
     def deviations(self, index: tuple[int, ...] | None) -> Tensor:
         """f_s(u) + eps_s - mean(u) of every function (s, *b, q, m)."""
         _, deviations = self.outputs.evaluate(self.u, index)
-        shape = (self.outputs.num_paths, self.u.shape[-2], self.noise.shape[-1])
-        draws = standard_draws(self.seed, "noise of fantasies", shape, self.u)
-        if index is not None:
-            draws = draws[list(index)]
-        between = (1,) * len(self.batch_shape)
-        draws = draws.reshape(len(draws), *between, *shape[1:])
-        return deviations + draws * self.noise.sqrt()
+        count = self.outputs.num_paths
+        noise = Noise.drawn(self.seed, "noise of fantasies", count, self.variances)
+        return deviations + noise.values(index)
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,41 +79,32 @@ class FantasyOutputs(Evaluated):
     Attributes:
         site: Where they were made.
         residuals: y - mean(u) in the units of ``evaluate`` (*f, *b, q, m).
-        wanted: Which of the outputs, in this order.
+        columns: Which of the site's outputs, in this order.
     """
 
     site: Site
     residuals: Tensor
-    wanted: tuple[int, ...]
+    columns: tuple[int, ...]
     _moves: dict[tuple[int, ...] | None, Tensor] = field(default_factory=dict)
 
     @property
     def num_paths(self) -> int:
-        """Number of sample functions."""
         return self.site.outputs.num_paths
-
-    @property
-    def columns(self) -> tuple[int, ...]:  # type: ignore[override]
-        """One entry for each output."""
-        return self.wanted
 
     @property
     def units(self) -> Units:  # type: ignore[override]
         """What values still have to pass through, where it is not affine."""
-        return self.site.outputs.units.subset(list(self.wanted))
+        return self.site.outputs.units.subset(list(self.columns))
 
     @property
     def scale(self) -> Tensor:
-        """Factors (m,) from the definition's units to those of ``evaluate``."""
-        return self.site.outputs.scale[list(self.wanted)]
+        return self.site.outputs.scale[list(self.columns)]
 
     def noise(self, x: Tensor) -> Tensor:
-        """Noise variances (*b, q, m) of the likelihood."""
-        return self.site.outputs.noise(x)[..., list(self.wanted)]
+        return self.site.outputs.noise(x)[..., list(self.columns)]
 
     def subset(self, outputs: Sequence[int]) -> FantasyOutputs:
-        """Some of the outputs."""
-        return replace(self, wanted=tuple(self.wanted[i] for i in outputs))
+        return replace(self, columns=tuple(self.columns[i] for i in outputs))
 
     def evaluate(
         self, x: Tensor, index: tuple[int, ...] | None = None
@@ -144,15 +130,15 @@ class FantasyOutputs(Evaluated):
         order: list[int] = []
         changes, moves = [], []
         for columns, gain in site.gains:
-            if not set(columns) & set(self.wanted):
+            if not set(columns) & set(self.columns):
                 continue
             order.extend(columns)
             matrix = _at(gain, x, len(batch))
             changes.append(_applied(matrix, residuals[..., list(columns)]))
             if moved is not None:
                 moves.append(_applied(matrix, moved[..., list(columns)]))
-        pick = [order.index(column) for column in self.wanted]
-        wanted = list(self.wanted)
+        pick = [order.index(column) for column in self.columns]
+        wanted = list(self.columns)
         mean = mean[..., wanted] + torch.cat(changes, dim=-1)[..., pick]
         deviations = deviations[..., wanted]
         if moves:
@@ -220,32 +206,24 @@ class FantasyModel(FunctionModel):
         super().__init__()
         self.seed = seed
         self.cursor = cursor
-        sites = []
-        start = 0
-        for part in outputs:
-            own = slice(start, start + len(part.columns))
-            start = own.stop
-            variances = part.noise(u)
-            if noise is not None:
-                variances = part.scale**2 * noise[..., own].to(u)
-                variances = variances.expand(*u.shape[:-1], len(part.columns))
-            sites.append(Site(part, u, variances, seed))
+        widths = [len(part.columns) for part in outputs]
+        variances = noise_variances(outputs, u, noise, u.shape[:-2])
+        sites = [
+            Site(part, u, own, seed)
+            for part, own in zip(outputs, variances.split(widths, dim=-1), strict=True)
+        ]
         mean = torch.cat([site.mean for site in sites], dim=-1)
         if y is None:
             assert sampler is not None
             latent = _drawn(sites, mean, sampler)
         else:
-            parts = y.split([len(part.columns) for part in outputs], dim=-1)
-            latent = torch.cat(
-                [
-                    part.units.latent(own, u) if not part.units.is_affine else own
-                    for part, own in zip(outputs, parts, strict=True)
-                ],
-                dim=-1,
-            )
+            parts = [
+                own if part.units.is_affine else part.units.latent(own, u)
+                for part, own in zip(outputs, y.split(widths, dim=-1), strict=True)
+            ]
+            latent = torch.cat(parts, dim=-1)
         residuals = latent - mean
         self._batch_shape = residuals.shape[:-2]
-        widths = [len(part.columns) for part in outputs]
         self._parts = tuple(
             FantasyOutputs(site, own, tuple(range(own.shape[-1])))
             for site, own in zip(sites, residuals.split(widths, dim=-1), strict=True)
@@ -253,7 +231,6 @@ class FantasyModel(FunctionModel):
 
     @property
     def num_outputs(self) -> int:
-        """Number of outputs m."""
         return sum(len(part.columns) for part in self._parts)
 
     @property
@@ -262,29 +239,16 @@ class FantasyModel(FunctionModel):
         return self._batch_shape
 
     def subset_output(self, idcs: list[int]) -> FantasyModel:
-        """A model of some of the outputs.
-
-        Args:
-            idcs: Numbers of the outputs.
-        """
         other = copy.copy(self)
         other._parts = select_outputs(self._parts, idcs)
         return other
 
     def condition_on_observations(self, X: Tensor, Y: Tensor, **kwargs: Any) -> Model:
-        """Not supported.
-
-        Raises:
-            UnsupportedError: Always.
-        """
+        """Not supported: raises ``UnsupportedError``."""
         raise UnsupportedError(_NO_MORE)
 
     def fantasize(self, X: Tensor, sampler: MCSampler, **kwargs: Any) -> Model:
-        """Not supported.
-
-        Raises:
-            UnsupportedError: Always.
-        """
+        """Not supported: raises ``UnsupportedError``."""
         raise UnsupportedError(_NO_MORE)
 
     def _evaluated(self) -> tuple[FantasyOutputs, ...]:

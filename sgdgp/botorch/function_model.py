@@ -12,9 +12,8 @@ from botorch.models.model import Model
 from botorch.posteriors.posterior import Posterior
 from torch import Tensor
 
-from sgdgp.botorch.outputs import Evaluated
+from sgdgp.botorch.outputs import Evaluated, noise_variances
 from sgdgp.botorch.posterior import Cursor, Noise, PathPosterior, is_affine
-from sgdgp.core.seeds import derived_generator
 
 Part = TypeVar("Part", bound=Evaluated)
 
@@ -75,39 +74,19 @@ class FunctionModel(Model):
     def _noise(
         self, x: Tensor, outputs: Sequence[Evaluated], wanted: bool | Tensor
     ) -> Noise | None:
-        if isinstance(wanted, bool) and not wanted:
+        if wanted is False:
             return None
-        count, width = outputs[0].num_paths, sum(len(part.columns) for part in outputs)
-        if isinstance(wanted, Tensor):
-            factor = torch.cat([part.scale for part in outputs])
-            variances = factor**2 * wanted.to(x)
-        else:
-            variances = torch.cat([part.noise(x) for part in outputs], dim=-1)
+        given = wanted if isinstance(wanted, Tensor) else None
         batch = torch.broadcast_shapes(x.shape[:-2], self.batch_shape)
-        variances = variances.expand(*batch, x.shape[-2], width)
-        draws = standard_draws(
-            self.seed, "observation noise", (count, x.shape[-2], width), x
-        )
-        return Noise(variances, draws)
+        variances = noise_variances(outputs, x, given, batch)
+        count = outputs[0].num_paths
+        return Noise.drawn(self.seed, "observation noise", count, variances)
 
     def _set_transformed_inputs(self) -> None:
         """Data are kept as they were given."""
 
     def _revert_to_original_inputs(self) -> None:
         """Data are kept as they were given."""
-
-
-def standard_draws(
-    seed: int, purpose: str, shape: tuple[int, int, int], like: Tensor
-) -> Tensor:
-    """Standard normal draws (S, q, m); fewer points have the same ones."""
-    count, points, width = shape
-    generator = derived_generator(seed, purpose)
-    draws = [
-        torch.randn(count, width, generator=generator, dtype=like.dtype)
-        for _ in range(points)
-    ]
-    return torch.stack(draws, dim=1).to(like.device)
 
 
 def select_outputs(

@@ -64,10 +64,6 @@ class Block:
         _, inputs = self.part.problem.prior.evaluate(points)
         return inputs.reshape(len(x), -1, inputs.shape[-1])
 
-    def factors(self, points: int) -> Tensor:
-        """Factors of the rows of so many points."""
-        return self.factor.repeat(points)
-
 
 class Gain:
     """What observations of one block of outputs at u (b, q, d) tell about others.
@@ -110,7 +106,7 @@ class Gain:
             # and its error is of second order in theirs.
             product = block.inverse.product(weights).reshape(n, count, rows)
             explained = explained - self._weights.mT @ product.transpose(0, 1)
-        self._factors = block.factors(u.shape[1])
+        self._factors = block.factor.repeat(u.shape[1])
         covariance = self._scaled(prior - explained, self._factors)
         self.covariance = covariance + torch.diag_embed(noise)
         self._root = psd_safe_cholesky(self.covariance)
@@ -121,7 +117,7 @@ class Gain:
         operator = self._operator
         known = _own_products(operator, inputs, self._weights)
         cross = _own_blocks(operator, inputs, self._u) - known
-        cross = self._scaled(cross, self._block.factors(x.shape[1]))
+        cross = self._scaled(cross, self._block.factor.repeat(x.shape[1]))
         return torch.cholesky_solve(cross.mT, self._root).mT
 
     @property

@@ -123,6 +123,45 @@ class Evaluated(ABC):
         """Some of the outputs, counted from the first of these."""
 
 
+def evaluate_all(
+    parts: Sequence[Evaluated], x: Tensor, index: tuple[int, ...] | None
+) -> tuple[Tensor, Tensor]:
+    """``Evaluated.evaluate`` of outputs side by side."""
+    means, deviations = zip(*(part.evaluate(x, index) for part in parts), strict=True)
+    return torch.cat(means, dim=-1), torch.cat(deviations, dim=-1)
+
+
+def in_user_units(parts: Sequence[Evaluated], latent: Tensor, x: Tensor) -> Tensor:
+    """Values (..., m) of outputs side by side, through units that are not affine."""
+    if all(part.units.is_affine for part in parts):
+        return latent
+    columns = latent.split([len(part.columns) for part in parts], dim=-1)
+    values = [
+        own if part.units.is_affine else part.units.values(own, x)
+        for part, own in zip(parts, columns, strict=True)
+    ]
+    return torch.cat(values, dim=-1)
+
+
+def noise_variances(
+    parts: Sequence[Evaluated], x: Tensor, given: Tensor | None, batch: torch.Size
+) -> Tensor:
+    """Noise variances (*batch, q, m) side by side, in the units of ``evaluate``.
+
+    Args:
+        parts: The outputs.
+        x: Inputs (*b, q, d).
+        given: In the units after outcome transforms. Default: the likelihood's.
+        batch: What *b broadcasts to.
+    """
+    if given is None:
+        variances = torch.cat([part.noise(x) for part in parts], dim=-1)
+    else:
+        variances = torch.cat([part.scale for part in parts]) ** 2 * given.to(x)
+    width = sum(len(part.columns) for part in parts)
+    return variances.expand(*batch, x.shape[-2], width)
+
+
 @dataclass(frozen=True, eq=False)
 class Outputs(Evaluated):
     """One or more outputs of one posterior.
@@ -145,13 +184,11 @@ class Outputs(Evaluated):
 
     @property
     def num_paths(self) -> int:
-        """Number of sample functions."""
         return self.functions.num_functions
 
     def evaluate(
         self, x: Tensor, index: tuple[int, ...] | None = None
     ) -> tuple[Tensor, Tensor]:
-        """See ``Evaluated.evaluate``."""
         paths, wanted = self._paths(index or None), index != ()
         flat, shape = paths.flattened(x)
         mean, deviations = paths.evaluate(flat, deviations=wanted)
@@ -160,10 +197,8 @@ class Outputs(Evaluated):
         deviations = deviations.permute(2, 0, 1)
         mean = mean.reshape(*shape, mean.shape[-1])
         deviations = deviations.reshape(len(deviations), *mean.shape)
-        if self.units.is_affine:
-            factor = self.units.factor
-            return self.units.shift + factor * mean, factor * deviations
-        return mean, deviations
+        factor = self.units.factor
+        return self.units.shift + factor * mean, factor * deviations
 
     def each(self, x: Tensor, index: tuple[int, ...]) -> Tensor:
         """Function index[i] at its own points x[i]: (k, q, d) -> (k, q, m)."""
@@ -174,7 +209,6 @@ class Outputs(Evaluated):
         return self.units.values(values, x)
 
     def noise(self, x: Tensor) -> Tensor:
-        """Noise variances (*b, q, m); the average one where they are only known."""
         flat, shape = self._paths(None).flattened(x)
         parts = self.posterior.parts
         prior = parts[0].problem.prior
@@ -191,10 +225,6 @@ class Outputs(Evaluated):
         own = noise[:, self._own].reshape(*shape, len(self.columns))
         return self.units.factor**2 * own
 
-    def of(self, posterior: Posterior) -> Outputs:
-        """The same outputs of another posterior."""
-        return Outputs(posterior, self.columns, self.units, posterior.functions)
-
     def drawn(self, count: int, seed: int) -> Outputs:
         """The same outputs with that many new functions; costs a solve."""
         return replace(
@@ -203,14 +233,12 @@ class Outputs(Evaluated):
 
     @property
     def scale(self) -> Tensor:
-        """Factors (m,) from the definition's units to those of ``evaluate``."""
         prior = self.posterior.problem.prior
         scales = getattr(prior, "outcome_scales", (prior.outcome_scale,) * self._width)
         factors = self.units.factor.new_tensor([scale.scale for scale in scales])
         return factors[self._own] * self.units.factor
 
     def subset(self, outputs: Sequence[int]) -> Outputs:
-        """Some of the outputs, counted from the first of these."""
         chosen = list(outputs)
         return replace(
             self,
@@ -220,23 +248,14 @@ class Outputs(Evaluated):
 
     def blocks(self) -> tuple[Block, ...]:
         """Groups of these outputs that are correlated, and how to solve for them."""
-        posterior = self.posterior
-        if isinstance(posterior.problem.prior, MultitaskPrior):
-            (part,) = posterior.parts
+        parts, scale = self.posterior.parts, self.scale
+        if isinstance(self.posterior.problem.prior, MultitaskPrior):
+            (part,) = parts
             everything = tuple(range(len(self.columns)))
-            return (
-                Block(part, self._inverse(part), everything, self.columns, self.scale),
-            )
-        parts = posterior.parts
+            return (Block(part, self._inverse(part), everything, self.columns, scale),)
         return tuple(
-            Block(
-                parts[column],
-                self._inverse(parts[column]),
-                (output,),
-                None,
-                self.scale[output : output + 1],
-            )
-            for output, column in enumerate(self.columns)
+            Block(part, self._inverse(part), (output,), None, scale[output].reshape(1))
+            for output, part in enumerate(parts[column] for column in self.columns)
         )
 
     def _inverse(self, part: Part) -> DifferentiableSolve:

@@ -8,53 +8,16 @@ there already, and were conditioned by its solver.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from math import prod
 from typing import Any
 
 import torch
 from botorch.sampling.pathwise.paths import SamplePath
 from botorch.sampling.pathwise.posterior_samplers import DrawMatheronPaths
-from jaxtyping import Float
 from torch import Size, Tensor
 
 from sgdgp.botorch.model import PathwiseModel
-from sgdgp.botorch.outputs import Outputs
-
-
-@dataclass(frozen=True, eq=False)
-class PathFunctions:
-    """Some functions of all outputs: x (*b, q, d) -> (k, *b, q, m).
-
-    Attributes:
-        outputs: Where they come from.
-        numbers: Which ones.
-    """
-
-    outputs: tuple[Outputs, ...]
-    numbers: tuple[int, ...]
-
-    @property
-    def num_functions(self) -> int:
-        """Number of functions k."""
-        return len(self.numbers)
-
-    def __call__(self, x: Float[Tensor, "*b q d"]) -> Float[Tensor, "k *b q m"]:
-        """All functions at the same points."""
-        columns = []
-        for output in self.outputs:
-            mean, deviations = output.evaluate(x, self.numbers)
-            values = mean + deviations
-            # Affine units are in there already.
-            if not output.units.is_affine:
-                values = output.units.values(values, x)
-            columns.append(values)
-        return torch.cat(columns, dim=-1)
-
-    def each(self, x: Float[Tensor, "k q d"]) -> Float[Tensor, "k q m"]:
-        """Function i at its own points x[i]."""
-        parts = [output.each(x, self.numbers) for output in self.outputs]
-        return torch.cat(parts, dim=-1)
+from sgdgp.botorch.outputs import Outputs, evaluate_all, in_user_units
 
 
 class PathwisePath(SamplePath):
@@ -65,20 +28,23 @@ class PathwisePath(SamplePath):
     their own. Several outputs are one more dimension, between samples and points.
     """
 
-    def __init__(self, functions: PathFunctions, sample_shape: Size, outputs: int):
-        """Paths of these functions.
+    def __init__(
+        self, outputs: tuple[Outputs, ...], numbers: tuple[int, ...], sample_shape: Size
+    ) -> None:
+        """Functions of these outputs.
 
         Args:
-            functions: As many as the sample shape has.
+            outputs: The outputs.
+            numbers: Which of their functions, as many as the sample shape has.
             sample_shape: Their arrangement.
-            outputs: Number of outputs.
         """
         super().__init__()
         self.input_transform = None
         self.output_transform = None
-        self.functions = functions
+        self.outputs = outputs
+        self.numbers = numbers
         self.sample_shape = sample_shape
-        self.num_outputs = outputs
+        self.num_outputs = sum(len(part.columns) for part in outputs)
 
     def forward(self, x: Tensor, **kwargs: Any) -> Tensor:
         """Values (*b, *sample_shape, [m,] q) at x (*b, [1 or m,] q, d)."""
@@ -111,15 +77,18 @@ class PathwisePath(SamplePath):
                 f"{tuple(self.sample_shape)}, found shape {tuple(x.shape)}"
             )
         points = x.expand(*outer, *self.sample_shape, *joint)
-        points = points.reshape(prod(outer), self.functions.num_functions, *joint)
+        points = points.reshape(prod(outer), len(self.numbers), *joint)
         # Functions first: (k, outer * q, d).
-        values = self.functions.each(points.transpose(0, 1).flatten(1, 2))
+        points = points.transpose(0, 1).flatten(1, 2)
+        parts = [output.each(points, self.numbers) for output in self.outputs]
+        values = torch.cat(parts, dim=-1)
         values = values.unflatten(1, (prod(outer), joint[0])).transpose(0, 1)
         return values.reshape(*outer, *self.sample_shape, *values.shape[-2:])
 
     def _shared(self, x: Tensor) -> Tensor:
         """All functions at the same points (*b, q, d)."""
-        values = self.functions(x)
+        mean, deviations = evaluate_all(self.outputs, x, self.numbers)
+        values = in_user_units(self.outputs, mean + deviations, x)
         values = values.reshape(*self.sample_shape, *values.shape[1:])
         samples = list(range(len(self.sample_shape)))
         first = values.ndim - 2 - len(samples)
@@ -137,5 +106,4 @@ def draw_functions(
     strategies have no effect: prior draws and solver are the model's own.
     """
     shape = Size(sample_shape)
-    functions = PathFunctions(*model.next_functions(shape.numel()))
-    return PathwisePath(functions, shape, model.num_outputs)
+    return PathwisePath(*model.next_functions(shape.numel()), shape)

@@ -21,7 +21,8 @@ from botorch.sampling.base import MCSampler
 from botorch.sampling.get_sampler import GetSampler
 from torch import Tensor
 
-from sgdgp.botorch.outputs import Evaluated
+from sgdgp.botorch.outputs import Evaluated, evaluate_all, in_user_units
+from sgdgp.core.seeds import derived_generator, standard_normal
 
 
 class Cursor:
@@ -45,12 +46,23 @@ class Noise:
     variances: Tensor
     draws: Tensor
 
-    @property
-    def values(self) -> Tensor:
-        """Noise of every function (S, *b, q, m), alike in every t-batch."""
+    @classmethod
+    def drawn(cls, seed: int, purpose: str, count: int, variances: Tensor) -> Noise:
+        """Noise of so many functions; fewer points have the same draws."""
+        generator = derived_generator(seed, purpose)
+        points, width = variances.shape[-2:]
+        draws = [
+            standard_normal(count, width, like=variances, generator=generator)
+            for _ in range(points)
+        ]
+        return cls(variances, torch.stack(draws, dim=1))
+
+    def values(self, index: tuple[int, ...] | None) -> Tensor:
+        """Noise of all functions or some (s, *b, q, m), alike in every t-batch."""
         count, *joint = self.draws.shape
-        middle = (1,) * (self.variances.ndim - 2)
-        return self.draws.reshape(count, *middle, *joint) * self.variances.sqrt()
+        draws = self.draws.reshape(count, *(1,) * (self.variances.ndim - 2), *joint)
+        draws = draws if index is None else draws[list(index)]
+        return draws * self.variances.sqrt()
 
 
 class PathPosterior(Posterior):
@@ -99,12 +111,10 @@ class PathPosterior(Posterior):
 
     @property
     def device(self) -> torch.device:
-        """The device of all values."""
         return self._x.device
 
     @property
     def dtype(self) -> torch.dtype:
-        """The data type of all values."""
         return self._x.dtype
 
     @property
@@ -135,14 +145,15 @@ class PathPosterior(Posterior):
             if self._is_affine:
                 self._mean = self._applied(self._evaluated(())[0])
             else:
-                self._mean = self._symmetric().mean(0)
+                self._mean = self._values(None, mirrored=True).mean(0)
         return self._mean
 
     @property
     def variance(self) -> Tensor:
         """Posterior variance (*b, q, m), from the functions."""
         if not self._is_affine:
-            return (self._symmetric() - self.mean).square().mean(0)
+            symmetric = self._values(None, mirrored=True)
+            return (symmetric - self.mean).square().mean(0)
         mean, deviations = self._evaluated(None)
         if self._transform is None:
             variance = deviations.square().mean(0)
@@ -199,7 +210,8 @@ class PathPosterior(Posterior):
         if self._is_affine:
             normal = torch.distributions.Normal(self.mean, self.variance.sqrt())
             return normal.icdf(value.to(self.mean).reshape(-1, *(1,) * self.mean.ndim))
-        return torch.quantile(self._symmetric(), value.to(self.mean).flatten(), dim=0)
+        symmetric = self._values(None, mirrored=True)
+        return torch.quantile(symmetric, value.to(self.mean).flatten(), dim=0)
 
     @property
     def _is_affine(self) -> bool:
@@ -223,27 +235,15 @@ class PathPosterior(Posterior):
         """Values of functions (k, *b, q, m), then those of their mirror images."""
         mean, deviations = self._evaluated(index)
         if self._noise is not None:
-            noise = self._noise.values
-            deviations = deviations + (noise if index is None else noise[list(index)])
+            deviations = deviations + self._noise.values(index)
         values = mean + deviations
         if mirrored:
             values = torch.cat([values, mean - deviations])
         return self._applied(values)
 
-    def _symmetric(self) -> Tensor:
-        return self._values(None, mirrored=True)
-
     def _applied(self, latent: Tensor) -> Tensor:
         """Units that are not affine, and the posterior transform."""
-        if not self._is_affine:
-            parts = latent.split([len(part.columns) for part in self._outputs], dim=-1)
-            latent = torch.cat(
-                [
-                    own if part.units.is_affine else part.units.values(own, self._x)
-                    for part, own in zip(self._outputs, parts, strict=True)
-                ],
-                dim=-1,
-            )
+        latent = in_user_units(self._outputs, latent, self._x)
         if self._transform is None:
             return latent
         value = self._transform.evaluate(latent, self._x)
@@ -254,11 +254,7 @@ class PathPosterior(Posterior):
         """Means and deviations of all outputs; of all functions kept."""
         if self._all is not None and index in (None, ()):
             return self._all
-        parts = [output.evaluate(self._x, index) for output in self._outputs]
-        evaluated = (
-            torch.cat([mean for mean, _ in parts], dim=-1),
-            torch.cat([deviations for _, deviations in parts], dim=-1),
-        )
+        evaluated = evaluate_all(self._outputs, self._x, index)
         if index is None:
             self._all = evaluated
         return evaluated
