@@ -48,11 +48,7 @@ from torch import Tensor
 from sgdgp.core.checks import check_positive
 from sgdgp.core.codec import register_stored_class
 from sgdgp.operators.base import RowIndex
-from sgdgp.solvers.blocks import (
-    BlockPreconditioner,
-    NystromBlocks,
-    Shuffled,
-)
+from sgdgp.solvers.blocks import BlockPreconditioner, NystromBlocks, Shuffled
 from sgdgp.solvers.driver import Algorithm, StochasticSolver, Task, check_steps
 from sgdgp.solvers.iterates import BlockIterate
 from sgdgp.solvers.system import System, true_residual

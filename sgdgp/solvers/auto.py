@@ -316,15 +316,7 @@ def _merged(done: Sequence[Solution], tolerance: float) -> Solution:
 
 SOLVERS: dict[str, type[Solver]] = {
     solver.name: solver
-    for solver in (
-        ADASAP,
-        AlternatingProjections,
-        CG,
-        Cholesky,
-        InducingSGD,
-        SDD,
-        SGD,
-    )
+    for solver in (ADASAP, AlternatingProjections, CG, Cholesky, InducingSGD, SDD, SGD)
 }
 """Every solver that can be asked for by name, beside "auto"."""
 

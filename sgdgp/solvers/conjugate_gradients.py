@@ -36,13 +36,7 @@ from torch import Tensor
 
 from sgdgp.core.codec import register_stored_class
 from sgdgp.operators.base import KernelOperator
-from sgdgp.solvers.base import (
-    Callback,
-    IterativeSolver,
-    Reason,
-    Recorder,
-    Solution,
-)
+from sgdgp.solvers.base import Callback, IterativeSolver, Reason, Recorder, Solution
 from sgdgp.solvers.preconditioners import Inverse, Preconditioner
 from sgdgp.solvers.recycling import Collector, Directions, Recycled
 from sgdgp.solvers.system import (
@@ -346,12 +340,7 @@ class CG(IterativeSolver):
             reason = "converged"
         collector = Collector(self.recycle, known)
         run = BlockRecurrence(
-            system.product,
-            best,
-            residual,
-            inverse,
-            norms > self.tolerance,
-            known,
+            system.product, best, residual, inverse, norms > self.tolerance, known
         )
 
         energy = run.energy_gained(system.rhs)

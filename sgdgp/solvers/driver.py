@@ -27,13 +27,7 @@ from torch import Tensor
 
 from sgdgp.core.checks import check_count, check_positive
 from sgdgp.operators.base import KernelOperator, RowIndex
-from sgdgp.solvers.base import (
-    Callback,
-    IterativeSolver,
-    Reason,
-    Recorder,
-    Solution,
-)
+from sgdgp.solvers.base import Callback, IterativeSolver, Reason, Recorder, Solution
 from sgdgp.solvers.blocks import Shuffled, in_random_order
 from sgdgp.solvers.stopping import PATIENCE, Monitor
 from sgdgp.solvers.system import (

@@ -51,12 +51,7 @@ from sgdgp.core.codec import register_stored_class
 from sgdgp.operators.base import RowIndex
 from sgdgp.solvers.base import Reason
 from sgdgp.solvers.blocks import Shuffled
-from sgdgp.solvers.driver import (
-    Algorithm,
-    StochasticSolver,
-    Task,
-    check_steps,
-)
+from sgdgp.solvers.driver import Algorithm, StochasticSolver, Task, check_steps
 from sgdgp.solvers.iterates import AveragedIterate
 from sgdgp.solvers.sgd import default_block_size, regulariser_targets, row_blocks
 from sgdgp.solvers.step_size import largest_eigenvalue, primal_step_rule, random_rows

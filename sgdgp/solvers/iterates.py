@@ -139,13 +139,7 @@ class AveragedIterate:
     """
 
     def __init__(
-        self,
-        start: Tensor,
-        norms: Tensor,
-        rule: StepRule,
-        *,
-        power: float,
-        grows: bool,
+        self, start: Tensor, norms: Tensor, rule: StepRule, *, power: float, grows: bool
     ) -> None:
         self.rule = rule
         self.average = start.clone()

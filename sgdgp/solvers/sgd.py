@@ -68,12 +68,7 @@ from sgdgp.operators.base import KernelOperator, RowIndex
 from sgdgp.operators.feature import FeatureOperator
 from sgdgp.solvers.base import Reason
 from sgdgp.solvers.blocks import Shuffled, partition, shuffle
-from sgdgp.solvers.driver import (
-    Algorithm,
-    StochasticSolver,
-    Task,
-    check_steps,
-)
+from sgdgp.solvers.driver import Algorithm, StochasticSolver, Task, check_steps
 from sgdgp.solvers.iterates import AveragedIterate
 from sgdgp.solvers.step_size import (
     StepRule,

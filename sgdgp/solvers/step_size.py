@@ -325,9 +325,7 @@ def scale_diagonal(
 
 
 def leading_eigenvalues(
-    operator: FeatureOperator,
-    scale: Float[Tensor, "n 1"],
-    generator: torch.Generator,
+    operator: FeatureOperator, scale: Float[Tensor, "n 1"], generator: torch.Generator
 ) -> tuple[Float[Tensor, " m"], float]:
     """Leading eigenvalues of S K S, S = diag(scale), ascending; and the passes.
 

@@ -124,10 +124,7 @@ def as_system(operator: KernelOperator, noise: Tensor | float, rhs: Tensor) -> S
     if not bool(torch.isfinite(scale).all()):
         raise ValueError(f"rhs: a column's norm is beyond the range of {rhs.dtype}")
     return System(
-        operator,
-        noise.reshape(-1, 1).expand(n, 1),
-        (rhs / largest).div_(norms),
-        scale,
+        operator, noise.reshape(-1, 1).expand(n, 1), (rhs / largest).div_(norms), scale
     )
 
 

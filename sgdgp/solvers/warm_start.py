@@ -125,10 +125,7 @@ def solve_new_columns(
     num_new = system.n - len(before.weights)
     mean = replace(before, weights=before.weights[:, :1])
     known, residual = _extended_to_new_rows(
-        rhs[:, :1],
-        operator,
-        mean,
-        replace(recycled, residual=recycled.residual[:, :1]),
+        rhs[:, :1], operator, mean, replace(recycled, residual=recycled.residual[:, :1])
     )
     assert residual is not None
     residual = torch.cat([residual, rhs[:, 1:]], dim=1)
