@@ -34,6 +34,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain, count
 from typing import Any
 
 import torch
@@ -75,8 +76,6 @@ class Greedy(Selection):
     """The block with the largest residual norm, summed over the columns."""
 
     def picker(self, blocks: Sequence[RowIndex], generator: torch.Generator) -> Picker:
-        """See ``Selection.picker``."""
-
         def pick(residual: Tensor) -> RowIndex:
             return blocks[int(block_norms(residual, blocks).sum(1).argmax())]
 
@@ -89,13 +88,8 @@ class RandomOrder(Selection):
     """Every block once in a random order, then again in another."""
 
     def picker(self, blocks: Sequence[RowIndex], generator: torch.Generator) -> Picker:
-        """See ``Selection.picker``."""
-
-        def forever() -> Iterator[RowIndex]:
-            while True:
-                yield from in_random_order(blocks, generator)
-
-        endless = forever()
+        orders = (in_random_order(blocks, generator) for _ in count())
+        endless = chain.from_iterable(orders)
         return lambda residual: next(endless)
 
 

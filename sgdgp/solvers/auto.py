@@ -198,11 +198,9 @@ class Auto(IterativeSolver):
 
     @property
     def resumes(self) -> bool:
-        """See ``Solver.resumes``."""
         return type(self) is Auto
 
     def with_recycling(self, directions: int) -> Auto:
-        """See ``Solver.with_recycling``."""
         return replace(self, recycle=directions)
 
     def solve(

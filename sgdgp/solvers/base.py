@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import sys
 import time
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
@@ -24,6 +23,7 @@ from sgdgp.core.checks import check_positive
 from sgdgp.core.codec import register_stored_class
 from sgdgp.operators.base import KernelOperator
 from sgdgp.solvers.recycling import Recycled
+from sgdgp.solvers.system import System, as_system, initial_weights
 
 Reason: TypeAlias = Literal[
     "converged", "budget", "stagnated", "diverged", "interrupted"
@@ -265,7 +265,27 @@ def _remaining(budget: float | None, used: float, least: float) -> float | None:
     return None if budget is None else max(least, budget - used)
 
 
-class Solver(ABC):
+@dataclass(frozen=True)
+class Task:
+    """What a solve is given.
+
+    Attributes:
+        system: The system, its columns of unit norm.
+        initial: Starting point (n, k) in the system's scale, or None for zero.
+        noise_draws: The part of the right-hand sides that is noise (n, k), in the
+            caller's scale, or None.
+        generator: Source of all randomness.
+        callback: Called as the solve advances; True stops it.
+    """
+
+    system: System
+    initial: Tensor | None
+    noise_draws: Tensor | None
+    generator: torch.Generator
+    callback: Callback | None = None
+
+
+class Solver:
     """Settings of an algorithm for (K + Sigma) V = B.
 
     A solver with a tolerance and budgets derives from ``IterativeSolver``, or says how
@@ -295,15 +315,14 @@ class Solver(ABC):
         """The same solver, told to keep directions; see ``Solution.recycled``."""
         return self
 
-    @abstractmethod
     def solve(
         self,
         operator: KernelOperator,
-        noise: Float[Tensor, " n"] | float,
+        noise: Tensor | float,
         rhs: Float[Tensor, "n k"],
         *,
-        initial: Float[Tensor, "n k"] | None = None,
-        noise_draws: Float[Tensor, "n k"] | None = None,
+        initial: Tensor | None = None,
+        noise_draws: Tensor | None = None,
         generator: torch.Generator | None = None,
         callback: Callback | None = None,
     ) -> Solution:
@@ -325,6 +344,14 @@ class Solver(ABC):
         Raises:
             ValueError: An argument does not fit; named, with what was found.
         """
+        generator = generator or torch.Generator().manual_seed(0)
+        system = as_system(operator, noise, rhs)
+        start = None if initial is None else initial_weights(system, initial)
+        return self._solve(Task(system, start, noise_draws, generator, callback))
+
+    def _solve(self, task: Task) -> Solution:
+        """``solve`` with its arguments checked; a solver has either of the two."""
+        raise NotImplementedError(f"{type(self).__name__} has no method solve")
 
 
 @dataclass(frozen=True)
@@ -349,7 +376,6 @@ class IterativeSolver(Solver):
 
     @property
     def limits(self) -> Limits:
-        """See ``Solver.limits``."""
         return Limits(self.tolerance, self.max_passes, self.max_seconds)
 
     def with_limits(self: S, limits: Limits) -> S:
@@ -360,6 +386,19 @@ class IterativeSolver(Solver):
             max_passes=limits.max_passes or self.max_passes,
             max_seconds=limits.max_seconds,
         )
+
+
+def columns_above(
+    title: str, reason: Reason, norms: Tensor, tolerance: float, advice: str
+) -> tuple[str, ...]:
+    """What is said of columns above the tolerance, unless the solve converged."""
+    if reason == "converged":
+        return ()
+    return (
+        f"{title} stopped ({reason}) with {int((norms > tolerance).sum())} of "
+        f"{len(norms)} columns above the tolerance {tolerance:g}; the largest relative "
+        f"residual is {float(norms.max()):.2e}. {advice}",
+    )
 
 
 class Recorder:

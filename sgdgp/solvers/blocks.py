@@ -147,7 +147,6 @@ class ExactBlocks(BlockPreconditioner):
     """P = H[I, I] by Cholesky, eta = 1: sketch-and-project without approximation."""
 
     def step(self, system: System, block: RowIndex, generator: torch.Generator) -> Step:
-        """See ``BlockPreconditioner.step``."""
         return factorise_block(system, block), 1.0
 
 
@@ -170,7 +169,6 @@ class NystromBlocks(BlockPreconditioner):
         check_count("rank", self.rank, 1)
 
     def step(self, system: System, block: RowIndex, generator: torch.Generator) -> Step:
-        """See ``BlockPreconditioner.step``."""
         matrix = block_matrix(system, block)
         noise = system.noise[block]
         inverse = nystrom_inverse(matrix, noise, self.rank, generator)

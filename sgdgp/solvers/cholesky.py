@@ -28,7 +28,6 @@ from torch import Tensor
 from sgdgp.core.checks import check_count, check_positive
 from sgdgp.core.codec import register_stored_class
 from sgdgp.core.slices import slices
-from sgdgp.operators.base import KernelOperator
 from sgdgp.solvers.base import (
     Callback,
     Limits,
@@ -37,10 +36,11 @@ from sgdgp.solvers.base import (
     Recorder,
     Solution,
     Solver,
+    Task,
 )
 from sgdgp.solvers.conjugate_gradients import CG
 from sgdgp.solvers.preconditioners import Inverse, Preconditioner
-from sgdgp.solvers.system import System, as_system, initial_weights
+from sgdgp.solvers.system import System
 
 _BLOCK = 512
 """Columns at a time: wide enough for fast products, and Ctrl-C gets in between."""
@@ -92,26 +92,12 @@ class Cholesky(Solver):
         return Limits(self.tolerance)
 
     def with_limits(self, limits: Limits) -> Cholesky:
-        """See ``Solver.with_limits``."""
         return replace(self, tolerance=limits.tolerance)
 
-    def solve(
-        self,
-        operator: KernelOperator,
-        noise: Tensor | float,
-        rhs: Float[Tensor, "n k"],
-        *,
-        initial: Tensor | None = None,
-        noise_draws: Tensor | None = None,
-        generator: torch.Generator | None = None,
-        callback: Callback | None = None,
-    ) -> Solution:
-        """Solve (K + Sigma) V = B; see ``Solver.solve``. ``initial`` is not needed."""
-        given = as_system(operator, noise, rhs)
-        initial_weights(given, initial)
-        record = Recorder(callback)
-        system = given.to(torch.float64)
-        untouched = torch.ones_like(given.scale)
+    def _solve(self, task: Task) -> Solution:
+        record = Recorder(task.callback)
+        system, rhs = task.system.to(torch.float64), task.system.rhs
+        untouched = torch.ones_like(task.system.scale)
 
         def advance() -> None:
             # Until the factor is there the solution is zero and its residual one.
@@ -123,7 +109,7 @@ class Cholesky(Solver):
         except _Stopped:
             return Solution(
                 solver=self.name,
-                operator=operator.name,
+                operator=task.system.operator.name,
                 weights=0.0 * rhs,
                 residuals=untouched,
                 passes=1.0,
@@ -206,7 +192,7 @@ class Cholesky(Solver):
             )
         return Solution(
             solver=self.name,
-            operator=operator.name,
+            operator=task.system.operator.name,
             weights=current(),
             residuals=norms.to(rhs.dtype),
             passes=passes,

@@ -35,16 +35,21 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sgdgp.core.codec import register_stored_class
-from sgdgp.operators.base import KernelOperator
-from sgdgp.solvers.base import Callback, IterativeSolver, Reason, Recorder, Solution
+from sgdgp.solvers.base import (
+    Callback,
+    IterativeSolver,
+    Reason,
+    Recorder,
+    Solution,
+    Task,
+    columns_above,
+)
 from sgdgp.solvers.preconditioners import Inverse, Preconditioner
 from sgdgp.solvers.recycling import Collector, Directions, Recycled
 from sgdgp.solvers.system import (
     System,
-    as_system,
     float32_warnings,
     float64_residual,
-    initial_weights,
     rounding_shows,
 )
 from sgdgp.solvers.two_level import TwoLevel
@@ -77,6 +82,9 @@ _DEPENDENT = 16.0
 diagonal, are rounding."""
 
 
+_ADVICE = "Give it more passes (max_passes), more neighbours or rank, or use Cholesky."
+
+
 class BlockRecurrence:
     """The block recurrence of the columns still active (O'Leary, 1980).
 
@@ -91,7 +99,9 @@ class BlockRecurrence:
 
     Attributes:
         weights: V (n, k), all columns.
+        residual: B - H V (n, k) as the recursion knows it.
         norms: Norms of the residuals (k,), recursive or true.
+        last: The latest H-orthonormal directions (n, c), and their images (n, c).
         is_fresh: Whether the last step evaluated the residuals anew.
     """
 
@@ -106,15 +116,15 @@ class BlockRecurrence:
     ) -> None:
         self.weights = weights.clone()
         self._product = product
-        self._residual = residual
+        self.residual = residual
         self._inverse = inverse
         self._known = known
         self._stay_orthogonal(slice(None))
-        self.norms = self._residual.norm(dim=0)
+        self.norms = self.residual.norm(dim=0)
         self._columns = active.nonzero()[:, 0]
         self._dependent = _DEPENDENT * torch.finfo(weights.dtype).eps
         self._directions = self._preconditioned()
-        self._last: tuple[Tensor, Tensor] | None = None
+        self.last: tuple[Tensor, Tensor] | None = None
         self.is_fresh = False
 
     @property
@@ -122,18 +132,8 @@ class BlockRecurrence:
         """Whether every column claims to be done."""
         return len(self._columns) == 0
 
-    @property
-    def residual(self) -> Float[Tensor, "n k"]:
-        """B - H V as the recursion knows it."""
-        return self._residual
-
-    @property
-    def last(self) -> tuple[Tensor, Tensor] | None:
-        """The latest H-orthonormal directions (n, c), and their images (n, c)."""
-        return self._last
-
     def _preconditioned(self) -> Tensor:
-        active = self._residual[:, self._columns]
+        active = self.residual[:, self._columns]
         found = active if self._inverse is None else self._inverse(active)
         return found if self._known is None else self._known.conjugate(found)
 
@@ -143,9 +143,9 @@ class BlockRecurrence:
         New directions are conjugate to them, so nothing else ever would.
         """
         if self._known is not None:
-            inner = self._known.directions.mT @ self._residual[:, columns]
+            inner = self._known.directions.mT @ self.residual[:, columns]
             self.weights[:, columns] += self._known.directions @ inner
-            self._residual[:, columns] -= self._known.images @ inner
+            self.residual[:, columns] -= self._known.images @ inner
 
     def step(self, rhs: Float[Tensor, "n k"] | None = None) -> None:
         """One iteration: one product for all active columns.
@@ -161,9 +161,9 @@ class BlockRecurrence:
         else:
             both = self._product(torch.cat([directions, self.weights], dim=1))
             images = both[:, : directions.shape[1]]
-            torch.sub(rhs, both[:, directions.shape[1] :], out=self._residual)
+            torch.sub(rhs, both[:, directions.shape[1] :], out=self.residual)
             self._stay_orthogonal(slice(None))
-            self.norms = self._residual.norm(dim=0)
+            self.norms = self.residual.norm(dim=0)
         self.is_fresh = rhs is not None
         # H-orthonormal directions: M = D^T H D, scaled to unit diagonal, inverted on
         # the part that rounding leaves of its spectrum.
@@ -184,19 +184,19 @@ class BlockRecurrence:
             directions.dtype
         )
         directions, images = directions @ turn, images @ turn
-        self._last = (directions, images) if bool(finite.all()) else None
-        step = directions.mT @ self._residual[:, self._columns]
+        self.last = (directions, images) if bool(finite.all()) else None
+        step = directions.mT @ self.residual[:, self._columns]
         self.weights[:, self._columns] += directions @ step
-        self._residual[:, self._columns] -= images @ step
+        self.residual[:, self._columns] -= images @ step
         self._stay_orthogonal(self._columns)
-        self.norms[self._columns] = self._residual[:, self._columns].norm(dim=0)
+        self.norms[self._columns] = self.residual[:, self._columns].norm(dim=0)
         self._turn()
 
     def _turn(self) -> None:
         """The next directions, conjugate to the last ones."""
         self._directions = self._preconditioned()
-        if self._last is not None:
-            directions, images = self._last
+        if self.last is not None:
+            directions, images = self.last
             overlap = images.mT @ self._directions
             self._directions = self._directions.addmm(directions, overlap, alpha=-1.0)
 
@@ -218,13 +218,13 @@ class BlockRecurrence:
             columns: Indices of the columns (c,).
             residual: Theirs (n, c).
         """
-        self._residual[:, columns] = residual
+        self.residual[:, columns] = residual
         norms = residual.norm(dim=0)
         self.norms[columns] = torch.where(torch.isfinite(norms), norms, torch.inf)
 
     def forget(self) -> None:
         """Start the directions anew at the next ``resume``."""
-        self._last = None
+        self.last = None
 
     def resume(self, unsolved: Tensor) -> None:
         """Go on with these columns (mask, (k,)), conjugate to the last directions."""
@@ -234,7 +234,7 @@ class BlockRecurrence:
 
     def energy_gained(self, rhs: Float[Tensor, "n k"]) -> Float[Tensor, " k"]:
         """v^T (b + r) = -2 (1/2 v^T H v - v^T b): what CG increases, per column."""
-        return (self.weights * (rhs + self._residual)).sum(0)
+        return (self.weights * (rhs + self.residual)).sum(0)
 
 
 @register_stored_class
@@ -259,32 +259,17 @@ class CG(IterativeSolver):
 
     @property
     def resumes(self) -> bool:
-        """See ``Solver.resumes``."""
         return type(self) is CG
 
     def with_recycling(self, directions: int) -> CG:
-        """See ``Solver.with_recycling``."""
         return replace(self, recycle=directions)
 
-    def solve(
-        self,
-        operator: KernelOperator,
-        noise: Tensor | float,
-        rhs: Float[Tensor, "n k"],
-        *,
-        initial: Tensor | None = None,
-        noise_draws: Tensor | None = None,
-        generator: torch.Generator | None = None,
-        callback: Callback | None = None,
-    ) -> Solution:
-        """Solve (K + Sigma) V = B; see ``Solver.solve``."""
-        generator = generator or torch.Generator().manual_seed(0)
-        system = as_system(operator, noise, rhs)
-        record = Recorder(callback)
-        weights = initial_weights(system, initial)
-        residual = system.rhs.clone()
+    def _solve(self, task: Task) -> Solution:
+        record, system = Recorder(task.callback), task.system
+        weights, residual = torch.zeros_like(system.rhs), system.rhs.clone()
         passes = 0.0
-        if initial is not None:
+        if task.initial is not None:
+            weights = task.initial
             residual, passes = _true_residual(system, weights)
 
         inverse: Inverse | None = None
@@ -295,7 +280,7 @@ class CG(IterativeSolver):
             # What is left must pay for an iteration and the true residual behind it.
             and self.preconditioner.cost(system.n) + passes + 2.0 <= self.max_passes
         ):
-            inverse = self.preconditioner.prepare(system, generator)
+            inverse = self.preconditioner.prepare(system, task.generator)
             passes += inverse.passes
         return self._iterate(system, weights, residual, inverse, None, passes, record)
 
@@ -407,6 +392,9 @@ class CG(IterativeSolver):
         recycled = None
         if best_residual is not None:
             recycled = Recycled(best_residual * system.scale, inverse, collector.pairs)
+        warnings = columns_above("CG", reason, norms, self.tolerance, _ADVICE)
+        if warnings:
+            warnings += float32_warnings(system, best, self.tolerance)
         return Solution(
             solver=self.name,
             operator=system.operator.name,
@@ -416,7 +404,7 @@ class CG(IterativeSolver):
             seconds=record.seconds,
             reason=reason,
             history=tuple(record.history),
-            warnings=_warnings(reason, system, best, norms, self.tolerance),
+            warnings=warnings,
             settings={
                 "preconditioner": repr(self.preconditioner),
                 **({} if inverse is None else inverse.settings),
@@ -493,17 +481,3 @@ def _true_residual(
     if bool(torch.isfinite(norms).all()) and rounding_shows(system, weights, norms):
         return float64_residual(system, weights).to(residual.dtype), 2.0
     return residual, 1.0
-
-
-def _warnings(
-    reason: Reason, system: System, weights: Tensor, norms: Tensor, tolerance: float
-) -> tuple[str, ...]:
-    if reason == "converged":
-        return ()
-    return (
-        f"CG stopped ({reason}) with {int((norms > tolerance).sum())} of {len(norms)} "
-        f"columns above the tolerance {tolerance:g}; the largest relative residual is "
-        f"{float(norms.max()):.2e}. Give it more passes (max_passes), more neighbours "
-        "or rank, or use Cholesky.",
-        *float32_warnings(system, weights, tolerance),
-    )

@@ -26,17 +26,18 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sgdgp.core.checks import check_count, check_positive
-from sgdgp.operators.base import KernelOperator, RowIndex
-from sgdgp.solvers.base import Callback, IterativeSolver, Reason, Recorder, Solution
+from sgdgp.operators.base import RowIndex
+from sgdgp.solvers.base import (
+    IterativeSolver,
+    Reason,
+    Recorder,
+    Solution,
+    Task,
+    columns_above,
+)
 from sgdgp.solvers.blocks import Shuffled, in_random_order
 from sgdgp.solvers.stopping import PATIENCE, Monitor
-from sgdgp.solvers.system import (
-    System,
-    as_system,
-    believed_norms,
-    initial_weights,
-    true_residual,
-)
+from sgdgp.solvers.system import believed_norms, true_residual
 
 Settings = TypeVar("Settings", bound="StochasticSolver")
 
@@ -73,24 +74,6 @@ class BestChecked:
     def is_within(self, tolerance: float) -> bool:
         """Whether all columns have reached a tolerance."""
         return float(self.norms.max()) <= tolerance
-
-
-@dataclass(frozen=True)
-class Task:
-    """What a solve is given.
-
-    Attributes:
-        system: The system, its columns of unit norm.
-        initial: Starting point (n, k) in the system's scale, or None for zero.
-        noise_draws: The part of the right-hand sides that is noise (n, k), in the
-            caller's scale, or None.
-        generator: Source of all randomness.
-    """
-
-    system: System
-    initial: Tensor | None
-    noise_draws: Tensor | None
-    generator: torch.Generator
 
 
 class Algorithm(ABC, Generic[Settings]):
@@ -270,15 +253,8 @@ class Algorithm(ABC, Generic[Settings]):
 
     def column_warnings(self, reason: Reason, advice: str) -> tuple[str, ...]:
         """What is said of columns above the tolerance, unless the solve converged."""
-        if reason == "converged":
-            return ()
         norms, tolerance = self.checked.norms, self.solver.tolerance
-        return (
-            f"{self.solver.title} stopped ({reason}) with "
-            f"{int((norms > tolerance).sum())} of {len(norms)} columns above the "
-            f"tolerance {tolerance:g}; the largest relative residual is "
-            f"{float(norms.max()):.2e}. {advice}",
-        )
+        return columns_above(self.solver.title, reason, norms, tolerance, advice)
 
     def restart_warnings(self) -> tuple[str, ...]:
         """What is said of restarts, if there were any."""
@@ -291,7 +267,7 @@ class Algorithm(ABC, Generic[Settings]):
 
 
 @dataclass(frozen=True)
-class StochasticSolver(IterativeSolver):
+class StochasticSolver(IterativeSolver, ABC):
     """Settings of a solver that works on blocks of equations.
 
     Attributes:
@@ -310,29 +286,15 @@ class StochasticSolver(IterativeSolver):
     def begin(self, task: Task) -> Algorithm[Any]:
         """The algorithm, ready for its first pass."""
 
-    def solve(
-        self,
-        operator: KernelOperator,
-        noise: Tensor | float,
-        rhs: Float[Tensor, "n k"],
-        *,
-        initial: Tensor | None = None,
-        noise_draws: Tensor | None = None,
-        generator: torch.Generator | None = None,
-        callback: Callback | None = None,
-    ) -> Solution:
-        """Solve (K + Sigma) V = B; see ``Solver.solve``."""
-        generator = generator or torch.Generator().manual_seed(0)
-        system = as_system(operator, noise, rhs)
-        start = None if initial is None else initial_weights(system, initial)
-        record = Recorder(callback)
-        algorithm = self.begin(Task(system, start, noise_draws, generator))
+    def _solve(self, task: Task) -> Solution:
+        record = Recorder(task.callback)
+        algorithm, system = self.begin(task), task.system
         reason = run(algorithm, record)
         return Solution(
             solver=self.name,
-            operator=operator.name,
+            operator=system.operator.name,
             weights=algorithm.data.unshuffled(algorithm.checked.weights) * system.scale,
-            residuals=algorithm.checked.norms.to(rhs.dtype),
+            residuals=algorithm.checked.norms.to(system.rhs.dtype),
             passes=algorithm.passes,
             seconds=record.seconds,
             reason=reason,

@@ -53,8 +53,9 @@ from sgdgp.solvers.base import Reason
 from sgdgp.solvers.blocks import Shuffled
 from sgdgp.solvers.driver import Algorithm, StochasticSolver, Task, check_steps
 from sgdgp.solvers.iterates import AveragedIterate
-from sgdgp.solvers.sgd import default_block_size, regulariser_targets, row_blocks
+from sgdgp.solvers.sgd import default_block_size, row_blocks
 from sgdgp.solvers.step_size import largest_eigenvalue, primal_step_rule, random_rows
+from sgdgp.solvers.system import initial_weights
 
 # Passes after which the whole gradient is found, at the price of one, and the estimator
 # is centred on it: early first, as it is centred on the start till then.
@@ -117,7 +118,8 @@ class _InducingDescent(Algorithm[InducingSGD]):
     adjoint_cost = 0.0  # features are used like any kernel
 
     def __init__(self, solver: InducingSGD, task: Task) -> None:
-        regulariser_targets(task)  # to be checked, though they have no effect
+        # To be checked, though they have no effect.
+        initial_weights(task.system, task.noise_draws, "noise_draws")
         n = task.system.n
         size = solver.block_size or default_block_size(n)
         data = row_blocks(task.system, size, task.generator)

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from sgdgp.core.checks import check_count
 from sgdgp.core.codec import register_stored_class
+from sgdgp.core.seeds import standard_normal
 from sgdgp.solvers.system import System
 
 
@@ -70,7 +71,6 @@ class LowRank(Preconditioner):
         """L with K ~ L L^T in float64, and the passes over K it took."""
 
     def prepare(self, system: System, generator: torch.Generator) -> LowRankInverse:
-        """See ``Preconditioner.prepare``."""
         factor, passes = self.factor(system, generator)
         return inverse_of(factor, system, passes)
 
@@ -98,13 +98,11 @@ class PivotedCholesky(LowRank):
         check_count("block_size", self.block_size, 1)
 
     def cost(self, n: int) -> float:
-        """See ``Preconditioner.cost``."""
         return min(n, self.rank or default_rank(n)) / n
 
     def factor(
         self, system: System, generator: torch.Generator
     ) -> tuple[Tensor, float]:
-        """See ``LowRank.factor``."""
         n = system.n
         rank = min(n, self.rank or default_rank(n))
         everything = slice(0, n)
@@ -152,21 +150,15 @@ class Nystrom(LowRank):
         check_count("rank", self.rank, 1)
 
     def cost(self, n: int) -> float:
-        """See ``Preconditioner.cost``."""
         return 1.0
 
     def factor(
         self, system: System, generator: torch.Generator
     ) -> tuple[Tensor, float]:
-        """See ``LowRank.factor``."""
         n = system.n
-        sketch = torch.randn(
-            n,
-            min(n, self.rank),
-            generator=generator,
-            device=generator.device,
-            dtype=system.rhs.dtype,
-        ).to(system.rhs.device)
+        sketch = standard_normal(
+            n, min(n, self.rank), like=system.rhs, generator=generator
+        )
         sketch = torch.linalg.qr(sketch).Q
         image = system.operator.matmul(sketch).double()
         core = sketch.double().mT @ image
@@ -195,7 +187,6 @@ class LowRankInverse(Inverse):
         return {"rank": self.basis.shape[1]}
 
     def __call__(self, r: Tensor) -> Tensor:
-        """P^-1 r."""
         scaled = r * self.scale
         scaled -= self.basis @ (self.shrinkage * (self.basis.mT @ scaled))
         return scaled.mul_(self.scale)
@@ -265,11 +256,9 @@ class CachedPreconditioner(Preconditioner):
         return repr(self.recipe)
 
     def cost(self, n: int) -> float:
-        """See ``Preconditioner.cost``."""
         return 0.0 if self._fits(n) else self.recipe.cost(n)
 
     def prepare(self, system: System, generator: torch.Generator) -> Inverse:
-        """See ``Preconditioner.prepare``."""
         if self._inverse is not None and self._fits(system.n):
             self._remaining -= 1
             return CachedInverse(self._inverse)

@@ -120,7 +120,6 @@ class ExtendedInverse(Inverse):
         return self.rows.shape[0] > _MOST_NEW * self.first
 
     def __call__(self, r: Float[Tensor, "n k"]) -> Float[Tensor, "n k"]:
-        """The inverse times r."""
         out = torch.zeros_like(r)
         out[: self.first] = self.inverse(r[: self.first])
         size = self.inverse.magnitude

@@ -61,7 +61,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sgdgp.core.checks import check_count, check_finite, check_same
+from sgdgp.core.checks import check_count
 from sgdgp.core.codec import register_stored_class
 from sgdgp.features import FeatureMap, NoRandomFeatures, random_features
 from sgdgp.operators.base import KernelOperator, RowIndex
@@ -77,7 +77,7 @@ from sgdgp.solvers.step_size import (
     primal_step_rule,
     scale_diagonal,
 )
-from sgdgp.solvers.system import System
+from sgdgp.solvers.system import System, initial_weights
 
 # k of the averages. The noise of fresh features stays at the solution: a wider window
 # averages it.
@@ -129,7 +129,7 @@ class SGD(StochasticSolver):
         check_steps(self.block_size, self.momentum, self.step_size)
 
     def begin(self, task: Task) -> Algorithm[Any]:
-        draws = regulariser_targets(task)
+        draws = initial_weights(task.system, task.noise_draws, "noise_draws")
         if task.system.operator.has_features:
             return _FeatureDescent(self, task)
         return _PrimalDescent(self, task, draws)
@@ -153,25 +153,6 @@ def row_blocks(system: System, size: int, generator: torch.Generator) -> Shuffle
     blocks = partition(system.n, size, operator.outputs_per_input)
     everything = torch.arange(system.n, device=order.device)
     return Shuffled(system, everything, [order[block] for block in blocks])
-
-
-def regulariser_targets(task: Task) -> Tensor:
-    """The noise draws in the system's scale (n, k); zero without any.
-
-    Raises:
-        ValueError: The shape, dtype or values do not fit.
-    """
-    system, draws = task.system, task.noise_draws
-    if draws is None:
-        return torch.zeros_like(system.rhs)
-    if draws.shape != system.rhs.shape:
-        raise ValueError(
-            f"noise_draws: expected shape {tuple(system.rhs.shape)}, found "
-            f"{tuple(draws.shape)}"
-        )
-    check_same("noise_draws", draws, "rhs", system.rhs)
-    check_finite("noise_draws", draws)
-    return draws / system.scale
 
 
 class FeatureSource:

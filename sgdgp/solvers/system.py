@@ -128,8 +128,10 @@ def as_system(operator: KernelOperator, noise: Tensor | float, rhs: Tensor) -> S
     )
 
 
-def initial_weights(system: System, initial: Tensor | None) -> Tensor:
-    """Starting point (n, k) in the system's scale; zero by default.
+def initial_weights(
+    system: System, initial: Tensor | None, name: str = "initial"
+) -> Tensor:
+    """Starting point, or what has a ``name``, in the system's scale (n, k); or zero.
 
     Raises:
         ValueError: The shape, dtype or values do not fit.
@@ -138,11 +140,11 @@ def initial_weights(system: System, initial: Tensor | None) -> Tensor:
         return torch.zeros_like(system.rhs)
     if initial.shape != system.rhs.shape:
         raise ValueError(
-            f"initial: expected shape {tuple(system.rhs.shape)}, found "
+            f"{name}: expected shape {tuple(system.rhs.shape)}, found "
             f"{tuple(initial.shape)}"
         )
-    check_same("initial", initial, "rhs", system.rhs)
-    check_finite("initial", initial)
+    check_same(name, initial, "rhs", system.rhs)
+    check_finite(name, initial)
     return initial / system.scale
 
 

@@ -79,11 +79,9 @@ class TwoLevel(Preconditioner):
         return min(self.neighbours or default_neighbours(n), max(1, n - 1))
 
     def cost(self, n: int) -> float:
-        """See ``Preconditioner.cost``."""
         return self._low_rank(n).cost(n) + 1.0 + (self._count(n) + 1) ** 2 / n
 
     def prepare(self, system: System, generator: torch.Generator) -> TwoLevelInverse:
-        """See ``Preconditioner.prepare``."""
         factor, passes = self._low_rank(system.n).factor(system, generator)
         count = self._count(system.n)
         nearest = nearest_earlier(system, count, generator)
@@ -114,7 +112,6 @@ class TwoLevelInverse(Inverse):
     settings: Mapping[str, Any]
 
     def __call__(self, r: Tensor) -> Tensor:
-        """P^-1 r."""
         inner = self.sparse.rows @ r
         inner -= self.basis @ (self.shrinkage * (self.basis.mT @ inner))
         return self.sparse.transposed @ inner
