@@ -2,8 +2,7 @@
 
 Scores of Gaussian predictions take one N(mean_i, variance_i) per point, of the
 *observed* target: add the noise variance to the variance of the function first.
-Scores of class predictions take probabilities (n, C) and
-class indices (n,).
+Scores of class predictions take probabilities (n, C) and class indices (n,).
 All sums are taken in float64, and every score is a Python float.
 """
 
@@ -17,7 +16,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from sgdgp.core.checks import check_count, check_finite
+from sgdgp.core.checks import check_count, check_finite, check_variances
 
 __all__ = [
     "CALIBRATION_LEVELS",
@@ -88,19 +87,9 @@ def interval_coverage(
 ) -> float:
     """Fraction of targets inside their central predictive interval.
 
-    Args:
-        mean: Predicted means (n,).
-        variance: Predicted variances of the targets, noise included (n,).
-        y: Observed targets (n,).
-        level: Probability of the interval, strictly between 0 and 1. Default: 0.95.
-
-    Returns:
-        The fraction; ``level`` on average when the predictions are calibrated.
-
-    Raises:
-        TypeError: An argument is not a floating-point tensor.
-        ValueError: ``level`` is out of range, or as in
-            ``negative_log_predictive_density``.
+    ``level`` is the probability of the interval, strictly between 0 and 1, and what is
+    returned on average when the predictions are calibrated. Other args and errors: as
+    ``negative_log_predictive_density``.
     """
     (level,) = _checked_levels([level], "level")
     reached = _smallest_level(*_checked(mean=mean, variance=variance, y=y))
@@ -115,24 +104,12 @@ def calibration_error(
 ) -> float:
     """Mean gap between nominal and empirical coverage of central intervals.
 
-    For each level p the empirical coverage c(p) is the fraction of targets inside
-    their central interval of probability p; the error is mean_p |c(p) - p|. It is 0
-    for perfect calibration and at most max(mean p, 1 - mean p), which is one half for
-    the default levels; n calibrated points leave about 0.3 / sqrt(n) by chance.
-
-    Args:
-        mean: Predicted means (n,).
-        variance: Predicted variances of the targets, noise included (n,).
-        y: Observed targets (n,).
-        levels: Nominal levels. Default: 0.05, 0.10, ..., 0.95.
-
-    Returns:
-        The mean absolute gap, a probability.
-
-    Raises:
-        TypeError: An argument is not a floating-point tensor.
-        ValueError: No levels, one out of range, or as in
-            ``negative_log_predictive_density``.
+    For each of the levels p, strictly between 0 and 1, the empirical coverage c(p) is
+    the fraction of targets inside their central interval of probability p; the error is
+    mean_p |c(p) - p|. It is 0 for perfect calibration and at most
+    max(mean p, 1 - mean p), which is one half for the default levels; n calibrated
+    points leave about 0.3 / sqrt(n) by chance. Other args and errors: as
+    ``negative_log_predictive_density``.
     """
     nominal = torch.tensor(_checked_levels(levels, "levels"), dtype=torch.float64)
     reached = _smallest_level(*_checked(mean=mean, variance=variance, y=y))
@@ -149,19 +126,8 @@ def crps(
     The score of one point is the integral over t of (F_i(t) - 1[t >= y_i])^2 with F_i
     the predictive distribution function. With z = (y - mean) / s it is
     s (z (2 Phi(z) - 1) + 2 phi(z) - 1 / sqrt(pi)) (Gneiting and Raftery, 2007,
-    equation 21).
-
-    Args:
-        mean: Predicted means (n,).
-        variance: Predicted variances of the targets, noise included (n,).
-        y: Observed targets (n,).
-
-    Returns:
-        The mean score, in the units of ``y``; lower is better.
-
-    Raises:
-        TypeError: An argument is not a floating-point tensor.
-        ValueError: As in ``negative_log_predictive_density``.
+    equation 21). In the units of ``y``; lower is better. Args and errors: as
+    ``negative_log_predictive_density``.
     """
     mean, variance, y = _checked(mean=mean, variance=variance, y=y)
     scale = variance.sqrt()
@@ -195,17 +161,7 @@ def _checked(**arguments: Tensor) -> tuple[Tensor, ...]:
     """The arguments in float64, after all that can be wrong with them was named."""
     first_name, first = next(iter(arguments.items()))
     for name, value in arguments.items():
-        if not isinstance(value, Tensor):
-            found = type(value).__name__
-            raise TypeError(f"{name}: expected a torch.Tensor, found {found}")
-        if not value.is_floating_point():
-            raise TypeError(
-                f"{name}: expected a floating-point tensor, found {value.dtype}"
-            )
-        if value.ndim != 1 or value.numel() == 0:
-            raise ValueError(
-                f"{name}: expected shape (n,) with n > 0, found {tuple(value.shape)}"
-            )
+        _check_vector(name, value)
         if value.shape != first.shape:
             raise ValueError(
                 f"{name}: expected one value per point as in {first_name}, "
@@ -218,18 +174,21 @@ def _checked(**arguments: Tensor) -> tuple[Tensor, ...]:
             )
         check_finite(name, value)
         if name == "variance":
-            _check_positive_entries(name, value)
+            check_variances(name, value)
     return tuple(value.detach().double() for value in arguments.values())
 
 
-def _check_positive_entries(name: str, value: Tensor) -> None:
-    """Refuse zeros and negative entries, saying how many and where the first is."""
-    bad = value <= 0
-    if bad.any():
-        first = int(bad.nonzero()[0, 0])
+def _check_vector(name: str, value: Tensor) -> None:
+    if not isinstance(value, Tensor):
+        found = type(value).__name__
+        raise TypeError(f"{name}: expected a torch.Tensor, found {found}")
+    if not value.is_floating_point():
+        raise TypeError(
+            f"{name}: expected a floating-point tensor, found {value.dtype}"
+        )
+    if value.ndim != 1 or value.numel() == 0:
         raise ValueError(
-            f"{name}: expected positive values, found {int(bad.sum())} that are not, "
-            f"the first at index {first} ({float(value[first])})"
+            f"{name}: expected shape (n,) with n > 0, found {tuple(value.shape)}"
         )
 
 
@@ -352,14 +311,7 @@ def auroc(inside: Float[Tensor, " n"], outside: Float[Tensor, " m"]) -> float:
         ValueError: No points on one side, or scores that are NaN.
     """
     for name, scores in (("inside", inside), ("outside", outside)):
-        if not scores.is_floating_point():
-            raise TypeError(
-                f"{name}: expected a floating-point tensor, found {scores.dtype}"
-            )
-        if scores.ndim != 1 or scores.numel() == 0:
-            raise ValueError(
-                f"{name}: expected shape (n,) with n > 0, found {tuple(scores.shape)}"
-            )
+        _check_vector(name, scores)
         if bool(scores.isnan().any()):
             raise ValueError(f"{name}: expected scores, found NaN")
     ordered = inside.sort().values

@@ -28,11 +28,7 @@ from torch.utils.checkpoint import checkpoint
 from sgdgp.core.checks import check_finite, check_same
 from sgdgp.core.slices import slices, tracks_gradient
 from sgdgp.features import ExactDraws, PriorDraws, SelectedDraws
-from sgdgp.gpytorch_adapter import (
-    MultitaskPrior,
-    OutcomeScale,
-    Prior,
-)
+from sgdgp.gpytorch_adapter import MultitaskPrior, OutcomeScale, Prior
 from sgdgp.operators import FeatureOperator, KernelOperator
 from sgdgp.operators.evaluation import differentiable_block
 from sgdgp.posterior.own_points import own_products
@@ -138,21 +134,17 @@ class ConditionedPaths(Paths):
 
     @property
     def num_outputs(self) -> None:
-        """No axis of outputs."""
         return None
 
     @property
     def num_functions(self) -> int:
-        """See ``Paths``."""
         return self.weights.shape[1] - 1
 
     @property
     def units(self) -> OutcomeScale:
-        """From the model's units to those of the targets."""
         return self.prior.outcome_scale
 
     def flattened(self, x: Points) -> tuple[Tensor, torch.Size]:
-        """See ``Paths``."""
         x = self.prior.joined(x)
         if not torch.is_tensor(x):
             raise TypeError(f"x: expected a torch.Tensor, found {type(x)}")
@@ -172,9 +164,8 @@ class ConditionedPaths(Paths):
         """Posterior mean (n,) and zero-mean sample values (n, s), model's units."""
         columns = slice(0, None if deviations else 1)
         means, values = [], []
-        # An empty x is one empty slice.
-        for rows in list(slices(x.shape[0], _ROWS)) or [slice(0, 0)]:
-            prior_mean, inputs = self.prior.evaluate(x[rows])
+        for points in x.split(_ROWS):
+            prior_mean, inputs = self.prior.evaluate(points)
             update = cross_product(self.operator, inputs, self.weights[:, columns])
             means.append(prior_mean + update[:, 0])
             value = update[:, 1:]
@@ -182,7 +173,6 @@ class ConditionedPaths(Paths):
         return torch.cat(means), torch.cat(values)
 
     def each(self, x: Float[Tensor, "s q d"]) -> Float[Tensor, "s q"]:
-        """See ``Paths``."""
         prior_mean, inputs = self.prior.evaluate(x.reshape(-1, x.shape[-1]))
         own = inputs.reshape(*x.shape[:2], inputs.shape[-1])
         weights = self.weights[:, :1] - self.weights[:, 1:]
@@ -190,20 +180,17 @@ class ConditionedPaths(Paths):
         return prior_mean.reshape(x.shape[:2]) + self.draws.each(own) + update
 
     def subset(self, index: Sequence[int]) -> ConditionedPaths:
-        """See ``Paths``."""
         columns = [0, *(1 + number for number in index)]
         # Stored column by column, as functions at points of their own read them.
         weights = self.weights.mT[columns].mT
         return replace(self, draws=self.draws.subset(index), weights=weights)
 
     def noise(self, x: Float[Tensor, "n d"]) -> Float[Tensor, " n"]:
-        """See ``Paths``."""
         return self.units.scale**2 * self.prior.noise(x)
 
     def joint(
         self, mean: Tensor, deviations: Tensor, noise: Tensor | None
     ) -> MultivariateNormal:
-        """See ``Paths``."""
         root = (self.units.scale / deviations.shape[-1] ** 0.5) * deviations
         return MultivariateNormal(mean, _covariance(root, noise))
 
@@ -226,12 +213,10 @@ class PairPaths(Paths):
 
     @property
     def num_outputs(self) -> int:
-        """Number of tasks."""
         return self.prior.num_outputs
 
     @property
     def num_functions(self) -> int:
-        """See ``Paths``."""
         return self.paths.num_functions
 
     @property
@@ -251,13 +236,10 @@ class PairPaths(Paths):
         mean, values = self.paths.evaluate(self.prior.rows(x), deviations=deviations)
         shift, factor = self._scales(x)
         values = values.reshape(len(x), tasks, values.shape[1])
-        return (
-            shift + factor * mean.reshape(len(x), tasks),
-            factor.unsqueeze(1) * values,
-        )
+        mean = shift + factor * mean.reshape(len(x), tasks)
+        return mean, factor.unsqueeze(1) * values
 
     def each(self, x: Float[Tensor, "s q d"]) -> Float[Tensor, "s q t"]:
-        """All tasks at each function's own points."""
         tasks = self.num_outputs
         pairs = self.prior.rows(x.flatten(0, 1))
         own = pairs.reshape(x.shape[0], x.shape[1] * tasks, pairs.shape[1])
@@ -265,11 +247,9 @@ class PairPaths(Paths):
         return shift + factor * self.paths.each(own).reshape(*x.shape[:2], tasks)
 
     def subset(self, index: Sequence[int]) -> PairPaths:
-        """See ``Paths``."""
         return PairPaths(self.paths.subset(index))
 
     def noise(self, x: Float[Tensor, "n d"]) -> Float[Tensor, "n t"]:
-        """See ``Paths``."""
         _, factor = self._scales(x)
         noise = self.prior.noise(self.prior.rows(x))
         return factor.square() * noise.reshape(len(x), -1)
@@ -277,7 +257,6 @@ class PairPaths(Paths):
     def joint(
         self, mean: Tensor, deviations: Tensor, noise: Tensor | None
     ) -> MultitaskMultivariateNormal:
-        """See ``Paths``."""
         root = (deviations / deviations.shape[-1] ** 0.5).flatten(0, 1)
         if noise is not None:
             noise = noise.flatten()
@@ -304,32 +283,26 @@ class ParallelPaths(Paths):
 
     @property
     def num_outputs(self) -> int:
-        """Number of outputs."""
         return len(self.paths)
 
     @property
     def num_functions(self) -> int:
-        """See ``Paths``."""
         return self.paths[0].num_functions
 
     @property
     def dim(self) -> int:  # type: ignore[override]
-        """See ``Paths``."""
+        """Columns of the user's inputs."""
         return self.paths[0].dim
 
     def flattened(self, x: Points) -> tuple[Tensor, torch.Size]:
-        """See ``Paths``."""
         return self.paths[0].flattened(x)
 
     def evaluate(
         self, x: Float[Tensor, "n d"], *, deviations: bool = True
     ) -> tuple[Float[Tensor, "n t"], Float[Tensor, "n t s"]]:
         """Output by output, in groups that share an operator."""
-        means, values = [], []
-        for rows in list(slices(x.shape[0], _ROWS)) or [slice(0, 0)]:
-            mean, value = self._evaluate(x[rows], deviations)
-            means.append(mean)
-            values.append(value)
+        parts = [self._evaluate(points, deviations) for points in x.split(_ROWS)]
+        means, values = zip(*parts, strict=True)
         return torch.cat(means), torch.cat(values)
 
     def _evaluate(self, x: Tensor, deviations: bool) -> tuple[Tensor, Tensor]:
@@ -362,13 +335,11 @@ class ParallelPaths(Paths):
         return [updates[output] for output in range(len(self.paths))]
 
     def each(self, x: Float[Tensor, "s q d"]) -> Float[Tensor, "s q t"]:
-        """Output by output at each function's own points."""
         scale = self.paths[0].units
         values = torch.stack([path.each(x) for path in self.paths], dim=-1)
         return scale.shift + scale.scale * values
 
     def subset(self, index: Sequence[int]) -> ParallelPaths:
-        """The functions of these numbers, of every output."""
         return ParallelPaths(tuple(path.subset(index) for path in self.paths))
 
     def noise(self, x: Float[Tensor, "n d"]) -> Float[Tensor, "n t"]:

@@ -22,11 +22,7 @@ from sgdgp.core.checks import check_count
 from sgdgp.core.memory import resolve_budget
 from sgdgp.core.seeds import derived_generator, seed_of, standard_normal
 from sgdgp.features import ExactDraws, PriorDraws, draw_prior, has_features
-from sgdgp.gpytorch_adapter import (
-    Inputs,
-    Prior,
-    observed_rows,
-)
+from sgdgp.gpytorch_adapter import Inputs, Prior, observed_rows
 from sgdgp.operators import KernelOperator, operator_by_name
 from sgdgp.posterior.paths import ConditionedPaths
 from sgdgp.solvers.auto import choose_solver
@@ -70,16 +66,6 @@ class Settings:
         callback: Callback | None,
     ) -> Settings:
         """What a user asked for, with the defaults on the device of ``like``.
-
-        Args:
-            solver: A solver or a name.
-            num_features: See ``Settings``.
-            operator: See ``Settings``.
-            memory_budget: Default: half of what is free.
-            like: A tensor where the work will be.
-            generator: Source of everything random, as it is given.
-            progress: See ``Settings``.
-            callback: See ``Settings``.
 
         Raises:
             TypeError: Something is of the wrong kind.
@@ -129,13 +115,7 @@ class Settings:
         count: int,
         generator: torch.Generator,
     ) -> PriorDraws | ExactDraws:
-        """Prior functions: by random features, else exactly by Cholesky.
-
-        Args:
-            kernel: Their covariance.
-            inputs: Kernel inputs that exact draws are to be revealed at.
-            count: Number of functions.
-            generator: Source of everything random.
+        """Prior functions: by random features, else exactly at the inputs by Cholesky.
 
         Raises:
             NoRandomFeatures: The kernel has none, and there are too many points.

@@ -16,18 +16,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sgdgp.core.checks import (
-    check_finite,
-    check_matrix,
-    check_same,
-    check_variances,
-)
+from sgdgp.core.checks import check_finite, check_matrix, check_same, check_variances
 from sgdgp.core.seeds import derived_generator
-from sgdgp.gpytorch_adapter import (
-    MultitaskPrior,
-    Prior,
-    has_fixed_noise,
-)
+from sgdgp.gpytorch_adapter import MultitaskPrior, Prior, has_fixed_noise
 from sgdgp.posterior.paths import ConditionedPaths, Points
 from sgdgp.posterior.problem import (
     Part,
@@ -327,10 +318,6 @@ def _new_rows(
     Returns:
         Inputs (N, p), targets (N, c) with NaN where there is none, and noise variances
         (N, c) if they are given, both in the model's units.
-
-    Raises:
-        TypeError: Data are of the wrong kind.
-        ValueError: Shape, dtype, device or values do not fit, or noise is needed.
     """
     first = parts[0].problem
     prior, known, outputs = first.prior, first.x, len(parts)
@@ -350,12 +337,8 @@ def _new_rows(
             f"pass the {len(x)} noise variances of y_new"
         )
     x = prior.rows(x)
-    columns = (len(x), -1)
-    return (
-        x,
-        y.reshape(columns),
-        None if noise is None else noise.reshape(columns),
-    )
+    n = len(x)
+    return x, y.reshape(n, -1), None if noise is None else noise.reshape(n, -1)
 
 
 def _new_inputs(prior: Prior, x: Points, known: Tensor) -> Tensor:
@@ -396,9 +379,6 @@ def variances_of(
         name: What they are called.
         noise: One for all; one for each point; or for each of several outputs too.
         shape: The shape that is wanted.
-
-    Raises:
-        ValueError: Shape or values do not fit.
     """
     if len(shape) == 2 and noise.shape == shape[:1]:
         noise = noise.unsqueeze(1)

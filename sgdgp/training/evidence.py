@@ -27,9 +27,9 @@ from sgdgp.gpytorch_adapter import (
     Inputs,
     TracedProblem,
     prior_at,
+    training_data,
     training_problems,
 )
-from sgdgp.gpytorch_adapter.data import training_data
 from sgdgp.operators import KernelOperator, choose_operator
 from sgdgp.solvers.auto import Auto
 from sgdgp.solvers.preconditioners import PivotedCholesky, left_singular
@@ -96,15 +96,7 @@ def log_marginal_likelihood(
 def total_log_likelihood(
     model: ExactGP, x: Inputs, y: Tensor, *, num_probes: int = 8, seed: int = 0
 ) -> LogLikelihoodEstimate:
-    """The estimate for checked data, y in the model's units.
-
-    Args:
-        model: The model.
-        x: Training inputs.
-        y: Targets in the model's units.
-        num_probes: Lanczos runs.
-        seed: Seed of the probes.
-    """
+    """The estimate for checked data, y in the model's units."""
     estimates = [
         estimate_log_likelihood(problem, num_probes=num_probes, seed=seed + i)
         for i, problem in enumerate(
@@ -122,22 +114,9 @@ def total_log_likelihood(
 
 @torch.no_grad()
 def estimate_log_likelihood(
-    problem: TracedProblem,
-    *,
-    num_probes: int = 8,
-    max_steps: int = 40,
-    tolerance: float = 1e-4,
-    seed: int = 0,
+    problem: TracedProblem, *, num_probes: int = 8, seed: int = 0
 ) -> LogLikelihoodEstimate:
-    """Estimate log p(y | X) of one system; exact up to 1,000 rows.
-
-    Args:
-        problem: The system.
-        num_probes: Lanczos runs.
-        max_steps: Passes over K that the Lanczos runs take, at most.
-        tolerance: Change of the log determinant over n that ends them.
-        seed: Seed of the probes.
-    """
+    """Estimate log p(y | X) of one system; exact up to 1,000 rows."""
     if len(problem.targets) <= EXACT_ROWS:
         return LogLikelihoodEstimate(exact_log_likelihood(problem)[1], 0.0, 1.0)
     operator = choose_operator(problem.kernel, problem.inputs.detach())
@@ -151,12 +130,7 @@ def estimate_log_likelihood(
     remainder = rhs - operator.matmul(v) - noise.unsqueeze(1) * v
     fit = float((v.double() * (rhs + remainder).double()).sum())
     determinant, error, passes = log_determinant(
-        operator,
-        noise,
-        num_probes=num_probes,
-        max_steps=max_steps,
-        tolerance=tolerance,
-        generator=generator,
+        operator, noise, num_probes=num_probes, generator=generator
     )
     n, columns = rhs.shape
     value = -0.5 * fit - 0.5 * columns * (determinant + n * math.log(2.0 * math.pi))
@@ -171,8 +145,8 @@ def log_determinant(
     noise: Float[Tensor, " n"],
     *,
     num_probes: int,
-    max_steps: int,
-    tolerance: float,
+    max_steps: int = 40,
+    tolerance: float = 1e-4,
     generator: torch.Generator,
 ) -> tuple[float, float, float]:
     """Estimate log det(K + Sigma); also its standard error, and the passes it took.
@@ -181,7 +155,7 @@ def log_determinant(
         operator: K (n, n).
         noise: Noise variances (n,).
         num_probes: Lanczos runs.
-        max_steps: Steps of each, at most.
+        max_steps: Steps of each, at most: every one is a pass over K.
         tolerance: Change of the estimate over n from one step to the next that ends
             the runs.
         generator: Source of all randomness.

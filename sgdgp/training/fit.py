@@ -19,8 +19,7 @@ from tqdm.auto import tqdm
 from sgdgp.core.checks import check_count, check_finite_parameters, check_positive
 from sgdgp.core.deprecation import renamed_arguments
 from sgdgp.core.seeds import derived_generator, generator_of, seed_of
-from sgdgp.gpytorch_adapter import Inputs
-from sgdgp.gpytorch_adapter.data import training_data
+from sgdgp.gpytorch_adapter import Inputs, training_data
 from sgdgp.solvers.base import Solver
 from sgdgp.training.evidence import total_log_likelihood
 from sgdgp.training.fit_checkpoint import FitCheckpoint
@@ -137,7 +136,6 @@ def fit(
     if not parameters:
         raise ValueError("model: expected parameters that require a gradient, found 0")
     check_finite_parameters("model", model)
-    _check_optimizer(optimizer)
     number = seed_of(generator_of(seed))
     limits = FitLimits(steps, max_passes, max_seconds, plateau)
 
@@ -178,7 +176,7 @@ def _fitted(
     reason = None if keeper is None else keeper.open_for(run, x, y)
     if reason is None:
         try:
-            reason = run.go(x, y, limits, callback, keeper.keep if keeper else _nowhere)
+            reason = run.go(x, y, limits, callback, keeper.keep if keeper else None)
         except BaseException:
             # Ctrl-C, or an error in a callback.
             if keeper is not None and run.history:
@@ -212,18 +210,15 @@ def in_train_mode(model: torch.nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-def _check_optimizer(optimizer: Callable[..., Optimizer]) -> None:
+def _built(
+    optimizer: Callable[[Iterable[torch.nn.Parameter]], Optimizer],
+    parameters: Sequence[torch.nn.Parameter],
+) -> Optimizer:
     if not callable(optimizer):
         raise TypeError(
             "optimizer: expected a function of the parameters, such as "
             f"torch.optim.Adam, found {optimizer!r}"
         )
-
-
-def _built(
-    optimizer: Callable[[Iterable[torch.nn.Parameter]], Optimizer],
-    parameters: Sequence[torch.nn.Parameter],
-) -> Optimizer:
     built = optimizer(parameters)
     if not isinstance(built, Optimizer) or isinstance(built, torch.optim.LBFGS):
         raise TypeError(
@@ -231,10 +226,6 @@ def _built(
             f"torch.optim.Adam, found {type(built).__name__}"
         )
     return built
-
-
-def _nowhere(run: Run) -> None:
-    """Keep nothing."""
 
 
 def _warnings(run: Run, reason: FitReason) -> tuple[str, ...]:
@@ -275,8 +266,8 @@ def best_of(
         count: Number of fits; with one, nothing is compared.
         attempt: (number of the fit, the earlier ones) to a fit, which changes the
             model in place.
-        model: The model; it ends with the best fit's parameters, by the estimated log
-            marginal likelihood.
+        model: It ends with the best fit's parameters, by the estimated log marginal
+            likelihood.
         x: Training inputs.
         y: Targets in the model's units.
         seed: Seed of the scattered parameters and of the estimates.
@@ -324,13 +315,7 @@ def _value(model: ExactGP, x: Inputs, y: Tensor, seed: int) -> float:
 def fit_bar(
     show: bool | None, steps: int, callback: FitCallback | None
 ) -> Iterator[FitCallback | None]:
-    """Wrap a callback so that it also moves a bar.
-
-    Args:
-        show: Whether to show it. Default: only on a terminal.
-        steps: Length of the bar.
-        callback: Callback to call on as well.
-    """
+    """Wrap a callback so that it also moves a bar; by default only on a terminal."""
     if show is None:
         show = sys.stderr.isatty()
     if not show:

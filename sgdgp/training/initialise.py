@@ -13,8 +13,7 @@ from torch import Tensor
 
 from sgdgp.core.checks import check_count
 from sgdgp.core.seeds import generator_of
-from sgdgp.gpytorch_adapter import Inputs, layout_of
-from sgdgp.gpytorch_adapter.data import training_data
+from sgdgp.gpytorch_adapter import Inputs, layout_of, training_data
 from sgdgp.training.fit import fit
 from sgdgp.training.gradient import EXACT_ROWS
 from sgdgp.training.parameters import from_average, learned_parameters, to_average

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from gpytorch.distributions import MultivariateNormal
@@ -29,13 +29,6 @@ from sgdgp.training.warm_solves import SolveSettings, WarmSolves
 
 _TOLERANCE = 1e-2
 """Of solvers given by name: a step's gradient has more noise from its probes."""
-
-
-class _Term(NamedTuple):
-    """One system's part: a scalar with the gradient, and its value if known."""
-
-    scalar: Tensor
-    value: float | None
 
 
 class StochasticMarginalLogLikelihood(MarginalLogLikelihood):
@@ -168,8 +161,8 @@ class StochasticMarginalLogLikelihood(MarginalLogLikelihood):
             self._solves = self._fresh(len(problems))
         terms = [self._term(i, problem) for i, problem in enumerate(problems)]
         self.evaluations += 1
-        total = torch.stack([term.scalar for term in terms]).sum()
-        values = [term.value for term in terms if term.value is not None]
+        total = torch.stack([scalar for scalar, _ in terms]).sum()
+        values = [value for _, value in terms if value is not None]
         if len(values) == len(terms):
             value = sum(values)
         else:
@@ -215,9 +208,10 @@ class StochasticMarginalLogLikelihood(MarginalLogLikelihood):
             for i in range(count)
         ]
 
-    def _term(self, i: int, problem: TracedProblem) -> _Term:
+    def _term(self, i: int, problem: TracedProblem) -> tuple[Tensor, float | None]:
+        """One system's part: a scalar with the gradient, and its value if known."""
         if self._settings.probes == "auto" and len(problem.targets) <= EXACT_ROWS:
-            return _Term(*exact_log_likelihood(problem))
+            return exact_log_likelihood(problem)
         operator = operator_by_name(
             self._operator,
             problem.kernel,
@@ -228,7 +222,7 @@ class StochasticMarginalLogLikelihood(MarginalLogLikelihood):
         self.solution = solution
         self.passes += solution.passes
         # What the solve stored of K is not needed any more.
-        return _Term(surrogate(problem, operator.unfilled(), v, a, b), None)
+        return surrogate(problem, operator.unfilled(), v, a, b), None
 
     def _integrated(self, problems: tuple[TracedProblem, ...], scalar: Tensor) -> float:
         """The value at these parameters, integrated from the first evaluation's."""

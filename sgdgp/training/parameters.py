@@ -28,10 +28,6 @@ def put_state(model: torch.nn.Module, state: Mapping[str, Tensor]) -> None:
     """Load parameters and buffers, and touch nothing else.
 
     BoTorch's own method also transforms the training data anew, which rounds them.
-
-    Args:
-        model: The model, changed in place.
-        state: What ``state_of`` returned.
     """
     torch.nn.Module.load_state_dict(model, state)
 
@@ -42,9 +38,6 @@ def learned_parameters(
     """Names, parameters and constraints of what GPyTorch modules learn.
 
     Networks in front of a kernel are none, so their weights are left out.
-
-    Args:
-        model: A GPyTorch model.
     """
     for path, module in model.named_modules():
         if isinstance(module, gpytorch.Module):
@@ -55,11 +48,7 @@ def learned_parameters(
 
 
 def parameter_values(model: torch.nn.Module) -> dict[str, tuple[float, ...]]:
-    """Learned parameters through their constraints, by names without "raw_".
-
-    Args:
-        model: A GPyTorch model.
-    """
+    """Learned parameters through their constraints, by names without "raw_"."""
     values: dict[str, tuple[float, ...]] = {}
     for name, parameter, constraint in learned_parameters(model):
         if 0 < parameter.numel() <= _LARGEST:
@@ -96,10 +85,6 @@ def scatter(model: torch.nn.Module, generator: torch.Generator) -> None:
 
     Positive parameters are multiplied by exp(N(0, 1)), those in an interval drawn
     uniformly from it. Parameters without a constraint (means, networks) stay.
-
-    Args:
-        model: A GPyTorch model.
-        generator: Source of all randomness.
     """
     for _, parameter, constraint in learned_parameters(model):
         if constraint is not None:

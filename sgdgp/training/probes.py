@@ -89,7 +89,6 @@ class PathwiseProbes(Probes):
     def draw(
         self, kernel: Kernel, inputs: Tensor, noise: Tensor, generator: torch.Generator
     ) -> DrawnProbes:
-        """See ``Probes.draw``."""
         standard = _normal(inputs, self.count, generator)
         functions = draw_prior(
             kernel,
@@ -125,7 +124,6 @@ class StandardProbes(Probes):
     def draw(
         self, kernel: Kernel, inputs: Tensor, noise: Tensor, generator: torch.Generator
     ) -> DrawnProbes:
-        """See ``Probes.draw``."""
         rhs = _normal(inputs, self.count, generator)
         return DrawnProbes(rhs, torch.zeros_like(rhs), False)
 

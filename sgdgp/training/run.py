@@ -184,7 +184,7 @@ class Run:
         y: Tensor,
         limits: FitLimits,
         callback: FitCallback | None,
-        keep: Callable[[Run], None],
+        keep: Callable[[Run], None] | None,
     ) -> FitReason:
         """Make steps until the limits, the callback or divergence end it.
 
@@ -214,7 +214,8 @@ class Run:
             self.before = [p.detach().clone() for p in self.parameters]
             self.optimiser.step()
             self.history.append(entry)
-            keep(self)
+            if keep is not None:
+                keep(self)
             if callback is not None and callback(entry):
                 return "interrupted"
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -48,22 +47,6 @@ class SolveSettings:
     memory_budget: int | None = None
 
 
-class SolvedProbes(NamedTuple):
-    """What the gradient needs of a solve.
-
-    Attributes:
-        v: H^-1 (y - m) (n, c).
-        a: Left probe vectors (n, s).
-        b: Right probe vectors (n, s).
-        solution: The account of the solve, without its weights.
-    """
-
-    v: Tensor
-    a: Tensor
-    b: Tensor
-    solution: Solution
-
-
 @dataclass
 class WarmSolves:
     """Settings, and what each solve leaves to the next.
@@ -82,13 +65,17 @@ class WarmSolves:
     @torch.no_grad()
     def __call__(
         self, problem: TracedProblem, operator: KernelOperator, evaluation: int
-    ) -> SolvedProbes:
+    ) -> tuple[Tensor, Tensor, Tensor, Solution]:
         """Solve for the targets and the probes.
 
         Args:
             problem: The system.
             operator: K over its inputs.
             evaluation: Number of the solve, for randomness of its own.
+
+        Returns:
+            H^-1 (y - m) (n, c), left and right probe vectors (n, s), and the account
+            of the solve, without its weights.
         """
         settings = self.settings
         generator = torch.Generator().manual_seed(settings.seed)
@@ -114,7 +101,7 @@ class WarmSolves:
         v, a = solution.weights[:, :columns], solution.weights[:, columns:]
         # A copy, as a view of no columns would keep all of them alive.
         account = replace(solution, weights=solution.weights[:, :0].clone())
-        return SolvedProbes(v, a, drawn.right(a), account)
+        return v, a, drawn.right(a), account
 
     def _solver(self, operator: KernelOperator, noise: Tensor, columns: int) -> Solver:
         """The solver with the limits of a step and the preconditioner that is kept."""
