@@ -133,23 +133,19 @@ class KernelOperator(ABC):
     # graph is recorded.
 
     @abstractmethod
-    def _rows_matmul(
-        self, index: RowIndex, v: Float[Tensor, "n k"]
-    ) -> Float[Tensor, "b k"]:
-        """K[index, :] v, never more than the memory budget at a time."""
+    def _rows_matmul(self, index: RowIndex, v: Tensor) -> Tensor:
+        """K[index, :] v (b, k), never more than the memory budget at a time."""
 
     @abstractmethod
-    def _block(self, i: RowIndex, j: RowIndex) -> Float[Tensor, "a b"]:
-        """The dense block K[i, j]."""
+    def _block(self, i: RowIndex, j: RowIndex) -> Tensor:
+        """The dense block K[i, j] (a, b)."""
 
     @abstractmethod
-    def _diagonal_entries(self) -> Float[Tensor, " n"]:
-        """The diagonal of a square operator, exact (never by differences)."""
+    def _diagonal_entries(self) -> Tensor:
+        """See ``diagonal``."""
 
-    def _columns_matmul(
-        self, index: RowIndex, v: Float[Tensor, "b k"]
-    ) -> Float[Tensor, "m k"]:
-        """K[:, index] v, for some rows of the block at a time."""
+    def _columns_matmul(self, index: RowIndex, v: Tensor) -> Tensor:
+        """K[:, index] v (m, k), for some rows of the block at a time."""
         out = v.new_empty(self.shape[0], v.shape[1])
         for rows in slices(self.shape[0], min(self.rows_per_step, _BLOCK_ROWS)):
             out[rows] = self.block(rows, index) @ v
@@ -263,15 +259,7 @@ class KernelOperator(ABC):
     def quadratic_gradient(
         self, a: Float[Tensor, "n k"], b: Float[Tensor, "n k"]
     ) -> None:
-        """Add d/dtheta sum_c a_c^T K b_c to ``.grad`` of the kernel's parameters.
-
-        Args:
-            a: Left vectors (n, k).
-            b: Right vectors (n, k).
-
-        Raises:
-            ValueError: The operator is not square, or an argument does not fit.
-        """
+        """Add d/dtheta ``quadratic_form(a, b)`` to ``.grad`` of the parameters."""
         with torch.enable_grad():
             form = self.quadratic_form(a, b)
         if form.requires_grad:
@@ -422,12 +410,10 @@ class KernelLinearOperator(LinearOperator):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Data type of the entries."""
         return self.operator.dtype
 
     @property
     def device(self) -> torch.device:
-        """Device that computes the entries."""
         return self.operator.device
 
     def _size(self) -> torch.Size:
@@ -474,14 +460,9 @@ class KernelLinearOperator(LinearOperator):
         """Single entries K[row_k, col_k], from the small blocks that hold them."""
         row_index, col_index = torch.broadcast_tensors(row_index, col_index)
         rows, columns = row_index.reshape(-1), col_index.reshape(-1)
-        found = [
-            _entries(self.operator, some_rows, some_columns)
-            for some_rows, some_columns in zip(
-                rows.split(_ENTRIES_PER_PIECE),
-                columns.split(_ENTRIES_PER_PIECE),
-                strict=True,
-            )
-        ]
+        size = _ENTRIES_PER_PIECE
+        pieces = zip(rows.split(size), columns.split(size), strict=True)
+        found = [_entries(self.operator, i, j) for i, j in pieces]
         return torch.cat(found).view(row_index.shape)
 
     def to_dense(self) -> Tensor:

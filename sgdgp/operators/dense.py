@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-
 import torch
 from gpytorch.kernels import Kernel
 from jaxtyping import Float, Int
@@ -71,14 +69,10 @@ class DenseOperator(KernelOperator):
             self._entries = entries
         return self._entries
 
-    def _rows_matmul(
-        self, index: RowIndex, v: Float[Tensor, "n k"]
-    ) -> Float[Tensor, "b k"]:
+    def _rows_matmul(self, index: RowIndex, v: Tensor) -> Tensor:
         return take(self.entries, index) @ v
 
-    def _columns_matmul(
-        self, index: RowIndex, v: Float[Tensor, "b k"]
-    ) -> Float[Tensor, "m k"]:
+    def _columns_matmul(self, index: RowIndex, v: Tensor) -> Tensor:
         if self.is_square:
             # Rows of a symmetric matrix are the same numbers, contiguous: 7 % (17
             # columns) to 45 % (one) faster at n = 10,000 and b = 1,000.
@@ -96,7 +90,7 @@ class DenseOperator(KernelOperator):
             out[:, rows].addmm_(left, self.entries[rows].mT)
         return out.mT
 
-    def _block(self, i: RowIndex, j: RowIndex) -> Float[Tensor, "a b"]:
+    def _block(self, i: RowIndex, j: RowIndex) -> Tensor:
         if isinstance(i, Tensor) and isinstance(j, Tensor):
             return self.entries[i.unsqueeze(1), j]  # without whole rows
         return take(self.entries, i)[:, j]  # a view of K when both are slices
@@ -108,14 +102,12 @@ class DenseOperator(KernelOperator):
     def _quadratic_form(self, a: Tensor, b: Tensor, x: Tensor) -> Tensor:
         return self.source._quadratic_form(a, b, x)
 
-    def _diagonal_entries(self) -> Float[Tensor, " n"]:
+    def _diagonal_entries(self) -> Tensor:
         return self.source.diagonal()
 
     def unfilled(self) -> DenseOperator:
         """The same operator, to be filled at its first product again."""
-        other = copy.copy(self)
-        other._entries = None
-        return other
+        return type(self).filled_by(self.source)
 
     def streaming(self) -> KernelOperator:
         """The operator that fills K."""

@@ -101,7 +101,6 @@ class FeatureOperator(KernelOperator):
 
     @torch.no_grad()
     def tracked(self, v: Float[Tensor, "n k"]) -> TrackedVectors:
-        """See ``KernelOperator.tracked``."""
         check_vectors(v, self.shape[1], self.dtype)
         if bool(v.any()):
             return TrackedVectors(v.clone(), self.features.adjoint(self.x, v))
@@ -110,15 +109,11 @@ class FeatureOperator(KernelOperator):
 
     @torch.no_grad()
     def move(self, rows: RowIndex, values: Float[Tensor, "b k"]) -> Move:
-        """See ``KernelOperator.move``."""
         index = resolve_index(rows, self.shape[1])
         return Move(index, values, self._adjoint(index, values))
 
     @torch.no_grad()
-    def rows_of_product(
-        self, rows: RowIndex, v: TrackedVectors
-    ) -> Float[Tensor, "b k"]:
-        """See ``KernelOperator.rows_of_product``."""
+    def rows_of_product(self, rows: RowIndex, v: TrackedVectors) -> Tensor:
         assert v.phi_t_v is not None
         return self.rows_of_weights(rows, v.phi_t_v)
 
@@ -138,14 +133,10 @@ class FeatureOperator(KernelOperator):
         place = torch.randperm(count, generator=generator, device=generator.device)
         return place.to(self.device)[numbers].argsort(stable=True)
 
-    def _rows_matmul(
-        self, index: RowIndex, v: Float[Tensor, "n k"]
-    ) -> Float[Tensor, "b k"]:
+    def _rows_matmul(self, index: RowIndex, v: Tensor) -> Tensor:
         return self._forward(index, self._phi_t_v(v))
 
-    def _columns_matmul(
-        self, index: RowIndex, v: Float[Tensor, "b k"]
-    ) -> Float[Tensor, "m k"]:
+    def _columns_matmul(self, index: RowIndex, v: Tensor) -> Tensor:
         phi_t_v = self._adjoint(index, v)
         return self.features.forward(self.x_rows, phi_t_v)
 
@@ -184,7 +175,7 @@ class FeatureOperator(KernelOperator):
             v = whole
         return self.features.adjoint(x, v)
 
-    def _block(self, i: RowIndex, j: RowIndex) -> Float[Tensor, "a b"]:
+    def _block(self, i: RowIndex, j: RowIndex) -> Tensor:
         if index_length(i) < index_length(j):
             return self._entries_of(self.x, j, self.x_rows, i).mT
         return self._entries_of(self.x_rows, i, self.x, j)
@@ -233,7 +224,7 @@ class FeatureOperator(KernelOperator):
             found = self.features.features(take(x, points))
             yield rows, found if inner is None else take(found, inner)
 
-    def _diagonal_entries(self) -> Float[Tensor, " n"]:
+    def _diagonal_entries(self) -> Tensor:
         everything = slice(0, self.shape[0])
         parts = (f.square().sum(1) for _, f in self._features_of(self.x, everything))
         return torch.cat([self.x.new_zeros(0), *parts])
@@ -259,19 +250,11 @@ class FeatureOperator(KernelOperator):
         other._hold(kernel or self.kernel, x, x_rows, self.memory_budget)
         features = self.features
         if kernel is not None:
-            features = self._features_as(kernel, x)
+            features = _exact_map(kernel, x) or CastFeatures(features, self.dtype)
         other._use(features, self.outputs_per_input)
         if kernel is None and x is self.x:
             other._last = self._last
         return other
-
-    def _features_as(self, kernel: Kernel, x: Tensor) -> FeatureMap:
-        """The map of the kernel in the dtype of x, or this one cast to it."""
-        try:
-            found = exact_features(kernel, x)
-        except ValueError:
-            found = None
-        return CastFeatures(self.features, self.dtype) if found is None else found
 
 
 class _LastAdjoint:
@@ -306,12 +289,16 @@ def features_operator(
     memory_budget: int | None = None,
 ) -> FeatureOperator | None:
     """The operator of a kernel's exact features; None if it has none of this dtype."""
-    try:
-        if exact_features(kernel, x) is None:
-            return None
-    except ValueError:
+    if _exact_map(kernel, x) is None:
         return None
     return FeatureOperator(kernel, x, x_rows, memory_budget=memory_budget)
+
+
+def _exact_map(kernel: Kernel, x: Tensor) -> FeatureMap | None:
+    try:
+        return exact_features(kernel, x)
+    except ValueError:
+        return None
 
 
 class FeatureKernel(Kernel):

@@ -200,16 +200,7 @@ class _KnownGradient(torch.autograd.Function):
 def _with_gradient(
     value: Tensor, inputs: Sequence[Tensor], gradients: Sequence[Tensor]
 ) -> Tensor:
-    """``value`` as a function of ``inputs`` whose gradients are known.
-
-    Args:
-        value: 0-dim, without a graph.
-        inputs: Tensors, each a parameter or with a graph of its own.
-        gradients: d value / d input for each of them.
-
-    Returns:
-        ``value`` with a graph; it can be differentiated once.
-    """
+    """``value`` (0-dim) as a function of ``inputs``; can be differentiated once."""
     if not inputs:
         return value
     return _KnownGradient.apply(value, gradients, *inputs)

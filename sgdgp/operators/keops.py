@@ -14,7 +14,6 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from sgdgp.operators.arguments import take
@@ -58,9 +57,7 @@ class KeopsOperator(TiledOperator):
         )
         import_keops()
 
-    def _rows_matmul(
-        self, index: RowIndex, v: Float[Tensor, "n k"]
-    ) -> Float[Tensor, "b k"]:
+    def _rows_matmul(self, index: RowIndex, v: Tensor) -> Tensor:
         keops = import_keops()
         rows = tuple(take(form, index).contiguous() for form in self._rows)
         formula = self.tile.keops_formula(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gpytorch
 import torch
 from gpytorch.kernels import Kernel
-from jaxtyping import Float
 from torch import Tensor
 
 from sgdgp.core.slices import slices
@@ -62,9 +61,7 @@ class RowBlocksOperator(KernelOperator):
         row = self.shape[1] * self.outputs_per_input * per_entry
         return max(1, min(_MOST_ROWS, self.memory_budget // max(1, row)))
 
-    def _rows_matmul(
-        self, index: RowIndex, v: Float[Tensor, "n k"]
-    ) -> Float[Tensor, "b k"]:
+    def _rows_matmul(self, index: RowIndex, v: Tensor) -> Tensor:
         length = index_length(index)
         out = v.new_empty(length, v.shape[1])
         everything = slice(0, self.shape[1])
@@ -72,7 +69,7 @@ class RowBlocksOperator(KernelOperator):
             torch.mm(self._dense(piece(index, rows), everything), v, out=out[rows])
         return out
 
-    def _block(self, i: RowIndex, j: RowIndex) -> Float[Tensor, "a b"]:
+    def _block(self, i: RowIndex, j: RowIndex) -> Tensor:
         length = index_length(i)
         if length <= self.rows_per_step:
             return self._dense(i, j)
@@ -95,15 +92,11 @@ class RowBlocksOperator(KernelOperator):
             dense = dense[:, columns]
         return dense
 
-    def _diagonal_entries(self) -> Float[Tensor, " n"]:
+    def _diagonal_entries(self) -> Tensor:
         # From the kernel's own ``diag=True``.
         size = max(1, min(_DIAGONAL_POINTS, self._points_per_block))
-        return torch.cat(
-            [
-                self._diagonal_of(self.x[points])
-                for points in slices(self.x.shape[0], size)
-            ]
-        )
+        parts = [self._diagonal_of(x) for x in self.x.split(size)]
+        return torch.cat(parts)
 
     def _diagonal_of(self, x: Tensor) -> Tensor:
         with gpytorch.settings.lazily_evaluate_kernels(False):

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from sgdgp.core.slices import slices
@@ -100,9 +101,7 @@ class TiledOperator(KernelOperator):
             )
         return self._column_tiles[height]
 
-    def _rows_matmul(
-        self, index: RowIndex, v: Float[Tensor, "n k"]
-    ) -> Float[Tensor, "b k"]:
+    def _rows_matmul(self, index: RowIndex, v: Tensor) -> Tensor:
         length = index_length(index)
         # A product written transposed wastes nothing on a ragged last group of columns.
         out = v.new_zeros(v.shape[1], length).mT
@@ -115,7 +114,7 @@ class TiledOperator(KernelOperator):
         length = out.shape[0]
         columns = self._tiles_for(length)
         left = tuple(take(form, index) for form in self._left)
-        diagonal = self._diagonal_writer(index, columns.edges)
+        write_diagonal = self._diagonal_writer(index, columns.edges)
         flat = self._workspace()
         width = columns.width
         entry, *scratch = _buffers(flat, length, width)
@@ -123,20 +122,20 @@ class TiledOperator(KernelOperator):
             if cut.stop - cut.start != width:
                 entry, *scratch = _buffers(flat, length, cut.stop - cut.start)
             self.tile.tile(left, right, entry, scratch)
-            if diagonal is not None:
-                diagonal.write(entry, cut)
+            if write_diagonal is not None:
+                write_diagonal(entry, cut)
             out.mT.addmm_(v[cut].mT, entry.mT)
         self._spare_workspaces.append(flat)
 
     def _diagonal_writer(
         self, index: RowIndex, edges: Tensor
-    ) -> _SliceDiagonal | _IndexDiagonal | None:
+    ) -> Callable[[Tensor, slice], None] | None:
         """What overwrites entries on the diagonal; None for a cross operator."""
         if self._diagonal is None:
             return None
         if isinstance(index, slice):
-            return _SliceDiagonal(self._diagonal, index)
-        return _IndexDiagonal(self._diagonal, index, edges)
+            return partial(_write_consecutive, self._diagonal, index)
+        return _IndexDiagonal(self._diagonal, index, edges).write
 
     def _workspace(self) -> Tensor:
         """A workspace (buffers, entries); kept between calls, one per caller."""
@@ -144,7 +143,7 @@ class TiledOperator(KernelOperator):
             return self._spare_workspaces.pop()
         return self.x.new_empty(1 + self.tile.scratch, self._entries)
 
-    def _block(self, i: RowIndex, j: RowIndex) -> Float[Tensor, "a b"]:
+    def _block(self, i: RowIndex, j: RowIndex) -> Tensor:
         # Beside the block only one strip of it is in memory.
         right = tuple(take(form, j) for form in self._right)
         width = index_length(j)
@@ -155,10 +154,10 @@ class TiledOperator(KernelOperator):
             scratch = self.x.new_empty(self.tile.scratch, rows.stop - rows.start, width)
             self.tile.tile(left, right, out[rows], tuple(scratch))
             if self._diagonal is not None:
-                _write_where_equal(out[rows], strip, j, self._diagonal)
+                _write_where_equal(self._diagonal, strip, out[rows], j)
         return out.mul_(self.tile.factor)
 
-    def _diagonal_entries(self) -> Float[Tensor, " n"]:
+    def _diagonal_entries(self) -> Tensor:
         assert self._diagonal is not None
         return self.tile.factor * self._diagonal
 
@@ -188,28 +187,17 @@ def _mean(x: Tensor) -> Tensor:
 # positive definite: the entries of tiles that lie on it are overwritten by exact ones.
 
 
-class _SliceDiagonal:
-    """For consecutive rows.
-
-    Args:
-        diagonal: The exact diagonal (n,).
-        rows: The rows of every tile.
-    """
-
-    def __init__(self, diagonal: Tensor, rows: slice) -> None:
-        self._diagonal = diagonal
-        self._rows = rows
-
-    def write(self, tile: Tensor, columns: slice) -> None:
-        """Fix the tile whose columns are ``columns`` of the kernel matrix."""
-        start = max(self._rows.start, columns.start)
-        stop = min(self._rows.stop, columns.stop)
-        if start < stop:
-            square = tile[
-                start - self._rows.start : stop - self._rows.start,
-                start - columns.start : stop - columns.start,
-            ]
-            square.diagonal().copy_(self._diagonal[start:stop])
+def _write_consecutive(
+    diagonal: Tensor, rows: slice, tile: Tensor, columns: slice
+) -> None:
+    """Fix the tile K[rows, columns], given the exact diagonal (n,)."""
+    start, stop = max(rows.start, columns.start), min(rows.stop, columns.stop)
+    if start < stop:
+        square = tile[
+            start - rows.start : stop - rows.start,
+            start - columns.start : stop - columns.start,
+        ]
+        square.diagonal().copy_(diagonal[start:stop])
 
 
 class _IndexDiagonal:
@@ -240,18 +228,11 @@ class _IndexDiagonal:
 
 
 def _write_where_equal(
-    tile: Tensor, rows: Tensor | slice, columns: Tensor | slice, diagonal: Tensor
+    diagonal: Tensor, rows: Tensor | slice, tile: Tensor, columns: Tensor | slice
 ) -> None:
-    """Fix the entries of a tile whose row and column are the same point.
-
-    Args:
-        tile: K[rows, columns] (a, b), overwritten.
-        rows: Resolved row index.
-        columns: Resolved column index.
-        diagonal: The exact diagonal (n,).
-    """
+    """Fix the tile K[rows, columns] of any resolved rows and columns."""
     if isinstance(columns, slice) and isinstance(rows, slice):
-        _SliceDiagonal(diagonal, rows).write(tile, columns)
+        _write_consecutive(diagonal, rows, tile, columns)
         return
     i, j = (
         torch.arange(k.start, k.stop, device=tile.device) if isinstance(k, slice) else k
