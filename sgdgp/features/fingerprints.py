@@ -126,16 +126,7 @@ def with_own_bin(x: Float[Tensor, "*b n d"]) -> Float[Tensor, "*b n e"]:
 def compact(name: str, x: Float[Tensor, "n d"]) -> Num[Tensor, "n d"]:
     """Checked counts in the smallest type in which they and their sums are exact.
 
-    Args:
-        name: What x is to the caller.
-        x: Counts (n, d).
-
-    Returns:
-        Bytes for whole counts up to 255, float32 for other whole counts, else x.
-
-    Raises:
-        NoInputGradientError: x requires a gradient (a ValueError).
-        ValueError: A count is negative, NaN or infinite.
+    Bytes for whole counts up to 255, float32 for other whole counts, else x itself.
     """
     check_fingerprints(name, x)
     if not _are_whole(x):
@@ -192,6 +183,13 @@ class SparseCounts:
         """Where a list has an entry, and not filling."""
         return self.counts > 0
 
+    def pairs(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Bins and counts of the distinct pairs (p,), and the pair of each entry."""
+        occupied = self.occupied
+        one_of_each, place = _distinct(self.codes[occupied])
+        bins, counts = self.bins[occupied], self.counts[occupied]
+        return bins[one_of_each], counts[one_of_each], place
+
 
 @torch.no_grad()
 def sparse_counts(x: Num[Tensor, "n d"]) -> SparseCounts:
@@ -226,16 +224,8 @@ def _codes(bins: Tensor, counts: Tensor) -> Tensor:
     return both.unique(return_inverse=True)[1]
 
 
-def distinct(codes: Int[Tensor, " k"]) -> tuple[Int[Tensor, " p"], Int[Tensor, " k"]]:
-    """One entry of each code, and for every entry the number of its code there.
-
-    Args:
-        codes: Any numbers that are not negative.
-
-    Returns:
-        Positions (p,) of entries with distinct codes, and the place (k,) of each
-        entry's code among them.
-    """
+def _distinct(codes: Tensor) -> tuple[Tensor, Tensor]:
+    """Positions (p,) of one entry of each code (k,), and each entry's among them."""
     entry = torch.arange(len(codes), device=codes.device)
     codes = codes.long()
     # Nothing is read that was not written, so the table need not be filled first.
@@ -315,18 +305,12 @@ class TanimotoFeatures(FeatureMap):
 
 
 class _PairHashes:
-    """Hash values of every bin and count that occur in some fingerprints.
-
-    Args:
-        sparse: The fingerprints.
-        seed: Seed of the hashes.
-    """
+    """Hash values of every bin and count that occur in some fingerprints."""
 
     def __init__(self, sparse: SparseCounts, seed: int) -> None:
         occupied = sparse.occupied
-        one_of_each, place = distinct(sparse.codes[occupied])
-        bins = sparse.bins[occupied][one_of_each]
-        self._log_counts = sparse.counts[occupied][one_of_each].double().log()
+        bins, counts, place = sparse.pairs()
+        self._log_counts = counts.double().log()
         self._bins, self._bin_of_pair = bins.unique(return_inverse=True)
         self._seed = seed
         self._place = torch.zeros_like(sparse.codes, dtype=torch.long)
@@ -351,9 +335,7 @@ class _PairHashes:
         first, second, third = (
             _mixed(base + (3 * numbers + k) * _GOLDEN) for k in range(3)
         )
-        rate = -(_uniform(_upper(first)) * _uniform(_lower(first))).log()
-        log_c = (-(_uniform(_upper(second)) * _uniform(_lower(second))).log()).log()
-        shift = _uniform(_upper(third))
+        rate, log_c, shift = _gamma(first), _gamma(second).log(), _uniform(third >> 32)
         pair = self._bin_of_pair
         rate, shift = rate[pair], shift[pair]
         level = (self._log_counts.unsqueeze(1) / rate + shift).floor_()
@@ -390,14 +372,11 @@ def _shifted(number: Tensor, bits: int) -> Tensor:
     return (number >> bits) & ((1 << (64 - bits)) - 1)
 
 
-def _upper(number: Tensor) -> Tensor:
-    return _shifted(number, 32)
+def _gamma(number: Tensor) -> Tensor:
+    """Gamma(2, 1), from both halves of 64 bits."""
+    return -(_uniform(number >> 32) * _uniform(number)).log()
 
 
-def _lower(number: Tensor) -> Tensor:
-    return number & (_HALF - 1)
-
-
-def _uniform(half: Tensor) -> Tensor:
-    """Numbers of 32 bits on (0, 1), in float64."""
-    return (half.double() + 0.5) / _HALF
+def _uniform(number: Tensor) -> Tensor:
+    """The lower 32 bits on (0, 1), in float64."""
+    return ((number & (_HALF - 1)).double() + 0.5) / _HALF

@@ -157,21 +157,12 @@ class FourierFeatures(FeatureMap):
         height, width = tile_shape(x.shape[0], m, x.device)
         out = []
         for rows in slices(x.shape[0], height):
-            x_rows = self._columns(x[rows])
-            out.append(
-                torch.stack(
-                    [
-                        recomputed(
-                            _tile_forward,
-                            x_rows,
-                            self.frequencies[:, columns],
-                            w[:m][columns],
-                            w[m:][columns],
-                        )
-                        for columns in slices(m, width)
-                    ]
-                ).sum(0)
-            )
+            own, f = self._columns(x[rows]), self.frequencies
+            tiles = [
+                recomputed(_tile_forward, own, f[:, part], w[:m][part], w[m:][part])
+                for part in slices(m, width)
+            ]
+            out.append(torch.stack(tiles).sum(0))
         return torch.cat(out or [x.new_zeros(0, w.shape[1])]) * self._amplitude
 
     def _differentiable_adjoint(self, x: Tensor, v: Tensor) -> Tensor:
@@ -179,17 +170,12 @@ class FourierFeatures(FeatureMap):
         height, width = tile_shape(x.shape[0], m, x.device)
         sines, cosines = [], []
         for columns in slices(m, width):
-            total = torch.stack(
-                [
-                    recomputed(
-                        _tile_adjoint,
-                        self._columns(x[rows]),
-                        self.frequencies[:, columns],
-                        v[rows],
-                    )
-                    for rows in slices(x.shape[0], height)
-                ]
-            ).sum(0)
+            part = self.frequencies[:, columns]
+            tiles = [
+                recomputed(_tile_adjoint, self._columns(x[rows]), part, v[rows])
+                for rows in slices(x.shape[0], height)
+            ]
+            total = torch.stack(tiles).sum(0)
             sines.append(total[0])
             cosines.append(total[1])
         return torch.cat(sines + cosines) * self._amplitude

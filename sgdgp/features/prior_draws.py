@@ -103,18 +103,15 @@ class PriorDraws(Draws):
 
     @property
     def num_samples(self) -> int:
-        """Number of functions s."""
         return sum(group.weights.shape[1] for group in self.groups)
 
     def __call__(self, x: Float[Tensor, "n d"]) -> Float[Tensor, "n s"]:
-        """Values of all functions at x (n, d), as (n, s)."""
         check_points(x, self.dim, self.dtype, self.device)
         if not self.groups:
             return x.new_zeros(x.shape[0], 0)
         return torch.cat([group(x) for group in self.groups], 1)
 
     def each(self, x: Float[Tensor, "s q d"]) -> Float[Tensor, "s q"]:
-        """Values of every function at points of its own, as (s, q)."""
         sizes = [group.weights.shape[1] for group in self.groups]
         parts = [
             group.each(own)
@@ -123,7 +120,6 @@ class PriorDraws(Draws):
         return torch.cat(parts) if parts else x.new_zeros(x.shape[:2])
 
     def subset(self, index: Sequence[int]) -> PriorDraws:
-        """The functions with these numbers, in this order."""
         found: list[tuple[DrawGroup, list[int]]] = []
         for number in index:
             group, column = self._place(number)
@@ -210,34 +206,25 @@ def draw_prior(
             dtype=dtype,
             device=device,
         )
-        size = min(group_size, num_samples - start)
-        groups.append(
-            DrawGroup(
-                feature_map,
-                _normal_columns(
-                    feature_map.num_features, size, generator, dtype, device
-                ),
-            )
-        )
+        like = torch.empty(0, dtype=dtype, device=device)
+        shape = feature_map.num_features, min(group_size, num_samples - start)
+        groups.append(DrawGroup(feature_map, _normal_columns(shape, generator, like)))
     return PriorDraws(tuple(groups), dim, dtype, torch.device(device))
 
 
 def _normal_columns(
-    rows: int,
-    columns: int,
-    generator: torch.Generator,
-    dtype: torch.dtype,
-    device: torch.device | str,
+    shape: tuple[int, int], generator: torch.Generator, like: Tensor
 ) -> Tensor:
     """Standard normals drawn column by column in float64.
 
     So the first columns depend neither on how many follow nor on the dtype.
     """
-    out = torch.empty(rows, columns, dtype=dtype, device=device)
+    rows, columns = shape
+    out = like.new_empty(shape)
     for k in range(columns):
         out[:, k] = torch.randn(
             rows, generator=generator, dtype=torch.float64, device=generator.device
-        ).to(out)
+        )
     return out
 
 
@@ -308,7 +295,6 @@ class ExactDraws(Draws):
 
     @property
     def num_samples(self) -> int:
-        """Number of functions s."""
         return self._values.shape[1]
 
     @property
@@ -351,7 +337,6 @@ class ExactDraws(Draws):
             return self._values[order.to(self.device)].to(self.dtype)
 
     def subset(self, index: Sequence[int]) -> SelectedDraws:
-        """The functions with these numbers, in this order; the same functions."""
         return SelectedDraws(self, tuple(index))
 
     def stored_parts(self) -> dict[str, Any]:
@@ -457,11 +442,9 @@ class SelectedDraws(Draws):
 
     @property
     def num_samples(self) -> int:
-        """Number of functions."""
         return len(self.index)
 
     def __call__(self, x: Float[Tensor, "n d"]) -> Float[Tensor, "n s"]:
-        """Values of these functions at x (n, d), as (n, s)."""
         return self.draws(x)[:, list(self.index)]
 
     def subset(self, index: Sequence[int]) -> SelectedDraws:

@@ -18,7 +18,7 @@ three the differences themselves are summed, as distances are.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -228,19 +228,10 @@ class _BoundStationary(BoundTile):
             yield self._shape, outer * self._shape_sum
 
 
-class _Displacements(ABC):
-    """Accumulates dS/dz from tiles of G."""
-
-    @abstractmethod
-    def add(self, g: Tensor, rows: slice, columns: slice, scratch: Tensor) -> None:
-        """Add the part of a tile."""
-
-    @abstractmethod
-    def result(self) -> Tensor:
-        """dS/dz (n, d)."""
+# Both accumulate dS/dz (n, d) from tiles of G.
 
 
-class _ByProducts(_Displacements):
+class _ByProducts:
     """Through G [z, 1]: fast, and cancels as much as the distances do."""
 
     def __init__(self, z: Tensor) -> None:
@@ -256,7 +247,7 @@ class _ByProducts(_Displacements):
         return 2 * (self._z * self._sums[:, -1:] - self._sums[:, :-1])
 
 
-class _ByDifferences(_Displacements):
+class _ByDifferences:
     """Through the differences themselves: exact to the last digits."""
 
     def __init__(self, z: Tensor) -> None:

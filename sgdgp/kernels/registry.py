@@ -309,17 +309,10 @@ def register_kernel(
 def register_tile_kernel(
     kernel_type: type[Kernel], *, same_forward: bool = False
 ) -> Callable[[TileRule], TileRule]:
-    """Decorator for a tile form that knows nothing of gradients.
+    """Decorator for the tile form, ``rule(kernel, dims)``, that has no gradients.
 
-    Gradients come from GPyTorch's own forward, unless ``register_tile_gradient`` has
-    been told how else; ``register_kernel`` does both in one.
-
-    Args:
-        kernel_type: As in ``register_kernel``.
-        same_forward: As in ``register_kernel``.
-
-    Returns:
-        A decorator for a function ``rule(kernel, dims) -> TileKernel | None``.
+    They come from GPyTorch's own forward, unless ``register_tile_gradient`` has been
+    told how else. ``register_kernel``, whose arguments these are, does both in one.
     """
     return _registers(_FOR_VALUES, kernel_type, same_forward)
 
@@ -327,15 +320,7 @@ def register_tile_kernel(
 def register_tile_gradient(
     kernel_type: type[Kernel], *, same_forward: bool = False
 ) -> Callable[[TileRule], TileRule]:
-    """Decorator for a tile form whose hyperparameters keep their graph.
-
-    Args:
-        kernel_type: As in ``register_kernel``.
-        same_forward: As in ``register_kernel``.
-
-    Returns:
-        A decorator for a function ``rule(kernel, dims) -> TileKernel | None``.
-    """
+    """Like ``register_tile_kernel``, for the form with the hyperparameters' graph."""
     return _registers(_FOR_GRADIENTS, kernel_type, same_forward)
 
 

@@ -232,7 +232,6 @@ class RationalQuadraticTile(StationaryTile):
 
     @cached_property
     def derivative_scale(self) -> float:
-        """Minus alpha: see ``StationaryTile.derivative_scale``."""
         return -float(self.alpha)
 
     def profile(self, d2: Tensor, scratch: Scratch) -> None:
@@ -303,15 +302,12 @@ class PeriodicTile(InnerProductTile):
         weight = (self.inverse_lengthscale.to(x) * _LOG2_E).sqrt()
         return torch.cat([angle.cos() * weight, angle.sin() * weight], 1)
 
-    def _squared_norm(self, features: Tensor) -> Tensor:
-        """sum_i log2(e) / l_i as a column (n, 1): the same number for all points."""
-        total = self.inverse_lengthscale.to(features) * _LOG2_E
-        total = total.expand(features.shape[1] // 2).sum()
-        return total.expand(features.shape[0], 1)
-
     def left(self, x: Tensor, origin: Tensor) -> Forms:
         features = self.features(x, origin)
-        return (torch.cat([features, -self._squared_norm(features)], 1),)
+        # sum_i log2(e) / l_i, the squared norm of all points' features.
+        total = self.inverse_lengthscale.to(features) * _LOG2_E
+        total = total.expand(features.shape[1] // 2).sum()
+        return (torch.cat([features, -total.expand(len(features), 1)], 1),)
 
     def right(self, x: Tensor, origin: Tensor) -> Forms:
         features = self.features(x, origin)

@@ -25,11 +25,11 @@ from torch.nn.functional import embedding_bag
 from sgdgp.core.slices import slices
 from sgdgp.features.dispatch import FeatureRequest
 from sgdgp.features.fingerprints import (
+    SparseCounts,
     TanimotoFeatures,
     by_bins,
     check_fingerprints,
     compact,
-    distinct,
     sparse_counts,
     totals,
     with_own_bin,
@@ -96,14 +96,7 @@ class TanimotoKernel(Kernel):
         last_dim_is_batch: bool = False,
         **params: Any,
     ) -> Tensor:
-        """T (..., n, m), or its diagonal (..., n).
-
-        Args:
-            x1: Counts (..., n, d).
-            x2: Counts (..., m, d).
-            diag: Only T(x1_i, x2_i).
-            last_dim_is_batch: Not supported.
-            **params: Ignored.
+        """T (..., n, m) of counts x1 (..., n, d) and x2 (..., m, d), or its diagonal.
 
         Raises:
             NoInputGradientError: An input requires a gradient.
@@ -179,17 +172,16 @@ class TanimotoTile(TileKernel):
         return by_bins(compact("x", chosen)), sums, sums, sums
 
     def tile(self, left: Forms, right: Forms, out: Tensor, scratch: Scratch) -> None:
-        bins, counts, codes, sums = left
+        *lists, sums = left
         others, other_sums, *_ = right
         if not out.numel():
             return
-        occupied = counts > 0
-        lengths = occupied.sum(1)
+        sparse = SparseCounts(*lists)
+        lengths = sparse.occupied.sum(1)
         starts = lengths.cumsum(0) - lengths
-        one_of_each, place = distinct(codes[occupied])
-        pair_bins = bins[occupied][one_of_each]
-        dtype = torch.promote_types(counts.dtype, others.dtype)
-        pair_counts = counts[occupied][one_of_each].unsqueeze(1).to(dtype)
+        pair_bins, pair_counts, place = sparse.pairs()
+        dtype = torch.promote_types(pair_counts.dtype, others.dtype)
+        pair_counts = pair_counts.unsqueeze(1).to(dtype)
         table_entries = _TABLE_CPU if out.device.type == "cpu" else _TABLE_GPU
         width = max(_NARROWEST, table_entries // len(pair_bins))
         for columns in slices(len(others), width):
