@@ -60,8 +60,9 @@ def multitask_kernel(kernel: Kernel, columns: int) -> Kernel:
     Raises:
         UnsupportedModelError: There is no such form.
     """
-    rule = _rule(type(kernel))
-    return rule(kernel, columns)
+    # The rule of the exact type: a subclass may have another forward.
+    rules = _pairs.registry
+    return rules.get(type(kernel), rules[object])(kernel, columns)
 
 
 class OutputPairsKernel(Kernel):
@@ -112,11 +113,6 @@ def _pairs(kernel: Kernel, columns: int) -> Kernel:
     )
 
 
-def _rule(kind: type[Kernel]):  # type: ignore[no-untyped-def]
-    """The rule of the exact type: a subclass may have another forward."""
-    return _pairs.registry.get(kind, _pairs.registry[object])
-
-
 @_pairs.register
 def _(kernel: MultitaskKernel, columns: int) -> Kernel:
     # GPyTorch calls the data kernel's forward here: its active dims do not count.
@@ -138,14 +134,10 @@ def _(kernel: ScaleKernel, columns: int) -> Kernel:
     return on_columns(with_parts(kernel, {"base_kernel": base}), None)
 
 
-@_pairs.register
-def _(kernel: AdditiveKernel, columns: int) -> Kernel:
-    return AdditiveKernel(*(_called(part, columns) for part in kernel.kernels))
-
-
-@_pairs.register
-def _(kernel: ProductKernel, columns: int) -> Kernel:
-    return ProductKernel(*(_called(part, columns) for part in kernel.kernels))
+@_pairs.register(AdditiveKernel)
+@_pairs.register(ProductKernel)
+def _(kernel: AdditiveKernel | ProductKernel, columns: int) -> Kernel:
+    return type(kernel)(*(_called(part, columns) for part in kernel.kernels))
 
 
 def _called(kernel: Kernel, columns: int) -> Kernel:

@@ -128,14 +128,7 @@ def _fixed(likelihood: FixedNoiseGaussianLikelihood, n: int) -> Tensor:
 def noise_of(
     likelihood: Likelihood, x: Tensor | Sequence[Tensor]
 ) -> Float[Tensor, " N"]:
-    """Checked noise variances of a Gaussian likelihood at the inputs x.
-
-    Args:
-        likelihood: The model's likelihood.
-        x: Inputs (n, d) in the model's own units, or several of them.
-
-    Returns:
-        The noise variances, as ``noise_variances`` does, without a graph.
+    """``noise_variances`` at the inputs x, without a graph, and checked.
 
     Raises:
         TypeError: The likelihood is not Gaussian.

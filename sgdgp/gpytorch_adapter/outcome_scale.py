@@ -55,11 +55,7 @@ def affine_of(
 
 
 def outcome_scales(model: ExactGP, outputs: int) -> tuple[OutcomeScale, ...]:
-    """Read an affine outcome transform, output by output.
-
-    Args:
-        model: The model.
-        outputs: Outputs per input.
+    """Read a model's affine outcome transform, for each of its outputs per input.
 
     Raises:
         UnsupportedModelError: The transform is not affine in each output by itself.
@@ -79,12 +75,7 @@ def outcome_scales(model: ExactGP, outputs: int) -> tuple[OutcomeScale, ...]:
 
 
 def to_model_units(model: ExactGP, y: Tensor) -> Tensor:
-    """The user's targets (n,) or (n, T) in the units of the model's own.
-
-    Args:
-        model: The model; BoTorch's have an outcome transform.
-        y: Targets before it.
-    """
+    """The user's targets (n,) or (n, T) in the units of the model's own."""
     if getattr(model, "outcome_transform", None) is None:
         return y
     # Columns of a model with one output get its units, by broadcasting.

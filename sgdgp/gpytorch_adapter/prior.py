@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TypeAlias
 
 import gpytorch
@@ -89,7 +89,7 @@ class Prior:
         prior = forward_at(self.model, self.layout.split(x))
         if self._is_plain:
             return prior.loc, x
-        return prior.loc, columns_of(_frozen_tree(prior), Rows())
+        return prior.loc, columns_of(_frozen_tree(prior))
 
     def noise(self, x: Float[Tensor, "n d"]) -> Float[Tensor, " n"]:
         """Noise variances of the likelihood at x, in the model's units, checked.
@@ -139,40 +139,34 @@ class MultitaskPrior(Prior):
 
     @property
     def num_outputs(self) -> int:
-        """Number of tasks T."""
         return len(self.outcome_scales)
 
     def evaluate(self, x: Float[Tensor, "n d"]) -> tuple[Tensor, Tensor]:
-        """Prior mean (N,) and kernel inputs (N, p) at pairs, differentiable in x."""
         tasks = x[:, -1].long()
         prior = forward_at(self.model, (self.transformed(x[:, :-1]),))
-        columns = columns_of(_frozen_tree(prior), Rows(tasks=x[:, -1]))
+        columns = columns_of(_frozen_tree(prior), tasks=x[:, -1])
         return self._of_task(prior.loc, tasks), columns
 
     def noise(self, x: Float[Tensor, "n d"]) -> Float[Tensor, " n"]:
-        """Noise variances of the likelihood at pairs, in the model's units."""
         noise = noise_of(self.model.likelihood, self.transformed(x[:, :-1]))
         return self._of_task(noise, x[:, -1].long())
 
     def rows(self, points: Float[Tensor, "n d"]) -> Float[Tensor, "N k"]:
-        """All pairs of a point and a task, those of one point one after another."""
         return multitask_inputs(points, self.num_outputs)
 
     def training_noise(self, points: Float[Tensor, "n d"]) -> Float[Tensor, " N"]:
-        """Noise variances of all pairs; fixed ones may be those of points alone."""
         likelihood = self.model.likelihood
         if has_fixed_noise(likelihood):
+            # Perhaps those of points alone.
             known = noise_of(likelihood, points)
             return noise_of_rows(known, len(points), self.num_outputs)
         return self.noise(self.rows(points))
 
     def to_model_units(self, y: Float[Tensor, "n t"]) -> Float[Tensor, "n t"]:
-        """The user's targets of all tasks in the model's units."""
         scales = enumerate(self.outcome_scales)
         return torch.stack([s.to_model_units(y[:, t]) for t, s in scales], dim=1)
 
     def to_model_variances(self, noise: Float[Tensor, "n t"]) -> Float[Tensor, "n t"]:
-        """Variances of all tasks in the model's units."""
         factor = noise.new_tensor([scale.scale for scale in self.outcome_scales])
         return noise / factor.square()
 
@@ -267,7 +261,7 @@ def tasks_of(distribution: MultivariateNormal, n: int | None = None) -> int | No
 
 
 def _frozen_tree(distribution: MultivariateNormal) -> Tree:
-    return tree_of(distribution.lazy_covariance_matrix).frozen()
+    return tree_of(distribution.lazy_covariance_matrix, frozen=True)
 
 
 def _frozen_copy(model: ExactGP) -> ExactGP:
@@ -352,12 +346,7 @@ class Leaf:
     @property
     def outputs(self) -> int:
         """Outputs per input."""
-        found = self.kernel.num_outputs_per_input(self.inputs, self.inputs)
-        return int(found)
-
-    def frozen(self) -> Leaf:
-        """The same with a constant that has no graph."""
-        return self if self.scale is None else replace(self, scale=self.scale.detach())
+        return int(self.kernel.num_outputs_per_input(self.inputs, self.inputs))
 
 
 @dataclass(frozen=True)
@@ -367,29 +356,14 @@ class Branch:
     kind: type[AdditiveKernel] | type[ProductKernel]
     parts: tuple[Tree, ...]
 
-    def frozen(self) -> Branch:
-        """The same with constants that have no graph."""
-        return Branch(self.kind, tuple(part.frozen() for part in self.parts))
-
 
 Tree: TypeAlias = Leaf | Branch
 
 
-@dataclass(frozen=True)
-class Rows:
-    """Which rows of a covariance: the points behind them, and their tasks.
-
-    Attributes:
-        points: Index of each row's point (N,), or None for all in order.
-        tasks: Task of each row (N,), or None where there is one output.
-    """
-
-    points: Tensor | None = None
-    tasks: Tensor | None = None
-
-
-def tree_of(covariance: LinearOperator, scale: Tensor | None = None) -> Tree:
-    """The covariance's kernels.
+def tree_of(
+    covariance: LinearOperator, scale: Tensor | None = None, *, frozen: bool = False
+) -> Tree:
+    """The covariance's kernels, with constants that have no graph where frozen.
 
     Raises:
         UnsupportedModelError: Something in it is not a function of two points.
@@ -398,7 +372,7 @@ def tree_of(covariance: LinearOperator, scale: Tensor | None = None) -> Tree:
         return _leaf(covariance, scale)
     if isinstance(covariance, SumLinearOperator):
         terms = [
-            tree_of(term, scale)
+            tree_of(term, scale, frozen=frozen)
             for term in covariance.linear_ops
             if not isinstance(term, ConstantDiagLinearOperator)
         ]
@@ -410,12 +384,15 @@ def tree_of(covariance: LinearOperator, scale: Tensor | None = None) -> Tree:
                 "model: forward multiplies a covariance to whose diagonal it has added "
                 "something; add jitter to the product"
             )
-        return Branch(ProductKernel, (tree_of(first, scale), tree_of(second)))
-    if isinstance(covariance, ConstantMulLinearOperator):
-        constant = covariance._constant
-        return tree_of(
-            covariance.base_linear_op, constant if scale is None else scale * constant
+        one, other = (
+            tree_of(first, scale, frozen=frozen),
+            tree_of(second, frozen=frozen),
         )
+        return Branch(ProductKernel, (one, other))
+    if isinstance(covariance, ConstantMulLinearOperator):
+        constant = covariance._constant.detach() if frozen else covariance._constant
+        scale = constant if scale is None else scale * constant
+        return tree_of(covariance.base_linear_op, scale, frozen=frozen)
     if isinstance(covariance, BlockLinearOperator):
         raise UnsupportedModelError(
             f"model: forward returned a {type(covariance).__name__}, a batch of "
@@ -475,19 +452,26 @@ def is_plain(tree: Tree, inputs: Tensor) -> bool:
     )
 
 
-def columns_of(tree: Tree, rows: Rows) -> Tensor:
+def columns_of(
+    tree: Tree, points: Tensor | None = None, tasks: Tensor | None = None
+) -> Tensor:
     """The matrix of kernel inputs (N, p): every leaf's columns side by side.
 
     A constant with a graph is a column of its own, its square root: so its gradient is
     one of the inputs, for which every operator has a path.
+
+    Args:
+        tree: The covariance's kernels.
+        points: Index of each row's point (N,). Default: all in order.
+        tasks: Task of each row (N,), where there are several outputs.
     """
     found = []
     for leaf in _leaves(tree):
-        inputs = leaf.inputs if rows.points is None else leaf.inputs[rows.points]
+        inputs = leaf.inputs if points is None else leaf.inputs[points]
         found.append(inputs)
         if leaf.outputs > 1:
-            assert rows.tasks is not None
-            found.append(rows.tasks.to(inputs).unsqueeze(1))
+            assert tasks is not None
+            found.append(tasks.to(inputs).unsqueeze(1))
         if leaf.scale is not None and _is_traced(leaf.scale):
             root = leaf.scale.sqrt().reshape(1, 1)
             found.append(root.to(inputs).expand(len(inputs), 1))

@@ -14,7 +14,6 @@ from torch import Tensor
 from sgdgp.gpytorch_adapter.data import Inputs, Observed, observed_rows
 from sgdgp.gpytorch_adapter.noise import noise_of_rows, noise_variances
 from sgdgp.gpytorch_adapter.prior import (
-    Rows,
     columns_of,
     kernel_of,
     nugget_of,
@@ -69,16 +68,12 @@ def traced_prior(
     covariance = distribution.lazy_covariance_matrix
     tree = tree_of(covariance)
     if tasks is None:
-        which = Rows(points=rows)
+        columns = columns_of(tree, rows)
     else:
         chosen = torch.arange(len(mean), device=mean.device) if rows is None else rows
-        which = Rows(points=chosen // tasks, tasks=chosen % tasks)
-    return TracedPrior(
-        kernel_of(tree),
-        mean if rows is None else mean[rows],
-        columns_of(tree, which),
-        nugget_of(covariance),
-    )
+        columns = columns_of(tree, chosen // tasks, chosen % tasks)
+    mean = mean if rows is None else mean[rows]
+    return TracedPrior(kernel_of(tree), mean, columns, nugget_of(covariance))
 
 
 @dataclass(frozen=True, eq=False)

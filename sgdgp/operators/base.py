@@ -410,10 +410,12 @@ class KernelLinearOperator(LinearOperator):
 
     @property
     def dtype(self) -> torch.dtype:
+        """Data type of the entries."""
         return self.operator.dtype
 
     @property
     def device(self) -> torch.device:
+        """Device that computes the entries."""
         return self.operator.device
 
     def _size(self) -> torch.Size:
