@@ -261,11 +261,7 @@ def exact_features(kernel: Kernel, x: Float[Tensor, "n d"]) -> FeatureMap | None
 
 
 def check_parameters(kernel: Kernel) -> None:
-    """Raise ValueError for a batch of kernels and for parameters that are not finite.
-
-    Args:
-        kernel: Any GPyTorch kernel.
-    """
+    """Raise ValueError for a batch of kernels or parameters that are not finite."""
     if len(kernel.batch_shape):
         raise ValueError(
             f"{type(kernel).__name__} has batch shape {tuple(kernel.batch_shape)}; "

@@ -40,12 +40,7 @@ def given_by_kernel(value: Any, name: str) -> Any:
 
 
 def parts_of_kernel(kernel: Kernel, like: Tensor) -> Finder:
-    """Finds what ``given_by_kernel`` has marked.
-
-    Args:
-        kernel: The prior's kernel.
-        like: Kernel inputs (n, d), for their width, dtype and device.
-    """
+    """Finds what ``given_by_kernel`` has marked, for kernel inputs like (n, d)."""
 
     def find(mark: Any) -> Any:
         if mark == _KERNEL:

@@ -66,13 +66,10 @@ def right_form(z: Tensor) -> tuple[Tensor]:
 def squared_distances(
     left: Tensor, right: Tensor, out: Tensor, scratch: Scratch
 ) -> None:
-    """Write |z - z'|^2 into ``out`` (a, b); rounding may leave it slightly negative.
+    """Write |z - z'|^2 of a left and a right form into ``out`` (a, b).
 
-    Args:
-        left: Rows of a left form (a, d or d + 2).
-        right: Rows of a right form (b, d or d + 2).
-        out: Buffer (a, b).
-        scratch: One more buffer (a, b), used in two and three dimensions.
+    Rounding may leave it slightly negative. A buffer of ``scratch`` is used in two and
+    three dimensions.
     """
     dimensions = left.shape[1]
     if dimensions > DIRECT_DIMENSIONS:
@@ -228,11 +225,8 @@ class _BoundStationary(BoundTile):
             yield self._shape, outer * self._shape_sum
 
 
-# Both accumulate dS/dz (n, d) from tiles of G.
-
-
 class _ByProducts:
-    """Through G [z, 1]: fast, and cancels as much as the distances do."""
+    """dS/dz through G [z, 1]: fast, and cancels as much as the distances do."""
 
     def __init__(self, z: Tensor) -> None:
         self._z = z
@@ -240,21 +234,24 @@ class _ByProducts:
         self._sums = torch.zeros_like(self._augmented)
 
     def add(self, g: Tensor, rows: slice, columns: slice, scratch: Tensor) -> None:
+        """Add the part of a tile of G."""
         self._sums[rows].addmm_(g, self._augmented[columns])
         self._sums[columns].addmm_(g.T, self._augmented[rows])
 
     def result(self) -> Tensor:
+        """dS/dz (n, d)."""
         return 2 * (self._z * self._sums[:, -1:] - self._sums[:, :-1])
 
 
 class _ByDifferences:
-    """Through the differences themselves: exact to the last digits."""
+    """dS/dz through the differences themselves: exact to the last digits."""
 
     def __init__(self, z: Tensor) -> None:
         self._z = z
         self._sums = torch.zeros_like(z)
 
     def add(self, g: Tensor, rows: slice, columns: slice, scratch: Tensor) -> None:
+        """Add the part of a tile of G."""
         for i in range(self._z.shape[1]):
             across = self._z[columns, i]
             torch.sub(self._z[rows, i : i + 1], across, out=scratch).mul_(g)
@@ -262,4 +259,5 @@ class _ByDifferences:
             self._sums[columns, i] -= scratch.sum(0)
 
     def result(self) -> Tensor:
+        """dS/dz (n, d)."""
         return 2 * self._sums

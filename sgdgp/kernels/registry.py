@@ -173,11 +173,8 @@ class BoundTile(ABC):
 class BoundValues(BoundTile):
     """Tiles whose only gradient is that of the factor in front of them.
 
-    Args:
-        tile: The tile kernel; its hyperparameters and inputs are constants.
-        x: Points (n, d).
-        origin: What to centre them by (d,).
-        scratch: Buffers that ``tile.tile`` really writes to.
+    Hyperparameters and inputs are constants; ``scratch`` is how many buffers
+    ``tile.tile`` really writes to.
     """
 
     wants_gradient = False
@@ -207,10 +204,7 @@ class BoundValues(BoundTile):
 class FactoredTile:
     """A bound tile, its factor, and dS/dfactor: what sums and whole forms consist of.
 
-    Args:
-        factor: A number, or 0-dim, with a graph where it has one.
-        tile: The bound tile that it is in front of.
-        like: A tensor on the device of the tiles.
+    The factor is a number, or 0-dim, with a graph where it has one.
     """
 
     def __init__(self, factor: float | Tensor, tile: BoundTile, like: Tensor) -> None:

@@ -232,6 +232,7 @@ class RationalQuadraticTile(StationaryTile):
 
     @cached_property
     def derivative_scale(self) -> float:
+        """Minus alpha: see ``StationaryTile.derivative_scale``."""
         return -float(self.alpha)
 
     def profile(self, d2: Tensor, scratch: Scratch) -> None:

@@ -9,15 +9,7 @@ _INTEGERS = frozenset({torch.int64, torch.int32, torch.int16, torch.int8, torch.
 
 
 def check_inputs(x: Tensor, x_rows: Tensor | None) -> None:
-    """Check the two sets of points of an operator.
-
-    Args:
-        x: Column inputs, expected (n, d) and floating.
-        x_rows: Row inputs, expected (m, d) like ``x``, or None.
-
-    Raises:
-        ValueError: A shape, dtype or device does not fit.
-    """
+    """Raise ValueError unless x is (n, d) and floating, and x_rows (m, d) like it."""
     for name, points in (("x", x), ("x_rows", x_rows)):
         if points is None:
             continue
@@ -99,11 +91,8 @@ def points_behind(
 ) -> tuple[Tensor | slice, Tensor | slice | None]:
     """The points that hold the rows ``index``, and the rows among theirs.
 
-    The second is None when the rows of those points are just what was asked for.
-
-    Args:
-        index: Resolved rows; row r belongs to point r // outputs.
-        outputs: Rows per point.
+    The second is None when the rows of those points are just what was asked for. Row r
+    belongs to point r // outputs.
     """
     if outputs == 1:
         return index, None
@@ -117,11 +106,7 @@ def points_behind(
 
 
 def whole_points(order: Tensor, outputs: int) -> Tensor:
-    """The points behind rows that hold all rows of a point, one after another.
-
-    Args:
-        order: Rows (m,); row r belongs to point r // outputs.
-        outputs: Rows per point.
+    """The points behind rows (m,) that hold all rows of a point, one after another.
 
     Raises:
         ValueError: The rows of a point are torn apart, or in another order.
@@ -141,17 +126,7 @@ def whole_points(order: Tensor, outputs: int) -> Tensor:
 
 
 def check_vectors(v: Tensor, size: int, dtype: torch.dtype, name: str = "v") -> None:
-    """Check the right factor of a product.
-
-    Args:
-        v: Expected (size, k).
-        size: Number of columns of the operator.
-        dtype: Data type of the operator.
-        name: What to call it in errors.
-
-    Raises:
-        ValueError: The shape or the dtype does not fit.
-    """
+    """Raise ValueError unless v is (size, k) and of the operator's dtype."""
     if v.ndim != 2 or v.shape[0] != size:
         raise ValueError(f"{name} must have shape ({size}, k), found {tuple(v.shape)}")
     if v.dtype != dtype:

@@ -80,11 +80,6 @@ def differentiable_block(
 
     Products are taken here, of dense matrices: where x1 equals x2, GPyTorch would send
     some of them (linear times index kernel) through root decompositions with jitter.
-
-    Args:
-        kernel: A GPyTorch kernel without batch shape.
-        x1: Row inputs (m, d).
-        x2: Column inputs (n, d).
     """
     with gpytorch.settings.lazily_evaluate_kernels(False):
         return _value(kernel, x1, x2)
@@ -121,14 +116,8 @@ def evaluated_blocks(
     """Many small square blocks of a kernel matrix in one batched call of the kernel.
 
     In float64: GPyTorch's distances cancel, and between near neighbours, which are what
-    is asked for, float32 would be off in the second digit.
-
-    Args:
-        kernel: A kernel with one output per point.
-        points: The points of each block.
-
-    Returns:
-        The blocks in float64, None for a kernel that knows no batches.
+    is asked for, float32 would be off in the second digit. None for a kernel that knows
+    no batches.
     """
     points = points.double()
     kernel = detached_copy(kernel).double()

@@ -50,14 +50,7 @@ def form_by_tiles(
 ) -> Float[Tensor, ""]:
     """S of a kernel with analytic derivatives, bound to its points.
 
-    Args:
-        kernel: The kernel; its tensors, and the points, with their graph.
-        a: Left vectors (n, k).
-        b: Right vectors (n, k).
-        memory_budget: Bytes that the tiles may take.
-
-    Returns:
-        0-dim, in the dtype of ``a``, with a graph to what has one.
+    In the dtype of ``a``, with a graph to the kernel's tensors and the points.
     """
     with torch.no_grad():
         _sum_over_tiles(kernel, a, b, memory_budget)
@@ -98,16 +91,8 @@ def form_by_autograd(
 ) -> Float[Tensor, ""]:
     """S of any kernel: its blocks, differentiated by autograd one by one.
 
-    Args:
-        kernel: The kernel, with its parameters' graph.
-        points: Points, with a graph where they have one.
-        a: Left vectors (n, k), n = p outputs.
-        b: Right vectors (n, k).
-        memory_budget: Bytes that a block with its derivatives may take.
-        outputs: Rows per point.
-
-    Returns:
-        0-dim, in the dtype of ``a``, with a graph to what has one.
+    In the dtype of ``a``, with a graph to the kernel's parameters and the points, each
+    of which has ``outputs`` rows. A block with its derivatives fits the budget.
     """
     x, points = points, points.detach()
     wants_x = x.requires_grad and torch.is_grad_enabled()
