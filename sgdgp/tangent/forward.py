@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.func import jvp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from sgdgp.core.errors import SgdgpError
@@ -169,22 +169,12 @@ class ForwardMode(TorchFunctionMode):
         kwargs: dict[str, Any],
         always: Tensor | None = None,
     ) -> Sequence[Tensor | tuple[Tensor, ...]]:
-        """Those of the outputs, by a rule if there is one that fits."""
+        """Those of all outputs, part by part, by a rule that fits or ``torch.func``."""
         if func in RULES:
             with torch.no_grad():
                 found = RULES[func](self.of, func, *args, **kwargs)
             if found is not None:
                 return found
-        return self._generic(func, args, kwargs, always)
-
-    def _generic(
-        self,
-        func: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        always: Tensor | None,
-    ) -> list[tuple[Tensor, ...]]:
-        """Derivatives of all outputs, part by part, by ``torch.func``."""
         leaves, spec = tree_flatten((args, kwargs))
         moving = [
             i
@@ -194,8 +184,18 @@ class ForwardMode(TorchFunctionMode):
         chunks = [self.of(leaves[i]) for i in moving]
 
         point = tuple(leaves[i].detach() for i in moving)
-        value = functools.partial(_value, func, leaves, spec, moving)
-        push = functools.partial(_push, value, point)
+
+        def value(*inputs: Tensor) -> tuple[Tensor, ...]:
+            """The function's tensors, with other ones in those places."""
+            replaced = list(leaves)
+            for i, tensor in zip(moving, inputs, strict=True):
+                replaced[i] = tensor
+            args, kwargs = tree_unflatten(replaced, spec)
+            return _numbers(func(*args, **kwargs))
+
+        def push(*tangents: Tensor) -> tuple[Tensor, ...]:
+            return jvp(value, point, tangents)[1]
+
         known = next(c for c in chunks if c is not None)
         parts = [
             [
@@ -225,33 +225,8 @@ class ForwardMode(TorchFunctionMode):
 @contextmanager
 def light_graph() -> Iterator[None]:
     """Graphs built within hold values, not the tensors that the network handled."""
-    with torch.autograd.graph.saved_tensors_hooks(torch.Tensor.detach, _itself):
+    with torch.autograd.graph.saved_tensors_hooks(Tensor.detach, lambda kept: kept):
         yield
-
-
-def _itself(tensor: Tensor) -> Tensor:
-    return tensor
-
-
-def _value(
-    func: Callable[..., Any],
-    leaves: list[Any],
-    spec: TreeSpec,
-    moving: list[int],
-    *inputs: Tensor,
-) -> tuple[Tensor, ...]:
-    """The function's tensors, with other ones in some places of its arguments."""
-    replaced = list(leaves)
-    for i, tensor in zip(moving, inputs, strict=True):
-        replaced[i] = tensor
-    args, kwargs = tree_unflatten(replaced, spec)
-    return _numbers(func(*args, **kwargs))
-
-
-def _push(
-    value: Callable[..., Any], point: tuple[Tensor, ...], *tangents: Tensor
-) -> tuple[Tensor, ...]:
-    return jvp(value, point, tangents)[1]
 
 
 def _varies(value: Any) -> bool:
@@ -259,8 +234,8 @@ def _varies(value: Any) -> bool:
 
 
 def _numbers(out: Any) -> tuple[Tensor, ...]:
-    leaves = tree_flatten(out)[0]
-    return tuple(o for o in leaves if isinstance(o, Tensor) and o.is_floating_point())
+    tensors = (leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor))
+    return tuple(tensor for tensor in tensors if tensor.is_floating_point())
 
 
 def _changed(

@@ -1,19 +1,13 @@
-"""A network as a function of its weights: which of them, and of which networks."""
+"""Which networks have a tangent model, and which of their weights it is in."""
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
-from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn.parameter import is_lazy
-
-from sgdgp.core.checks import check_finite
 
 Weights = str | Sequence[str] | Callable[[str, nn.Parameter], bool] | None
 """All that need a gradient (None), "all", "last_layer", "no_norms", patterns of
@@ -37,112 +31,6 @@ _WRAPPERS = {
     "DataParallel": "network.module",
     "OptimizedModule": "network._orig_mod",
 }
-
-
-class WeightFunction:
-    """A network as a function of its chosen weights, with all else a constant.
-
-    Arguments and errors are those of :class:`Tangent`.
-    """
-
-    def __init__(
-        self,
-        network: nn.Module,
-        *,
-        weights: Weights = None,
-        output: Callable[[Any], Tensor] | None = None,
-    ) -> None:
-        check_network(network)
-        self.network = network
-        self.output = output
-        self._theta = chosen_weights(network, weights)
-        held = {**dict(network.named_parameters()), **dict(network.named_buffers())}
-        self._rest = {n: t.detach() for n, t in held.items() if n not in self._theta}
-        self._versions = {n: t._version for n, t in self._tensors()}
-        self.names = tuple(self._theta)
-        self.shapes = tuple(p.shape for p in self._theta.values())
-        self.slices: dict[str, slice] = {}
-        self.num_weights = 0
-        for name, p in self._theta.items():
-            self.slices[name] = slice(self.num_weights, self.num_weights + p.numel())
-            self.num_weights += p.numel()
-        first = next(iter(self._theta.values()))
-        self.dtype, self.device = first.dtype, first.device
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> WeightFunction:
-        """Itself: it never changes."""
-        return self
-
-    def function(self, x: Any) -> Callable[[dict[str, Tensor]], Tensor]:
-        """Chosen weights by name -> outputs (b, C) at a batch.
-
-        Args:
-            x: The network's argument; a tuple or list of arguments; or a dictionary
-                of keyword arguments.
-
-        Raises:
-            RuntimeError: A parameter or buffer has changed since the start.
-            ValueError: The network is no longer in evaluation mode.
-        """
-        self._check_unchanged()
-        return functools.partial(self._outputs_at, x)
-
-    @torch.no_grad()
-    def outputs(self, x: Any) -> Float[Tensor, "b C"]:
-        """The network's own outputs."""
-        out = self.function(x)(self._theta)
-        check_finite("network outputs", out)
-        return out
-
-    def weights_of(self, rows: Float[Tensor, "k D"]) -> dict[str, Tensor]:
-        """Rows of weights as tensors (k, *shape) by name."""
-        return {
-            name: rows[:, self.slices[name]].reshape(-1, *shape)
-            for name, shape in zip(self.names, self.shapes, strict=True)
-        }
-
-    def _outputs_at(self, x: Any, theta: dict[str, Tensor]) -> Tensor:
-        positional = tuple(x) if isinstance(x, tuple | list) else (x,)
-        args, kwargs = ((), x) if isinstance(x, dict) else (positional, {})
-        out = functional_call(self.network, {**self._rest, **theta}, args, kwargs)
-        return self._as_matrix(out if self.output is None else self.output(out), x)
-
-    def _tensors(self) -> list[tuple[str, Tensor]]:
-        return [*self._theta.items(), *self._rest.items()]
-
-    def _check_unchanged(self) -> None:
-        check_evaluation_mode(self.network)
-        for name, tensor in self._tensors():
-            if tensor._version != self._versions[name]:
-                raise RuntimeError(
-                    f"{name!r} of the network has changed since it was linearised; "
-                    "linearise a copy (copy.deepcopy) of a network that goes on to "
-                    "be trained"
-                )
-
-    def _as_matrix(self, out: Any, x: Any) -> Tensor:
-        if not isinstance(out, Tensor):
-            keys = f" with {list(out)}" if isinstance(out, dict) else ""
-            raise TypeError(
-                f"network: expected it to return a tensor, found {type(out).__name__}"
-                f"{keys}; pass output=..., a function that takes the tensor from it"
-            )
-        if out.ndim == 0 or out.numel() == 0:
-            raise ValueError(
-                "network outputs: expected shape (examples, ...), found "
-                f"{tuple(out.shape)}"
-            )
-        if isinstance(x, Tensor) and out.shape[0] != x.shape[0]:
-            raise ValueError(
-                f"network outputs: expected {x.shape[0]} examples along the first "
-                f"axis as in x, found shape {tuple(out.shape)}"
-            )
-        if out.dtype != self.dtype:
-            raise TypeError(
-                f"network outputs: expected the dtype of its weights, {self.dtype}, "
-                f"found {out.dtype}"
-            )
-        return out.reshape(out.shape[0], -1)
 
 
 def chosen_weights(network: nn.Module, weights: Weights) -> dict[str, Tensor]:
@@ -171,8 +59,22 @@ def chosen_weights(network: nn.Module, weights: Weights) -> dict[str, Tensor]:
             f"weights: {_words(weights)} chooses no parameter of "
             f"{type(network).__name__}; it has {_listed(parameters)}"
         )
+    first = parameters[names[0]]
     for name in names:
-        _check_weight(name, parameters[name], names[0], parameters[names[0]])
+        weight = parameters[name]
+        if weight.dtype not in (torch.float32, torch.float64):
+            raise TypeError(
+                f"weights: parameter {name!r} is {weight.dtype}; derivatives need "
+                "float32 or float64, so convert a copy: copy.deepcopy(network).float()"
+            )
+        if (weight.dtype, weight.device) != (first.dtype, first.device):
+            raise TypeError(
+                f"weights: parameter {name!r} is {weight.dtype} on {weight.device}, "
+                f"but {names[0]!r} is {first.dtype} on {first.device}; expected one "
+                "dtype and one device"
+            )
+        if not torch.isfinite(weight).all():
+            raise ValueError(f"weights: parameter {name!r} is not finite")
     return {name: parameters[name].detach() for name in names}
 
 
@@ -218,33 +120,36 @@ def check_evaluation_mode(network: nn.Module) -> None:
         ValueError: Names the layer.
     """
     for name, module in network.named_modules():
-        if module.training and _has_modes(module):
+        code = getattr(type(module).forward, "__code__", None)
+        # It computes something else in training, as far as its code says.
+        has_modes = "training" in getattr(code, "co_names", ())
+        if module.training and (has_modes or isinstance(module, _BY_MODE)):
             raise ValueError(
                 f"network: layer {name!r} ({type(module).__name__}) is in training "
                 "mode; call network.eval() first"
             )
 
 
-def _has_modes(module: nn.Module) -> bool:
-    """Whether it computes something else in training, as far as its code says."""
-    code = getattr(type(module).forward, "__code__", None)
-    return isinstance(module, _BY_MODE) or "training" in getattr(code, "co_names", ())
-
-
 def _names(
     network: nn.Module, parameters: dict[str, nn.Parameter], weights: Weights
 ) -> list[str]:
-    floating = [n for n, p in parameters.items() if _is_number(p)]
+    floating = [
+        n for n, p in parameters.items() if p.is_floating_point() or p.is_complex()
+    ]
     trained = [n for n in floating if parameters[n].requires_grad]
     if weights is None:
         return trained
     if weights == "all":
         return floating
     if weights == "no_norms":
-        norms = _owned_by(network, NORMS)
-        return [n for n in trained if id(parameters[n]) not in norms]
+        norms = [m for m in network.modules() if isinstance(m, NORMS)]
+        scales = {id(p) for norm in norms for p in norm.parameters(recurse=False)}
+        return [n for n in trained if id(parameters[n]) not in scales]
     if weights == "last_layer":
-        return _last_layer(network, parameters)
+        others = [m for m in network.modules() if not isinstance(m, NORMS)]
+        owned = [{id(p) for p in m.parameters(recurse=False)} for m in others]
+        last = next(filter(None, reversed(owned)), set())
+        return [n for n, p in parameters.items() if id(p) in last]
     if callable(weights):
         return [n for n in floating if weights(n, parameters[n])]
     patterns = [weights] if isinstance(weights, str) else weights
@@ -262,46 +167,6 @@ def _names(
                 f"{type(network).__name__}; it has {_listed(parameters)}"
             )
     return [n for n in floating if any(fnmatchcase(n, p) for p in patterns)]
-
-
-def _last_layer(network: nn.Module, parameters: dict[str, nn.Parameter]) -> list[str]:
-    layers = [
-        module
-        for module in network.modules()
-        if not isinstance(module, NORMS)
-        and any(True for _ in module.parameters(recurse=False))
-    ]
-    last = {id(p) for p in layers[-1].parameters(recurse=False)} if layers else set()
-    return [n for n, p in parameters.items() if id(p) in last]
-
-
-def _owned_by(network: nn.Module, kinds: tuple[type, ...]) -> set[int]:
-    return {
-        id(parameter)
-        for module in network.modules()
-        if isinstance(module, kinds)
-        for parameter in module.parameters(recurse=False)
-    }
-
-
-def _is_number(parameter: Tensor) -> bool:
-    return parameter.is_floating_point() or parameter.is_complex()
-
-
-def _check_weight(name: str, weight: Tensor, first_name: str, first: Tensor) -> None:
-    if weight.dtype not in (torch.float32, torch.float64):
-        raise TypeError(
-            f"weights: parameter {name!r} is {weight.dtype}; derivatives need float32 "
-            "or float64, so convert a copy: copy.deepcopy(network).float()"
-        )
-    if (weight.dtype, weight.device) != (first.dtype, first.device):
-        raise TypeError(
-            f"weights: parameter {name!r} is {weight.dtype} on {weight.device}, but "
-            f"{first_name!r} is {first.dtype} on {first.device}; expected one dtype "
-            "and one device"
-        )
-    if not torch.isfinite(weight).all():
-        raise ValueError(f"weights: parameter {name!r} is not finite")
 
 
 def _words(weights: Weights) -> str:
