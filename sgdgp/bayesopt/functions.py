@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -63,9 +62,7 @@ def source_of(given: object) -> Source:
             mean, _ = problem.prior.evaluate(problem.x)
         units = problem.prior.outcome_scale
         y = units.shift + units.scale * (problem.targets + mean)
-        return Source(
-            given.functions, problem.x, y, lengthscale_of(given, problem.x.shape[1])
-        )
+        return Source(given.functions, problem.x, y, lengthscale_of(given))
     if isinstance(given, Functions):
         return Source(given, None, None, None)
     raise TypeError(
@@ -74,36 +71,32 @@ def source_of(given: object) -> Source:
     )
 
 
-def lengthscale_of(posterior: PathwisePosterior, dim: int) -> Tensor | None:
+def lengthscale_of(posterior: PathwisePosterior) -> Tensor | None:
     """The smallest lengthscale along every input, in the user's units (d,).
 
     None where the kernel has none, or sees something else than the inputs, each
     moved and scaled on its own.
     """
-    prior, x = posterior.problem.prior, posterior.problem.x
-    inputs = posterior.problem.operator.x
-    if inputs.shape[1] != dim:
+    x, inputs = posterior.problem.x, posterior.problem.operator.x
+    if inputs.shape[1] != x.shape[1]:
         return None
-    lengths = kernel_lengthscale(prior.kernel, dim, inputs)
-    if lengths is None:
-        return None
+    lengths = kernel_lengthscale(posterior.problem.prior.kernel, inputs)
     scale = input_scale(x, inputs)
-    return None if scale is None else lengths / scale
+    return None if lengths is None or scale is None else lengths / scale
 
 
-def kernel_lengthscale(kernel: Kernel, dim: int, like: Tensor) -> Tensor | None:
+def kernel_lengthscale(kernel: Kernel, inputs: Tensor) -> Tensor | None:
     """The smallest lengthscale of all parts of a kernel along every input (d,)."""
-    smallest = like.new_full((dim,), torch.inf)
+    smallest = inputs.new_full(inputs.shape[1:], torch.inf)
     for part in kernel.modules():
         if not isinstance(part, Kernel) or not part.has_lengthscale:
             continue
-        length = part.lengthscale.detach().reshape(-1).to(like)
-        dims: Sequence[int] | Tensor = range(dim)
-        if part.active_dims is not None:
-            dims = part.active_dims
-        if len(length) not in (1, len(dims)):
+        length = part.lengthscale.detach().reshape(-1).to(inputs)
+        where = part.active_dims
+        if where is None:
+            where = torch.arange(len(smallest), device=inputs.device)
+        if len(length) not in (1, len(where)):
             return None
-        where = torch.as_tensor(list(dims), device=like.device)
         smallest[where] = torch.minimum(smallest[where], length.expand(len(where)))
     if not torch.isfinite(smallest).any():
         return None

@@ -20,7 +20,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -30,7 +29,7 @@ from tqdm.auto import tqdm
 from sgdgp.bayesopt.functions import Functions, Source, source_of
 from sgdgp.core.checks import check_count, check_finite, check_matrix, check_same
 from sgdgp.core.memory import resolve_budget
-from sgdgp.core.seeds import generator_of
+from sgdgp.core.seeds import generator_of, standard_normal
 from sgdgp.core.slices import slices
 from sgdgp.posterior import PathwisePosterior
 
@@ -152,7 +151,9 @@ def maximise(
     if steps:
         _probe(functions, bounds)
     rates = 2 * learning_rate * candidates.nearby
-    rows = _rows_at_once(functions, bounds, budget)
+    # About eight arrays (rows, s) in half of the budget.
+    row = 8 * functions.num_functions * bounds.element_size()
+    rows = max(1, min(_ROWS, budget // 2 // row))
     groups = list(_groups(functions, bounds, candidates.x, budget))
     hidden = None if progress is None else not progress
     with tqdm(desc="maximise", total=rounds + len(groups), disable=hidden) as bar:
@@ -163,14 +164,18 @@ def maximise(
                 starting_points.append(best_candidates(functions, blocks, starts, rows))
             bar.update()
         points = torch.cat(starting_points, 1)
-        parts: list[Ascent] = []
+        parts = []
         for group in groups:
             some = functions
             if group != slice(0, functions.num_functions):
                 some = functions.subset(range(group.start, group.stop))  # type: ignore[attr-defined]
             parts.append(ascend(some, points[group], bounds, rates, steps=steps))
             bar.update()
-    return Maxima(*(torch.cat(column) for column in zip(*parts, strict=True)))
+    return Maxima(
+        torch.cat([part.x for part in parts]),
+        torch.cat([part.values for part in parts]),
+        torch.cat([part.candidate_values for part in parts]),
+    )
 
 
 maximize = maximise
@@ -246,12 +251,6 @@ def _probe(functions: Functions, bounds: Tensor) -> None:
     value_and_slope(functions, middle.expand(functions.num_functions, 1, -1))
 
 
-def _rows_at_once(functions: Functions, bounds: Tensor, budget: int) -> int:
-    """Candidates at a time: about eight arrays (rows, s) in half of the budget."""
-    row = 8 * functions.num_functions * bounds.element_size()
-    return max(1, min(_ROWS, budget // 2 // row))
-
-
 def _groups(
     functions: Functions, bounds: Tensor, x: Tensor | None, budget: int
 ) -> Iterator[slice]:
@@ -307,10 +306,8 @@ class Candidates:
         mass = uniform(count) * self.cumulated[-1]
         index = torch.searchsorted(self.cumulated, mass, right=True)
         centre = self.x[index.clamp_max(len(self.x) - 1)]
-        step = torch.randn(
-            shape, generator=generator, device=generator.device, dtype=torch.float64
-        ).to(lower)
-        moved = torch.clamp(centre + self.nearby * step, lower, upper)
+        step = standard_normal(*shape, like=self.cumulated, generator=generator)
+        moved = torch.clamp(centre + self.nearby * step.to(lower), lower, upper)
         return torch.where(near.unsqueeze(1), moved, anywhere)
 
 
@@ -338,19 +335,17 @@ def best_candidates(
         count: How many to keep for each function.
         rows: Candidates to evaluate at a time.
     """
-    values: Tensor | None = None
-    points: Tensor | None = None
+    values: list[Tensor] = []
+    points: list[Tensor] = []
     for block in blocks:
         for part in block.split(rows):
             largest, index = _largest(functions(part), count)
-            where = part[index]
-            if values is not None and points is not None:
-                largest, index = _largest(torch.cat([values, largest], 1), count)
-                where = pick(torch.cat([points, where], 1), index)
-            values, points = largest, where
-    if points is None:
-        raise ValueError("blocks: expected candidates, found none")
-    return points
+            values.append(largest)
+            points.append(part[index])
+            if len(values) > 1:
+                largest, index = _largest(torch.cat(values, 1), count)
+                values, points = [largest], [pick(torch.cat(points, 1), index)]
+    return points[0]
 
 
 def _largest(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -366,20 +361,6 @@ def pick(
     return points.gather(1, index.unsqueeze(-1).expand(-1, -1, points.shape[-1]))
 
 
-class Ascent(NamedTuple):
-    """Where gradient steps led.
-
-    Attributes:
-        x: The best point of every function (s, d).
-        values: The functions there (s,).
-        start_values: The largest values where they started (s,).
-    """
-
-    x: Float[Tensor, "s d"]
-    values: Float[Tensor, " s"]
-    start_values: Float[Tensor, " s"]
-
-
 def ascend(
     functions: Functions,
     x: Float[Tensor, "s q d"],
@@ -387,7 +368,7 @@ def ascend(
     rates: Float[Tensor, " d"],
     *,
     steps: int,
-) -> Ascent:
+) -> Maxima:
     """Follow the gradient of every function from all of its points.
 
     Args:
@@ -398,7 +379,7 @@ def ascend(
         steps: Gradient steps; with zero the functions are only evaluated.
 
     Returns:
-        The best of all points that were visited.
+        The best of all points that were visited; candidates are where they started.
     """
     lower, upper = bounds
     survivors = _survivors(x.shape[1], steps)
@@ -427,7 +408,7 @@ def ascend(
         best = torch.where(better.unsqueeze(-1), x, best)
         best_slope = torch.where(better.unsqueeze(-1), slope, best_slope)
     top = best_values.argmax(1, keepdim=True)
-    return Ascent(pick(best, top)[:, 0], best_values.gather(1, top)[:, 0], start)
+    return Maxima(pick(best, top)[:, 0], best_values.gather(1, top)[:, 0], start)
 
 
 def value_and_slope(

@@ -108,9 +108,7 @@ class Chain:
             posterior = self._read(x, y, history)
         if posterior is None:
             step = 1 + (history[-1].step if history else 0)
-            posterior = self._keep(
-                self._from_zero(step, self._model(x, y), x, y), store=True
-            )
+            posterior = self._from_zero(step, self._model(x, y), x, y)
         known = len(posterior.problem.x)
         for done in history:
             count = done.num_observations
@@ -127,7 +125,7 @@ class Chain:
         x_new, y_new = x[known:], y[known:]
         if _is_due(options.refit_every, step):
             model = self._learn_again(before, x, y)
-            return self._keep(self._from_zero(step, model, x, y), store=True)
+            return self._from_zero(step, model, x, y)
         if _is_due(options.redraw_every, step):
             generator = derived_generator(options.seed, "functions", step)
             (part,) = before.parts
@@ -159,17 +157,16 @@ class Chain:
         )
         if not isinstance(posterior, PathwisePosterior):
             raise TypeError("model: expected a model of one output, found several")
-        return posterior
+        return self._keep(posterior, store=True)
 
-    def _model(self, x: Tensor, y: Tensor) -> ExactGP:
-        """The model of the first step."""
+    def _model(self, x: Tensor, y: Tensor, *, learned: bool = True) -> ExactGP:
+        """The model of the first step; one read from a file did that already."""
         given = self.options.model
-        if isinstance(given, ExactGP):
-            return given
         if given is not None:
-            return given(x, y)
+            return given if isinstance(given, ExactGP) else given(x, y)
         model = MaternModel(x, y)
-        learn(model, x, y, self.options.seed)
+        if learned:
+            learn(model, x, y, self.options.seed)
         return model
 
     def _learn_again(self, before: PathwisePosterior, x: Tensor, y: Tensor) -> ExactGP:
@@ -196,11 +193,7 @@ class Chain:
                     stacklevel=2,
                 )
             return None
-        given = self.options.model
-        if given is None:
-            model: ExactGP = MaternModel(x, y)
-        else:
-            model = given if isinstance(given, ExactGP) else given(x, y)
+        model = self._model(x, y, learned=False)
         posterior = read_posterior(self.place, model, self.options.solver)
         if not torch.equal(posterior.problem.x, x[: len(posterior.problem.x)]):
             raise CheckpointError(

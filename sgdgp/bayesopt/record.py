@@ -107,24 +107,10 @@ class Record:
         """Number of the last finished step."""
         return self.history[-1].step if self.history else 0
 
-    def check(self) -> None:
-        """Refuse what no run can have come to.
-
-        Raises:
-            ValueError: Points, values and history do not fit together.
-        """
-        last = self.history[-1].num_observations if self.history else len(self.y)
-        if not len(self.x) == len(self.y) == last:
-            raise ValueError(
-                f"{len(self.x)} points and {len(self.y)} values after {last} "
-                "observations"
-            )
-
     def with_values(self, values: Float[Tensor, " k"], seconds: float) -> Record:
         """The record with values of the next proposals; with all, the step is done."""
         pending = self.pending
-        if pending is None:
-            raise ValueError("values: expected no values between steps")
+        assert pending is not None
         results = torch.cat([pending.results, values])
         taken = pending.step.objective_seconds + seconds
         step = replace(pending.step, objective_seconds=taken)
@@ -133,11 +119,7 @@ class Record:
             return replace(self, pending=pending)
         y = torch.cat([self.y, results])
         step = replace(step, num_observations=len(y), best_y=float(y.max()))
-        return Record(
-            torch.cat([self.x, pending.proposals]),
-            y,
-            (*self.history, step),
-        )
+        return Record(torch.cat([self.x, pending.proposals]), y, (*self.history, step))
 
 
 class RunCheckpoint(Checkpoint):
@@ -174,7 +156,12 @@ class RunCheckpoint(Checkpoint):
             record = found["record"]
             if not isinstance(record, Record):
                 raise TypeError(f"found {type(record).__name__}")
-            record.check()
+            x, y, history = record.x, record.y, record.history
+            last = history[-1].num_observations if history else len(y)
+            if not len(x) == len(y) == last:
+                raise ValueError(
+                    f"{len(x)} points and {len(y)} values after {last} observations"
+                )
             return record
 
     def keep(self, record: Record) -> None:

@@ -223,10 +223,11 @@ def _beginning(
     return Record(bounds.new_zeros(0, bounds.shape[1]), none, pending=pending)
 
 
+@dataclass(eq=False)
 class Run:
     """A run, between two steps or inside one.
 
-    Args:
+    Attributes:
         objective: Points to values.
         bounds: The box (2, d).
         options: How to go on.
@@ -234,22 +235,16 @@ class Run:
         keeper: File of the record, or None.
     """
 
-    def __init__(
-        self,
-        objective: Objective,
-        bounds: Float[Tensor, "2 d"],
-        options: Options,
-        record: Record,
-        keeper: RunCheckpoint | None,
-    ) -> None:
-        self.objective = objective
-        self.bounds = bounds
-        self.options = options
-        self.record = record
-        self.keeper = keeper
-        self._is_written = True
-        place = None if keeper is None else posterior_file(keeper.path)
-        self.chain = Chain(options, place)
+    objective: Objective
+    bounds: Float[Tensor, "2 d"]
+    options: Options
+    record: Record
+    keeper: RunCheckpoint | None
+    _is_written: bool = True
+
+    def __post_init__(self) -> None:
+        place = None if self.keeper is None else posterior_file(self.keeper.path)
+        self.chain = Chain(self.options, place)
 
     def until(
         self,

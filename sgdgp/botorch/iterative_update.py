@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import warnings
+from dataclasses import dataclass
 
 import torch
 from botorch.sampling.pathwise.features import KernelEvaluationMap
@@ -25,12 +26,13 @@ from torch import Tensor
 from sgdgp.botorch.kernel_features import kernel_element
 from sgdgp.core.checks import check_count, check_variances
 from sgdgp.core.memory import resolve_budget
-from sgdgp.core.seeds import generator_of
+from sgdgp.core.seeds import generator_of, standard_normal
 from sgdgp.operators.choose import operator_by_name
 from sgdgp.solvers.auto import check_solver_name, choose_solver
 from sgdgp.solvers.base import Solution, Solver
 
 
+@dataclass(eq=False)
 class IterativeUpdate:
     """Makes update paths of posterior samples; see :func:`iterative_update`.
 
@@ -39,18 +41,11 @@ class IterativeUpdate:
             the model's batch (its outputs, or members of an ensemble).
     """
 
-    def __init__(
-        self,
-        solver: Solver | str,
-        generator: torch.Generator,
-        operator: str,
-        memory_budget: int | None,
-    ) -> None:
-        self.solver = solver
-        self.operator = operator
-        self.memory_budget = memory_budget
-        self.solutions: tuple[Solution, ...] = ()
-        self._generator = generator
+    solver: Solver | str
+    _generator: torch.Generator
+    operator: str
+    memory_budget: int | None
+    solutions: tuple[Solution, ...] = ()
 
     @torch.no_grad()
     def __call__(
@@ -89,7 +84,7 @@ class IterativeUpdate:
         if target_values is None:
             target_values = get_train_targets(model, transformed=True)
         if noise_covariance is None:
-            noise_covariance = _noise_of(model, points)
+            noise_covariance = likelihood_noise(model, points)
         noise = noise_covariance.diagonal(dim1=-1, dim2=-2)
         check_variances("likelihood noise", noise)
         weight = self._weights(
@@ -121,13 +116,8 @@ class IterativeUpdate:
         samples = values.shape[: values.ndim - len(batch) - 1]
         points = points.expand(*batch, *points.shape[-2:])
         noise = noise.expand(*batch, n)
-        standard = torch.randn(
-            values.shape,
-            generator=self._generator,
-            device=self._generator.device,
-            dtype=values.dtype,
-        ).to(values.device)
-        draws = standard * noise.sqrt()
+        draws = standard_normal(*values.shape, like=values, generator=self._generator)
+        draws = draws * noise.sqrt()
         rhs = (targets - values - draws).reshape(math.prod(samples), *batch, n)
         draws = draws.reshape(rhs.shape)
         weight, solutions = torch.empty_like(rhs), []
@@ -205,7 +195,7 @@ def iterative_update(
     return IterativeUpdate(solver, generator_of(seed), operator, memory_budget)
 
 
-def _noise_of(model: ExactGP, points: Tensor) -> LinearOperator:
+def likelihood_noise(model: ExactGP, points: Tensor) -> LinearOperator:
     """What a likelihood, of any batch shape, adds to a distribution at the points."""
     zeros = points.new_zeros(points.shape[:-1])
     nothing = MultivariateNormal(zeros, DiagLinearOperator(zeros))

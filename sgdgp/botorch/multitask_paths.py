@@ -24,12 +24,13 @@ from botorch.sampling.pathwise.utils import (
     get_train_targets,
 )
 from botorch.utils.context_managers import delattr_ctx
-from gpytorch.distributions import MultivariateNormal
 from gpytorch.means import MultitaskMean
 from gpytorch.models import ExactGP
 from jaxtyping import Float
 from linear_operator.operators import DiagLinearOperator
 from torch import Tensor, nn
+
+from sgdgp.botorch.iterative_update import likelihood_noise
 
 
 class TaskInputs(TensorTransform):
@@ -130,9 +131,7 @@ def multitask_matheron_paths(
     """
     inputs = TaskInputs(model)
     points = inputs.numbered(get_train_inputs(model, transformed=True)[0])
-    zeros = points.new_zeros(points.shape[:-1])
-    nothing = MultivariateNormal(zeros, DiagLinearOperator(zeros))
-    noise = model.likelihood(nothing, [points]).lazy_covariance_matrix
+    noise = likelihood_noise(model, points)
     with delattr_ctx(model, "outcome_transform"):
         prior_paths = prior_sampler(model=model, sample_shape=sample_shape)
         update_paths = update_strategy(

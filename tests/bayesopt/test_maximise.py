@@ -278,7 +278,7 @@ def test_without_steps_the_best_start_is_returned():
     x = starts(functions, 9)
     found = ascend(functions, x, SQUARE, RATES, steps=0)
     assert torch.equal(found.values, functions.each(x).amax(1))
-    assert torch.equal(found.values, found.start_values)
+    assert torch.equal(found.values, found.candidate_values)
     assert torch.equal(functions.each(found.x.unsqueeze(1))[:, 0], found.values)
 
 
