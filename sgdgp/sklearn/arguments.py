@@ -1,4 +1,7 @@
-"""Checks of the regressor's parameters, and what they stand for."""
+"""Checks of the regressor's parameters, and what they stand for.
+
+What is refused is named, by a TypeError if it is of the wrong kind, else a ValueError.
+"""
 
 from __future__ import annotations
 
@@ -59,12 +62,7 @@ class Settings:
 
     @classmethod
     def of(cls, parameters: Mapping[str, Any]) -> Settings:
-        """Check the parameters of a regressor, ``get_params()``.
-
-        Raises:
-            TypeError: One is of the wrong kind; named, with what was found.
-            ValueError: One has the wrong value.
-        """
+        """Check the parameters of a regressor, ``get_params()``."""
         check_solver_name(parameters["solver"])
         return cls(
             noise=check_noise(parameters["noise"]),
@@ -79,26 +77,15 @@ class Settings:
 
 
 def check_whole(name: str, value: Any, minimum: int) -> int:
-    """The value as an int; NumPy's integers will do.
-
-    Raises:
-        TypeError: Not an integer.
-        ValueError: Too small.
-    """
+    """The value as an int; NumPy's integers will do."""
     if isinstance(value, np.integer):
         value = int(value)
     check_count(name, value, minimum)
-    found: int = value
-    return found
+    return int(value)
 
 
 def check_noise(noise: Any) -> float:
-    """The noise variance as a float.
-
-    Raises:
-        TypeError: Not a number.
-        ValueError: Not positive and finite.
-    """
+    """The noise variance as a float."""
     if not isinstance(noise, Real) or isinstance(noise, bool):
         raise TypeError(f"noise: expected a number, found {type(noise).__name__}")
     check_positive("noise", float(noise))
@@ -106,11 +93,7 @@ def check_noise(noise: Any) -> float:
 
 
 def check_device(device: str | torch.device) -> torch.device:
-    """The device named; "auto" is a GPU if there is one that CUDA can use.
-
-    Raises:
-        ValueError: There is no such device.
-    """
+    """The device named; "auto" is a GPU if there is one that CUDA can use."""
     if isinstance(device, str) and device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -124,14 +107,9 @@ def check_device(device: str | torch.device) -> torch.device:
 
 
 def check_dtype(dtype: Any) -> torch.dtype:
-    """float32 or float64 as PyTorch's, from a name, NumPy's or PyTorch's own.
-
-    Raises:
-        ValueError: Neither of them.
-    """
-    if dtype in _DTYPES.values():
-        found: torch.dtype = dtype
-        return found
+    """float32 or float64 as PyTorch's, from a name, NumPy's or PyTorch's own."""
+    if isinstance(dtype, torch.dtype) and dtype in _DTYPES.values():
+        return dtype
     try:
         return _DTYPES[np.dtype(dtype).name]
     except (TypeError, KeyError):
@@ -141,11 +119,7 @@ def check_dtype(dtype: Any) -> torch.dtype:
 
 
 def check_optimizer(optimizer: str | Optimiser | None) -> Optimiser | None:
-    """What makes an optimiser from parameters, or None for fixed parameters.
-
-    Raises:
-        ValueError: Not "adam", a callable or None.
-    """
+    """What makes an optimiser from parameters, or None for fixed parameters."""
     if optimizer is None or (callable(optimizer) and not isinstance(optimizer, str)):
         return optimizer
     if optimizer != "adam":
@@ -170,9 +144,6 @@ def check_weights(
 
     Returns:
         The positive weights, or None where all are one; and their rows.
-
-    Raises:
-        ValueError: The shape is wrong, a weight is negative, or all are zero.
     """
     if sample_weight is None:
         return None, slice(None)
@@ -187,11 +158,7 @@ def check_weights(
 
 
 def check_quantiles(quantiles: Any) -> np.ndarray:
-    """Probabilities (q,) strictly between zero and one.
-
-    Raises:
-        ValueError: A number outside, or more than one dimension.
-    """
+    """Probabilities (q,) strictly between zero and one."""
     levels = np.atleast_1d(np.asarray(quantiles, dtype=np.float64))
     if levels.ndim != 1 or not ((levels > 0) & (levels < 1)).all():
         raise ValueError(

@@ -234,13 +234,19 @@ class SGDGPRegressor(MultiOutputMixin, RegressorMixin, BaseEstimator):
         x = self._new_inputs(X)
         noise = self._noise if observation_noise else 0.0
         if return_std:
-            mean, variance = marginals(self.posterior_, x)
+            # Both in one pass over the kernel.
+            found = self.posterior_.predict(x, batch_size=_ROWS, progress=False)
+            mean, variance = (_with_outputs(values, axes=1) for values in found)
             std = self.y_scale_ * np.sqrt(variance + noise)
             return self._user_units(mean), self._shaped(std)
-        mean = posterior_mean(self.posterior_, x)
+        with torch.no_grad():
+            mean = _with_outputs(self.posterior_.mean(x), axes=1)
         if not return_cov:
             return self._user_units(mean)
-        covariance = covariances(self.posterior_, x, mean)
+        samples = function_values(self.posterior_.samples, x)
+        deviations = (samples - mean[..., None]).transpose(1, 0, 2)
+        covariance = deviations @ deviations.transpose(0, 2, 1) / samples.shape[-1]
+        covariance = covariance.transpose(1, 2, 0)
         covariance += noise * np.eye(len(mean))[..., None]
         return self._user_units(mean), self._shaped(self.y_scale_**2 * covariance)
 
@@ -338,40 +344,10 @@ class SGDGPRegressor(MultiOutputMixin, RegressorMixin, BaseEstimator):
         return self
 
 
-def posterior_mean(posterior: Any, x: Tensor) -> np.ndarray:
-    """Posterior mean (n', T)."""
-    return _with_outputs(_by_batch(posterior.mean, x), axes=1)
-
-
-def marginals(posterior: Any, x: Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """Posterior mean and variance (n', T), in one pass over the kernel."""
-    mean, variance = posterior.predict(x, batch_size=_ROWS, progress=False)
-    return _with_outputs(mean, axes=1), _with_outputs(variance, axes=1)
-
-
-def covariances(posterior: Any, x: Tensor, mean: np.ndarray) -> np.ndarray:
-    """Covariance of the posterior samples (n', n', T), of rank ``num_samples``.
-
-    Args:
-        posterior: The posterior.
-        x: Inputs (n', d).
-        mean: Its mean there (n', T).
-    """
-    samples = function_values(posterior.samples, x)
-    deviations = (samples - mean[..., None]).transpose(1, 0, 2)
-    covariance = deviations @ deviations.transpose(0, 2, 1) / samples.shape[-1]
-    return covariance.transpose(1, 2, 0)
-
-
 def function_values(functions: Callable[[Tensor], Tensor], x: Tensor) -> np.ndarray:
     """Values of s functions (n', T, s)."""
-    values = _by_batch(lambda rows: functions(rows).movedim(0, -1), x)
-    return _with_outputs(values, axes=2)
-
-
-def _by_batch(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     with torch.no_grad():
-        return torch.cat([function(rows) for rows in x.split(_ROWS)])
+        return _with_outputs(functions(x).movedim(0, -1), axes=2)
 
 
 def _with_outputs(values: Tensor, axes: int) -> np.ndarray:
