@@ -191,7 +191,7 @@ def store_posterior(posterior: PathwisePosterior, place: Path) -> PathwisePoster
         recycled = recycled.reduced() if can_be_stored(recycled.inverse) else None
     posterior = _with_recycled(posterior, recycled)
     try:
-        save(posterior.parts, place, with_recycled=True)
+        save(posterior.parts, place)
     except OSError as error:
         warnings.warn(
             f"The posterior {place} could not be written ({error}); it is an earlier "

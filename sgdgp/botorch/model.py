@@ -28,7 +28,7 @@ from sgdgp.core.seeds import derived_generator, number_of, seed_of
 from sgdgp.features.storage import given_by_kernel
 from sgdgp.posterior import Posterior
 from sgdgp.posterior.posterior import posterior_of
-from sgdgp.posterior.storage import contents_of, parts_from
+from sgdgp.posterior.storage import contents_of, parts_from, without_recycled
 from sgdgp.solvers import Solver
 
 KIND = FileKind("sgdgp.botorch", 2, "PathwiseModel", format_1.botorch)
@@ -256,8 +256,9 @@ class PathwiseModel(ConditionedModel):
             "cursor": self.cursor.position,
             "settings": settings,
         }
-        for index, part in enumerate(self.all_outputs()):
-            for name, value in contents_of(part.posterior.parts).items():
+        for index, output in enumerate(self.all_outputs()):
+            parts = without_recycled(output.posterior.parts)
+            for name, value in contents_of(parts).items():
                 values[f"posterior.{index}.{name}"] = value
         write_values(place, KIND, values, given_by_kernel)
 

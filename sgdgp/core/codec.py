@@ -33,14 +33,7 @@ Marker: TypeAlias = Callable[[Any, str], Any]
 Finder: TypeAlias = Callable[[Any], Any]
 """The object behind a mark."""
 
-MISFITS = (
-    AttributeError,
-    IndexError,
-    KeyError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-)
+MISFITS = (AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 """What may go wrong with the values of a sound file that is not what it says."""
 
 _STORED: dict[str, type] = {}

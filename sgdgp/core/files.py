@@ -7,6 +7,7 @@ parts tells damage from data.
 from __future__ import annotations
 
 import contextlib
+import glob
 import hashlib
 import importlib
 import json
@@ -152,7 +153,7 @@ def place_of(
     if not folder.is_dir():
         raise error(f"{argument}: expected an existing directory, found {folder}")
     # What a killed run left half-written.
-    for stale in folder.glob(f".{_escaped(place.name)}.*.tmp"):
+    for stale in folder.glob(f".{glob.escape(place.name)}.*.tmp"):
         with contextlib.suppress(OSError):
             stale.unlink()
     temporary = temporary_of(place)
@@ -256,10 +257,6 @@ def temporary_of(path: Path) -> Path:
     """Where a file is written before it is moved into place."""
     # In the same directory: only within one file system is a move atomic.
     return path.with_name(f".{path.name}.{os.getpid()}.tmp")
-
-
-def _escaped(name: str) -> str:
-    return "".join(f"[{c}]" if c in "*?[" else c for c in name)
 
 
 def _check_header(path: Path) -> None:

@@ -45,7 +45,8 @@ def posterior(tensors: Tensors, state: State, prefix: str = "") -> State:
         systems.append(_dict({**system, **check, "operator": first["operator"]}))
     for i, part in enumerate(state["parts"]):
         name = f"{prefix}part.{i}."
-        dtype = _dtype(tensors[f"{prefix}{part['rows']}.inputs"])
+        inputs = tensors[f"{prefix}{part['rows']}.inputs"]
+        dtype = {"dtype": str(inputs.dtype).removeprefix("torch.")}
         own = {
             "system": firsts.index(part["rows"]),
             "draws": _draws(part["draws"], prefix, dtype),
@@ -318,10 +319,6 @@ def _numbered(prefix: str, tensors: Tensors) -> State:
     """All tensors that are numbered behind a prefix."""
     count = len(_below(prefix, tensors))
     return {"list": [_tensor(f"{prefix}{i}") for i in range(count)]}
-
-
-def _dtype(tensor: Tensor) -> State:
-    return {"dtype": str(tensor.dtype).removeprefix("torch.")}
 
 
 def _tuple(items: Iterable[Any]) -> State:

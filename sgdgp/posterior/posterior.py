@@ -23,7 +23,7 @@ from sgdgp.core.slices import slices
 from sgdgp.gpytorch_adapter import has_fixed_noise
 from sgdgp.posterior.paths import Paths, Points, SampleFunctions, paths_of
 from sgdgp.posterior.problem import Part, Problem, groups_of
-from sgdgp.posterior.storage import KIND, parts_from, save
+from sgdgp.posterior.storage import KIND, parts_from, save, without_recycled
 from sgdgp.posterior.update import draw_functions, update_parts, variances_of
 from sgdgp.solvers.base import Callback, Solution, Solver
 from sgdgp.solvers.solutions import merged_solution
@@ -242,7 +242,7 @@ class Posterior:
             OSError: The file could not be written.
             StorageError: There is no such directory, or the path is one.
         """
-        save(self.parts, path)
+        save(without_recycled(self.parts), path)
 
     def predict(
         self,

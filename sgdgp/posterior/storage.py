@@ -42,38 +42,24 @@ _TOLERANCE = 1e-3
 """Of that comparison: another device or thread count is no other model."""
 
 
-def save(
-    parts: Sequence[Part],
-    path: str | os.PathLike[str],
-    *,
-    with_recycled: bool = False,
-) -> None:
-    """Write a posterior into a file, in one step.
+def save(parts: Sequence[Part], path: str | os.PathLike[str]) -> None:
+    """Write a posterior into a file, in one step; errors as ``Posterior.save``."""
+    write_values(place_of(path), KIND, contents_of(parts), given_by_kernel)
 
-    Args:
-        parts: What it is made of.
-        path: The file; its directory must exist.
-        with_recycled: With what the solves leave for the next ones. That is several
-            times as large as all else, and only saves passes of a later ``update``.
 
-    Raises:
-        NotStorableError: A feature map is not registered for storage.
-        OSError: The file could not be written.
-        StorageError: There is no such directory, or the path is one.
+def without_recycled(parts: Sequence[Part]) -> list[Part]:
+    """The parts without what their solves leave for the next ones.
+
+    That is several times as large as all else, and only saves passes of a later
+    ``update``.
     """
-    values = contents_of(parts, with_recycled=with_recycled)
-    write_values(place_of(path), KIND, values, given_by_kernel)
+    return [
+        replace(part, solution=replace(part.solution, recycled=None)) for part in parts
+    ]
 
 
-def contents_of(
-    parts: Sequence[Part], *, with_recycled: bool = False
-) -> dict[str, Any]:
-    """What a file of a posterior holds, by name; see ``save``."""
-    if not with_recycled:
-        parts = [
-            replace(part, solution=replace(part.solution, recycled=None))
-            for part in parts
-        ]
+def contents_of(parts: Sequence[Part]) -> dict[str, Any]:
+    """What a file of a posterior holds, by name."""
     prior = parts[0].problem.prior
     # Outputs that were observed in the same rows share what belongs to the rows.
     groups = groups_of(parts)

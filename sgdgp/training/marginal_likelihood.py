@@ -236,15 +236,9 @@ class StochasticMarginalLogLikelihood(MarginalLogLikelihood):
                 )
             self._path = PathIntegral(start)
         gradient = torch.autograd.grad(
-            scalar, parameters, retain_graph=True, allow_unused=True
+            scalar, parameters, retain_graph=True, materialize_grads=True
         )
-        return self._path.move(
-            parameters,
-            [
-                torch.zeros_like(p) if g is None else g
-                for p, g in zip(parameters, gradient, strict=True)
-            ],
-        )
+        return self._path.move(parameters, gradient)
 
     def _log_priors(self, like: Tensor) -> Tensor:
         """Log densities of the parameters' priors, and losses that modules add."""

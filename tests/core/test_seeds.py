@@ -8,7 +8,7 @@ from pathlib import Path
 import sgdgp
 from sgdgp.core.seeds import STREAMS, derived_generator, seed_of
 
-DERIVE = {"derived_generator", "standard_draws"}
+DERIVE = {"derived_generator", "Noise.drawn"}
 """Functions whose second argument is the name of a stream."""
 
 
@@ -19,8 +19,7 @@ def names_in_use() -> set[str]:
         for path in Path(sgdgp.__file__).parent.rglob("*.py")
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.Call)
-        and isinstance(node.func, ast.Name)
-        and node.func.id in DERIVE
+        and ast.unparse(node.func) in DERIVE
         and isinstance(node.args[1], ast.Constant)
     }
 
