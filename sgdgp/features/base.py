@@ -21,6 +21,7 @@ FEATURES_AT_ONCE = 2**21
 """Features held at once for points of functions' own: 16 MB in float64, in which a
 batched product of some rows is already at full speed."""
 
+# What every map takes and gives; how many rows r is said by ``FeatureMap``.
 Points: TypeAlias = Float[Tensor, "n d"]
 Features: TypeAlias = Float[Tensor, "r M"]
 Weights: TypeAlias = Float[Tensor, "M s"]
