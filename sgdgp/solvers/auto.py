@@ -34,7 +34,7 @@ from sgdgp.solvers.base import (
 )
 from sgdgp.solvers.cholesky import Cholesky
 from sgdgp.solvers.conjugate_gradients import CG
-from sgdgp.solvers.costs import costs_on
+from sgdgp.solvers.costs import CANDIDATE, FACTOR, REGRESSION, entry_cost
 from sgdgp.solvers.inducing_sgd import InducingSGD
 from sgdgp.solvers.preconditioners import PivotedCholesky, default_rank
 from sgdgp.solvers.sdd import SDD
@@ -120,10 +120,9 @@ def plan(
         return (Stage(Cholesky()),)
     if passes < _FEW_PASSES and operator.outputs_per_input == 1:
         return (Stage(SDD()),)
-    costs = costs_on(operator.device)
-    entry = costs.entry(columns, streamed=operator.streaming() is operator)
-    setup = costs.regression / (n * entry) + costs.candidate / entry
-    factorisation = costs.factor * n / entry
+    entry = entry_cost(columns, streamed=operator.streaming() is operator)
+    setup = REGRESSION / (n * entry) + CANDIDATE / entry
+    factorisation = FACTOR * n / entry
     stages: list[Stage] = []
     share = float("inf")
     if factor_fits:
@@ -225,9 +224,8 @@ class Auto(IterativeSolver):
                 affordable = self.max_seconds / _seconds_of_a_pass(system)
             stages = plan(operator, system.noise, rhs.shape[1], budget, affordable)
         done: list[Solution] = []
+        passes = seconds = 0.0
         for i, stage in enumerate(stages):
-            passes = math.fsum(solution.passes for solution in done)
-            seconds = math.fsum(solution.seconds for solution in done)
             solver = self._limited(stage, passes, seconds, last=i == len(stages) - 1)
             try:
                 solution = solver.solve(
@@ -244,10 +242,13 @@ class Auto(IterativeSolver):
                     raise
                 break
             done.append(solution)
+            passes = math.fsum(solution.passes for solution in done)
+            seconds = math.fsum(solution.seconds for solution in done)
             if (
                 solution.reason in ("converged", "interrupted")
                 or _stopped_by_the_clock(solution, solver)
-                or self._spent(done)
+                or passes + 1.0 >= self.max_passes
+                or (self.max_seconds is not None and seconds >= self.max_seconds)
             ):
                 break
         return _merged(done, self.tolerance)
@@ -265,12 +266,6 @@ class Auto(IterativeSolver):
             None if self.max_seconds is None else self.max_seconds - seconds,
         )
         return stage.solver.with_limits(limits).with_recycling(self.recycle)
-
-    def _spent(self, done: Sequence[Solution]) -> bool:
-        seconds = math.fsum(solution.seconds for solution in done)
-        return math.fsum(s.passes for s in done) + 1.0 >= self.max_passes or (
-            self.max_seconds is not None and seconds >= self.max_seconds
-        )
 
 
 def _stopped_by_the_clock(solution: Solution, solver: Solver) -> bool:

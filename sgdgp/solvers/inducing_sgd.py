@@ -38,7 +38,6 @@ Deviations from the paper:
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,7 +52,7 @@ from sgdgp.solvers.base import Reason
 from sgdgp.solvers.blocks import Shuffled
 from sgdgp.solvers.driver import Algorithm, StochasticSolver, Task, check_steps
 from sgdgp.solvers.iterates import AveragedIterate
-from sgdgp.solvers.sgd import default_block_size, row_blocks
+from sgdgp.solvers.sgd import AveragedDescent, default_block_size, row_blocks
 from sgdgp.solvers.step_size import largest_eigenvalue, primal_step_rule, random_rows
 from sgdgp.solvers.system import initial_weights
 
@@ -109,7 +108,7 @@ class InducingSGD(StochasticSolver):
         return _InducingDescent(self, task)
 
 
-class _InducingDescent(Algorithm[InducingSGD]):
+class _InducingDescent(AveragedDescent[InducingSGD]):
     """Descent in a; checks find the whole gradient and centre the estimator on it."""
 
     whole_passes = True
@@ -227,9 +226,6 @@ class _InducingDescent(Algorithm[InducingSGD]):
         """Not known before the next check."""
         return False
 
-    def step(self, block: RowIndex) -> None:
-        self._iterate.step(self._gradient)
-
     def end_pass(self) -> None:
         self.passes += self.check_cost
         self._epochs += 1
@@ -268,20 +264,14 @@ class _InducingDescent(Algorithm[InducingSGD]):
             return "stagnated"
         return "diverged" if self.restarts > self.max_restarts else None
 
-    def dismiss(self) -> None:
-        """Nothing: all columns are worked on to the end."""
-
     def finish(self) -> None:
         self._measure()
         super().finish()
 
     def settings(self) -> dict[str, Any]:
         return {
-            "block_size": math.ceil(self.system.n / self.num_blocks),
+            **super().settings(),
             "inducing": len(self.points),
-            **self._iterate.settings,
-            "restarts": self.restarts,
-            "largest_eigenvalue": self._largest,
             "own_gradient": float(self._own.max()),
             "rows": self.data.order[self.points].sort().values,
         }

@@ -68,7 +68,13 @@ from sgdgp.operators.base import KernelOperator, RowIndex
 from sgdgp.operators.feature import FeatureOperator
 from sgdgp.solvers.base import Reason
 from sgdgp.solvers.blocks import Shuffled, partition, shuffle
-from sgdgp.solvers.driver import Algorithm, StochasticSolver, Task, check_steps
+from sgdgp.solvers.driver import (
+    Algorithm,
+    Settings,
+    StochasticSolver,
+    Task,
+    check_steps,
+)
 from sgdgp.solvers.iterates import AveragedIterate
 from sgdgp.solvers.step_size import (
     StepRule,
@@ -216,7 +222,32 @@ class FeatureSource:
         )
 
 
-class _PrimalDescent(Algorithm[SGD]):
+class AveragedDescent(Algorithm[Settings]):
+    """Descent whose iterate is averaged; all columns are worked on to the end.
+
+    A visit leaves the scaled gradient of the step that follows it.
+    """
+
+    _iterate: AveragedIterate
+    _gradient: Tensor
+    _largest: float
+
+    def step(self, block: RowIndex) -> None:
+        self._iterate.step(self._gradient)
+
+    def dismiss(self) -> None:
+        """Nothing: no column is done before the others."""
+
+    def settings(self) -> dict[str, Any]:
+        return {
+            "block_size": math.ceil(self.system.n / self.num_blocks),
+            **self._iterate.settings,
+            "restarts": self.restarts,
+            "largest_eigenvalue": self._largest,
+        }
+
+
+class _PrimalDescent(AveragedDescent[SGD]):
     """Descent in V; the average at the end is what is returned."""
 
     whole_passes = True
@@ -237,7 +268,8 @@ class _PrimalDescent(Algorithm[SGD]):
             fresh_noise=features.noise * spectrum.kernel_diagonal,
             momentum=solver.momentum,
         ).with_step(solver.step_size)
-        self._features, self._spectrum = features, spectrum
+        self._features, self._diagonal = features, spectrum.diagonal
+        self._largest = spectrum.largest
         self._shift = draws[data.order] / self.system.noise
         self._iterate = AveragedIterate(
             self.checked.weights,
@@ -265,13 +297,11 @@ class _PrimalDescent(Algorithm[SGD]):
 
     def visit(self, block: RowIndex) -> Tensor:
         """See ``Algorithm.visit``; residuals are averaged as the iterates are."""
-        self._gradient, seen = self.gradient(block, self._iterate.lookahead)
+        gradient, seen = self.gradient(block, self._iterate.lookahead)
+        self._gradient = gradient.div_(self._diagonal)
         weight = min(1.0, self.num_blocks * self._iterate.weight)
         self.residual[block] = torch.lerp(self.residual[block], seen, weight)
         return seen
-
-    def step(self, block: RowIndex) -> None:
-        self._iterate.step(self._gradient.div_(self._spectrum.diagonal))
 
     def end_pass(self) -> None:
         super().end_pass()
@@ -299,24 +329,15 @@ class _PrimalDescent(Algorithm[SGD]):
         """Never just because it is the last: that one is made in the end."""
         return super().wants_check(is_last=False)
 
-    def dismiss(self) -> None:
-        """Nothing: all columns are worked on to the end."""
-
     def settings(self) -> dict[str, Any]:
-        return {
-            "block_size": math.ceil(self.system.n / self.num_blocks),
-            **self._iterate.settings,
-            "restarts": self.restarts,
-            "largest_eigenvalue": self._spectrum.largest,
-            **self._features.settings,
-        }
+        return {**super().settings(), **self._features.settings}
 
     def column_warnings(self, reason: Reason, advice: str) -> tuple[str, ...]:
         also = "num_features=0 or " if self._features.active else ""
         return super().column_warnings(reason, advice.format(also=also))
 
 
-class _FeatureDescent(Algorithm[SGD]):
+class _FeatureDescent(AveragedDescent[SGD]):
     """Descent in W = phi^T V, where K has exact features.
 
     V is kept for every row as of its last visit, with U = phi^T V; V of an average W
@@ -388,9 +409,6 @@ class _FeatureDescent(Algorithm[SGD]):
         self.passes += len(change) / system.n
         return self.residual[block]
 
-    def step(self, block: RowIndex) -> None:
-        self._iterate.step(self._gradient)
-
     def restart(self) -> None:
         """Half the step from the best weights that were checked, at rest."""
         super().restart()
@@ -411,18 +429,10 @@ class _FeatureDescent(Algorithm[SGD]):
     def finish(self) -> None:
         """Nothing: what was checked is returned."""
 
-    def dismiss(self) -> None:
-        """Nothing: all columns are worked on to the end."""
-
     def settings(self) -> dict[str, Any]:
-        return {
-            "block_size": math.ceil(self.system.n / self.num_blocks),
-            **self._iterate.settings,
-            "restarts": self.restarts,
-            "largest_eigenvalue": self._largest,
-            "regulariser": "exact features",
-            "num_features": self._operator.features.num_features,
-        }
+        count = self._operator.features.num_features
+        own = {"regulariser": "exact features", "num_features": count}
+        return {**super().settings(), **own}
 
     def column_warnings(self, reason: Reason, advice: str) -> tuple[str, ...]:
         return super().column_warnings(reason, advice.format(also=""))

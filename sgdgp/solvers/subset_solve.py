@@ -29,7 +29,7 @@ from torch import Tensor
 
 from sgdgp.core.slices import slices
 from sgdgp.solvers.base import Callback, Limits, Reason, Recorder, Solution
-from sgdgp.solvers.costs import costs_on
+from sgdgp.solvers.costs import BLOCK_FACTOR, entry_cost
 from sgdgp.solvers.recycling import Directions, Recycled
 from sgdgp.solvers.system import (
     System,
@@ -203,9 +203,8 @@ def largest_block(system: System, memory_budget: int, factor_passes: float) -> i
         factor_passes: Passes over K in whose time S may be factorised.
     """
     n, columns = system.rhs.shape
-    costs = costs_on(system.rhs.device)
-    one_pass = n * n * costs.entry(columns)
-    affordable = (factor_passes * one_pass / costs.block_factor) ** (1 / 3)
+    one_pass = n * n * entry_cost(columns)
+    affordable = (factor_passes * one_pass / BLOCK_FACTOR) ** (1 / 3)
     fitting = (memory_budget / (4 * 2 * system.rhs.element_size())) ** 0.5
     return max(1, int(min(_LARGEST_PART * n, affordable, fitting)))
 
@@ -294,15 +293,11 @@ def _applied(
 ) -> tuple[Float[Tensor, "n k"], Float[Tensor, "n k"]]:
     """What is added to the weights, and H times it in float64."""
     step = torch.zeros_like(system.rhs).index_add_(0, rows, change)
-    effect = _effect(system, rows, change)
+    # In float64 from products in the system's dtype.
+    effect = system.operator.columns(rows).matmul(change).double()
+    effect.index_add_(0, rows, system.noise[rows].double() * change.double())
     if known is not None:
         moved = inner - known.images[rows].mT @ change
         step.addmm_(known.directions, moved)
         effect += known.images @ moved
     return step, effect
-
-
-def _effect(system: System, rows: Tensor, change: Tensor) -> Float[Tensor, "n k"]:
-    """H[:, S] times the change, in float64 from products in the system's dtype."""
-    effect = system.operator.columns(rows).matmul(change).double()
-    return effect.index_add_(0, rows, system.noise[rows].double() * change.double())

@@ -220,36 +220,34 @@ def appended_rows(system: System, num_new: int, count: int) -> Tensor:
     count = min(count, n - 1)
     nearest = _nearest(system, torch.arange(n, device=system.rhs.device), first, count)
     nothing = system.rhs.new_zeros(n, 0)
-    values, _ = _regressions(system, nothing, nearest, first)
-    own, known, columns = _with_own(nearest, first)
-    rows = (own - first).expand_as(known)[known]
-    return compressed(rows, columns[known], values[known], (num_new, n))
+    rows, columns, values, _ = _regressions(system, nothing, nearest, first)
+    return compressed(rows - first, columns, values, (num_new, n))
 
 
 def sparse_factor(
     system: System, factor: Float[Tensor, "n r"], neighbours: Neighbours
 ) -> SparseFactor:
     """G for given neighbours; regressions in float64."""
-    values, explained = _regressions(system, factor, neighbours, 0)
-    own, known, columns = _with_own(neighbours, 0)
-    columns, rows = columns[known], own.expand_as(known)[known]
+    rows, columns, values, explained = _regressions(system, factor, neighbours, 0)
     shape = (system.n, system.n)
     return SparseFactor(
-        compressed(rows, columns, values[known], shape),
-        compressed(columns, rows, values[known], shape),
+        compressed(rows, columns, values, shape),
+        compressed(columns, rows, values, shape),
         explained,
     )
 
 
 def _regressions(
     system: System, factor: Tensor, neighbours: Neighbours, first: int
-) -> tuple[Tensor, float]:
-    """Entries of G, neighbours before the row itself, for the rows from ``first`` on.
+) -> tuple[Tensor, Tensor, Tensor, float]:
+    """Entries of G in the rows from ``first`` on, by rows, neighbours before the own.
 
     Returns:
-        (n - first, k + 1), and what ``SparseFactor.explained`` says of these rows.
+        Their rows, columns and values, and ``SparseFactor.explained`` of these rows.
     """
     num_rows, count = neighbours.index.shape
+    numbers = torch.arange(first, first + num_rows, device=neighbours.index.device)
+    columns = torch.cat([neighbours.index, numbers.unsqueeze(1)], dim=1)
     values = system.rhs.new_empty(num_rows, count + 1)
     factor = factor.to(system.rhs.dtype).contiguous()
     diagonal = system.operator.diagonal().double()
@@ -258,10 +256,7 @@ def _regressions(
     explained = 0.0
     per_row = (count + 1) * max(count + 1, factor.shape[1])
     for rows in slices(num_rows, max(1, _BLOCK_ENTRIES // per_row)):
-        index, known = neighbours.index[rows], neighbours.known[rows]
-        own = torch.arange(rows.start, rows.stop, device=index.device).unsqueeze(1)
-        own += first
-        both = torch.cat([index, own], dim=1)
+        both, known = columns[rows], neighbours.known[rows]
         block = system.operator.small_blocks(both)
         if factor.shape[1]:
             part = factor[both]
@@ -277,22 +272,16 @@ def _regressions(
         corner, info = torch.linalg.cholesky_ex(inner)
         regression = torch.cholesky_solve(cross.unsqueeze(2), corner).squeeze(2)
         variance = own_variance - (regression * cross).sum(1)
-        floor = 0.5 * system.noise[own[:, 0], 0].double()
+        floor = 0.5 * system.noise[numbers[rows], 0].double()
         failed = (info != 0) | ~torch.isfinite(variance)
         regression = torch.where(failed.unsqueeze(1), 0.0, regression)
         variance = torch.where(failed, own_variance, variance).clamp_min(floor)
         explained += float((own_variance.clamp_min(floor) / variance).log().sum())
         root = variance.rsqrt().unsqueeze(1)
         values[rows] = torch.cat([-regression * root, root], dim=1).to(values.dtype)
-    return values, explained / max(1, num_rows)
-
-
-def _with_own(neighbours: Neighbours, first: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Numbers of the rows (r, 1); which entries there are, and their columns."""
-    num_rows = len(neighbours.index)
-    own = torch.arange(num_rows, device=neighbours.index.device).unsqueeze(1) + first
-    known = torch.cat([neighbours.known, neighbours.known.new_ones(num_rows, 1)], 1)
-    return own, known, torch.cat([neighbours.index, own], dim=1)
+    every = torch.nn.functional.pad(neighbours.known, (0, 1), value=True)
+    own = numbers.unsqueeze(1).expand_as(columns)
+    return own[every], columns[every], values[every], explained / max(1, num_rows)
 
 
 def compressed(

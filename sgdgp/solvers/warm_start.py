@@ -13,6 +13,7 @@ from dataclasses import replace
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn.functional import pad
 
 from sgdgp.operators.base import KernelOperator
 from sgdgp.solvers.base import Callback, Solution, Solver, Watch
@@ -58,11 +59,11 @@ def warm_start(
     recycled = before.recycled
     known, residual, passes = None, None, 0.0
     if recycled is not None:
-        known, residual = _extended_to_new_rows(rhs, operator, before, recycled)
+        known, residual = _extended_to_new_rows(rhs, operator, before.weights, recycled)
         passes = num_new / system.n
     corrected = solve_on_subset(
         system,
-        _padded(before.weights, num_new),
+        pad(before.weights, (0, 0, 0, num_new)),
         num_new,
         solver.limits,
         factor_passes=factor_passes,
@@ -76,14 +77,12 @@ def warm_start(
     if recycled is None or not solver.resumes:
         return replace(corrected, recycled=None)
     assert corrected.recycled is not None
-    start = _with_recycled(
-        corrected, recycled, system, num_new, known, corrected.recycled.residual
-    )
+    left = replace(recycled, residual=corrected.recycled.residual)
+    start = _with_recycled(corrected, left, system, num_new, known)
     if corrected.reason != "budget":
         return start
-    if _is_outgrown(start):  # the solver will build a preconditioner again
-        return replace(start, recycled=None)
-    return _resumed(solver, system, start, known, memory_budget, callback)
+    found = _resumed(solver, system, start, memory_budget, callback)
+    return found or replace(start, recycled=None)
 
 
 @torch.no_grad()
@@ -123,27 +122,23 @@ def solve_new_columns(
         return None
     system = as_system(operator, noise, rhs)
     num_new = system.n - len(before.weights)
-    mean = replace(before, weights=before.weights[:, :1])
-    known, residual = _extended_to_new_rows(
-        rhs[:, :1], operator, mean, replace(recycled, residual=recycled.residual[:, :1])
-    )
+    mean = before.weights[:, :1]
+    recycled = replace(recycled, residual=recycled.residual[:, :1])
+    known, residual = _extended_to_new_rows(rhs[:, :1], operator, mean, recycled)
     assert residual is not None
     residual = torch.cat([residual, rhs[:, 1:]], dim=1)
-    weights = torch.zeros_like(rhs)
-    weights[: len(mean.weights), :1] = mean.weights
     start = Solution(
         solver="renewed",
         operator=operator.name,
-        weights=weights,
+        weights=pad(mean, (0, rhs.shape[1] - 1, 0, num_new)),
         residuals=(residual / system.scale).norm(dim=0),
         passes=num_new / system.n,
         seconds=0.0,
         reason="budget",
     )
-    start = _with_recycled(start, recycled, system, num_new, known, residual)
-    if _is_outgrown(start):
-        return None
-    return _resumed(solver, system, start, known, memory_budget, callback)
+    recycled = replace(recycled, residual=residual)
+    start = _with_recycled(start, recycled, system, num_new, known)
+    return _resumed(solver, system, start, memory_budget, callback)
 
 
 @torch.no_grad()
@@ -177,51 +172,39 @@ def solve_again(
     )
 
 
-def _padded(weights: Float[Tensor, "n k"], num_new: int) -> Float[Tensor, "m k"]:
-    """The weights, zero in the new rows."""
-    return torch.cat([weights, weights.new_zeros(num_new, weights.shape[1])])
-
-
 def _with_recycled(
     start: Solution,
     recycled: Recycled,
     system: System,
     num_new: int,
     known: Directions | None,
-    residual: Float[Tensor, "n k"],
 ) -> Solution:
-    """A start with all it may go on from."""
+    """A start with all it may go on from, of which ``recycled`` has the residual."""
     inverse = recycled.inverse
     if inverse is not None and num_new:
         inverse = extend_inverse(inverse, system, num_new)
         start = replace(start, passes=start.passes + inverse.passes)
     pairs = () if known is None else ((known.directions, known.images),)
-    return replace(start, recycled=Recycled(residual, inverse, pairs))
-
-
-def _is_outgrown(start: Solution) -> bool:
-    assert start.recycled is not None
-    inverse = start.recycled.inverse
-    return isinstance(inverse, ExtendedInverse) and inverse.is_outgrown
+    return replace(start, recycled=Recycled(recycled.residual, inverse, pairs))
 
 
 def _extended_to_new_rows(
-    rhs: Tensor, operator: KernelOperator, before: Solution, recycled: Recycled
+    rhs: Tensor, operator: KernelOperator, weights: Tensor, recycled: Recycled
 ) -> tuple[Directions | None, Float[Tensor, "n k"] | None]:
     """Directions and residuals that were known, with the new rows K(new, old) adds.
 
     The residuals are None where they belong to other columns.
     """
-    first, columns = before.weights.shape
+    first, columns = weights.shape
     known = recycled.leading()
-    both = before.weights
+    both = weights
     if known is not None:
         both = torch.cat([both, known.directions], dim=1)
     new = slice(first, len(rhs))
-    rows = operator.rows(new).matmul(_padded(both, new.stop - first))
+    rows = operator.rows(new).matmul(pad(both, (0, 0, 0, new.stop - first)))
     if known is not None:
         known = known.with_rows(rows[:, columns:])
-    if recycled.residual.shape != before.weights.shape:
+    if recycled.residual.shape != weights.shape:
         return known, None
     return known, torch.cat([recycled.residual, rhs[new] - rows[:, :columns]])
 
@@ -230,13 +213,17 @@ def _resumed(
     solver: Solver,
     system: System,
     start: Solution,
-    known: Directions | None,
     memory_budget: int,
     callback: Callback | None,
-) -> Solution:
-    """Conjugate gradients with the earlier preconditioner and directions."""
+) -> Solution | None:
+    """Conjugate gradients with the earlier preconditioner and directions.
+
+    None where so many rows are new that the solver should build a preconditioner again.
+    """
     recycled = start.recycled
     assert recycled is not None
+    if isinstance(recycled.inverse, ExtendedInverse) and recycled.inverse.is_outgrown:
+        return None
     kept = directions_to_keep(system.rhs, memory_budget)
     cg = CG(preconditioner=None, recycle=kept)
     solution = cg.with_limits(solver.limits.less(start.passes, start.seconds)).resume(
@@ -244,7 +231,7 @@ def _resumed(
         start.weights / system.scale,
         recycled.residual / system.scale,
         recycled.inverse,
-        known,
+        recycled.leading(),
         Watch.after(start.passes, start.seconds, callback),
     )
     return replace(
