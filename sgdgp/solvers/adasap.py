@@ -149,6 +149,11 @@ def default_mu(system: System, nu: float) -> float:
 class _SketchAndProject(Algorithm[ADASAP]):
     """The recurrence of this module at work, in Z and U = D / ((1 - q) / (1 + q))^t."""
 
+    restart_warning = (
+        "{title} met a growing residual, halved its step size {restarts} times and "
+        "lowered its momentum. A larger mu or block_size avoids it."
+    )
+
     def __init__(self, solver: ADASAP, task: Task) -> None:
         system = task.system
         everything = torch.arange(system.n, device=system.rhs.device)
@@ -224,11 +229,3 @@ class _SketchAndProject(Algorithm[ADASAP]):
             "step_scale": self._scale,
             "restarts": self.restarts,
         }
-
-    def restart_warnings(self) -> tuple[str, ...]:
-        if not self.restarts:
-            return ()
-        return (
-            f"ADASAP met a growing residual, halved its step size {self.restarts} "
-            "times and lowered its momentum. A larger mu or block_size avoids it.",
-        )

@@ -166,7 +166,7 @@ class _Projections(Algorithm[AlternatingProjections]):
     and come back if a check disagrees.
     """
 
-    max_restarts = 0  # there is no step to make smaller
+    max_restarts, restart_warning = 0, ""  # there is no step to make smaller
 
     def __init__(self, solver: AlternatingProjections, task: Task) -> None:
         rhs = task.system.rhs
@@ -279,9 +279,6 @@ class _Projections(Algorithm[AlternatingProjections]):
             "selection": repr(self._selection),
             "factors": self._computed,
         }
-
-    def restart_warnings(self) -> tuple[str, ...]:
-        return ()
 
 
 def _largest_residual(system: System) -> float:

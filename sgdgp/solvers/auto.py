@@ -49,26 +49,16 @@ DIRECT_ROWS = 2_000
 SMALLEST_RANK = 100
 """A preconditioner of a lower rank is not worth choosing CG for."""
 
-_WORTH_PASSES = 25.0
-"""Passes that neighbours save, where they tell something: what their setup may cost."""
-
-_LARGE_NOISE = 0.1
-"""Of the prior variance. Above it neighbours tell little that low rank does not."""
-
+_WORTH_PASSES = 25.0  # that neighbours save where they tell: what their setup may cost
+_LARGE_NOISE = 0.1  # of the prior variance: above, neighbours tell what low rank does
+# With fewer, what SDD has by then predicts better than the first iterates of CG
+# (``benchmarks/thompson_sampling``).
 _FEW_PASSES = 15.0
-"""With fewer, what SDD has by then predicts better than the first iterates of CG
-(``benchmarks/thompson_sampling``)."""
-
+# CG is left in peace for as long as so many of them take: a solve that the factor has
+# to finish then takes at most three times what the factor alone would have.
 _FACTORISATIONS = 2.0
-"""CG is left in peace for as long as so many of them take: a solve that the factor has
-to finish then takes at most three times what the factor alone would have."""
-
-_LEAST_SHARE = 50.0
-"""Passes before a factor takes over, however cheap it is: it takes much more memory."""
-
-_TIMED_ROWS = 512
-"""Rows of the product that is timed: enough for a clock, a small part of a pass."""
-
+_LEAST_SHARE = 50.0  # passes before a factor, however cheap: it takes much more memory
+_TIMED_ROWS = 512  # of the timed product: enough for a clock, a small part of a pass
 _BYTES_PER_RANK = 40  # per row: two float64 copies while it is built, and slack
 _BYTES_PER_NEIGHBOUR = 64  # per row: indices, masks, two compressed copies
 
@@ -260,11 +250,8 @@ class Auto(IterativeSolver):
         if stage.solver.limits.max_passes is None:
             return stage.solver  # a direct solve: no budget, a tolerance of its own
         remaining = self.max_passes - passes
-        limits = Limits(
-            self.tolerance,
-            remaining if last else min(remaining, stage.share),
-            None if self.max_seconds is None else self.max_seconds - seconds,
-        )
+        passes = remaining if last else min(remaining, stage.share)
+        limits = replace(self.limits.less(0.0, seconds), max_passes=passes)
         return stage.solver.with_limits(limits).with_recycling(self.recycle)
 
 

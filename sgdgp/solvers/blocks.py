@@ -26,10 +26,7 @@ _POWER_ITERATIONS, _POWER_VECTORS = 10, 4  # the paper's, from more than one sta
 def partition(n: int, size: int, outputs: int = 1) -> list[slice]:
     """Cut n equations into blocks of almost equal size, at most ``size`` each.
 
-    Args:
-        n: Number of equations.
-        size: Most equations of a block.
-        outputs: Equations of a point, which stay in one block.
+    The ``outputs`` equations of a point stay in one block.
     """
     points = n // outputs
     count = math.ceil(points / min(max(1, size // outputs), points))
@@ -106,13 +103,11 @@ def factorise_block(system: System, block: RowIndex) -> CholeskyInverse:
     """
     matrix = block_matrix(system, block)
     size = float(matrix.abs().sum(1).max())
-    dtype = matrix.dtype
-    if float(system.noise[block].min()) > 10.0 * torch.finfo(dtype).eps * size:
-        factor, info = torch.linalg.cholesky_ex(matrix)
-        if int(info) == 0 and bool(torch.isfinite(factor.diagonal()).all()):
-            return CholeskyInverse(factor)
-    matrix = matrix.double()
-    for jitter in _JITTERS:
+    attempts = [(torch.float64, jitter) for jitter in _JITTERS]
+    if float(system.noise[block].min()) > 10.0 * torch.finfo(matrix.dtype).eps * size:
+        attempts.insert(0, (matrix.dtype, 0.0))
+    for dtype, jitter in attempts:
+        matrix = matrix.to(dtype)
         matrix.diagonal().add_(jitter * size)
         factor, info = torch.linalg.cholesky_ex(matrix)
         if int(info) == 0 and bool(torch.isfinite(factor.diagonal()).all()):

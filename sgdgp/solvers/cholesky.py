@@ -42,18 +42,15 @@ from sgdgp.solvers.conjugate_gradients import CG
 from sgdgp.solvers.preconditioners import Inverse, Preconditioner
 from sgdgp.solvers.system import System
 
-_BLOCK = 512
-"""Columns at a time: wide enough for fast products, and Ctrl-C gets in between."""
-
+_BLOCK = 512  # columns: wide enough for fast products, and Ctrl-C gets in between
+# Times the kernel's diagonal, the smallest that does: from about its rounding on.
 _JITTERS = {
     torch.float64: (0.0, 1e-12, 1e-10, 1e-8, 1e-6),
     torch.float32: (0.0, 1e-7, 1e-6, 1e-5, 1e-4),
 }
-"""Times the kernel's diagonal, the smallest that does: from about its rounding on."""
-
+# Of refinement: with a float64 factor the first does nearly all; with a float32 one
+# they are iterations of conjugate gradients, a streamed pass each.
 _STEPS = {torch.float64: 3, torch.float32: 100}
-"""Of refinement: with a float64 factor the first does nearly all; with a float32 one
-they are iterations of conjugate gradients, a streamed pass each."""
 
 
 @register_stored_class
@@ -273,7 +270,8 @@ def factorise(
     matrix = system.rhs.new_empty(system.n, system.n)
     for relative in _JITTERS[system.rhs.dtype]:
         jitter = relative * scale
-        _fill(matrix, system)
+        for rows in slices(system.n, system.operator.rows_per_step):
+            matrix[rows] = system.operator.block(rows, slice(0, system.n))
         matrix.diagonal().add_(system.noise[:, 0] + jitter)
         passes += 1.0
         if factorise_(matrix, advance=advance):
@@ -320,12 +318,6 @@ def factorise_(
                 torch.linalg.solve_triangular(corner.mT, below, upper=True, left=False)
             )
     return True
-
-
-def _fill(matrix: Tensor, system: System) -> None:
-    everything = slice(0, system.n)
-    for rows in slices(system.n, system.operator.rows_per_step):
-        matrix[rows] = system.operator.block(rows, everything)
 
 
 def solve_factored(

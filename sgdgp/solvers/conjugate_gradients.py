@@ -54,34 +54,22 @@ from sgdgp.solvers.system import (
 )
 from sgdgp.solvers.two_level import TwoLevel
 
-_REPLACE_EVERY = 50
-"""Iterations between true residuals: a pass each, so 2 % of the work."""
-
-_FIRST_FALL = 0.3
-"""What the first iteration is taken to reduce the residual by; later ones as the one
-before did."""
-
+_REPLACE_EVERY = 50  # iterations between true residuals: a pass each, 2 % of the work
+_FIRST_FALL = 0.3  # of the residual in the first iteration; later as in the one before
+# Times the tolerance: a residual predicted to come so near is evaluated anew in the
+# same iteration, where its product shares the entries of K.
 _NEAR = 2.0
-"""Times the tolerance: a residual predicted to come so near is evaluated anew in the
-same iteration, where its product shares the entries of K."""
-
+# Iterations whose time must be left for another one: it, with its true residual, and
+# half of one, as they do not take the same time.
 _LAST_STEPS = 2.5
-"""Iterations whose time must be left for another one: it, with its true residual, and
-half of one, as they do not take the same time."""
-
+# CG stagnates where so many checks in a row find an energy that has grown by less than
+# this part: the residual may rise for hundreds of iterations meanwhile.
 _STALLED_GAIN, _STALLED_CHECKS = 1e-5, 4
-"""CG stagnates where so many checks in a row find an energy that has grown by less
-than this part: the residual may rise for hundreds of iterations meanwhile."""
-
+# Of the energy, to tell iterates apart; below, float32 rounds and the residual decides.
 _CLEAR_GAIN = 1e-3
-"""Part of the energy that tells iterates apart; below it rounding in float32 and the
-residual decide."""
-
+# Times the rounding unit: smaller eigenvalues of a block's curvature, scaled to unit
+# diagonal, are rounding.
 _DEPENDENT = 16.0
-"""Times the rounding unit: smaller eigenvalues of a block's curvature, scaled to unit
-diagonal, are rounding."""
-
-
 _ADVICE = "Give it more passes (max_passes), more neighbours or rank, or use Cholesky."
 
 
@@ -201,23 +189,14 @@ class BlockRecurrence:
             self._directions = self._directions.addmm(directions, overlap, alpha=-1.0)
 
     def release(self, unsolved: Tensor) -> None:
-        """Columns that claim to be solved, or are lost to rounding, leave.
-
-        Args:
-            unsolved: Mask of the columns that have to stay (k,).
-        """
+        """Leave the columns that are not ``unsolved`` (k,), or are lost to rounding."""
         stay = (unsolved & torch.isfinite(self.norms))[self._columns]
         if not bool(stay.all()):
             self._columns = self._columns[stay]
             self._directions = self._directions[:, stay]
 
     def adopt(self, columns: Tensor, residual: Float[Tensor, "n c"]) -> None:
-        """Put true residuals in the place of the recursion's.
-
-        Args:
-            columns: Indices of the columns (c,).
-            residual: Theirs (n, c).
-        """
+        """Put true residuals (n, c) of some columns in the place of the recursion's."""
         self.residual[:, columns] = residual
         norms = residual.norm(dim=0)
         self.norms[columns] = torch.where(torch.isfinite(norms), norms, torch.inf)
@@ -426,13 +405,7 @@ def _better(norms: Tensor, old: Tensor, energy: Tensor, old_energy: Tensor) -> T
 
 
 def _replace_residual(run: BlockRecurrence, system: System, unsolved: Tensor) -> float:
-    """Put true residuals in the recursion's place; the passes that took.
-
-    Args:
-        run: The recurrence.
-        system: Its system.
-        unsolved: Mask of the columns to do it for (k,).
-    """
+    """Put true residuals of unsolved columns (k,) in their place; the passes taken."""
     if run.is_fresh and not rounding_shows(system, run.weights, run.norms):
         return 0.0
     columns = unsolved.nonzero()[:, 0]

@@ -41,19 +41,11 @@ from sgdgp.solvers.system import believed_norms, true_residual
 
 Settings = TypeVar("Settings", bound="StochasticSolver")
 
-# Restarts before a solve counts as diverged: what grows with a millionth of the step
-# does not grow because of the step.
-_MAX_RESTARTS = 20
 _FADED = 20.0  # times its memory after which momentum has faded: to exp(-20)
 
 
 class BestChecked:
-    """The weights with the best true residual of every column so far.
-
-    Args:
-        start: Weights (n, k) to begin with.
-        norms: Their true relative residuals (k,).
-    """
+    """Weights (n, k) with the best true relative residual of every column so far."""
 
     def __init__(self, start: Tensor, norms: Tensor) -> None:
         self.weights = start.clone()
@@ -64,12 +56,6 @@ class BestChecked:
         better = norms < self.norms
         self.weights[:, better] = weights[:, better]
         self.norms = torch.where(better, norms, self.norms)
-
-    def with_columns(self, columns: Tensor, weights: Tensor) -> Tensor:
-        """The best weights (n, k) with some columns replaced by others."""
-        out = self.weights.clone()
-        out[:, columns] = weights
-        return out
 
     def is_within(self, tolerance: float) -> bool:
         """Whether all columns have reached a tolerance."""
@@ -96,31 +82,30 @@ class Algorithm(ABC, Generic[Settings]):
         monitor: Says when to check and when to stop.
         passes: Passes spent so far.
         restarts: How often the residual has grown.
+        advice: What a user may do about columns above the tolerance.
         is_verified: Whether the true residual of the present weights is known.
     """
 
-    check_cost: float = 1.0
-    """Passes that a check takes."""
-
+    check_cost: float = 1.0  # passes that a check takes
+    # Whether a pass, once begun, is finished whatever the budget.
     whole_passes: ClassVar[bool] = False
-    """Whether a pass, once begun, is finished whatever the budget."""
-
+    # Whether the last weights are returned, rather than the best that were checked;
+    # unless they are worse than the start.
     returns_last: ClassVar[bool] = False
-    """Whether the last weights are returned, rather than the best that were checked;
-    unless they are worse than the start."""
-
-    growing: ClassVar[str] = "residual"
-    """What a restart is due to, in the warning of it."""
-
-    max_restarts: ClassVar[int] = _MAX_RESTARTS
-    """Restarts that are not too many."""
-
+    # What is warned of restarts, with the number of them.
+    restart_warning: ClassVar[str] = (
+        "{title} met a growing residual and halved its step size {restarts} times."
+    )
+    # Before a solve counts as diverged: what grows with a millionth of the step does
+    # not grow because of the step.
+    max_restarts: ClassVar[int] = 20
     monitor: Monitor
 
     def __init__(
         self, solver: Settings, task: Task, data: Shuffled, passes: float = 0.0
     ) -> None:
         self.solver, self.generator = solver, task.generator
+        self.advice = solver.advice
         self.data, self.system = data, data.system
         self.num_blocks = len(data.blocks)
         self.passes = passes
@@ -192,7 +177,7 @@ class Algorithm(ABC, Generic[Settings]):
 
     def candidate(self) -> Float[Tensor, "n k"]:
         """What would be returned now, of all columns."""
-        return self.checked.with_columns(self.live, self.weights())
+        return self.checked.weights.index_copy(1, self.live, self.weights())
 
     def current(self) -> Float[Tensor, "n k"]:
         """What a callback sees."""
@@ -246,41 +231,24 @@ class Algorithm(ABC, Generic[Settings]):
 
     def warnings(self, reason: Reason) -> tuple[str, ...]:
         """What the solution warns of."""
-        return (
-            *self.column_warnings(reason, self.solver.advice),
-            *self.restart_warnings(),
-        )
+        columns, title = self.column_warnings(reason), self.solver.title
+        if not self.restarts or not self.restart_warning:
+            return columns
+        restarts = self.restart_warning.format(title=title, restarts=self.restarts)
+        return (*columns, restarts)
 
-    def column_warnings(self, reason: Reason, advice: str) -> tuple[str, ...]:
+    def column_warnings(self, reason: Reason) -> tuple[str, ...]:
         """What is said of columns above the tolerance, unless the solve converged."""
         norms, tolerance = self.checked.norms, self.solver.tolerance
-        return columns_above(self.solver.title, reason, norms, tolerance, advice)
-
-    def restart_warnings(self) -> tuple[str, ...]:
-        """What is said of restarts, if there were any."""
-        if not self.restarts:
-            return ()
-        return (
-            f"{self.solver.title} met a growing {self.growing} and halved its step "
-            f"size {self.restarts} times.",
-        )
+        return columns_above(self.solver.title, reason, norms, tolerance, self.advice)
 
 
 @dataclass(frozen=True)
 class StochasticSolver(IterativeSolver, ABC):
-    """Settings of a solver that works on blocks of equations.
+    """Settings of a solver that works on blocks of equations."""
 
-    Attributes:
-        tolerance: Relative residual that every column must reach.
-        max_passes: Budget in passes over K.
-        max_seconds: Budget in seconds. Default: none.
-    """
-
-    title: ClassVar[str]
-    """Its name in sentences."""
-
-    advice: ClassVar[str]
-    """What a user may do about columns above the tolerance."""
+    title: ClassVar[str]  # its name in sentences
+    advice: ClassVar[str]  # what a user may do about columns above the tolerance
 
     @abstractmethod
     def begin(self, task: Task) -> Algorithm[Any]:

@@ -113,7 +113,9 @@ class _InducingDescent(AveragedDescent[InducingSGD]):
 
     whole_passes = True
     returns_last = True
-    growing = "gradient"
+    restart_warning = (
+        "{title} met a growing gradient and halved its step size {restarts} times."
+    )
     adjoint_cost = 0.0  # features are used like any kernel
 
     def __init__(self, solver: InducingSGD, task: Task) -> None:
@@ -276,7 +278,7 @@ class _InducingDescent(AveragedDescent[InducingSGD]):
             "rows": self.data.order[self.points].sort().values,
         }
 
-    def column_warnings(self, reason: Reason, advice: str) -> tuple[str, ...]:
+    def column_warnings(self, reason: Reason) -> tuple[str, ...]:
         sentences = []
         if reason != "converged":
             sentences.append(
@@ -284,7 +286,7 @@ class _InducingDescent(AveragedDescent[InducingSGD]):
                 f"problem of {float(self._own.max()):.2e}; the relative residual of "
                 f"the full system, {float(self.checked.norms.max()):.2e} at most, is "
                 f"that of an approximation with {len(self.points)} inducing points. "
-                f"{advice}"
+                f"{self.advice}"
             )
         kept = int((~(self.norms <= self._start_norms)).sum())
         if kept:

@@ -80,13 +80,7 @@ class BlockIterate:
     ) -> None:
         """Z[I] -= z_step d, U[I] -= u_step d / rho^t, Y = Z - lag rho^t U.
 
-        Args:
-            block: Rows I.
-            direction: d (b, k').
-            z_step: Step of Z.
-            u_step: Step of U at its present size.
-            momentum: rho.
-            lag: l.
+        I is the block, d (b, k') the direction and rho the momentum.
         """
         move = self._system.operator.move(block, direction)
         self._z.move(move, -z_step)
@@ -204,15 +198,8 @@ def average_in(
 ) -> None:
     """Move an average by w (point - average), w = (k + 1) / (t + k): no horizon.
 
-    The window is t / k steps long; of t steps only every (t / ``every``)-th is taken,
-    with as much more weight.
-
-    Args:
-        average: Changed in place (n, k).
-        point: The latest iterate (n, k).
-        steps: t.
-        power: k.
-        every: Points of all steps so far.
+    In place, for t steps and the power k: a window of t / k steps. Of all steps only
+    every (t / ``every``)-th is taken, with as much more weight.
     """
     stride = max(1, int(steps / every))
     if steps % stride == 0:

@@ -9,7 +9,7 @@ functions that all data share.
 
 All of it is worth as much when the system gains rows. D has zeros there, its images
 gain the rows K(new, old) D, and new rows enter the preconditioner one by one
-(``sparse_inverse.appended_rows``).
+(``two_level.appended_rows``).
 """
 
 from __future__ import annotations
@@ -37,22 +37,16 @@ KEPT = 256
 """Directions that the next solve starts with: two products with n x 256 matrices in
 every iteration, little beside one with K."""
 
-COLLECTED = 768
-"""Latest directions of a solve out of which they are chosen, at least: three times as
-many as are kept, so that there is a choice."""
-
-_ITERATIONS = 8
-"""And at least those of so many iterations, of all columns."""
-
+# Latest directions of a solve out of which they are chosen: three times as many as are
+# kept, so that there is a choice, and at least those of so many iterations.
+COLLECTED, _ITERATIONS = 768, 8
 _GRAM_ROWS = 1024  # at a time, when inner products of directions are added up
-
+# Of the largest inner product of directions in the norm of H: what is below was made of
+# rounding in float32.
 _DEPENDENT = 1e-4
-"""Of the largest inner product of directions in the norm of H: what is below was made
-of rounding in float32."""
-
+# New rows, of those a preconditioner was built for. They are known by a few neighbours
+# only: with more of them building it again pays.
 _MOST_NEW = 0.25
-"""New rows, of those a preconditioner was built for. They are known by a few neighbours
-only: with more of them building it again pays."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,11 +66,7 @@ class Directions:
         return torch.addmm(z, self.directions, self.images.mT @ z, alpha=-1.0)
 
     def with_rows(self, images: Float[Tensor, "m r"]) -> Directions:
-        """The same directions in a system with more rows, and their images there.
-
-        Args:
-            images: K(new, old) D.
-        """
+        """The same in a system with more rows, where their images are K(new, old) D."""
         zeros = images.new_zeros(images.shape)
         return Directions(
             torch.cat([self.directions, zeros]), torch.cat([self.images, images])
@@ -186,9 +176,7 @@ def leading_directions(
 ) -> Directions | None:
     """H-orthonormal directions in the span of all, with the largest Ritz values of H.
 
-    Args:
-        pairs: Directions (n, r_i) and their images (n, r_i).
-        rank: Most directions.
+    At most ``rank`` of them, from pairs of directions (n, r_i) and their images.
     """
     widths = sum(directions.shape[1] for directions, _ in pairs)
     n = pairs[0][0].shape[0]

@@ -188,9 +188,9 @@ class _DualDescent(Algorithm[SDD]):
             "largest_eigenvalue": self._spectrum.largest,
         }
 
-    def column_warnings(self, reason: Reason, advice: str) -> tuple[str, ...]:
+    def column_warnings(self, reason: Reason) -> tuple[str, ...]:
         """See ``Algorithm.column_warnings``; says so where rounding is to blame."""
-        sentences = super().column_warnings(reason, advice)
+        sentences = super().column_warnings(reason)
         spectrum, tolerance = self._spectrum, self.solver.tolerance
         weights = self.checked.weights
         floor = rounding_floor(spectrum.largest, spectrum.diagonal, weights)

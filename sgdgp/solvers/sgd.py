@@ -66,7 +66,6 @@ from sgdgp.core.codec import register_stored_class
 from sgdgp.features import FeatureMap, NoRandomFeatures, random_features
 from sgdgp.operators.base import KernelOperator, RowIndex
 from sgdgp.operators.feature import FeatureOperator
-from sgdgp.solvers.base import Reason
 from sgdgp.solvers.blocks import Shuffled, partition, shuffle
 from sgdgp.solvers.driver import (
     Algorithm,
@@ -270,6 +269,8 @@ class _PrimalDescent(AveragedDescent[SGD]):
         ).with_step(solver.step_size)
         self._features, self._diagonal = features, spectrum.diagonal
         self._largest = spectrum.largest
+        also = "num_features=0 or " if features.active else ""
+        self.advice = solver.advice.format(also=also)
         self._shift = draws[data.order] / self.system.noise
         self._iterate = AveragedIterate(
             self.checked.weights,
@@ -332,10 +333,6 @@ class _PrimalDescent(AveragedDescent[SGD]):
     def settings(self) -> dict[str, Any]:
         return {**super().settings(), **self._features.settings}
 
-    def column_warnings(self, reason: Reason, advice: str) -> tuple[str, ...]:
-        also = "num_features=0 or " if self._features.active else ""
-        return super().column_warnings(reason, advice.format(also=also))
-
 
 class _FeatureDescent(AveragedDescent[SGD]):
     """Descent in W = phi^T V, where K has exact features.
@@ -353,6 +350,7 @@ class _FeatureDescent(AveragedDescent[SGD]):
         operator = self.system.operator
         assert isinstance(operator, FeatureOperator)
         self._operator = operator
+        self.advice = solver.advice.format(also="")
         rule = self._step_rule().with_step(solver.step_size)
         self._start_from(self.checked.weights, rule)
         self.watch()
@@ -433,6 +431,3 @@ class _FeatureDescent(AveragedDescent[SGD]):
         count = self._operator.features.num_features
         own = {"regulariser": "exact features", "num_features": count}
         return {**super().settings(), **own}
-
-    def column_warnings(self, reason: Reason, advice: str) -> tuple[str, ...]:
-        return super().column_warnings(reason, advice.format(also=""))

@@ -38,12 +38,7 @@ def continued(before: Solution, solution: Solution) -> Solution:
 
 
 def split_solution(solution: Solution, widths: Sequence[int]) -> tuple[Solution, ...]:
-    """A solution for each group of columns; effort is that of all together.
-
-    Args:
-        solution: The solution of a joined problem.
-        widths: Number of columns of each part.
-    """
+    """A solution for each group of so many columns; effort is that of all together."""
     if len(widths) == 1:
         return (solution,)
     parts, start = [], 0

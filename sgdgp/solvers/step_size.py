@@ -327,13 +327,7 @@ def scale_diagonal(
 def leading_eigenvalues(
     operator: FeatureOperator, scale: Float[Tensor, "n 1"], generator: torch.Generator
 ) -> tuple[Float[Tensor, " m"], float]:
-    """Leading eigenvalues of S K S, S = diag(scale), ascending; and the passes.
-
-    Args:
-        operator: K (n, n).
-        scale: Diagonal of S (n, 1).
-        generator: Source of the subset and of the first vector.
-    """
+    """Leading eigenvalues of S K S, S = diag(scale), ascending; and the passes."""
     n, outputs = operator.shape[0], operator.outputs_per_input
     size = min(n, outputs * max(1, math.ceil(_FEATURE_ROWS / outputs)))
     rows = operator.random_order(generator)[:size]

@@ -49,12 +49,7 @@ class Monitor:
         self._checks: list[tuple[float, float]] = []
 
     def is_diverging(self, gradient: Tensor, num_blocks: int) -> bool:
-        """Whether the block residual has grown to three times the start's.
-
-        Args:
-            gradient: Minus the residual on the block (b, k).
-            num_blocks: Blocks in a pass.
-        """
+        """Whether a block's residual (b, k) has grown to three times the start's."""
         energy = float(gradient.square().sum()) * num_blocks / gradient.shape[1]
         if not math.isfinite(energy):
             return True
@@ -68,12 +63,7 @@ class Monitor:
         self._smoothed = self._start
 
     def wants_check(self, running: Tensor, passes: float) -> bool:
-        """Whether a true residual is worth a pass now.
-
-        Args:
-            running: Running residuals of the columns still worked on (k,).
-            passes: Passes so far.
-        """
+        """Whether running residuals (k,) after some passes are worth a true one."""
         since = passes - (self._checked[0] if self._checked else 0.0)
         # What the last check has told of the running residual wears off.
         relaxed = 1.0 + since / _REGULAR if self._checked else 1.0

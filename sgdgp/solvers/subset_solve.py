@@ -22,6 +22,7 @@ the data that screens the rest from it (the screening effect; Stein, 2002).
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import torch
 from jaxtyping import Float, Int
@@ -39,31 +40,18 @@ from sgdgp.solvers.system import (
     true_residual,
 )
 
-_NEIGHBOURS = 10
-"""Old rows for each new one in the first S: few, as S grows by what is seen to lack."""
-
-_GROWTH = 2.0
-"""Of S: all smaller factorisations together then cost a seventh of the last."""
-
-_SURPLUS = 1.08
-"""Over the size that is predicted to do: one round more costs more than some rows."""
-
+_NEIGHBOURS = 10  # old rows for each new one in the first S: few, it grows as it lacks
+_GROWTH = 2.0  # of S: all smaller factorisations then cost a seventh of the last
+_SURPLUS = 1.08  # over the size predicted to do: a round more costs more than some rows
+# Sizes of S after which how the residual falls is extrapolated. With directions known
+# the alternative, conjugate gradients, is cheap: it is asked earlier.
 _ROUNDS_TO_JUDGE, _ROUNDS_TO_JUDGE_WITH_KNOWN = 3, 2
-"""Sizes of S after which how the residual falls is extrapolated. With directions known
-the alternative, conjugate gradients, is cheap: it is asked earlier."""
-
-_LARGEST_PART = 0.85
-"""Of all rows: beyond, S is the whole system, and the solver's business."""
-
-_PART_WITH_KNOWN = 0.42
-"""The same with directions known: the rounds up to there cost about a pass in all."""
-
-_MARGIN = 0.99
-"""Of the tolerance. The residual is the true one, but for rounding."""
-
-_REFINEMENTS = 3
-"""Of the solve on S, each good for the digits of its factor: enough in float32."""
-
+_LARGEST_PART = (
+    0.85  # of all rows: beyond, S is the whole system, the solver's business
+)
+_PART_WITH_KNOWN = 0.42  # the same with directions: the rounds cost about a pass in all
+_MARGIN = 0.99  # of the tolerance: the residual is the true one, but for rounding
+_REFINEMENTS = 3  # on S, each good for the digits of its factor: enough in float32
 _TILE_ENTRIES = 2**22  # of the search for neighbours; bounds its memory
 
 
@@ -127,11 +115,7 @@ def solve_on_subset(
     rows = torch.empty(0, dtype=torch.long, device=rhs.device)
     reason: Reason | None = None
     while reason is None:
-        at_hand = weights
-
-        def scaled(found: Tensor = at_hand) -> Tensor:
-            return found * system.scale
-
+        scaled = partial(torch.mul, weights, system.scale)
         if record(passes, norms, exact=True, weights=scaled):
             reason = "interrupted"
         elif float(norms.max()) <= _MARGIN * tolerance:

@@ -16,18 +16,12 @@ from sgdgp.operators.base import KernelOperator
 from sgdgp.operators.feature import FeatureOperator
 from sgdgp.operators.tracked import TrackedVectors
 
-_PROBE_ROWS = 128
-"""Rows on which rounding is measured: their mean square is known to a tenth or so."""
-
-_PROBE_PARTS = 4
-"""Parts of a product that are rounded each on its own, see ``rounding_level``."""
-
-_PROBE_COLUMNS = 1024
-"""Columns that stand for all where K is made of features, whose product is a sweep."""
-
+_PROBE_ROWS = 128  # to measure rounding: their mean square is known to a tenth or so
+_PROBE_PARTS = 4  # of a product, rounded each on its own, see ``rounding_level``
+_PROBE_COLUMNS = 1024  # that stand for all where K is made of features: no whole sweep
+# Part of a residual that may be rounding: its norm is then right to half a per cent, as
+# the two are independent.
 _TRUSTED = 0.1
-"""Part of a residual that may be rounding: its norm is then right to half a per cent,
-as the two are independent."""
 
 
 @dataclass(frozen=True)
@@ -172,13 +166,7 @@ def believed_norms(
 
 
 def rounding_shows(system: System, v: Tensor, norms: Tensor) -> bool:
-    """Whether rounding is more than a tenth of residuals found in the system's dtype.
-
-    Args:
-        system: The system.
-        v: Weights (n, k) in the system's scale.
-        norms: Relative residuals of v (k,).
-    """
+    """Whether rounding is over a tenth of the residuals (k,) of v in its own dtype."""
     if v.dtype == torch.float64:
         return False
     return bool((rounding_level(system, v) > _TRUSTED * norms).any())

@@ -172,13 +172,7 @@ class SparseFactor:
 def nearest_earlier(
     system: System, count: int, generator: torch.Generator
 ) -> Neighbours:
-    """For every row, the ``count`` rows before it that K correlates it with most.
-
-    Args:
-        system: The system.
-        count: Neighbours k.
-        generator: Source of the order.
-    """
+    """Rows that K correlates a row with most, of those before it in a random order."""
     rank = torch.randperm(system.n, generator=generator, device=generator.device)
     return _nearest(system, rank.to(system.rhs.device), 0, count)
 
@@ -203,18 +197,10 @@ def _nearest(
 
 
 def appended_rows(system: System, num_new: int, count: int) -> Tensor:
-    """Rows of G for the last ``num_new`` rows, which come last in the order too.
+    """Compressed rows of G (m, n) for the last m rows, last in the order too.
 
     Whatever stands for the inverse of the earlier rows' matrix, P^-1 with these rows
     is [[P^-1, 0], [0, 0]] + G^T G: the new ones given the old, as Vecchia has it.
-
-    Args:
-        system: The system, its new rows last.
-        num_new: New rows m.
-        count: Neighbours of each.
-
-    Returns:
-        G in compressed rows (m, n).
     """
     n, first = system.n, system.n - num_new
     count = min(count, n - 1)
