@@ -145,13 +145,11 @@ def conclude(
             f"The negative log likelihoods of calibrated posterior and {best_name} "
             f"cannot be told apart ({difference}); {judge}."
         )
-    warnings = []
     loss, error = paired_difference(evidence.nll, network.nll)
-    if loss > SIGNIFICANT * error:
-        warnings.append(
-            f"With hyperparameters from the evidence alone the posterior is worse than "
-            f"the network by {loss:.2g} ± {error:.1g} nats; keep the calibrated scale."
-        )
+    warning = (
+        f"With hyperparameters from the evidence alone the posterior is worse than "
+        f"the network by {loss:.2g} ± {error:.1g} nats; keep the calibrated scale."
+    )
     return Comparison(
         scores={name: dict(entry.scores) for name, entry in entries.items()},
         gains={
@@ -163,7 +161,7 @@ def conclude(
         num_examples=len(network.nll),
         recommendation=chosen,
         reason=reason,
-        warnings=tuple(warnings),
+        warnings=(warning,) if loss > SIGNIFICANT * error else (),
     )
 
 

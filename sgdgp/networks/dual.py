@@ -27,7 +27,7 @@ from sgdgp.features import FeatureMap
 from sgdgp.networks.curvature import WeightSystem
 from sgdgp.networks.weight_solvers import WeightSolution, WeightSolver
 from sgdgp.operators import FeatureOperator
-from sgdgp.solvers.base import Progress, Reason, Solver
+from sgdgp.solvers.base import Reason, Solver
 from sgdgp.solvers.sdd import SDD
 from sgdgp.tangent import TangentBatch
 
@@ -166,9 +166,6 @@ class Dual(WeightSolver):
         no_draws = system.outputs.new_zeros(operator.shape[0], found.rhs.shape[1])
         tolerance, rounds = _FIRST * self.tolerance, 0
 
-        def tell(progress: Progress) -> bool:
-            return found.report(progress.passes)
-
         while (reason := self._verdict(found)) is None:
             if rounds >= _MOST_ROUNDS:
                 return "stagnated"
@@ -183,7 +180,7 @@ class Dual(WeightSolver):
                 no_draws - features.forward(x, found.residuals),
                 noise_draws=no_draws,
                 generator=generator,
-                callback=tell,
+                callback=lambda progress: found.report(progress.passes),
             )
             change = features.adjoint(x, solution.weights).add_(found.residuals)
             # The features of the residual, and of the solution, took half a pass each.

@@ -142,33 +142,29 @@ class Interrupted(Exception):
     """A callback asked to stop."""
 
 
+@dataclass
 class Run:
     """One fit: its data, its settings, and what it has found so far.
 
-    Args:
+    Attributes:
         data: The data set seen through the tangent model.
         schedule: How much to do.
         state: From :func:`start`, or a checkpoint.
         callback: Told of the solver's advance, in relative errors; True stops.
     """
 
-    def __init__(
-        self,
-        data: TangentData,
-        schedule: Schedule,
-        state: RunState,
-        callback: Callback | None,
-    ) -> None:
-        self.data = data
-        self.state = state
-        self._schedule = schedule
-        self._callback = callback
+    data: TangentData
+    schedule: Schedule
+    state: RunState
+    callback: Callback | None
+
+    def __post_init__(self) -> None:
         self._asked_to_stop = False
-        self._started = time.perf_counter() - state.seconds
+        self._started = time.perf_counter() - self.state.seconds
         self._network_outputs: Tensor | None = None
-        if schedule.curvature_at == "network":
-            self._network_outputs = data.network_outputs()
-            state.passes += 1.0
+        if self.schedule.curvature_at == "network":
+            self._network_outputs = self.data.network_outputs()
+            self.state.passes += 1.0
 
     @property
     def seconds(self) -> float:
@@ -182,11 +178,11 @@ class Run:
             Interrupted: The callback asked for it. The state is good.
         """
         state = self.state
-        while state.step < self._schedule.steps and not state.is_learned:
+        while state.step < self.schedule.steps and not state.is_learned:
             self._learn()
             yield state
         state.is_learned = True
-        while state.finished < self._schedule.final_samples:
+        while state.finished < self.schedule.final_samples:
             yield from self._draw()
 
     def _optimum(self) -> LinearOptimum:
@@ -196,8 +192,8 @@ class Run:
             state.prior,
             state.likelihood,
             state.mean,
-            self._schedule.solver,
-            seed=self._schedule.seed,
+            self.schedule.solver,
+            seed=self.schedule.seed,
             callback=self._tell,
         )
         state.passes += optimum.passes
@@ -219,17 +215,17 @@ class Run:
         self, system: WeightSystem, columns: range, initial: Tensor
     ) -> WeightSolution:
         """Posterior samples of these numbers."""
-        seed = self._schedule.seed
+        seed = self.schedule.seed
         rhs = system.noise(columns, seed) + prior_draws(initial, columns, seed)
         self.state.passes += 1.0
-        solution = self._schedule.solver.solve(
+        solution = self.schedule.solver.solve(
             system, rhs, initial, seed=seed, callback=self._tell
         )
         self.state.passes += solution.passes
         return solution
 
     def _learn(self) -> None:
-        state, schedule = self.state, self._schedule
+        state, schedule = self.state, self.schedule
         optimum = self._optimum()
         self._stop_if_asked()
         system = self._curvature(optimum)
@@ -286,7 +282,7 @@ class Run:
 
     def _draw(self) -> Iterator[RunState]:
         """The samples of the posterior, some columns at a time."""
-        state, schedule = self.state, self._schedule
+        state, schedule = self.state, self.schedule
         system = self._curvature(self._optimum())
         self._stop_if_asked()
         total = schedule.final_samples
@@ -296,10 +292,9 @@ class Run:
         state.samples = torch.cat([have.mT, fresh.mT]).mT
         while state.finished < total:
             stop = min(total, state.finished + schedule.columns)
-            columns = range(state.finished, stop)
-            part = slice(state.finished, stop)
-            solution = self._solve(system, columns, state.samples[:, part])
-            state.samples[:, part] = solution.weights
+            initial = state.samples[:, state.finished : stop]
+            solution = self._solve(system, range(state.finished, stop), initial)
+            state.samples[:, state.finished : stop] = solution.weights
             self._stop_if_asked()
             self._warn_unless_solved(solution, "the posterior samples")
             state.finished = stop
@@ -309,7 +304,7 @@ class Run:
     def _warn_unless_solved(self, solution: WeightSolution, where: str) -> None:
         if solution.reason in ("converged", "interrupted"):
             return
-        solver = self._schedule.solver
+        solver = self.schedule.solver
         self.state.warn(
             f"{type(solver).__name__} stopped ({solution.reason}) at {where} with a "
             f"relative error of up to {float(solution.errors.max()):.2e}, the "
@@ -319,14 +314,14 @@ class Run:
 
     def _tell(self, progress: Progress) -> bool:
         """Tell the callback of a solve; whether it asks to stop."""
-        if self._callback is None:
+        if self.callback is None:
             return False
         whole = replace(
             progress,
             passes=self.state.passes + progress.passes,
             seconds=self.seconds,
         )
-        self._asked_to_stop = bool(self._callback(whole))
+        self._asked_to_stop = bool(self.callback(whole))
         return self._asked_to_stop
 
     def _stop_if_asked(self) -> None:

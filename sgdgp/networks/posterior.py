@@ -291,6 +291,12 @@ class LinearisedPosterior:
         """Write the posterior to a file; ``sgdgp.networks.load`` reads it.
 
         The network is not in it, a fingerprint of its weights is.
+
+        Raises:
+            StorageError: Nothing can be written there.
+            NotStorableError: A likelihood of the user's own is not registered for it.
+            TypeError: ``path`` is no path.
+            OSError: The disk is full; an old file is untouched.
         """
         own = {
             field.name: getattr(self, field.name)

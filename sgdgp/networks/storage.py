@@ -40,20 +40,10 @@ _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 def save_fields(
     path: str | os.PathLike[str], tangent: Tangent, values: Mapping[str, Any]
 ) -> None:
-    """Write a posterior of a network into a file, in one step.
+    """Write a posterior of a network into a file, in one step: its values by name.
 
-    Args:
-        path: The file; one that is there is replaced.
-        tangent: The linearised network; the names and hashes of its weights are
-            stored, not they themselves.
-        values: All else by name, see ``core.codec.encode``.
-
-    Raises:
-        StorageError: Nothing can be written there.
-        NotStorableError: A field cannot be stored, a likelihood of the user's own that
-            is not registered for one.
-        TypeError: ``path`` is no path.
-        OSError: The disk is full; an old file is untouched.
+    Of the network they are the names and hashes of its weights. Errors are those of
+    ``LinearisedPosterior.save``.
     """
     values = {
         "weights": list(tangent.names),

@@ -72,12 +72,18 @@ class Stream(ABC):
     num_batches: int
 
     def __init__(
-        self, device: torch.device, split: Split, processes: Processes
+        self, source: Any, device: torch.device, split: Split, processes: Processes
     ) -> None:
         self.processes = processes
+        self._source = source
         self._device = device
         self._split = split
         self._sums: dict[int, tuple[float, ...]] = {}
+        self._count()
+
+    @abstractmethod
+    def _count(self) -> None:
+        """Find the examples, and how many there are."""
 
     @property
     def mark(self) -> float:
@@ -172,13 +178,8 @@ class IndexedStream(Stream):
     function and workers are those of a loader.
     """
 
-    def __init__(
-        self,
-        loader: DataLoader[Any],
-        device: torch.device,
-        split: Split,
-        processes: Processes,
-    ) -> None:
+    def _count(self) -> None:
+        loader = self._source
         if loader.batch_sampler is None:
             raise ValueError(
                 "loader: expected batches, found a DataLoader with batch_size=None"
@@ -186,12 +187,10 @@ class IndexedStream(Stream):
         examples = _examples_of(loader)
         if len(examples) == 0:
             raise ValueError("loader: the data set is empty")
-        super().__init__(device, split, processes)
-        self._loader = loader
         self._batch = loader.batch_size or DEFAULT_BATCH
         self.num_examples = len(examples)
         # Whole batches, so that they are the same however many processes there are.
-        share = processes.share(-(-len(examples) // self._batch))
+        share = self.processes.share(-(-len(examples) // self._batch))
         start = share.start * self._batch
         stop = min(len(examples), share.stop * self._batch)
         self._first = start
@@ -224,13 +223,13 @@ class IndexedStream(Stream):
 
     def take(self, rows: Tensor) -> Batch:
         """The examples at ``rows`` (b,)."""
-        collate = self._loader.collate_fn or default_collate
-        data = self._loader.dataset
+        collate = self._source.collate_fn or default_collate
+        data = self._source.dataset
         found = collate([data[self._examples[int(row)]] for row in rows])
         return self._batch_of(found, rows)
 
     def _in_order(self, rows: Tensor) -> Iterator[Batch]:
-        source = self._loader
+        source = self._source
         loader: DataLoader[Any] = DataLoader(
             source.dataset,
             batch_size=self._batch,
@@ -259,15 +258,7 @@ class RepeatedStream(Stream):
     The source can be iterated again and again; processes take turns.
     """
 
-    def __init__(
-        self,
-        source: Iterable[Any],
-        device: torch.device,
-        split: Split,
-        processes: Processes,
-    ) -> None:
-        super().__init__(device, split, processes)
-        self._source = source
+    def _count(self) -> None:
         self._counted = False
         self.num_examples = self.num_rows = self.num_batches = 0
         for batch in self:

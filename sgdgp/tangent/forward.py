@@ -91,7 +91,6 @@ class ForwardMode(TorchFunctionMode):
         self.widest = 1
         self._names = {id(module): name for name, module in network.named_modules()}
         self._known = WeakTensorKeyDictionary()
-        self._parts = len(tangents[0])
         for tensor, tangent in zip(tensors, tangents, strict=True):
             self._known[tensor] = tangent
 
@@ -202,7 +201,7 @@ class ForwardMode(TorchFunctionMode):
                 p.new_zeros(len(known[j]), *p.shape) if c is None else c[j]
                 for p, c in zip(point, chunks, strict=True)
             ]
-            for j in range(self._parts)
+            for j in range(len(known))
         ]
         try:
             with torch.no_grad():

@@ -173,12 +173,9 @@ def _estimated_blocks(
         for s, shape, found in zip(
             tangent.slices.values(), shapes, moments, strict=True
         ):
-            x = rows[:, s].reshape(-1, *shape)
-            if len(shape) == 1:
-                found[0].add_(x.square().mean(0))
-                continue
-            _add_moment(found[0], x)
-            _add_moment(found[1], x.mT)
+            x = rows[:, s].reshape(len(rows), shape[0], -1)
+            for moment, side in zip(found, (x, x.mT), strict=False):
+                _add_moment(moment, side)
     every = [moment for found in moments for moment in found]
     current_processes().sum_(*every)
     for moment in every:
