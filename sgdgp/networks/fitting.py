@@ -33,7 +33,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sgdgp.core.codec import register_stored_class
-from sgdgp.core.memory import resolve_budget
 from sgdgp.core.seeds import derived_generator
 from sgdgp.networks.curvature import (
     TangentData,
@@ -52,7 +51,6 @@ from sgdgp.networks.linear_model import LinearOptimum, optimise
 from sgdgp.networks.priors import PriorSettings, WeightPrior
 from sgdgp.networks.weight_solvers import WeightSolution, WeightSolver
 from sgdgp.solvers.base import Callback, Progress
-from sgdgp.tangent import Tangent
 
 CurvatureAt: TypeAlias = Literal["linear", "network"]
 """Outputs at which the likelihood's Hessian is taken."""
@@ -67,14 +65,6 @@ its data exactly would make the first systems unsolvable."""
 
 _SETTLED_NOISE = 0.05
 """Change of the log noise variance that ends learning, about that of the precision."""
-
-_LIVE_COLUMNS = 12
-"""Blocks (D, k) that a solve is granted: a solver's own half dozen, and as many
-temporaries of a pass."""
-
-_MOST_COLUMNS = 64
-"""Columns of one solve: more share a pass, but making k of them orthonormal costs a
-block recurrence k^2 D."""
 
 
 @dataclass(frozen=True)
@@ -397,10 +387,3 @@ def _is_near(one: Likelihood, other: Likelihood) -> bool:
         return True
     ratio = torch.as_tensor(one.variance).double() / torch.as_tensor(other.variance)
     return bool((ratio.log().abs() < _SETTLED_NOISE).all())
-
-
-def columns_at_once(tangent: Tangent) -> int:
-    """How many columns a solver can work on together within the memory budget."""
-    budget = resolve_budget(tangent.memory_budget, tangent.device)
-    column = tangent.num_weights * tangent.dtype.itemsize
-    return max(1, min(_MOST_COLUMNS, budget // (_LIVE_COLUMNS * column)))

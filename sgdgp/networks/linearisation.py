@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from sgdgp.core.checks import check_count, check_positive
 from sgdgp.core.deprecation import renamed_arguments
+from sgdgp.core.memory import resolve_budget
 from sgdgp.core.seeds import generator_of, seed_of
 from sgdgp.networks.curvature import TangentData
 from sgdgp.networks.dual import Dual
@@ -21,7 +22,6 @@ from sgdgp.networks.fitting import (
     Run,
     RunState,
     Schedule,
-    columns_at_once,
     start,
 )
 from sgdgp.networks.likelihoods import Likelihood
@@ -36,6 +36,14 @@ from sgdgp.tangent import Tangent, Weights
 STREAMED_FROM = 200_000
 """From so many examples "auto" is stochastic gradient descent: a single epoch of it has
 more steps than CG needs passes."""
+
+_LIVE_COLUMNS = 12
+"""Blocks (D, k) that a solve is granted: a solver's own half dozen, and as many
+temporaries of a pass."""
+
+_MOST_COLUMNS = 64
+"""Columns of one solve: more share a pass, but making k of them orthonormal costs a
+block recurrence k^2 D."""
 
 _SOLVERS: dict[str, Callable[[], WeightSolver]] = {
     "cg": WeightCG,
@@ -181,6 +189,8 @@ class LinearisedNetwork:
             raise ValueError("precision: needed where steps=0 leaves it as it is")
         tangent = self.tangent
         stream = stream_of(loader, tangent.device, split)
+        budget = resolve_budget(tangent.memory_budget, tangent.device)
+        column = tangent.num_weights * tangent.dtype.itemsize
         schedule = Schedule(
             num_samples=num_samples,
             final_samples=final_samples,
@@ -188,7 +198,7 @@ class LinearisedNetwork:
             precision=precision,
             solver=chosen_solver(solver, stream.num_examples),
             seed=seed_of(generator_of(seed)),
-            columns=columns_at_once(tangent),
+            columns=max(1, min(_MOST_COLUMNS, budget // (_LIVE_COLUMNS * column))),
             curvature_at=self.curvature_at,
         )
         data = TangentData(tangent, stream)

@@ -105,7 +105,7 @@ def monte_carlo(
 
 
 def joint_log_prob(log_probs: Float[Tensor, "b k"]) -> float:
-    """Log probability of all targets of a batch together.
+    """Log probability of all targets of a batch together, in nats.
 
     log p(y_1, ..., y_b) = log mean_k prod_b p_k(y_b): one sample explains the whole
     batch, so that outputs which belong together have to vary together. The estimate is
@@ -114,9 +114,6 @@ def joint_log_prob(log_probs: Float[Tensor, "b k"]) -> float:
     Args:
         log_probs: log p_k(y_b) of each target under each sample (b, k), as from
             ``Likelihood.log_prob``; k = 1 for a network alone.
-
-    Returns:
-        The log probability, in nats.
 
     Raises:
         ValueError: Nothing to score, or log probabilities that are NaN.

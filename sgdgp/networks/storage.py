@@ -21,7 +21,7 @@ from sgdgp.core.codec import fitting, read_values, write_values
 from sgdgp.core.errors import StorageError
 from sgdgp.core.files import FileKind, path_of, place_of
 from sgdgp.core.hashes import differences, digest, in_words
-from sgdgp.core.processes import Processes, current_processes
+from sgdgp.core.processes import current_processes
 from sgdgp.networks.fitting import RunState
 from sgdgp.tangent import Tangent
 
@@ -119,7 +119,6 @@ class RunKeeper(Checkpoint):
         tangent: The linearised network.
         settings: What else makes two fits the same one, such as the seed or the number
             of examples, by the names that users know; compared as text.
-        processes: Who takes part. Default: those of the default group.
     """
 
     kind = FIT_KIND
@@ -131,10 +130,9 @@ class RunKeeper(Checkpoint):
         every: int | float,
         tangent: Tangent,
         settings: Mapping[str, object],
-        processes: Processes | None = None,
     ) -> None:
         super().__init__(path, every)
-        self._processes = current_processes() if processes is None else processes
+        self._processes = current_processes()
         self._device = tangent.device
         self.components = {
             **network_fingerprint(tangent.network),

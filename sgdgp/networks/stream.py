@@ -215,14 +215,12 @@ class IndexedStream(Stream):
         self._kept = kept or []
 
     def shuffled(self, generator: torch.Generator) -> Iterator[Batch]:
-        """One pass in random order."""
         order = torch.randperm(
             self.num_rows, generator=generator, device=generator.device
         )
         yield from self._in_order(order.cpu())
 
     def take(self, rows: Tensor) -> Batch:
-        """The examples at ``rows`` (b,)."""
         collate = self._source.collate_fn or default_collate
         data = self._source.dataset
         found = collate([data[self._examples[int(row)]] for row in rows])

@@ -319,8 +319,7 @@ def largest_batch_eigenvalue(system: WeightSystem, generator: torch.Generator) -
     for _, batch in zip(range(_POWER_BATCHES), batches, strict=False):
         v = torch.randn(system.num_weights, 1, generator=generator).to(system.outputs)
         product = functools.partial(_batch_image, system, batch)
-        found = largest_eigenvalue(product, v, _POWER_STEPS)
-        largest = max(largest, found)
+        largest = max(largest, largest_eigenvalue(product, v, _POWER_STEPS))
     return largest
 
 

@@ -112,7 +112,14 @@ class Tangent:
             RuntimeError: A parameter or buffer has changed since the start.
             ValueError: The network is no longer in evaluation mode.
         """
-        self._check_unchanged()
+        check_evaluation_mode(self.network)
+        for name, tensor in self._tensors():
+            if tensor._version != self._versions[name]:
+                raise RuntimeError(
+                    f"{name!r} of the network has changed since it was linearised; "
+                    "linearise a copy (copy.deepcopy) of a network that goes on to "
+                    "be trained"
+                )
         return functools.partial(self._outputs_at, x)
 
     @torch.no_grad()
@@ -174,22 +181,7 @@ class Tangent:
         positional = tuple(x) if isinstance(x, tuple | list) else (x,)
         args, kwargs = ((), x) if isinstance(x, dict) else (positional, {})
         out = functional_call(self.network, {**self._rest, **theta}, args, kwargs)
-        return self._as_matrix(out if self.output is None else self.output(out), x)
-
-    def _tensors(self) -> list[tuple[str, Tensor]]:
-        return [*self._theta.items(), *self._rest.items()]
-
-    def _check_unchanged(self) -> None:
-        check_evaluation_mode(self.network)
-        for name, tensor in self._tensors():
-            if tensor._version != self._versions[name]:
-                raise RuntimeError(
-                    f"{name!r} of the network has changed since it was linearised; "
-                    "linearise a copy (copy.deepcopy) of a network that goes on to "
-                    "be trained"
-                )
-
-    def _as_matrix(self, out: Any, x: Any) -> Tensor:
+        out = out if self.output is None else self.output(out)
         if not isinstance(out, Tensor):
             keys = f" with {list(out)}" if isinstance(out, dict) else ""
             raise TypeError(
@@ -212,6 +204,9 @@ class Tangent:
                 f"found {out.dtype}"
             )
         return out.reshape(out.shape[0], -1)
+
+    def _tensors(self) -> list[tuple[str, Tensor]]:
+        return [*self._theta.items(), *self._rest.items()]
 
 
 def _recorded(method: Callable[..., Any]) -> Callable[..., Any]:

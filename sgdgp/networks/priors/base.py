@@ -15,6 +15,13 @@ network and a Jacobian column a tenth as long. The g-prior scales every weight b
 inverse length of its Jacobian column, the Kronecker prior every matrix by the inverse
 of its second moments, and both undo that. See Antoran et al., "Adapting the linearised
 Laplace model evidence for modern deep learning", 2022.
+
+What both scale by are second moments of probes. A probe J_b^T L_b e of a batch b, e of
+independent random signs, has mean zero and covariance sum_{n in b} J_n^T H_n J_n,
+because signs of different examples and outputs are uncorrelated. So squares of probes,
+added up over the batches, estimate the diagonal of G = sum_n J_n^T H_n J_n without
+per-example gradients; and for one weight matrix M M^T and M^T M estimate the factors of
+a Kronecker product.
 """
 
 from __future__ import annotations
@@ -23,17 +30,22 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from statistics import median_low
 from typing import TypeAlias
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from sgdgp.core.checks import check_count, check_positive
 from sgdgp.core.slices import check_product
 from sgdgp.tangent import NORMS, Tangent
 
 Probes: TypeAlias = Callable[[int], Iterator[Tensor]]
 """From p to J_b^T L_b e (D, p) for each batch b of this process, e of random signs."""
+
+PROBE_MEMORY = 2**30
+"""Bytes of the probes of a batch: a GiB is what a few samples of a network take."""
 
 Grouping: TypeAlias = str | Callable[[str], str]
 """Which weights share a precision: "all", "tensors", "layers", or name -> label."""
@@ -65,7 +77,18 @@ class WeightPrior(ABC):
     def __post_init__(self) -> None:
         self.groups = tuple(self.groups or (slice(0, self.num_weights),))
         self.group_of = tuple(self.group_of or range(len(self.groups)))
-        _check_partition(self.groups, self.num_weights)
+        at = 0
+        for s in self.groups:
+            if s.start != at or s.stop <= at or s.step not in (None, 1):
+                raise ValueError(
+                    f"groups: expected slices that partition 0..{self.num_weights} in "
+                    f"order, found {s} where {at} should start"
+                )
+            at = s.stop
+        if at != self.num_weights:
+            raise ValueError(
+                f"groups: expected to end at {self.num_weights}, found {at}"
+            )
         if len(self.group_of) != len(self.groups) or sorted(set(self.group_of)) != list(
             range(self.num_groups)
         ):
@@ -182,6 +205,66 @@ class PriorSettings(ABC):
         return repr(self)
 
 
+@dataclass(frozen=True)
+class ProbedPrior(PriorSettings):
+    """Settings that priors estimated from probes have in common.
+
+    Attributes:
+        probes: Probes per batch; fewer where they would fill more than 1 GiB.
+        floor: Smallest scale, relative to its parameter tensor's.
+        layerwise: False: one precision. True: one for each parameter tensor; or any
+            grouping of ``Layerwise``.
+    """
+
+    probes: int = 32
+    floor: float = 0.1
+    layerwise: bool | Grouping = False
+
+    def __post_init__(self) -> None:
+        check_count("probes", self.probes, 1)
+        check_positive("floor", self.floor)
+        check_grouping(self.grouping)
+
+    @property
+    def grouping(self) -> Grouping:
+        """Which weights share a precision."""
+        if isinstance(self.layerwise, bool):
+            return "tensors" if self.layerwise else "all"
+        return self.layerwise
+
+    def affordable(self, tangent: Tangent) -> int:
+        """Probes per batch that fit into memory."""
+        each = tangent.num_weights * tangent.dtype.itemsize
+        return max(1, min(self.probes, PROBE_MEMORY // each))
+
+
+def median_of(squares: Tensor) -> float:
+    """Median of the entries that are not zero; zero if all are."""
+    positive = squares[squares > 0]
+    return float(positive.median()) if len(positive) else 0.0
+
+
+def own_levels(levels: Sequence[float], dtype: torch.dtype) -> list[float]:
+    """Levels of parameter tensors, or that of all where one is but rounding error.
+
+    A bias that attention's softmax cancels has a Jacobian that is zero in theory and
+    1e-8 in float32; scaled to unit size it would be noise.
+
+    Raises:
+        ValueError: All levels are zero.
+    """
+    positive = [level for level in levels if level > 0]
+    if not positive:
+        raise ValueError(
+            "prior: all probes of the curvature are zero, so on these data the outputs "
+            "do not depend on the chosen weights, or the loss is flat in the outputs; "
+            "use Isotropic() or other weights"
+        )
+    whole = median_low(positive)
+    rounding = 100 * torch.finfo(dtype).eps
+    return [level if level > rounding**2 * whole else whole for level in levels]
+
+
 def grouped(
     tangent: Tangent, grouping: Grouping
 ) -> tuple[int, Tensor, tuple[slice, ...], tuple[int, ...]]:
@@ -225,16 +308,3 @@ def _label(tangent: Tangent, grouping: Grouping, name: str) -> str:
     norm = isinstance(tangent.network.get_submodule(owner), NORMS)
     # A module's name has no colon.
     return ":normalisation" if norm else owner
-
-
-def _check_partition(groups: Sequence[slice], num_weights: int) -> None:
-    at = 0
-    for s in groups:
-        if s.start != at or s.stop <= at or s.step not in (None, 1):
-            raise ValueError(
-                f"groups: expected slices that partition 0..{num_weights} in order, "
-                f"found {s} where {at} should start"
-            )
-        at = s.stop
-    if at != num_weights:
-        raise ValueError(f"groups: expected to end at {num_weights}, found {at}")

@@ -14,12 +14,14 @@ from sgdgp.core.processes import current_processes
 from sgdgp.networks.priors.base import (
     Grouping,
     PriorSettings,
+    ProbedPrior,
     Probes,
     WeightPrior,
     check_grouping,
     grouped,
+    median_of,
+    own_levels,
 )
-from sgdgp.networks.priors.probes import ProbedPrior, median_of, own_levels
 from sgdgp.tangent import Tangent
 
 

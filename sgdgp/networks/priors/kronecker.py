@@ -16,8 +16,14 @@ from sgdgp.core.checks import check_finite
 from sgdgp.core.codec import register_stored_class
 from sgdgp.core.hashes import digest
 from sgdgp.core.processes import current_processes
-from sgdgp.networks.priors.base import Probes, WeightPrior, grouped
-from sgdgp.networks.priors.probes import ProbedPrior, median_of, own_levels
+from sgdgp.networks.priors.base import (
+    ProbedPrior,
+    Probes,
+    WeightPrior,
+    grouped,
+    median_of,
+    own_levels,
+)
 from sgdgp.tangent import Tangent
 
 Factors: TypeAlias = tuple[Tensor, Tensor] | Sequence[tuple[Tensor, Tensor]]

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sgdgp.networks import GPrior, Isotropic, Kronecker
-from sgdgp.networks.priors import probes
+from sgdgp.networks.priors import base
 from tests.networks.priors.family import (
     PROBED,
     Curvature,
@@ -62,7 +62,7 @@ def test_probes_that_are_all_zero_are_refused(tangent):
 
 def test_probes_of_a_large_network_are_fewer(monkeypatch, tangent):
 
-    monkeypatch.setattr(probes, "PROBE_MEMORY", 3 * 8 * tangent.num_weights)
+    monkeypatch.setattr(base, "PROBE_MEMORY", 3 * 8 * tangent.num_weights)
     curvature = Curvature.random(tangent.num_weights)
     GPrior().build(tangent, curvature.probes)
     assert curvature.asked == [3]
