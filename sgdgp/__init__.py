@@ -15,7 +15,12 @@ with contextlib.redirect_stdout(io.StringIO()):
 
 from sgdgp import bayesopt, kernels, metrics, networks  # noqa: F401
 from sgdgp.core.codec import register_stored_class
-from sgdgp.core.errors import CheckpointError, SgdgpError, StorageError
+from sgdgp.core.errors import (
+    CheckpointError,
+    NotStorableError,
+    SgdgpError,
+    StorageError,
+)
 from sgdgp.core.files import load
 from sgdgp.features import (
     FeatureMap,
@@ -63,6 +68,7 @@ __all__ = [
     "KernelOperator",
     "MultiOutputPosterior",
     "NoRandomFeatures",
+    "NotStorableError",
     "PathwisePosterior",
     "SgdgpError",
     "Solution",

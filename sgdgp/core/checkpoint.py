@@ -26,6 +26,9 @@ _ADVICE = (
     "give another path to start anew."
 )
 
+_SPELT = {"optimiser": "optimizer"}
+"""What components are called now; files before version 0.2 have the former names."""
+
 
 class Checkpoint:
     """The file of one piece of work: ``open`` it once, then ``write`` now and then.
@@ -95,7 +98,8 @@ class Checkpoint:
             found = read_values(self.path, self.kind, device)
             stored = {
                 name: self.components[name] if value == here else value
-                for name, value in found["components"].items()
+                for spelt, value in found["components"].items()
+                for name in [_SPELT.get(spelt, spelt)]
                 for here in [(formerly or {}).get(name)]
             }
             self.refuse(differences(stored, self.components))

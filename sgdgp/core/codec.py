@@ -37,6 +37,7 @@ MISFITS = (AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 """What may go wrong with the values of a sound file that is not what it says."""
 
 _STORED: dict[str, type] = {}
+_PLACE = ("__module__", "__qualname__")  # where a class is defined
 
 
 def register_stored_class(cls: C) -> C:
@@ -51,10 +52,17 @@ def register_stored_class(cls: C) -> C:
         cls: The class; files know it by its name.
 
     Raises:
+        TypeError: No class.
         ValueError: Another class of that name is registered.
     """
-    if _STORED.setdefault(cls.__name__, cls) is not cls:
+    if not isinstance(cls, type):
+        raise TypeError(f"cls: expected a class, found {cls!r}")
+    known = _STORED.get(cls.__name__, cls)
+    # A cell of a notebook that is run again makes the same class anew.
+    same = all(getattr(known, a) == getattr(cls, a) for a in _PLACE)
+    if known is not cls and (not same or issubclass(cls, known)):
         raise ValueError(f"another class named {cls.__name__} is registered")
+    _STORED[cls.__name__] = cls
     return cls
 
 

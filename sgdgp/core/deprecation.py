@@ -73,5 +73,19 @@ def renamed(old: str, function: Callable[P, T]) -> Callable[P, T]:
 
 
 def also_importable_as(name: str, module: ModuleType) -> None:
-    """Let ``import name`` find a module that stood there in version 0.1.0."""
-    sys.modules.setdefault(name, module)
+    """A module where it stood in version 0.1.0 too; its names warn there."""
+
+    def look(attribute: str) -> Any:
+        if attribute.startswith("__"):  # what the import system asks every module for
+            raise AttributeError(attribute)
+        warnings.warn(
+            f"{name} is now {module.__name__}; the old name goes with version 0.3.",
+            DeprecationWarning,
+            stacklevel=2,
+        )
+        return getattr(module, attribute)
+
+    former = sys.modules[name] = ModuleType(name, module.__doc__)
+    vars(former)["__getattr__"] = look
+    parent, _, child = name.rpartition(".")
+    setattr(sys.modules[parent], child, former)

@@ -70,20 +70,20 @@ def reads(kind: FileKind) -> Callable[[F], F]:
     return register
 
 
-def load(path: str | os.PathLike[str], given: Any, **settings: Any) -> Any:
+def load(path: str | os.PathLike[str], *given: Any, **settings: Any) -> Any:
     """Read what was saved; it predicts the same numbers.
 
     Args:
         path: The file that ``save`` wrote.
-        given: What the file does not hold, since it holds no code. For a posterior a
-            ``gpytorch.models.ExactGP`` built like the one that was saved, for that of
-            a network the network, for a ``PathwiseModel`` its definition.
-        **settings: For a posterior ``solver``; for that of a network ``output`` and
-            ``memory_budget``; for a ``PathwiseModel`` what ``PathwiseModel.load``
-            takes.
+        *given: What the file does not hold, since it holds no code. For a posterior
+            ``model``, a ``gpytorch.models.ExactGP`` built like the one that was saved,
+            for a ``PathwiseModel`` its definition; for that of a network ``network``.
+        **settings: The same by name. For a posterior ``solver``; for that of a network
+            ``output`` and ``memory_budget``; for a ``PathwiseModel`` what
+            ``PathwiseModel.load`` takes.
 
     Returns:
-        The posterior, on the device of ``given``, with all of its verbs; or the
+        The posterior, on the device of what is given, with all of its verbs; or the
         ``PathwiseModel``.
 
     Raises:
@@ -96,6 +96,8 @@ def load(path: str | os.PathLike[str], given: Any, **settings: Any) -> Any:
         >>> same = sgdgp.load("posterior.safetensors", model)
     """
     place = path_of(path)
+    if place.is_dir():
+        raise StorageError(f"cannot read {place}: it is a directory")
     try:
         with safe_open(place, framework="pt") as file:
             marks = file.metadata() or {}
@@ -109,7 +111,7 @@ def load(path: str | os.PathLike[str], given: Any, **settings: Any) -> Any:
         importlib.import_module(_OPTIONAL[mark])
     for mark in marks.keys() & _KINDS.keys():
         if mark in _READERS:
-            return _READERS[mark](place, given, **settings)
+            return _READERS[mark](place, *given, **settings)
         raise StorageError(
             f"{place} is a {_KINDS[mark].words}, nothing that was saved: give it as "
             "checkpoint= to the call that wrote it"

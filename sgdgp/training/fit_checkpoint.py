@@ -77,7 +77,7 @@ def _components(run: Run, x: Inputs, y: Tensor) -> dict[str, str]:
     }
     found["the training targets y"] = digest(y)
     found["settings of the fit"] = digest(run.mll.settings)
-    found["optimiser"] = digest(type(run.optimiser).__name__)
+    found["optimizer"] = digest(type(run.optimiser).__name__)
     for name, parameter in run.model.named_parameters():
         if not parameter.requires_grad:
             found[f"parameter {name}"] = digest(parameter)

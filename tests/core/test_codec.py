@@ -91,6 +91,26 @@ def test_a_name_is_of_one_class():
         stored(impostor("a", torch.ones(1)))
 
 
+def test_a_class_that_is_defined_again_replaces_the_former():
+    def cell():
+        @register_stored_class
+        @dataclass
+        class Cell:
+            text: str
+
+        return Cell
+
+    former, present = cell(), cell()
+    assert is_stored_class(present)
+    assert not is_stored_class(former)
+    assert type(stored(present("a"))) is present
+
+
+def test_what_is_no_class_is_refused():
+    with pytest.raises(TypeError, match="cls: expected a class, found 3"):
+        register_stored_class(3)
+
+
 @register_stored_class
 class Squared:
     """Keeps another number than it is made of."""

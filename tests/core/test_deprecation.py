@@ -47,6 +47,25 @@ def test_a_function_is_found_under_its_old_name():
         assert old(1) == (1, 60, "adam")
 
 
+FORMER_MODULES = {
+    "sgdgp.networks.stored_values": "register_stored_class",
+    "sgdgp.posterior.checkpoint_file": "CheckpointError",
+    "sgdgp.networks.processes": "process_group",
+    "sgdgp.networks.weight_priors": "Isotropic",
+}
+
+
+@pytest.mark.parametrize("how", ["import {0}", "from {0} import {1}", "{0}.{1}"])
+@pytest.mark.parametrize("name", FORMER_MODULES)
+def test_former_modules_are_found_in_every_way_with_a_warning(name, how):
+    attribute = FORMER_MODULES[name]
+    with pytest.warns(DeprecationWarning, match=f"{name} is now sgdgp"):
+        exec(f"import sgdgp; {how.format(name, attribute)}; {name}.{attribute}")
+    with pytest.raises(AttributeError):
+        exec(f"import sgdgp; {name}.__all__")
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_documented_modules_that_are_gone_can_still_be_imported():
     values = importlib.import_module("sgdgp.networks.stored_values")
     assert values.register_stored_class is sgdgp.register_stored_class

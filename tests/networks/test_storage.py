@@ -9,11 +9,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import sgdgp
 from sgdgp.core.errors import CheckpointError, NotStorableError, StorageError
 from sgdgp.networks.expectation_maximisation import EMStep, PrecisionUpdate
 from sgdgp.networks.fitting import RunState
 from sgdgp.networks.likelihoods import Categorical, Gaussian
-from sgdgp.networks.posterior import LinearisedPosterior, load
+from sgdgp.networks.posterior import LinearisedPosterior
 from sgdgp.networks.priors import DiagonalPrior, Layerwise
 from sgdgp.networks.storage import RunKeeper, load_fields, save_fields
 from sgdgp.tangent import Tangent
@@ -84,7 +85,7 @@ def test_a_posterior_comes_back_and_predicts_the_same(tmp_path, tangent, network
     )
     path = tmp_path / "posterior.safetensors"
     posterior.save(path)
-    same = load(path, copy.deepcopy(network))
+    same = sgdgp.load(path, network=copy.deepcopy(network))
     x = torch.randn(4, 3)
     assert torch.equal(posterior.predict(x), same.predict(x))
     assert torch.equal(posterior.samples(x), same.samples(x))

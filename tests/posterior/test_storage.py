@@ -26,6 +26,7 @@ from tests.stored import stored
 
 ROOT = Path(__file__).parents[2]
 SETTINGS = {"num_samples": 3, "num_features": 64, "seed": 4}
+X = toy_data(5, seed=1)[0]
 
 
 @pytest.fixture(scope="module")
@@ -197,6 +198,19 @@ def test_another_model_is_refused_by_name_of_what_differs(path, message):
     saved(path, gp(ScaleKernel(MaternKernel(nu=1.5))))
     with pytest.raises(StorageError, match=message):
         load(path, OTHERS[message]())
+
+
+def test_the_model_is_given_by_position_or_by_name(path):
+    mean = saved(path).mean(X)
+    assert torch.equal(sgdgp.load(path, model=gp()).mean(X), mean)
+    assert torch.equal(sgdgp.load(path, gp()).mean(X), mean)
+    with pytest.raises(TypeError, match="model"):
+        sgdgp.load(path)
+
+
+def test_a_directory_is_no_file(tmp_path):
+    with pytest.raises(StorageError, match=r"cannot read .*: it is a directory"):
+        sgdgp.load(tmp_path, gp())
 
 
 def test_arguments_of_another_kind_are_refused(path):

@@ -10,7 +10,9 @@ from gpytorch.kernels import MaternKernel, RBFKernel
 
 import sgdgp
 from sgdgp.core.errors import CheckpointError
+from sgdgp.core.files import read_file, write_file
 from sgdgp.training import PathwiseProbes, Plateau, StandardProbes, fit
+from sgdgp.training.fit_checkpoint import KIND
 from tests.training.problems import Model, assert_same, data, parameters, rbf_model
 
 CG = sgdgp.CG(tolerance=1e-3, preconditioner=None)
@@ -252,9 +254,9 @@ def written(path):
         ({"seed": 1}, "settings of the fit"),
         ({"passes_per_step": 3.0}, "settings of the fit"),
         ({"probes": StandardProbes(3)}, "settings of the fit"),
-        ({"optimizer": lambda p: torch.optim.SGD(p, lr=0.1)}, "optimiser"),
+        ({"optimizer": lambda p: torch.optim.SGD(p, lr=0.1)}, "optimizer"),
     ],
-    ids=["y", "x", "seed", "passes", "probes", "optimiser"],
+    ids=["y", "x", "seed", "passes", "probes", "optimizer"],
 )
 def test_another_fits_file_is_refused_with_what_differs(changed, words, tmp_path):
     path = tmp_path / "fit.sgdgp"
@@ -262,6 +264,17 @@ def test_another_fits_file_is_refused_with_what_differs(changed, words, tmp_path
     x, y = data(60, 2)
     with pytest.raises(CheckpointError, match=f"another fit.*{words}"):
         fit(rbf_model(), **{"x": x, "y": y, "checkpoint": path, **changed})
+
+
+def test_a_file_that_spells_it_optimiser_is_still_of_this_fit(tmp_path):
+    path = tmp_path / "fit.sgdgp"
+    written(path)
+    tensors, state = read_file(path, KIND)
+    names = state["components"]["dict"]
+    names["optimiser"] = names.pop("optimizer")
+    write_file(path, KIND, tensors, state)
+    x, y = data(60, 2)
+    assert fit(rbf_model(), x, y, steps=1, checkpoint=path).history
 
 
 def test_a_file_that_is_refused_leaves_the_model_as_it_is(tmp_path):
