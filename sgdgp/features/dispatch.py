@@ -143,14 +143,19 @@ def register_features(
     Raises:
         TypeError: If ``kernel_type`` is not a GPyTorch kernel class.
     """
-    if not (isinstance(kernel_type, type) and issubclass(kernel_type, Kernel)):
-        raise TypeError(f"kernel_type must be a Kernel class, found {kernel_type!r}")
+    check_kernel_class(kernel_type)
 
     def register(builder: _B) -> _B:
         _RULES[kernel_type] = _Rule(builder, parts, reads)
         return builder
 
     return register
+
+
+def check_kernel_class(kernel_type: object) -> None:
+    """Raise TypeError for what is not a class of GPyTorch kernels."""
+    if not (isinstance(kernel_type, type) and issubclass(kernel_type, Kernel)):
+        raise TypeError(f"kernel_type must be a Kernel class, found {kernel_type!r}")
 
 
 def _rule_of(kernel: Kernel) -> _Rule | None:

@@ -27,7 +27,11 @@ from gpytorch.kernels import Kernel
 from torch import Tensor
 
 from sgdgp.features.base import FeatureMap
-from sgdgp.features.dispatch import FeatureRequest, register_features
+from sgdgp.features.dispatch import (
+    FeatureRequest,
+    check_kernel_class,
+    register_features,
+)
 
 Forms: TypeAlias = tuple[Tensor, ...]
 """Prepared inputs; every tensor has one leading dimension, the points."""
@@ -58,6 +62,14 @@ class TileKernel(ABC):
     """
 
     factor: float | Tensor
+
+    def __init_subclass__(cls) -> None:
+        # Scales replace the factor, and that needs the constructor of a dataclass.
+        if "__init__" in vars(cls) and "__dataclass_fields__" not in vars(cls):
+            raise TypeError(
+                f"{cls.__name__}: expected a frozen dataclass, whose attributes are "
+                "fields, found a constructor of its own"
+            )
 
     @property
     def scratch(self) -> int:
@@ -272,7 +284,8 @@ def register_kernel(
             ``kernel.forward`` on the columns ``dims`` of the inputs (d',), None for
             all. It makes the tiles from the kernel's hyperparameters as they are, with
             their graph (no ``detach`` and no ``item``; see ``scalar``). Default: the
-            kernel is evaluated, and differentiated, through GPyTorch.
+            kernel is evaluated, and differentiated, through GPyTorch. Gradients come
+            from there too where the tiles miss a parameter.
         features: ``features(kernel, request) -> FeatureMap``: random or exact features,
             see :func:`sgdgp.features.register_features`. Default: prior functions are
             drawn exactly, at a limited number of points.
@@ -280,6 +293,10 @@ def register_kernel(
         same_forward: Whether all this also serves subclasses that leave ``forward`` as
             it is; it must then be read from what they may override (a covariance, say).
             Default: no.
+
+    Raises:
+        TypeError: ``kernel_type`` is not a GPyTorch kernel class.
+        ValueError: Neither tile nor features are given.
 
     Example:
         >>> class Wide(gpytorch.kernels.RBFKernel):
@@ -293,6 +310,9 @@ def register_kernel(
         ...     return FourierFeatures((omega / scale).to(request.like))
         >>> register_kernel(Wide, tile=tile, features=features)
     """
+    check_kernel_class(kernel_type)
+    if tile is None and features is None:
+        raise ValueError(f"{kernel_type.__name__}: expected tile or features, or both")
     if tile is not None:
         _FOR_VALUES[kernel_type] = _FOR_GRADIENTS[kernel_type] = tile, same_forward
     if features is not None:
@@ -323,6 +343,8 @@ def _registers(
     kernel_type: type[Kernel],
     same_forward: bool,
 ) -> Callable[[TileRule], TileRule]:
+    check_kernel_class(kernel_type)
+
     def register(rule: TileRule) -> TileRule:
         table[kernel_type] = rule, same_forward
         return rule
