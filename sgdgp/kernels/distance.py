@@ -93,6 +93,9 @@ def rounding_of_distances(z: Tensor) -> Tensor:
 class StationaryTile(TileKernel):
     """A function of the squared distance d2 between scaled inputs.
 
+    Without ``profile_with_derivative`` gradients come from GPyTorch's own forward. A
+    subclass with attributes of its own is a frozen dataclass, as this one is.
+
     Attributes:
         dims: Columns of the inputs that the kernel sees, or None for all.
         inverse_lengthscale: 1 / l, (d,) or (1,).
@@ -112,8 +115,11 @@ class StationaryTile(TileKernel):
         return 1.0
 
     @property
-    def shape_parameter(self) -> Tensor | None:
-        """A hyperparameter of the profile, beside the lengthscale, with its graph."""
+    def shape_parameter(self) -> float | Tensor | None:
+        """A hyperparameter of the profile beside the lengthscale, as ``scalar`` has it.
+
+        ``profile_with_derivative`` has to differentiate with respect to it too.
+        """
         return None
 
     @abstractmethod
@@ -125,7 +131,6 @@ class StationaryTile(TileKernel):
         """What the derivatives that are written are to be multiplied by."""
         return 1.0
 
-    @abstractmethod
     def profile_with_derivative(
         self, d2: Tensor, derivative: Tensor, scratch: Tensor, same: Tensor
     ) -> None:
@@ -135,9 +140,10 @@ class StationaryTile(TileKernel):
             d2: Squared distances (a, b), overwritten with values.
             derivative: Buffer (a, b) for d tile / d d2.
             scratch: Buffer (a, b); where the profile has a shape parameter, d tile / d
-                shape is left in it.
+                shape is left in it, not over any scale.
             same: (a, 1): squared distances up to it are rounding errors.
         """
+        raise NotImplementedError(f"{type(self).__name__} knows no derivative")
 
     def keops_profile(self, d2: Lazy) -> Lazy:
         """The profile as a lazy tensor of exact squared distances."""
@@ -161,7 +167,10 @@ class StationaryTile(TileKernel):
     def tile_diagonal(self, x: Tensor) -> Tensor:
         return x.new_full((x.shape[0],), self.at_zero)
 
-    def bind(self, x: Tensor, origin: Tensor) -> BoundTile:
+    def bind(self, x: Tensor, origin: Tensor) -> BoundTile | None:
+        derivative = type(self).profile_with_derivative
+        if derivative is StationaryTile.profile_with_derivative:
+            return None
         return _BoundStationary(self, self.scaled(x, origin))
 
     @property
@@ -221,7 +230,7 @@ class _BoundStationary(BoundTile):
             scale = outer * self._kernel.derivative_scale
             yield self._inputs, scale * self._displacements.result()
         if self._wants_shape:
-            assert self._shape is not None
+            assert isinstance(self._shape, Tensor)
             yield self._shape, outer * self._shape_sum
 
 

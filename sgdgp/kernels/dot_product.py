@@ -43,7 +43,9 @@ class InnerProductTile(TileKernel):
     """A function of the inner product u of one left and one right form.
 
     ``left`` and ``right`` return one tensor (n, p) each. Without a ``profile`` of its
-    own the tile is the inner product itself.
+    own the tile is the inner product itself; with one that knows no derivative,
+    gradients come from GPyTorch's own forward. A subclass with attributes of its own is
+    a frozen dataclass.
     """
 
     def profile(self, u: Tensor) -> None:
@@ -61,9 +63,7 @@ class InnerProductTile(TileKernel):
             u: Inner products (a, b), overwritten with values.
             derivative: Buffer (a, b) for d tile / du.
         """
-        raise NotImplementedError(
-            f"{type(self).__name__} has a profile, but not with its derivative"
-        )
+        raise NotImplementedError(f"{type(self).__name__} knows no derivative")
 
     def tile(self, left: Forms, right: Forms, out: Tensor, scratch: Scratch) -> None:
         self.profile(torch.mm(left[0], right[0].T, out=out))
@@ -75,7 +75,11 @@ class InnerProductTile(TileKernel):
     def keops_formula(self, rows: Lazies, columns: Lazies) -> Lazy:
         return self.keops_profile((rows[0] * columns[0]).sum(-1))
 
-    def bind(self, x: Tensor, origin: Tensor) -> BoundTile:
+    def bind(self, x: Tensor, origin: Tensor) -> BoundTile | None:
+        own, base = type(self), InnerProductTile
+        knows = own.profile_with_derivative is not base.profile_with_derivative
+        if not knows and own.profile is not base.profile:
+            return None
         (left,), (right,) = self.left(x, origin), self.right(x, origin)
         return _BoundInnerProduct(self, left, right)
 

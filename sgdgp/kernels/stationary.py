@@ -227,13 +227,13 @@ class RationalQuadraticTile(StationaryTile):
         return (0.5 / self.alpha) ** 0.5
 
     @property
-    def shape_parameter(self) -> Tensor | None:
-        return self.alpha if isinstance(self.alpha, Tensor) else None
+    def shape_parameter(self) -> float | Tensor:
+        return self.alpha
 
     @cached_property
     def derivative_scale(self) -> float:
         """Minus alpha: see ``StationaryTile.derivative_scale``."""
-        return -float(self.alpha)
+        return -torch.as_tensor(self.alpha).item()
 
     def profile(self, d2: Tensor, scratch: Scratch) -> None:
         d2.clamp_min_(0).log1p_().mul_(-self.alpha * _LOG2_E).exp2_()
