@@ -63,6 +63,32 @@ def form_by_tiles(
     )
 
 
+def misses_a_gradient(kernel: Kernel, tiles: FactoredTile, x: Tensor) -> bool:
+    """Whether GPyTorch's forward depends on a parameter that no tile pulls back to.
+
+    That is so where a tile of a user's own leaves one out, or takes it as a number.
+    """
+    held = [tensor for tensor, _ in tiles.gradients(0.0)]
+    missed = _independent(held, tensors_with_graph(kernel))
+    # Mostly none are, and the kernel is never evaluated here.
+    if not missed:
+        return False
+    value = evaluated(kernel, x[:1].detach(), x[:1].detach())
+    return len(_independent([value], missed)) < len(missed)
+
+
+def _independent(outputs: list[Tensor], leaves: Sequence[Tensor]) -> list[Tensor]:
+    """The leaves that no output depends on."""
+    outputs = [output for output in outputs if output.requires_grad]
+    if not outputs or not leaves:
+        return list(leaves)
+    zeros = [torch.zeros_like(output) for output in outputs]
+    found = torch.autograd.grad(
+        outputs, leaves, zeros, retain_graph=True, allow_unused=True
+    )
+    return [leaf for leaf, g in zip(leaves, found, strict=True) if g is None]
+
+
 def _sum_over_tiles(
     kernel: FactoredTile, a: Tensor, b: Tensor, memory_budget: int
 ) -> None:

@@ -13,7 +13,7 @@ from sgdgp.core.slices import slices
 from sgdgp.kernels.registry import FactoredTile, Forms, differentiable_tile, tile_kernel
 from sgdgp.operators.arguments import index_length, piece, take
 from sgdgp.operators.base import KernelOperator, RowIndex
-from sgdgp.operators.gradients import form_by_tiles
+from sgdgp.operators.gradients import form_by_tiles, misses_a_gradient
 
 _TILE_ROWS = 512
 """Rows of a tile: enough for fast products with both sides of it."""
@@ -167,6 +167,8 @@ class TiledOperator(KernelOperator):
         if tile is None or bound is None:
             return super()._quadratic_form(a, b, x)
         kernel = FactoredTile(tile.factor, bound, x)
+        if torch.is_grad_enabled() and misses_a_gradient(self.kernel, kernel, x):
+            return super()._quadratic_form(a, b, x)
         return form_by_tiles(kernel, a, b, self.memory_budget)
 
 

@@ -8,19 +8,23 @@ import pytest
 import torch
 from gpytorch.kernels import (
     IndexKernel,
+    Kernel,
     LinearKernel,
     RBFKernel,
     RQKernel,
     ScaleKernel,
 )
 
+import sgdgp
 from sgdgp.features import FourierFeatures, has_features
 from sgdgp.kernels import (
     InnerProductTile,
+    StationaryTile,
     differentiable_tile,
     register_kernel,
     register_tile_gradient,
     register_tile_kernel,
+    scalar,
     tile_kernel,
 )
 from sgdgp.kernels.dot_product import PolynomialTile
@@ -33,6 +37,8 @@ from sgdgp.kernels.stationary import (
     RBFTile,
 )
 from sgdgp.operators import TiledOperator
+from sgdgp.training import StandardProbes
+from tests.models import gp
 from tests.operators.kernel_cases import gaussian
 
 
@@ -175,6 +181,109 @@ def test_a_tile_that_knows_no_derivative_is_differentiated_by_autograd():
     kernel = (ScaleKernel(Same() * LinearKernel()) + RBFKernel()).double()
     assert differentiable_tile(kernel) is not None
     gradients_agree(kernel, gaussian(12, 5, generator()))
+
+
+class OnlyValues(StationaryTile):
+    """exp(-d2)."""
+
+    def profile(self, d2, scratch):
+        d2.neg_().exp_()
+
+
+def test_a_profile_without_its_derivative_is_differentiated_by_autograd():
+    class Gauss(RBFKernel):
+        """exp(-r^2 / 2)."""
+
+    def tile(kernel, dims):
+        return OnlyValues(1.0, dims, 0.5**0.5 / kernel.lengthscale[0])
+
+    class Cosh(InnerProductTile):
+        def left(self, x, origin):
+            return (x,)
+
+        right = left
+
+        def profile(self, u):
+            u.cosh_()
+
+        def tile_diagonal(self, x):
+            return x.square().sum(1).cosh()
+
+    class CoshKernel(Kernel):
+        def forward(self, x1, x2, diag=False, **params):
+            product = (x1 * x2).sum(-1) if diag else x1 @ x2.mT
+            return product.cosh()
+
+    register_kernel(Gauss, tile=tile)
+    register_kernel(CoshKernel, tile=lambda kernel, dims: Cosh(1.0))
+    kernel = (ScaleKernel(Gauss() * LinearKernel()) + CoshKernel()).double()
+    gradients_agree(kernel, gaussian(12, 5, generator()) / 3)
+    fitted, few = Gauss(), StandardProbes(4)
+    model = gp(ScaleKernel(fitted), n=40)
+    before = fitted.lengthscale.item()
+    sgdgp.fit(model, steps=2, probes=few, operator="tiled", progress=False)
+    assert fitted.lengthscale.item() != before
+
+
+@pytest.mark.parametrize("surround", [ScaleKernel, lambda k: k + RBFKernel()])
+def test_a_parameter_that_tiles_leave_out_has_the_gradient_of_autograd(surround):
+    class Power(RBFKernel):
+        """exp(-alpha r^2 / 2)."""
+
+        def __init__(self):
+            super().__init__()
+            self.register_parameter("alpha", torch.nn.Parameter(torch.tensor(0.7)))
+
+        def forward(self, x1, x2, diag=False, **params):
+            return super().forward(x1, x2, diag=diag, **params) ** self.alpha
+
+    @dataclass(frozen=True)
+    class PowerTile(RBFTile):
+        alpha: float | torch.Tensor
+
+        def profile(self, d2, scratch):
+            super().profile(d2.mul_(float(self.alpha)), scratch)
+
+        def profile_with_derivative(self, d2, derivative, scratch, same):
+            super().profile_with_derivative(
+                d2.mul_(float(self.alpha)), derivative, scratch, same
+            )
+            derivative.mul_(float(self.alpha))
+
+    def tile(kernel, dims):
+        inverse = kernel.lengthscale[0].reciprocal()
+        return PowerTile(1.0, dims, inverse, scalar(kernel.alpha))
+
+    register_kernel(Power, tile=tile)
+    kernel = surround(Power()).double()
+    gradients_agree(kernel, gaussian(12, 5, generator()))
+
+
+def test_a_tile_with_a_constructor_of_its_own_is_refused():
+    with pytest.raises(TypeError, match="Own: expected a frozen dataclass"):
+
+        class Own(RBFTile):
+            def __init__(self, alpha):
+                self.alpha = alpha
+
+
+@pytest.mark.parametrize("kernel_type", [3, RBFKernel(), dict])
+@pytest.mark.parametrize(
+    "register",
+    [
+        register_tile_kernel,
+        register_tile_gradient,
+        lambda kernel_type: register_kernel(kernel_type, tile=lambda k, dims: None),
+    ],
+)
+def test_only_classes_of_kernels_are_registered(register, kernel_type):
+    with pytest.raises(TypeError, match="kernel_type must be a Kernel class, found"):
+        register(kernel_type)
+
+
+def test_a_registration_that_says_nothing_is_refused():
+    with pytest.raises(ValueError, match="RBFKernel: expected tile or features"):
+        register_kernel(RBFKernel)
 
 
 def test_one_call_says_tile_gradient_and_features():
