@@ -102,7 +102,7 @@ class PathwiseModel(ConditionedModel):
             num_features: Random features of each group of 64 prior draws.
             seed: Seed or generator of everything random. Outputs with other targets
                 have other draws.
-            operator: "auto", "dense", "tiled", "keops" or "row_blocks".
+            operator: "auto", "dense", "tiled", "keops", "row_blocks" or "features".
             memory_budget: Bytes that operator and solver may use.
             progress: Show progress bars of solves. Default: on a terminal.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, TypeAlias, get_args
+from typing import Literal, TypeAlias
 
 from gpytorch.kernels import Kernel
 from jaxtyping import Float
@@ -117,6 +117,7 @@ def operator_by_name(
     if name == "auto":
         return choose_operator(kernel, x, memory_budget=memory_budget)
     if name not in _OPERATORS:
-        known = ", ".join(repr(known) for known in ("auto", *get_args(OperatorName)))
-        raise ValueError(f"operator must be one of {known}, found {name!r}")
+        raise ValueError(
+            f"operator: expected 'auto' or one of {sorted(_OPERATORS)}, found {name!r}"
+        )
     return _OPERATORS[name](kernel, x, memory_budget=memory_budget)

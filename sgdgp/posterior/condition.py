@@ -65,7 +65,7 @@ def condition(
         num_samples: Posterior sample functions; 0 for the mean alone.
         seed: Seed or generator of everything random.
         num_features: Random features of each group of 64 prior draws.
-        operator: "auto", "dense", "tiled", "keops" or "row_blocks".
+        operator: "auto", "dense", "tiled", "keops", "row_blocks" or "features".
         memory_budget: Bytes for operator and solver. Default: half of what is free.
         progress: Show a progress bar. Default: on a terminal.
         callback: Called as the solve advances; returning True stops it.

@@ -330,7 +330,7 @@ class Solver:
 
         Args:
             operator: Square kernel operator K (n, n).
-            noise: Variances, the diagonal of Sigma: a scalar or one per row (n,).
+            noise: Variances, the diagonal of Sigma: a number, 0-dim, or (n,).
             rhs: Right-hand sides B (n, k).
             initial: Starting point (n, k). Default: zero.
             noise_draws: The part of ``rhs`` that is drawn from N(0, Sigma) (n, k).

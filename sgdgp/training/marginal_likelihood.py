@@ -65,7 +65,7 @@ class StochasticMarginalLogLikelihood(MarginalLogLikelihood):
         warm_start: Start each solve at the last solution.
         initial_value: log p at the first evaluation. Default: estimated there.
         seed: Seed or generator of the probes.
-        operator: "auto", "dense", "tiled", "keops" or "row_blocks".
+        operator: "auto", "dense", "tiled", "keops", "row_blocks" or "features".
         memory_budget: Bytes that operator and solver may use. Default: half of what
             is free.
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
+import re
+from typing import get_args
+
 import pytest
 import torch
 from gpytorch.kernels import (
@@ -12,7 +16,9 @@ from gpytorch.kernels import (
 )
 from gpytorch.likelihoods import GaussianLikelihood
 
+import sgdgp
 from sgdgp.operators import check_kernel, choose_operator, operator_by_name
+from sgdgp.operators.choose import OperatorName
 from tests.operators.kernel_cases import CASES, L1Kernel
 
 
@@ -47,8 +53,15 @@ def test_an_operator_can_be_asked_for_by_name(name):
 
 
 def test_an_unknown_name_is_answered_with_the_known_ones():
-    with pytest.raises(ValueError, match=r"'auto', 'dense', .*found 'lazy'"):
+    with pytest.raises(ValueError, match="operator: expected 'auto' or one of") as told:
         operator_by_name("lazy", RBFKernel(), torch.zeros(5, 2))
+    assert all(repr(name) in str(told.value) for name in get_args(OperatorName))
+
+
+@pytest.mark.parametrize("function", [sgdgp.condition, sgdgp.fit])
+def test_docstrings_list_every_name(function):
+    names = inspect.getdoc(function).split("operator: ")[1].split(".")[0]
+    assert set(re.findall(r'"(\w+)"', names)) == {"auto", *get_args(OperatorName)}
 
 
 def test_a_budget_that_is_not_positive_is_refused():
