@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import pytest
 
+from sgdgp.solvers import Auto
+from sgdgp.solvers.auto import SOLVERS
 from tests.golden.recorded import assert_same, read
-from tests.golden.trajectories import CASES
+from tests.golden.trajectories import CASES, Case
 
 RECORDED = read("trajectories")
 
 
 def test_every_case_is_recorded() -> None:
     assert CASES.keys() == RECORDED.keys()
+
+
+def test_every_solver_has_a_case() -> None:
+    cases = [case.solver for case in CASES.values() if isinstance(case, Case)]
+    assert {type(solver) for solver in cases} >= {Auto, *SOLVERS.values()}
 
 
 @pytest.mark.parametrize("name", CASES)

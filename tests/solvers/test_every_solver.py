@@ -15,6 +15,8 @@ from gpytorch.kernels import MaternKernel, MultitaskKernel
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import sgdgp
+from sgdgp.core.codec import is_stored_class
 from sgdgp.operators import RowBlocksOperator
 from sgdgp.solvers import (
     ADASAP,
@@ -22,6 +24,7 @@ from sgdgp.solvers import (
     AlternatingProjections,
     Auto,
     ExactBlocks,
+    IterativeSolver,
     Nystrom,
     RandomOrder,
     Refined,
@@ -51,7 +54,10 @@ MEMBERS: dict[str, Solver] = {
     **VARIANTS,
 }
 STOCHASTIC = [n for n, s in MEMBERS.items() if isinstance(s, StochasticSolver)]
-ITERATIVE = [*STOCHASTIC, "cg", "cg-none", "cg-nystrom"]
+# On small systems "auto" is a direct solve.
+ITERATIVE = [
+    n for n, s in MEMBERS.items() if isinstance(s, IterativeSolver) and n != "auto"
+]
 PRIMAL = list(SETTINGS)
 BUDGET = 60.0
 
@@ -362,6 +368,12 @@ def test_a_step_size_far_too_large_is_halved_until_it_works(
     assert 2 <= restarts <= 6
     assert found.settings["step_size"] == pytest.approx(large / 2**restarts)
     assert f"halved its step size {restarts} times" in found.warnings[-1]
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+def test_a_solver_can_be_stored_and_is_exported(name):
+    assert is_stored_class(SOLVERS[name])
+    assert SOLVERS[name].__name__ in sgdgp.solvers.__all__
 
 
 BAD = {
