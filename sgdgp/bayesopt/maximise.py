@@ -27,7 +27,15 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from sgdgp.bayesopt.functions import Functions, Source, source_of
-from sgdgp.core.checks import check_count, check_finite, check_matrix, check_same
+from sgdgp.core.checks import (
+    check_count,
+    check_finite,
+    check_followers,
+    check_matrix,
+    check_number,
+    check_positive,
+    check_same,
+)
 from sgdgp.core.memory import resolve_budget
 from sgdgp.core.seeds import generator_of, standard_normal
 from sgdgp.core.slices import slices
@@ -136,12 +144,11 @@ def maximise(
         ("steps", steps, 0),
     ):
         check_count(name, value, least)
+    check_number("exploration", exploration)
     if not 0 <= exploration <= 1:
         raise ValueError(f"exploration: expected a share 0 to 1, found {exploration}")
-    if not 0 < learning_rate < float("inf"):
-        raise ValueError(
-            f"learning_rate: expected a positive number, found {learning_rate}"
-        )
+    check_positive("learning_rate", learning_rate)
+    check_followers(progress)
     source = source_of(posterior)
     check_bounds(bounds)
     candidates = _candidates(source, bounds, exploration, nearby, x, y)

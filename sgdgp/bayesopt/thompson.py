@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from numbers import Integral
 from typing import Literal, TypeAlias
 
 import torch
@@ -25,11 +26,20 @@ from sgdgp.bayesopt.record import (
     posterior_file,
     remove_posterior,
 )
-from sgdgp.core.checks import check_count, check_finite, check_matrix, check_same
+from sgdgp.core.checkpoint import check_every
+from sgdgp.core.checks import (
+    check_count,
+    check_finite,
+    check_followers,
+    check_matrix,
+    check_positive,
+    check_same,
+)
 from sgdgp.core.hashes import digest
 from sgdgp.core.seeds import derived_generator, number_of
 from sgdgp.posterior import PathwisePosterior
 from sgdgp.posterior.condition import DEFAULT_FEATURES
+from sgdgp.solvers.auto import check_solver_name
 from sgdgp.solvers.base import Solver
 
 Objective: TypeAlias = Callable[[Tensor], Tensor]
@@ -154,10 +164,20 @@ def thompson_sampling(
     ):
         if value is not None:
             check_count(name, value, 1)
-    if not 0 <= checkpoint_every < float("inf"):
-        raise ValueError(
-            f"checkpoint_every: expected seconds, at least 0, found {checkpoint_every}"
+    if checkpoint_every != 0:
+        check_every(checkpoint_every)
+    if noise is not None:
+        check_positive("noise", noise)
+    if model is not None and not isinstance(model, ExactGP) and not callable(model):
+        raise TypeError(
+            "model: expected an ExactGP, a function of the data or None, found "
+            f"{model!r}"
         )
+    for name, function in (("objective", objective), ("maximiser", maximiser)):
+        if not callable(function):
+            raise TypeError(f"{name}: expected a function, found {function!r}")
+    check_solver_name(solver)
+    check_followers(progress, callback)
     seed = number_of(seed)
     options = Options(
         batch=batch,
@@ -212,6 +232,11 @@ def _beginning(
         check_finite("initial[0]", x)
         check_finite("initial[1]", y)
         return Record(x.detach(), y.detach())
+    if not isinstance(initial, Integral):
+        raise TypeError(
+            "initial: expected a number of points, or a tuple (x, y) of tensors, found "
+            f"{type(initial).__name__}"
+        )
     check_count("initial", initial, 1)
     generator = derived_generator(seed, "initial")
     uniform = torch.rand(

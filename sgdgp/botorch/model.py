@@ -114,7 +114,6 @@ class PathwiseModel(ConditionedModel):
         super().__init__()
         check_count("num_samples", num_samples, 1)
         seed = number_of(seed)
-        check_count("seed", seed, 0)
         models = single_models(model)
         if train_X is not None:
             data = given_data(train_X, train_Y, train_Yvar, models)

@@ -11,15 +11,17 @@ import os
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 
-from sgdgp.core.checks import check_positive
+from sgdgp.core.checks import check_number, check_positive
 from sgdgp.core.codec import MISFITS, Contents, read_values, write_values
 from sgdgp.core.errors import CheckpointError, StorageError
 from sgdgp.core.files import FileKind, path_of, place_of
 from sgdgp.core.hashes import differences, in_words
+
+C = TypeVar("C", bound="Checkpoint")
 
 _ADVICE = (
     "It is left as it is: restore what was used when it was written, or delete it or "
@@ -28,6 +30,12 @@ _ADVICE = (
 
 _SPELT = {"optimiser": "optimizer"}
 """What components are called now; files before version 0.2 have the former names."""
+
+
+def check_every(every: Any) -> None:
+    """Refuse a ``checkpoint_every`` that is no positive number of seconds."""
+    check_number("checkpoint_every", every, "seconds")
+    check_positive("checkpoint_every", every)
 
 
 class Checkpoint:
@@ -56,14 +64,20 @@ class Checkpoint:
 
     def __init__(self, path: str | os.PathLike[str], every: int | float) -> None:
         path_of(path, "checkpoint")
-        if not isinstance(every, int | float) or isinstance(every, bool):
-            raise TypeError(f"checkpoint_every: expected seconds, found {every!r}")
-        check_positive("checkpoint_every", float(every))
+        check_every(every)
         self.path = place_of(path, "checkpoint", CheckpointError)
         self.problem: str | None = None
         self._every = every
         self.components: dict[str, str] = {}
         self.wait()
+
+    @classmethod
+    def at(
+        cls: type[C], path: str | os.PathLike[str] | None, every: int | float
+    ) -> C | None:
+        """The file at ``path``, or None; ``every`` is checked for both."""
+        check_every(every)
+        return None if path is None else cls(path, every)
 
     @property
     def is_due(self) -> bool:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from numbers import Integral, Real
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -58,25 +61,49 @@ def check_same(name: str, value: Tensor, other_name: str, other: Tensor) -> None
         )
 
 
-def check_count(name: str, value: int, minimum: int) -> None:
-    """Refuse anything but an integer of at least ``minimum``.
+def check_count(name: str, value: Any, minimum: int) -> None:
+    """Refuse anything but an integer (NumPy's will do) of at least ``minimum``.
 
     Raises:
         TypeError: Not an integer.
         ValueError: Too small.
     """
-    if not isinstance(value, int) or isinstance(value, bool):
+    if not isinstance(value, Integral) or isinstance(value, bool):
         raise TypeError(f"{name}: expected an int, found {type(value).__name__}")
     if value < minimum:
         raise ValueError(f"{name}: expected at least {minimum}, found {value}")
 
 
-def check_positive(name: str, value: float) -> None:
+def check_number(name: str, value: Any, kind: str = "a number") -> None:
+    """Refuse anything but a real number.
+
+    Raises:
+        TypeError: Says what was found.
+    """
+    if not isinstance(value, Real) or isinstance(value, bool):
+        raise TypeError(f"{name}: expected {kind}, found {value!r}")
+
+
+def check_followers(progress: Any, callback: Any = None) -> None:
+    """Refuse what can neither show work nor follow it.
+
+    Raises:
+        TypeError: ``progress`` is neither a bool nor None, or ``callback`` no function.
+    """
+    if progress is not None and not isinstance(progress, bool):
+        raise TypeError(f"progress: expected a bool or None, found {progress!r}")
+    if callback is not None and not callable(callback):
+        raise TypeError(f"callback: expected a function or None, found {callback!r}")
+
+
+def check_positive(name: str, value: Any) -> None:
     """Refuse anything but a positive finite number.
 
     Raises:
+        TypeError: No number.
         ValueError: Says what was found.
     """
+    check_number(name, value)
     if not 0 < value < float("inf"):
         raise ValueError(f"{name}: expected a positive finite number, found {value}")
 

@@ -13,9 +13,11 @@ function makes the mark on writing, another finds the object on reading.
 from __future__ import annotations
 
 import inspect
+import operator
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from numbers import Integral
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
@@ -96,6 +98,8 @@ def encode(
     Raises:
         NotStorableError: There is something else in it.
     """
+    if isinstance(value, Integral) and not isinstance(value, bool):
+        value = operator.index(value)  # NumPy's too
     mark = None if given is None else given(value, name)
     if mark is not None:
         return {"given": mark}

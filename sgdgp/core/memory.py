@@ -7,6 +7,8 @@ from pathlib import Path
 
 import torch
 
+from sgdgp.core.checks import check_number
+
 _UNKNOWN_FREE = 4 * 2**30
 
 
@@ -37,10 +39,12 @@ def resolve_budget(
     """The memory budget in bytes; by default half of what is free.
 
     Raises:
-        ValueError: The budget is not positive.
+        TypeError: The budget is no number.
+        ValueError: It is not positive.
     """
     if memory_budget is None:
         return free_memory(device) // 2
+    check_number("memory_budget", memory_budget)
     if memory_budget <= 0:
         raise ValueError(
             f"memory_budget must be a positive number of bytes, found {memory_budget}"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import operator
+from numbers import Integral
 
 import torch
 
@@ -16,13 +18,13 @@ def generator_of(seed: int | torch.Generator) -> torch.Generator:
     """
     if isinstance(seed, torch.Generator):
         return seed
-    if not isinstance(seed, int) or isinstance(seed, bool):
+    if not isinstance(seed, Integral) or isinstance(seed, bool):
         raise TypeError(
             f"seed: expected an int or a torch.Generator, found {type(seed).__name__}"
         )
     if not -(2**63) <= seed < 2**64:
         raise ValueError(f"seed: expected an integer of 64 bits, found {seed}")
-    return torch.Generator().manual_seed(seed)
+    return torch.Generator().manual_seed(operator.index(seed))
 
 
 def generator_of_draws(seed: int | torch.Generator) -> torch.Generator:
@@ -45,10 +47,12 @@ def number_of(seed: int | torch.Generator) -> int:
 
     Raises:
         TypeError: Neither an integer nor a generator.
+        ValueError: An integer of more than 64 bits.
     """
-    if isinstance(seed, int) and not isinstance(seed, bool):
-        return seed
-    return seed_of(generator_of(seed))
+    generator = generator_of(seed)
+    if isinstance(seed, torch.Generator):
+        return seed_of(generator)
+    return operator.index(seed)
 
 
 STREAMS = {

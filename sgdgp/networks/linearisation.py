@@ -10,7 +10,8 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 
-from sgdgp.core.checks import check_count, check_positive
+from sgdgp.core.checkpoint import check_every
+from sgdgp.core.checks import check_count, check_followers, check_positive
 from sgdgp.core.deprecation import renamed_arguments
 from sgdgp.core.memory import resolve_budget
 from sgdgp.core.seeds import generator_of, seed_of
@@ -180,6 +181,8 @@ class LinearisedNetwork:
             TypeError: Data or settings are of the wrong kind.
             ValueError: Data or settings do not fit; says which and why.
         """
+        check_followers(progress, callback)
+        check_every(checkpoint_every)
         check_count("num_samples", num_samples, 2)
         check_count("final_samples", final_samples, 2)
         check_count("steps", steps, 0)

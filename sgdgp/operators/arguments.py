@@ -9,10 +9,12 @@ _INTEGERS = frozenset({torch.int64, torch.int32, torch.int16, torch.int8, torch.
 
 
 def check_inputs(x: Tensor, x_rows: Tensor | None) -> None:
-    """Raise ValueError unless x is (n, d) and floating, and x_rows (m, d) like it."""
+    """Raise unless x is a tensor (n, d) and floating, and x_rows (m, d) like it."""
     for name, points in (("x", x), ("x_rows", x_rows)):
         if points is None:
             continue
+        if not isinstance(points, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, found {type(points)}")
         if points.ndim != 2:
             raise ValueError(
                 f"{name} must have shape (n, d), found {tuple(points.shape)}"

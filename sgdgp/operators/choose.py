@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sgdgp.core.memory import resolve_budget
+from sgdgp.operators.arguments import check_inputs
 from sgdgp.operators.base import KernelOperator
 from sgdgp.operators.dense import DenseOperator, streaming_operator
 from sgdgp.operators.feature import FeatureOperator, features_operator
@@ -66,10 +67,11 @@ def choose_operator(
         A square operator; its ``name`` says which.
 
     Raises:
-        TypeError: ``kernel`` is not a GPyTorch kernel.
+        TypeError: ``kernel`` is not a GPyTorch kernel, or ``x`` no tensor.
         ValueError: The kernel is not a function of two points, or an argument does
             not fit.
     """
+    check_inputs(x, None)
     budget = resolve_budget(memory_budget, x.device)
     streaming = streaming_operator(kernel, x, memory_budget=budget)
     rows, columns = streaming.shape

@@ -1,4 +1,7 @@
-"""From a model and data to a posterior: one linear solve."""
+"""From a model and data to a posterior: one linear solve.
+
+f(x) + K(x, X) (K + Sigma)^-1 (y - f(X) - eps),  f a prior function, eps noise
+"""
 
 from __future__ import annotations
 
@@ -93,9 +96,7 @@ def condition(
         >>> posterior.mean(x), posterior.variance(x), posterior.samples(x)
     """
     check_count("num_samples", num_samples, 0)
-    keeper = None
-    if checkpoint is not None:
-        keeper = SolveCheckpoint(checkpoint, checkpoint_every)
+    keeper = SolveCheckpoint.at(checkpoint, checkpoint_every)
     generator = generator_of(seed)
     x, y = training_data(model, x, y)
     prior = prior_of(model, x)

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from sgdgp.core.checks import check_count
+from sgdgp.core.checks import check_count, check_followers
 from sgdgp.core.codec import fitting, read_values
 from sgdgp.core.files import path_of, reads
 from sgdgp.core.seeds import generator_of_draws
@@ -24,7 +24,12 @@ from sgdgp.gpytorch_adapter import has_fixed_noise
 from sgdgp.posterior.paths import Paths, Points, SampleFunctions, paths_of
 from sgdgp.posterior.problem import Part, Problem, groups_of
 from sgdgp.posterior.storage import KIND, parts_from, save, without_recycled
-from sgdgp.posterior.update import draw_functions, update_parts, variances_of
+from sgdgp.posterior.update import (
+    Variances,
+    draw_functions,
+    update_parts,
+    variances_of,
+)
 from sgdgp.solvers.base import Callback, Solution, Solver
 from sgdgp.solvers.solutions import merged_solution
 
@@ -248,7 +253,7 @@ class Posterior:
         self,
         x: Points,
         *,
-        observation_noise: bool | Tensor = False,
+        observation_noise: bool | Variances = False,
         batch_size: int | None = None,
         progress: bool | None = None,
     ) -> MultivariateNormal | Marginals:
@@ -257,7 +262,7 @@ class Posterior:
         Args:
             x: Inputs (n', d).
             observation_noise: Add the likelihood's noise; or the noise variances
-                (n', *t) themselves, of several outputs (n',) for all alike too, needed
+                themselves, one for all, (n', *t), or of several outputs (n',), needed
                 where the likelihood only knows the noise of its training points.
             batch_size: Points at a time. Default: all of them, jointly.
             progress: Show a progress bar over the batches. Default: on a terminal.
@@ -270,6 +275,7 @@ class Posterior:
             beyond the result.
 
         Raises:
+            TypeError: An argument is of the wrong kind.
             ValueError: There are no samples, x or the noise does not fit, or noise is
                 asked of a likelihood that does not know it.
         """
@@ -284,6 +290,7 @@ class Posterior:
             mean, deviations = self.paths.evaluate(flat)
             return self.paths.joint(units.shift + units.scale * mean, deviations, noise)
         check_count("batch_size", batch_size, 1)
+        check_followers(progress)
         mean = flat.new_empty(self._shape(flat))
         variance = torch.empty_like(mean)
         batches = list(slices(len(flat), batch_size))
@@ -300,10 +307,10 @@ class Posterior:
         """Shape of values at x (n, d): (n,), or (n, T)."""
         return (len(x),) if self.num_outputs is None else (len(x), self.num_outputs)
 
-    def _noise(self, x: Tensor, wanted: bool | Tensor) -> Tensor | None:
+    def _noise(self, x: Tensor, wanted: bool | Variances) -> Tensor | None:
         """Noise variances of predictions (n, *t)."""
-        if isinstance(wanted, Tensor):
-            return variances_of("observation_noise", wanted, self._shape(x)).to(x)
+        if not isinstance(wanted, bool):
+            return variances_of("observation_noise", wanted, self._shape(x), x)
         if not wanted:
             return None
         if has_fixed_noise(self.problem.prior.model.likelihood):

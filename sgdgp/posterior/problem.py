@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import pad
 
-from sgdgp.core.checks import check_count
+from sgdgp.core.checks import check_count, check_followers
 from sgdgp.core.memory import resolve_budget
 from sgdgp.core.seeds import derived_generator, seed_of, standard_normal
 from sgdgp.features import ExactDraws, PriorDraws, draw_prior, has_features
@@ -52,6 +52,9 @@ class Settings:
     seed: int
     progress: bool | None = None
     callback: Callback | None = field(default=None, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        check_followers(self.progress, self.callback)
 
     @classmethod
     def resolve(

@@ -16,7 +16,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sgdgp.core.checks import check_finite, check_matrix, check_same, check_variances
+from sgdgp.core.checks import (
+    check_finite,
+    check_matrix,
+    check_number,
+    check_same,
+    check_variances,
+)
 from sgdgp.core.seeds import derived_generator
 from sgdgp.gpytorch_adapter import MultitaskPrior, Prior, has_fixed_noise
 from sgdgp.posterior.paths import ConditionedPaths, Points
@@ -328,9 +334,8 @@ def _new_rows(
     x = _new_inputs(prior, x, known)
     y = prior.to_model_units(_new_targets(x, y, shape))
     if noise is not None:
-        given = torch.as_tensor(noise, dtype=x.dtype, device=x.device).detach()
-        given = variances_of("noise", given, (len(x), *shape))
-        noise = prior.to_model_variances(given)
+        given = variances_of("noise", noise, (len(x), *shape), x)
+        noise = prior.to_model_variances(given.detach())
     elif has_fixed_noise(prior.model.likelihood):
         raise ValueError(
             "noise: the likelihood only knows the noise of its training points; "
@@ -371,7 +376,7 @@ def _new_targets(x: Tensor, y: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 def variances_of(
-    name: str, noise: Tensor, shape: tuple[int, ...]
+    name: str, noise: Variances, shape: tuple[int, ...], like: Tensor
 ) -> Float[Tensor, ...]:
     """Noise variances of that shape, (n,) or (n, T), checked.
 
@@ -379,7 +384,11 @@ def variances_of(
         name: What they are called.
         noise: One for all; one for each point; or for each of several outputs too.
         shape: The shape that is wanted.
+        like: Of the dtype and on the device that are wanted.
     """
+    if not isinstance(noise, Tensor):
+        check_number(name, noise, "a number or a torch.Tensor")
+    noise = torch.as_tensor(noise, dtype=like.dtype, device=like.device)
     if len(shape) == 2 and noise.shape == shape[:1]:
         noise = noise.unsqueeze(1)
     elif noise.ndim != 0 and noise.shape != shape:

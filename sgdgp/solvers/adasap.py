@@ -93,11 +93,12 @@ class ADASAP(StochasticSolver):
             raise TypeError(
                 f"preconditioner: expected NystromBlocks(), found {self.preconditioner}"
             )
-        if self.mu is not None:
-            check_positive("mu", self.mu)
-        if self.nu is not None and not 1 <= self.nu < math.inf:
+        for name in ("mu", "nu", "averaging"):
+            if getattr(self, name) is not None:
+                check_positive(name, getattr(self, name))
+        if self.nu is not None and self.nu < 1:
             raise ValueError(f"nu: expected at least one, found {self.nu}")
-        if self.averaging is not None and not 0 < self.averaging <= 1:
+        if self.averaging is not None and self.averaging > 1:
             raise ValueError(f"averaging: expected (0, 1], found {self.averaging}")
 
     def begin(self, task: Task) -> Algorithm[Any]:

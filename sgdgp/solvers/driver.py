@@ -25,7 +25,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sgdgp.core.checks import check_count, check_positive
+from sgdgp.core.checks import check_count, check_number, check_positive
 from sgdgp.operators.base import RowIndex
 from sgdgp.solvers.base import (
     IterativeSolver,
@@ -329,7 +329,9 @@ def check_steps(
     """
     if block_size is not None:
         check_count("block_size", block_size, 1)
-    if momentum is not None and not 0 <= momentum < 1:
-        raise ValueError(f"momentum: expected [0, 1), found {momentum}")
+    if momentum is not None:
+        check_number("momentum", momentum)
+        if not 0 <= momentum < 1:
+            raise ValueError(f"momentum: expected [0, 1), found {momentum}")
     if step_size is not None:
         check_positive("step_size", step_size)

@@ -37,6 +37,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sgdgp.core.checks import check_number
 from sgdgp.core.codec import register_stored_class
 from sgdgp.operators.base import RowIndex
 from sgdgp.solvers.base import Reason
@@ -78,6 +79,7 @@ class SDD(StochasticSolver):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_steps(self.block_size, self.momentum, self.step_size)
+        check_number("averaging", self.averaging)
         if not 0 < self.averaging <= 1:
             raise ValueError(f"averaging: expected (0, 1], found {self.averaging}")
 

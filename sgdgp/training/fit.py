@@ -16,7 +16,12 @@ from torch import Tensor
 from torch.optim import Optimizer
 from tqdm.auto import tqdm
 
-from sgdgp.core.checks import check_count, check_finite_parameters, check_positive
+from sgdgp.core.checks import (
+    check_count,
+    check_finite_parameters,
+    check_followers,
+    check_positive,
+)
 from sgdgp.core.deprecation import renamed_arguments
 from sgdgp.core.seeds import derived_generator, generator_of, seed_of
 from sgdgp.gpytorch_adapter import Inputs, training_data
@@ -131,6 +136,7 @@ def fit(
     if plateau is not None and not isinstance(plateau, Plateau):
         raise TypeError(f"plateau: expected a Plateau or None, found {plateau!r}")
     check_count("restarts", restarts, 0)
+    check_followers(progress, callback)
     x, y = training_data(model, x, y)
     parameters = [p for p in model.parameters() if p.requires_grad]
     if not parameters:
@@ -156,7 +162,7 @@ def fit(
 
     def attempt(i: int, earlier: Sequence[Fitted]) -> Fitted:
         place = checkpoint if i == 0 or checkpoint is None else f"{checkpoint}.{i}"
-        keeper = None if place is None else FitCheckpoint(place, checkpoint_every)
+        keeper = FitCheckpoint.at(place, checkpoint_every)
         with fit_bar(progress, steps, callback) as shown:
             return _fitted(start(), x, y, limits.after(earlier), shown, keeper)
 

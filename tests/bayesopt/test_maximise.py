@@ -185,6 +185,10 @@ def test_functions_without_gradients_are_refused_before_any_work():
         ({"bounds": BOX[:1]}, r"\(2, d\)"),
         ({"bounds": BOX * torch.inf}, "finite"),
         ({"memory_budget": 0}, "memory_budget"),
+        ({"memory_budget": "s"}, "memory_budget"),
+        ({"exploration": "a"}, "exploration"),
+        ({"learning_rate": "a"}, "learning_rate"),
+        ({"progress": 1}, "progress"),
     ],
 )
 def test_arguments_that_do_not_fit_are_named(settings, words):

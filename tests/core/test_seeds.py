@@ -5,8 +5,17 @@ from __future__ import annotations
 import ast
 from pathlib import Path
 
+import numpy as np
+import pytest
+
 import sgdgp
-from sgdgp.core.seeds import STREAMS, derived_generator, seed_of
+from sgdgp.core.seeds import (
+    STREAMS,
+    derived_generator,
+    generator_of,
+    number_of,
+    seed_of,
+)
 
 DERIVE = {"derived_generator", "Noise.drawn"}
 """Functions whose second argument is the name of a stream."""
@@ -35,3 +44,15 @@ def test_streams_differ_and_are_repeated():
     assert seed_of(derived_generator(1, "update")) != seed_of(
         derived_generator(0, "update")
     )
+
+
+@pytest.mark.parametrize("function", [generator_of, number_of])
+def test_seeds_are_checked_alike_wherever_they_are_given(function):
+    for seed in (2**64, -(2**63) - 1):
+        with pytest.raises(ValueError, match="seed: expected an integer of 64 bits"):
+            function(seed)
+    for seed in (1.5, "1", True, None):
+        with pytest.raises(TypeError, match="seed: "):
+            function(seed)
+    assert number_of(np.int64(3)) == 3
+    assert seed_of(generator_of(np.uint8(3))) == seed_of(generator_of(3))

@@ -96,6 +96,11 @@ def test_parameters_that_are_not_finite_are_named():
         check_kernel(kernel)
 
 
+def test_points_that_are_no_tensor_are_refused():
+    with pytest.raises(TypeError, match=r"x must be a torch\.Tensor, found .*ndarray"):
+        choose_operator(RBFKernel(), torch.zeros(5, 2).numpy())
+
+
 def test_what_is_no_kernel_is_refused():
     with pytest.raises(TypeError, match=r"gpytorch\.kernels\.Kernel, found Linear"):
         check_kernel(torch.nn.Linear(1, 1))

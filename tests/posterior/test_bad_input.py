@@ -7,6 +7,7 @@ import re
 from dataclasses import dataclass, field
 
 import jaxtyping
+import numpy as np
 import pytest
 import torch
 from gpytorch.kernels import MaternKernel, RBFKernel, ScaleKernel
@@ -177,6 +178,10 @@ def test_a_lengthscale_of_zero_is_named():
         ({"memory_budget": -1}, ValueError, "memory_budget"),
         ({"memory_budget": "1GB"}, TypeError, "memory_budget: .*str"),
         ({"memory_budget": 0}, ValueError, "memory_budget: .*found 0"),
+        ({"progress": "yes"}, TypeError, "progress: .*'yes'"),
+        ({"callback": 3}, TypeError, "callback: .*3"),
+        ({"checkpoint_every": 0}, ValueError, "checkpoint_every: .*found 0"),
+        ({"checkpoint_every": "a"}, TypeError, "checkpoint_every: .*'a'"),
     ],
 )
 def test_settings_that_do_not_exist(settings, error, message):
@@ -228,6 +233,38 @@ def test_numbers_of_draws_that_do_not_exist(k, error):
         posterior.draw(k)
     with pytest.raises(TypeError, match="seed: "):
         posterior.draw(1, seed="1")
+
+
+@pytest.mark.parametrize("noise", ["a", None, [0.1] * 30, 0.1j])
+def test_noise_that_is_no_number(noise):
+    posterior = sgdgp.condition(gp(), num_samples=1, num_features=64)
+    with pytest.raises(TypeError, match="observation_noise: expected a number or"):
+        posterior.predict(X, observation_noise=noise)
+    with pytest.raises(ValueError, match="observation_noise: expected positive"):
+        posterior.predict(X, observation_noise=-0.1)
+    with pytest.raises(TypeError, match=r"noise: expected a number or a torch\.Tensor"):
+        posterior.update(X, Y, noise=True if noise is None else noise)
+
+
+def test_reports_that_cannot_be_made():
+    posterior = sgdgp.condition(gp(), num_samples=1, num_features=64)
+    with pytest.raises(TypeError, match="progress: "):
+        posterior.predict(X, batch_size=8, progress="yes")
+    with pytest.raises(TypeError, match="callback: "):
+        posterior.update(X, Y, callback=3)
+    with pytest.raises(TypeError, match="progress: "):
+        posterior.draw(1, progress=1)
+
+
+def test_integers_of_numpy_are_integers(tmp_path):
+    settings = {"seed": 3, "num_samples": 2, "num_features": 64}
+    same = {name: np.int64(value) for name, value in settings.items()}
+    posterior = sgdgp.condition(gp(), **same, solver=sgdgp.SDD(block_size=np.int32(8)))
+    posterior.save(tmp_path / "posterior")
+    again = sgdgp.load(tmp_path / "posterior", gp())
+    expected = sgdgp.condition(gp(), **settings, solver=sgdgp.SDD(block_size=8))
+    assert torch.equal(posterior.samples(X), expected.samples(X))
+    assert torch.equal(again.samples(X), expected.samples(X))
 
 
 @pytest.mark.parametrize("size", [0, -1, 2.5])

@@ -210,6 +210,12 @@ def test_observation_noise_is_the_likelihoods(posterior):
     torch.testing.assert_close(added, expected, rtol=1e-6, atol=1e-6)
 
 
+def test_a_number_is_the_noise_variance(posterior):
+    x = new_points()
+    plain, noisy = (posterior.predict(x, observation_noise=v) for v in (False, 0.5))
+    assert torch.allclose(noisy.variance, plain.variance + 0.5)
+
+
 def test_fixed_noise_has_to_be_given_at_new_points():
     likelihood = FixedNoiseGaussianLikelihood(torch.linspace(0.05, 0.6, 30))
     posterior = sgdgp.condition(gp(likelihood=likelihood), num_samples=4)

@@ -32,6 +32,7 @@ from sgdgp.solvers import (
     Solver,
 )
 from sgdgp.solvers.auto import SOLVERS
+from sgdgp.solvers.base import Limits
 from sgdgp.solvers.driver import StochasticSolver
 from tests.solvers.problems import Problem, problem, relative_error
 
@@ -404,3 +405,13 @@ BAD = {
 def test_settings_out_of_range_are_named(name, setting, value):
     with pytest.raises(ValueError, match=setting):
         SOLVERS[name](**{setting: value})
+    for wrong in ("a", True):
+        with pytest.raises(TypeError, match=f"{setting}: "):
+            SOLVERS[name](**{setting: wrong})
+
+
+@pytest.mark.parametrize("limit", [limit.name for limit in fields(Limits)])
+def test_limits_are_numbers(limit):
+    for wrong in ("a", True):
+        with pytest.raises(TypeError, match=f"{limit}: expected a number"):
+            Limits(**{limit: wrong})

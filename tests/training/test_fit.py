@@ -449,6 +449,9 @@ def nan_at(model, where):
         ),
         (nan_at(rbf_model(), 7), ValueError, r"y: .*NaN.*index \(7,\)"),
         ({"checkpoint_every": 0, "checkpoint": "fit.sgdgp"}, ValueError, "every"),
+        ({"checkpoint_every": -1}, ValueError, "every"),
+        ({"max_passes": True}, TypeError, "max_passes: expected a number"),
+        ({"progress": 1}, TypeError, "progress"),
         ({"checkpoint": 3}, TypeError, "checkpoint: expected a path"),
         (
             {"checkpoint": "/nowhere/fit.sgdgp"},
