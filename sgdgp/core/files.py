@@ -12,10 +12,14 @@ import hashlib
 import importlib
 import json
 import os
+import platform
+import shutil
+import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, TypeAlias, TypeVar
 
 import torch
@@ -27,6 +31,8 @@ from sgdgp.core.errors import StorageError
 from sgdgp.core.hashes import digest
 
 _ALIGNED = 8  # a header is padded with blanks to a multiple of it
+_MACHINE = f"{zlib.crc32(platform.node().encode()):08x}"
+"""In names of temporary files: processes can be asked for on their own machine only."""
 _PACKAGES = ("sgdgp", "torch", "gpytorch", "linear_operator")
 _OPTIONAL = {"sgdgp.botorch": "sgdgp.botorch"}
 """Kinds of rooms that are not imported with the package."""
@@ -99,6 +105,7 @@ def load(path: str | os.PathLike[str], *given: Any, **settings: Any) -> Any:
     if place.is_dir():
         raise StorageError(f"cannot read {place}: it is a directory")
     try:
+        _check_regular(place, StorageError)
         with safe_open(place, framework="pt") as file:
             marks = file.metadata() or {}
     except OSError as error:
@@ -148,23 +155,24 @@ def place_of(
         TypeError: No path.
     """
     # Neither a change of directory nor a link may lead a later write astray.
-    place = path_of(path, argument).resolve()
-    folder = place.parent
-    if place.is_dir():
-        raise error(f"{argument}: expected a file, found directory {place}")
-    if not folder.is_dir():
-        raise error(f"{argument}: expected an existing directory, found {folder}")
-    # What a killed run left half-written.
-    for stale in folder.glob(f".{glob.escape(place.name)}.*.tmp"):
-        with contextlib.suppress(OSError):
-            stale.unlink()
-    temporary = temporary_of(place)
+    given = path_of(path, argument)
     try:
-        temporary.touch()
-        temporary.unlink()
-    except OSError as found:
-        raise error(f"{argument}: cannot write into {folder}: {found}") from found
-    return place
+        place = given.resolve()
+        if place.is_dir():
+            raise error(f"{argument}: expected a file, found directory {place}")
+        _check_regular(place, error, argument)
+        if not place.parent.is_dir():
+            raise error(
+                f"{argument}: expected an existing directory, found {place.parent}"
+            )
+        _remove_stale(place)
+        with _beside(place):
+            return place
+    # A name too long, without rights, with a zero byte, or a link to itself.
+    except (OSError, RuntimeError, ValueError) as found:
+        if isinstance(found, error):
+            raise
+        raise error(f"{argument}: cannot write into {given.parent}: {found}") from found
 
 
 def write_file(
@@ -190,19 +198,17 @@ def write_file(
         "state": text,
         "checksum": _checksum(text, stored),
     }
-    temporary = temporary_of(path)
-    try:
-        save_file(stored, temporary, metadata)
+    with _beside(path) as folder:
+        temporary = Path(folder, "file")
+        try:
+            save_file(stored, temporary, metadata)
+        except SafetensorError as error:
+            raise OSError(f"cannot write {temporary}: {error}") from error
         _flush(temporary)
         temporary.replace(path)
-        # Not every file system can flush a directory, and the file is there.
-        with contextlib.suppress(OSError):
-            _flush(path.parent)
-    except SafetensorError as error:
-        raise OSError(f"cannot write {temporary}: {error}") from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
+    # Not every file system can flush a directory, and the file is there.
+    with contextlib.suppress(OSError):
+        _flush(path.parent)
 
 
 def read_file(path: Path, kind: FileKind) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -212,6 +218,7 @@ def read_file(path: Path, kind: FileKind) -> tuple[dict[str, Tensor], dict[str, 
         StorageError: Not of that kind, damaged, or of a newer format.
     """
     try:
+        _check_regular(path, StorageError)
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             if kind.mark not in metadata:
@@ -255,10 +262,45 @@ def _copied(tensor: Tensor) -> Tensor:
     return torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor)
 
 
-def temporary_of(path: Path) -> Path:
-    """Where a file is written before it is moved into place."""
-    # In the same directory: only within one file system is a move atomic.
-    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+def _beside(path: Path) -> TemporaryDirectory[str]:
+    """Where a file is written before it is moved into place, one for each writer.
+
+    Beside it: only within one file system is a move atomic. A directory, since
+    safetensors has temporary files of its own.
+    """
+    return TemporaryDirectory(
+        prefix=f".{path.name}.{_MACHINE}.{os.getpid()}.",
+        suffix=".tmp",
+        dir=path.parent,
+        ignore_cleanup_errors=True,
+    )
+
+
+def _remove_stale(path: Path) -> None:
+    """Remove what killed processes of this machine left half-written."""
+    for stale in path.parent.glob(f".{glob.escape(path.name)}.{_MACHINE}.*.*.tmp"):
+        pid = stale.name.rsplit(".", 3)[1]
+        if pid.isdecimal() and not _is_running(int(pid)):
+            shutil.rmtree(stale, ignore_errors=True)
+
+
+def _is_running(pid: int) -> bool:
+    """Whether there may be such a process."""
+    try:
+        # Signal 0 is none; Windows has no such thing.
+        if os.name == "posix":
+            os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):
+        pass  # another user's
+    return True
+
+
+def _check_regular(path: Path, error: type[Exception], argument: str = "path") -> None:
+    """Refuse pipes, which nobody may ever write into, and devices."""
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise error(f"{argument}: expected a file, found {path}, a pipe or device")
 
 
 def _check_header(path: Path) -> None:

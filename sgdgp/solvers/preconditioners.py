@@ -48,6 +48,10 @@ class Inverse(ABC):
     def __call__(self, r: Float[Tensor, "n k"]) -> Float[Tensor, "n k"]:
         """P^-1 r."""
 
+    def __deepcopy__(self, memo: object) -> Inverse:
+        """Itself: it never changes, and PyTorch cannot copy compressed rows so."""
+        return self
+
 
 class Preconditioner(ABC):
     """Recipe for the approximate inverse of a system's matrix."""

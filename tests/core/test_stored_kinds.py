@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -330,13 +331,51 @@ def test_a_checkpoint_is_nothing_to_be_loaded(mark: str, path: Path):
 
 
 def test_what_a_killed_write_left_is_removed(tmp_path: Path):
-    stale = tmp_path / ".run.safetensors.123.tmp"
-    other = tmp_path / ".another.safetensors.123.tmp"
-    for place in (stale, other):
-        place.write_text("half")
+    killed = subprocess.Popen([sys.executable, "-c", ""])
+    killed.wait()
+    name = f".run.safetensors.{files._MACHINE}"
+    stale = tmp_path / f"{name}.{killed.pid}.x.tmp"
+    other = tmp_path / f".another.safetensors.{files._MACHINE}.{killed.pid}.x.tmp"
+    alive = tmp_path / f"{name}.{os.getppid()}.x.tmp"
+    elsewhere = tmp_path / f".run.safetensors.{'0' * 8}.{killed.pid}.x.tmp"
+    for place in (stale, other, alive, elsewhere):
+        place.mkdir()
+        (place / "file").write_text("half")
     files.place_of(tmp_path / "run.safetensors")
-    assert not stale.exists()
-    assert other.exists()
+    assert set(tmp_path.iterdir()) == {other, alive, elsewhere}
+
+
+def test_many_writers_of_one_path_do_not_disturb_each_other(tmp_path: Path):
+    model = gp(RBFKernel())
+    posterior = sgdgp.condition(model, num_samples=2, num_features=8)
+    place = tmp_path / "shared.safetensors"
+
+    def save_often(_: int) -> None:
+        for _ in range(10):
+            posterior.save(place)
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(save_often, range(4)))
+    assert [p.name for p in tmp_path.iterdir()] == [place.name]
+    sgdgp.load(place, model)
+
+
+@pytest.mark.parametrize("mark", KINDS)
+def test_a_pipe_or_a_link_to_itself_is_refused_at_once(mark: str, tmp_path: Path):
+    pipe, link = tmp_path / "pipe", tmp_path / "link"
+    os.mkfifo(pipe)
+    link.symlink_to(link)
+    for place in (pipe, link):
+        with pytest.raises(KINDS[mark].error, match=place.name):
+            KINDS[mark].again(place)
+
+
+@pytest.mark.parametrize("name", ["pipe", "link", "x" * 300, "zero\0byte"])
+def test_what_cannot_be_written_is_refused_in_words(name: str, tmp_path: Path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to(tmp_path / "link")
+    with pytest.raises(StorageError, match="path: "):
+        files.place_of(tmp_path / name)
 
 
 @pytest.mark.parametrize("mark", ["sgdgp.checkpoint"])

@@ -165,7 +165,7 @@ def killed_while_writing(
         finally:
             os._exit(1)
     _, status = os.waitpid(child, 0)
-    left = sorted(p.name for p in path.parent.iterdir())
+    left = sorted(p.name for p in path.parent.rglob("*") if p.is_file())
     stored = stored_passes(path)
     run(solver, n, path, NEVER)
     return {

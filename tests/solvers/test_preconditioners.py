@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from gpytorch.kernels import RBFKernel
 
 from sgdgp.operators import DenseOperator
-from sgdgp.solvers import CG, Nystrom, PivotedCholesky
+from sgdgp.solvers import CG, Nystrom, PivotedCholesky, TwoLevel
 from sgdgp.solvers.preconditioners import (
     CachedPreconditioner,
     default_rank,
     inverse_of,
 )
+from sgdgp.solvers.recycling import extend_inverse
 from sgdgp.solvers.system import System, as_system
 from tests.solvers.problems import Problem, problem
 from tests.training.problems import data
@@ -219,3 +222,12 @@ def test_solutions_with_an_old_one_are_as_accurate(generator):
         dense = kernel(x).to_dense().detach() + noise.diag()
         left = (dense @ solution.weights).squeeze(1) - y
         assert float(left.norm() / y.norm()) < 2e-8
+
+
+@pytest.mark.parametrize("recipe", [*RECIPES, TwoLevel()])
+def test_a_copied_preconditioner_does_the_same(recipe, generator):
+    p = problem("rbf", 60)
+    inverse = recipe.prepare(system_of(p), generator)
+    later = extend_inverse(inverse, system_of(problem("rbf", 61)), 1)
+    for found, r in ((inverse, p.rhs), (later, problem("rbf", 61).rhs)):
+        assert torch.equal(copy.deepcopy(found)(r), found(r))
