@@ -135,6 +135,9 @@ class Formula:
     def sum(self, axis: int) -> Formula:
         return Formula(self.values.sum(axis, keepdim=True))
 
+    def __neg__(self) -> Formula:
+        return Formula(-self.values)
+
     def __getattr__(self, name: str):  # exp, sqrt, log, relu
         return lambda: Formula(getattr(self.values, name)())
 
@@ -147,7 +150,17 @@ def _of_values(name: str):
     return operation
 
 
-for _name in ("add", "radd", "sub", "rsub", "mul", "rmul", "pow"):
+for _name in (
+    "add",
+    "radd",
+    "sub",
+    "rsub",
+    "mul",
+    "rmul",
+    "truediv",
+    "rtruediv",
+    "pow",
+):
     setattr(Formula, f"__{_name}__", _of_values(f"__{_name}__"))
 
 
