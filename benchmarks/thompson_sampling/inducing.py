@@ -84,7 +84,9 @@ def inducing_functions(
         reason="converged",
         settings={"points": len(points)},
     )
-    paths = ConditionedPaths(prior, operator, draws, weights, x.shape[1])
+    paths = ConditionedPaths(
+        prior, operator, draws, weights, weights.new_zeros(len(weights)), x.shape[1]
+    )
     return SampleFunctions(paths, solution)
 
 

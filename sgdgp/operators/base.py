@@ -23,16 +23,22 @@ from gpytorch.kernels import Kernel
 from jaxtyping import Float, Int
 from linear_operator import LinearOperator
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from sgdgp.core.memory import resolve_budget
-from sgdgp.core.slices import slices
+from sgdgp.core.slices import slices, tracks_gradient
 from sgdgp.operators.arguments import (
     check_inputs,
     check_vectors,
     index_length,
     resolve_index,
 )
-from sgdgp.operators.evaluation import check_kernel, detached_copy, evaluated_blocks
+from sgdgp.operators.evaluation import (
+    check_kernel,
+    detached_copy,
+    differentiable_block,
+    evaluated_blocks,
+)
 from sgdgp.operators.gradients import form_by_autograd
 from sgdgp.operators.tracked import Move, TrackedVectors
 
@@ -42,6 +48,9 @@ RowIndex: TypeAlias = Tensor | slice
 _BLOCK_ROWS = 8192
 """Rows of a block that is stored: operators that fuse their products take all rows at
 once, and their blocks would be as high."""
+
+_ENTRIES_WITH_GRAPH = 2**21
+"""Kernel entries whose graph is held at once: 16 MB in float64."""
 
 _ENTRIES_PER_PIECE = 1024
 """Single entries asked for at a time: their rows and columns make one small block."""
@@ -271,6 +280,33 @@ class KernelOperator(ABC):
     def cross(self, x_new: Float[Tensor, "m d"]) -> KernelOperator:
         """K(X_new, X) as an operator (m, n), for prediction."""
         return self._rebuilt(self.x, x_new)
+
+    def product_at(
+        self, x_new: Float[Tensor, "m d"], v: Float[Tensor, "n k"]
+    ) -> Float[Tensor, "m k"]:
+        """K(X_new, X) v in bounded memory, differentiable in X_new.
+
+        Without a graph the operator streams its own tiles. With one, GPyTorch evaluates
+        the kernel block by block, and blocks are evaluated again in the backward pass,
+        so the memory never holds more than a few blocks. Exact features need no block.
+        """
+        if not tracks_gradient(x_new):
+            return self.cross(x_new).matmul(v)
+
+        def product(x: Tensor, points: Tensor, weights: Tensor) -> Tensor:
+            return differentiable_block(self.kernel, x, points) @ weights
+
+        outputs = self.outputs_per_input
+        columns = max(1, _ENTRIES_WITH_GRAPH // max(1, x_new.shape[0]))
+        if columns >= len(self.x):
+            return product(x_new, self.x, v)
+        total = x_new.new_zeros(outputs * x_new.shape[0], v.shape[1])
+        for points in slices(len(self.x), columns):
+            rows = slice(outputs * points.start, outputs * points.stop)
+            total = total + checkpoint(
+                product, x_new, self.x[points], v[rows], use_reentrant=False
+            )
+        return total
 
     def tracked(self, v: Float[Tensor, "n k"]) -> TrackedVectors:
         """Coefficients V that will change on blocks; a copy of v.

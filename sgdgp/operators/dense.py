@@ -117,6 +117,12 @@ class DenseOperator(KernelOperator):
         """K(X_new, X) as a streaming operator (m, n): used once, so not stored."""
         return self.source.cross(x_new)
 
+    def product_at(
+        self, x_new: Float[Tensor, "m d"], v: Float[Tensor, "n k"]
+    ) -> Float[Tensor, "m k"]:
+        """See ``KernelOperator.product_at``."""
+        return self.source.product_at(x_new, v)
+
     def _rebuilt(
         self, x: Tensor, x_rows: Tensor | None, kernel: Kernel | None = None
     ) -> DenseOperator:

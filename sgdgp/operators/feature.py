@@ -143,7 +143,7 @@ class FeatureOperator(KernelOperator):
     def product_at(
         self, x_new: Float[Tensor, "m d"], v: Float[Tensor, "n k"]
     ) -> Float[Tensor, "m k"]:
-        """K(x_new, X) v, differentiable in x_new."""
+        """See ``KernelOperator.product_at``."""
         with torch.no_grad():
             phi_t_v = self._last.of(v, lambda: self.features.adjoint(self.x, v))
         return self.features.forward(x_new, phi_t_v)

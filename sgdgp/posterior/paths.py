@@ -14,24 +14,34 @@ pairs of input and task, so its functions are functions of pairs (``PairPaths``)
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TypeAlias
+from functools import cached_property
+from typing import NamedTuple, TypeAlias
 
 import torch
 from gpytorch.distributions import MultitaskMultivariateNormal, MultivariateNormal
 from jaxtyping import Float
-from linear_operator.operators import DiagLinearOperator, RootLinearOperator
+from linear_operator import LinearOperator
+from linear_operator.operators import (
+    DenseLinearOperator,
+    DiagLinearOperator,
+    RootLinearOperator,
+)
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from sgdgp.core.checks import check_finite, check_same
-from sgdgp.core.slices import slices, tracks_gradient
+from sgdgp.core.slices import slices
 from sgdgp.features import ExactDraws, PriorDraws, SelectedDraws
 from sgdgp.gpytorch_adapter import MultitaskPrior, OutcomeScale, Prior
-from sgdgp.operators import FeatureOperator, KernelOperator
-from sgdgp.operators.evaluation import differentiable_block
+from sgdgp.operators import KernelOperator
 from sgdgp.posterior.own_points import own_products
+from sgdgp.posterior.variances import (
+    EXACT_ROWS,
+    Variances,
+    variance_of,
+    variances_given,
+)
 from sgdgp.solvers.base import Solution
 
 Points: TypeAlias = (
@@ -42,8 +52,19 @@ Points: TypeAlias = (
 _ROWS = 4096
 """Points evaluated at a time: with some dozens of functions, a few megabytes."""
 
-_ENTRIES = 2**21
-"""Kernel entries whose graph is held at once: 16 MB in float64."""
+
+class Moments(NamedTuple):
+    """Of the posterior at points on their own; each (n, *t).
+
+    Attributes:
+        mean: Posterior means.
+        variance: Posterior variances.
+        error: Standard errors of the variances; zero where they are exact.
+    """
+
+    mean: Tensor
+    variance: Tensor
+    error: Tensor
 
 
 class Paths(ABC):
@@ -87,6 +108,10 @@ class Paths(ABC):
         """Posterior means (n, *t), and zero-mean sample values (n, *t, s) if wanted."""
 
     @abstractmethod
+    def moments(self, x: Float[Tensor, "n d"]) -> Moments:
+        """Means, variances and their standard errors, differentiable in x."""
+
+    @abstractmethod
     def each(self, x: Float[Tensor, "s q d"]) -> Float[Tensor, "s q ..."]:
         """Values of function i at its own points x[i]."""
 
@@ -100,16 +125,15 @@ class Paths(ABC):
 
     @abstractmethod
     def joint(
-        self,
-        mean: Float[Tensor, "n ..."],
-        deviations: Float[Tensor, "n ... s"],
-        noise: Float[Tensor, "n ..."] | None,
+        self, x: Float[Tensor, "n d"], noise: Float[Tensor, "n ..."] | None
     ) -> MultivariateNormal:
-        """A normal with this mean and the covariance of the deviations plus noise.
+        """The posterior at x with all covariances, plus noise, in the targets' units.
+
+        Where covariances are not known exactly (see ``Variances``), correlations are
+        those of the functions, and variances those of ``moments``.
 
         Args:
-            mean: In the units of the targets.
-            deviations: As ``evaluate`` returns them.
+            x: Points.
             noise: In the units of the targets squared.
         """
 
@@ -123,6 +147,7 @@ class ConditionedPaths(Paths):
         operator: K over the training inputs.
         draws: Prior function draws, kernel inputs (n, p) -> (n, s).
         weights: Representer weights [v_y | v_1 ... v_s] (n, 1 + s).
+        training_noise: The diagonal of Sigma (n,).
         dim: Columns of the user's inputs.
     """
 
@@ -130,7 +155,13 @@ class ConditionedPaths(Paths):
     operator: KernelOperator = field(repr=False)
     draws: PriorDraws | ExactDraws | SelectedDraws = field(repr=False)
     weights: Float[Tensor, "n k"] = field(repr=False)
+    training_noise: Float[Tensor, " n"] = field(repr=False)
     dim: int
+
+    @cached_property
+    def variances(self) -> Variances:
+        """What is known of variances beside the weights; costs a pass or a factor."""
+        return variances_given(self.operator, self.training_noise, self.weights)
 
     @property
     def num_outputs(self) -> None:
@@ -166,11 +197,27 @@ class ConditionedPaths(Paths):
         means, values = [], []
         for points in x.split(_ROWS):
             prior_mean, inputs = self.prior.evaluate(points)
-            update = cross_product(self.operator, inputs, self.weights[:, columns])
+            update = self.operator.product_at(inputs, self.weights[:, columns])
             means.append(prior_mean + update[:, 0])
             value = update[:, 1:]
             values.append(self.draws(inputs) - value if deviations else value)
         return torch.cat(means), torch.cat(values)
+
+    def moments(self, x: Float[Tensor, "n d"]) -> Moments:
+        prior_mean, inputs = self.prior.evaluate(x)
+        bound, products, rest = self.variances.explain(inputs)
+        mean = prior_mean + products[:, 0]
+        return Moments(mean, *self.variance(inputs, bound, products, rest))
+
+    def variance(
+        self, inputs: Tensor, bound: Tensor, products: Tensor, rest: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Variances and standard errors (n,), given what ``Explained`` has of them."""
+        return variance_of(
+            bound,
+            None if rest is None else rest[:, 1:],
+            lambda rows: self.draws(inputs[rows]) - products[rows, 1:],
+        )
 
     def each(self, x: Float[Tensor, "s q d"]) -> Float[Tensor, "s q"]:
         prior_mean, inputs = self.prior.evaluate(x.reshape(-1, x.shape[-1]))
@@ -188,11 +235,33 @@ class ConditionedPaths(Paths):
     def noise(self, x: Float[Tensor, "n d"]) -> Float[Tensor, " n"]:
         return self.units.scale**2 * self.prior.noise(x)
 
-    def joint(
-        self, mean: Tensor, deviations: Tensor, noise: Tensor | None
-    ) -> MultivariateNormal:
-        root = (self.units.scale / deviations.shape[-1] ** 0.5) * deviations
-        return MultivariateNormal(mean, _covariance(root, noise))
+    def joint(self, x: Tensor, noise: Tensor | None) -> MultivariateNormal:
+        units = self.units
+        mean, _ = self.evaluate(x, deviations=False)
+        covariance = self.covariance(x, x.new_tensor(units.scale))
+        return MultivariateNormal(
+            units.shift + units.scale * mean, _plus(covariance, noise)
+        )
+
+    def covariance(
+        self, x: Float[Tensor, "n d"], scale: Tensor, outputs: int = 1
+    ) -> LinearOperator:
+        """Covariances (n, n) of scale * f(x), unevaluated.
+
+        Args:
+            x: Points.
+            scale: A number, or one for each point (n,).
+            outputs: How many of these will be in memory at once.
+        """
+        if outputs * len(x) <= EXACT_ROWS:
+            found = self.variances.covariance(self.prior.evaluate(x)[1])
+            if found is not None:
+                return DenseLinearOperator(scale.unsqueeze(-1) * found * scale)
+        _, deviations = self.evaluate(x)
+        _, variance, _ = self.moments(x)
+        tiny = torch.finfo(x.dtype).tiny
+        ratio = variance / deviations.square().sum(1).clamp_min(tiny)
+        return RootLinearOperator((scale * ratio.sqrt()).unsqueeze(-1) * deviations)
 
 
 @dataclass(frozen=True, eq=False)
@@ -239,6 +308,14 @@ class PairPaths(Paths):
         mean = shift + factor * mean.reshape(len(x), tasks)
         return mean, factor.unsqueeze(1) * values
 
+    def moments(self, x: Float[Tensor, "n d"]) -> Moments:
+        """All tasks at each input, every task in its own units."""
+        moments = self.paths.moments(self.prior.rows(x))
+        mean, variance, error = (part.reshape(len(x), -1) for part in moments)
+        shift, factor = self._scales(x)
+        square = factor.square()
+        return Moments(shift + factor * mean, square * variance, square * error)
+
     def each(self, x: Float[Tensor, "s q d"]) -> Float[Tensor, "s q t"]:
         tasks = self.num_outputs
         pairs = self.prior.rows(x.flatten(0, 1))
@@ -254,13 +331,13 @@ class PairPaths(Paths):
         noise = self.prior.noise(self.prior.rows(x))
         return factor.square() * noise.reshape(len(x), -1)
 
-    def joint(
-        self, mean: Tensor, deviations: Tensor, noise: Tensor | None
-    ) -> MultitaskMultivariateNormal:
-        root = (deviations / deviations.shape[-1] ** 0.5).flatten(0, 1)
+    def joint(self, x: Tensor, noise: Tensor | None) -> MultitaskMultivariateNormal:
+        mean, _ = self.evaluate(x, deviations=False)
+        scale = self._scales(x)[1].repeat(len(x))
+        covariance = self.paths.covariance(self.prior.rows(x), scale)
         if noise is not None:
             noise = noise.flatten()
-        return MultitaskMultivariateNormal(mean, _covariance(root, noise))
+        return MultitaskMultivariateNormal(mean, _plus(covariance, noise))
 
     def _scales(self, like: Tensor) -> tuple[Tensor, Tensor]:
         """Shift and factor (T,) of every task's targets."""
@@ -323,16 +400,61 @@ class ParallelPaths(Paths):
     def _updates(self, inputs: Tensor, deviations: bool) -> list[Tensor]:
         """K(x, X) [v_y | v_s] of each output."""
         width = None if deviations else 1
-        outputs_of: dict[KernelOperator, list[int]] = {}
-        for output, path in enumerate(self.paths):
-            outputs_of.setdefault(path.operator, []).append(output)
         updates: dict[int, Tensor] = {}
-        for operator, outputs in outputs_of.items():
+        for outputs in self._groups:
             weights = [self.paths[output].weights[:, :width] for output in outputs]
-            product = cross_product(operator, inputs, torch.cat(weights, dim=1))
-            parts = product.split([weight.shape[1] for weight in weights], dim=1)
-            updates.update(zip(outputs, parts, strict=True))
+            operator = self.paths[outputs[0]].operator
+            product = operator.product_at(inputs, torch.cat(weights, dim=1))
+            updates.update(self._divided(outputs, product))
         return [updates[output] for output in range(len(self.paths))]
+
+    @cached_property
+    def _groups(self) -> list[list[int]]:
+        """Numbers of the outputs that share an operator."""
+        groups: dict[KernelOperator, list[int]] = {}
+        for output, path in enumerate(self.paths):
+            groups.setdefault(path.operator, []).append(output)
+        return list(groups.values())
+
+    def _divided(
+        self, outputs: Sequence[int], columns: Tensor
+    ) -> Iterator[tuple[int, Tensor]]:
+        """Each output with its own of columns that stand side by side."""
+        return zip(outputs, columns.chunk(len(outputs), dim=1), strict=True)
+
+    @cached_property
+    def _variances(self) -> list[Variances]:
+        """Of each group of outputs."""
+        return [
+            variances_given(
+                self.paths[outputs[0]].operator,
+                self.paths[outputs[0]].training_noise,
+                torch.cat([self.paths[output].weights for output in outputs], dim=1),
+            )
+            for outputs in self._groups
+        ]
+
+    def moments(self, x: Float[Tensor, "n d"]) -> Moments:
+        """Output by output, in groups that share an operator."""
+        first = self.paths[0]
+        prior_mean, inputs = first.prior.evaluate(x)
+        found: dict[int, Moments] = {}
+        for outputs, variances in zip(self._groups, self._variances, strict=True):
+            bound, products, rest = variances.explain(inputs)
+            own_rest = {} if rest is None else dict(self._divided(outputs, rest))
+            for output, own in self._divided(outputs, products):
+                found[output] = Moments(
+                    prior_mean + own[:, 0],
+                    *self.paths[output].variance(
+                        inputs, bound, own, own_rest.get(output)
+                    ),
+                )
+        mean, variance, error = (
+            torch.stack([found[output][i] for output in range(len(self.paths))], 1)
+            for i in range(3)
+        )
+        shift, scale = first.units.shift, first.units.scale
+        return Moments(shift + scale * mean, scale**2 * variance, scale**2 * error)
 
     def each(self, x: Float[Tensor, "s q d"]) -> Float[Tensor, "s q t"]:
         scale = self.paths[0].units
@@ -346,15 +468,24 @@ class ParallelPaths(Paths):
         """See ``Paths``; the same for all outputs."""
         return self.paths[0].noise(x).unsqueeze(1).expand(-1, self.num_outputs)
 
-    def joint(
-        self, mean: Tensor, deviations: Tensor, noise: Tensor | None
-    ) -> MultitaskMultivariateNormal:
-        """Outputs are independent: their samples say nothing about each other."""
-        root = (deviations / deviations.shape[-1] ** 0.5).transpose(0, 1).contiguous()
+    def joint(self, x: Tensor, noise: Tensor | None) -> MultitaskMultivariateNormal:
+        """Outputs are independent: their functions say nothing about each other."""
+        mean, _ = self.evaluate(x, deviations=False)
+        scale = x.new_tensor(self.paths[0].units.scale)
+        count = len(self.paths)
+        roots = [path.covariance(x, scale, count) for path in self.paths]
+        if isinstance(roots[0], RootLinearOperator):
+            covariance = RootLinearOperator(
+                torch.stack([root.root.to_dense() for root in roots])
+            )
+        else:
+            covariance = DenseLinearOperator(
+                torch.stack([found.to_dense() for found in roots])
+            )
         if noise is not None:
             noise = noise.mT.contiguous()
         return MultitaskMultivariateNormal.from_batch_mvn(
-            MultivariateNormal(mean.mT.contiguous(), _covariance(root, noise))
+            MultivariateNormal(mean.mT.contiguous(), _plus(covariance, noise))
         )
 
 
@@ -451,39 +582,6 @@ class SampleFunctions:
         return self.paths.num_functions
 
 
-def cross_product(
-    operator: KernelOperator,
-    x_new: Float[Tensor, "m d"],
-    v: Float[Tensor, "n k"],
-) -> Float[Tensor, "m k"]:
-    """K(X_new, X) v in bounded memory, differentiable in X_new.
-
-    Without a graph the operator streams its own tiles. With one, GPyTorch evaluates
-    the kernel block by block, and blocks are evaluated again in the backward pass,
-    so the memory never holds more than a few blocks. Exact features need no block.
-    """
-    if not tracks_gradient(x_new):
-        return operator.cross(x_new).matmul(v)
-    source = operator.streaming()
-    if isinstance(source, FeatureOperator):
-        return source.product_at(x_new, v)
-    columns = max(1, _ENTRIES // max(1, x_new.shape[0]))
-
-    def product(x: Tensor, points: Tensor, weights: Tensor) -> Tensor:
-        return differentiable_block(operator.kernel, x, points) @ weights
-
-    pieces = list(slices(operator.x.shape[0], columns))
-    if len(pieces) == 1:
-        return product(x_new, operator.x, v)
-    total = x_new.new_zeros(x_new.shape[0], v.shape[1])
-    for rows in pieces:
-        total = total + checkpoint(
-            product, x_new, operator.x[rows], v[rows], use_reentrant=False
-        )
-    return total
-
-
-def _covariance(root: Tensor, noise: Tensor | None) -> object:
-    """Root root^T plus the noise on the diagonal, unevaluated."""
-    covariance = RootLinearOperator(root)
+def _plus(covariance: LinearOperator, noise: Tensor | None) -> LinearOperator:
+    """The covariance with noise on its diagonal, unevaluated."""
     return covariance if noise is None else covariance + DiagLinearOperator(noise)

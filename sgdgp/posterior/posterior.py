@@ -131,20 +131,40 @@ class Posterior:
         units = self.paths.units
         return (units.shift + units.scale * mean).reshape(*shape, *mean.shape[1:])
 
-    def variance(self, x: Points) -> Float[Tensor, ...]:
+    def variance(
+        self, x: Points, *, return_error: bool = False, from_samples: bool = False
+    ) -> Float[Tensor, ...] | tuple[Float[Tensor, ...], Float[Tensor, ...]]:
         """Posterior variance of the function (n', *t), without observation noise.
+
+        Exact up to 2,000 rows of data. With more, what neighbours and smooth
+        directions tell of x is taken exactly, and only the rest from the functions
+        (see ``sgdgp.posterior.variances``). The first call costs a pass over the
+        kernel matrix. Differentiable in x.
 
         Args:
             x: Inputs (n', d), or with leading batch dimensions.
+            return_error: Return standard errors of the variances as well.
+            from_samples: The plain variance of the functions instead.
+
+        Returns:
+            Variances (n', *t), positive; and their standard errors, zero where exact.
 
         Raises:
             ValueError: There are no samples, or x does not fit.
         """
         self._need_samples("variance")
         flat, shape = self.paths.flattened(x)
-        _, deviations = self.paths.evaluate(flat)
-        variance = self.paths.units.scale**2 * deviations.square().mean(-1)
-        return variance.reshape(*shape, *variance.shape[1:])
+        if from_samples:
+            _, deviations = self.paths.evaluate(flat)
+            variance = deviations.square().mean(-1)
+            error = (2 / self.num_samples) ** 0.5 * variance
+        else:
+            _, variance, error = self.paths.moments(flat)
+        square = self.paths.units.scale**2
+        variance, error = (
+            square * part.reshape(*shape, *part.shape[1:]) for part in (variance, error)
+        )
+        return (variance, error) if return_error else variance
 
     def samples(self, x: Points) -> Float[Tensor, "s ..."]:
         """Joint samples (num_samples, n', *t): the same functions on every call.
@@ -287,8 +307,7 @@ class Posterior:
         noise = self._noise(flat, observation_noise)
         units = self.paths.units
         if batch_size is None:
-            mean, deviations = self.paths.evaluate(flat)
-            return self.paths.joint(units.shift + units.scale * mean, deviations, noise)
+            return self.paths.joint(flat, noise)
         check_count("batch_size", batch_size, 1)
         check_followers(progress)
         mean = flat.new_empty(self._shape(flat))
@@ -298,9 +317,9 @@ class Posterior:
         hidden = None if progress is None else not progress
         with torch.no_grad():
             for rows in tqdm(batches, desc="predict", disable=hidden):
-                centre, deviations = self.paths.evaluate(flat[rows])
-                mean[rows] = units.shift + units.scale * centre
-                variance[rows] = units.scale**2 * deviations.square().mean(-1)
+                moments = self.paths.moments(flat[rows])
+                mean[rows] = units.shift + units.scale * moments.mean
+                variance[rows] = units.scale**2 * moments.variance
         return Marginals(mean, variance if noise is None else variance + noise)
 
     def _shape(self, x: Tensor) -> tuple[int, ...]:

@@ -201,7 +201,9 @@ class Problem:
     def paths(self, weights: Float[Tensor, "n k"]) -> ConditionedPaths:
         """The posterior functions with these weights."""
         dim = self.x.shape[1]
-        return ConditionedPaths(self.prior, self.operator, self.draws, weights, dim)
+        return ConditionedPaths(
+            self.prior, self.operator, self.draws, weights, self.noise, dim
+        )
 
     def solve(
         self,

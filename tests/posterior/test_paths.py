@@ -8,7 +8,6 @@ import torch
 
 import sgdgp
 from sgdgp.operators import choose_operator
-from sgdgp.posterior.paths import cross_product
 from tests.models import FEATURE_KERNELS, toy_data
 
 CASES = ("independent", "gaps", "multitask")
@@ -105,21 +104,19 @@ def problem(request, generator):
 
 def gradient(operator, x_new, v):
     x_new = x_new.clone().requires_grad_()
-    return torch.autograd.grad(cross_product(operator, x_new, v).square().sum(), x_new)[
-        0
-    ]
+    return torch.autograd.grad(operator.product_at(x_new, v).square().sum(), x_new)[0]
 
 
 def test_product_is_that_of_the_dense_kernel(problem):
     operator, x_new, v, expected = problem
-    product = cross_product(operator, x_new, v)
+    product = operator.product_at(x_new, v)
     torch.testing.assert_close(product, expected)
     assert not product.requires_grad
 
 
 def test_product_with_a_graph_is_the_same(problem):
     operator, x_new, v, expected = problem
-    product = cross_product(operator, x_new.clone().requires_grad_(), v)
+    product = operator.product_at(x_new.clone().requires_grad_(), v)
     torch.testing.assert_close(product.detach(), expected)
     assert product.requires_grad
 
@@ -127,7 +124,7 @@ def test_product_with_a_graph_is_the_same(problem):
 def test_no_graph_is_made_where_gradients_are_off(problem):
     operator, x_new, v, expected = problem
     with torch.no_grad():
-        product = cross_product(operator, x_new.clone().requires_grad_(), v)
+        product = operator.product_at(x_new.clone().requires_grad_(), v)
     torch.testing.assert_close(product, expected)
     assert not product.requires_grad
 
@@ -136,8 +133,8 @@ def test_no_graph_is_made_where_gradients_are_off(problem):
 def test_pieces_give_the_same_values_and_gradients(problem, monkeypatch, entries):
     operator, x_new, v, expected = problem
     whole = gradient(operator, x_new, v)
-    monkeypatch.setattr("sgdgp.posterior.paths._ENTRIES", entries)
-    product = cross_product(operator, x_new.clone().requires_grad_(), v)
+    monkeypatch.setattr("sgdgp.operators.base._ENTRIES_WITH_GRAPH", entries)
+    product = operator.product_at(x_new.clone().requires_grad_(), v)
     torch.testing.assert_close(product.detach(), expected)
     torch.testing.assert_close(gradient(operator, x_new, v), whole)
 
@@ -145,11 +142,11 @@ def test_pieces_give_the_same_values_and_gradients(problem, monkeypatch, entries
 def test_gradients_agree_with_finite_differences(problem):
     operator, x_new, v, _ = problem
     assert torch.autograd.gradcheck(
-        lambda x: cross_product(operator, x, v), x_new[:3].clone().requires_grad_()
+        lambda x: operator.product_at(x, v), x_new[:3].clone().requires_grad_()
     )
 
 
 def test_no_points_give_an_empty_product(problem):
     operator, x_new, v, _ = problem
-    assert cross_product(operator, x_new[:0], v).shape == (0, 3)
-    assert cross_product(operator, x_new[:0].requires_grad_(), v).shape == (0, 3)
+    assert operator.product_at(x_new[:0], v).shape == (0, 3)
+    assert operator.product_at(x_new[:0].requires_grad_(), v).shape == (0, 3)
