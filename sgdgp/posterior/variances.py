@@ -25,9 +25,10 @@ Neighbours alone are Vecchia's approximation (1988); here they are a control var
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from gpytorch.kernels import Kernel
@@ -35,18 +36,18 @@ from gpytorch.kernels.kernel import to_dense
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sgdgp.core.slices import slices, tracks_gradient
+from sgdgp.core.slices import tracks_gradient
 from sgdgp.operators import FeatureOperator, KernelOperator
 from sgdgp.operators.evaluation import detached_copy, differentiable_block
 
 EXACT_ROWS = 2_000
 """Rows up to which variances are exact: a factor of H takes a fraction of a second."""
 
-NEIGHBOURS = 64
+NEIGHBOURS = 32
 """Rows N of each point. Half as many cost 1.5 times the error, twice as many four times
 the time of their blocks (eight inputs, lengthscale 1, noise .01)."""
 
-DIRECTIONS = 128
+DIRECTIONS = 64
 """Directions D that all points share: the work of two passes of a solve with 64
 functions. They see what is smooth; twice as many take off a quarter of the error."""
 
@@ -75,12 +76,14 @@ class Explained(NamedTuple):
     rest: Tensor | None
 
 
-class Variances(Protocol):
+class Variances(ABC):
     """What is known of variances, beside columns of weights W = H^-1 U (n, k)."""
 
+    @abstractmethod
     def explain(self, x: Float[Tensor, "m p"]) -> Explained:
         """What is known at kernel inputs x, differentiable in x."""
 
+    @abstractmethod
     def covariance(self, x: Float[Tensor, "m p"]) -> Float[Tensor, "m m"] | None:
         """Posterior covariances at kernel inputs x; None where they are not known."""
 
@@ -138,7 +141,7 @@ def variance_of(
 
 
 @dataclass(frozen=True, eq=False)
-class ExactVariances:
+class ExactVariances(Variances):
     """All of u is conditioned on: V = k(x, x) - |L^-1 k_x|^2, L L^T = H.
 
     Attributes:
@@ -197,7 +200,7 @@ class ExactVariances:
 
 
 @dataclass(frozen=True, eq=False)
-class PartialVariances:
+class PartialVariances(Variances):
     """Some functionals of u are conditioned on: neighbours of x, and directions.
 
     Attributes:
@@ -257,24 +260,35 @@ class PartialVariances:
 
     def explain(self, x: Float[Tensor, "m p"]) -> Explained:
         """See ``Variances``."""
-        sizes = self.seen.shape[::-1]
-        products, far = self.operator.product_at(x, self.columns).split(sizes, dim=1)
+        parts = [self._explain(rows) for rows in x.split(_rows(len(self.noise)))]
+        bounds, products, known = (torch.cat(part) for part in zip(*parts, strict=True))
+        return Explained(bounds, products, products - known)
+
+    def _explain(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """C (b,), k_x^T W (b, k), and of these what the functionals say."""
         if self.kernel is None:
+            products, far = self._divided(self.operator.product_at(x, self.columns))
             prior = prior_variances(self.operator.kernel, x)
             bound = _floored(prior - far.square().sum(1), prior, x.dtype)
-            return Explained(bound, products, products - far @ self.seen)
+            return bound, products, far @ self.seen
+        with torch.no_grad():
+            cross = self.operator.cross(x.detach())
+            block = cross.block(slice(0, len(x)), slice(0, len(self.noise)))
+            product = block @ self.columns
+            score = block.abs_().mul_(self.scale)
+            near = score.topk(NEIGHBOURS, dim=1, sorted=False).indices
+        if tracks_gradient(x):
+            product = self.operator.product_at(x, self.columns)
+        products, far = self._divided(product)
         step = max(1, _BLOCKS // NEIGHBOURS**2)
-        parts = [
-            self._regress(*rows)
-            for rows in zip(
-                x.split(step),
-                self._nearest(x.detach()).split(step),
-                far.split(step),
-                strict=True,
-            )
-        ]
+        given = (part.split(step) for part in (x, near, far))
+        parts = [self._regress(*some) for some in zip(*given, strict=True)]
         bounds, known = (torch.cat(part) for part in zip(*parts, strict=True))
-        return Explained(bounds, products, products - known)
+        return bounds, products, known
+
+    def _divided(self, product: Tensor) -> tuple[Tensor, ...]:
+        """k_x^T W and k_x^T D."""
+        return product.split(self.seen.shape[::-1], dim=1)
 
     def covariance(self, x: Float[Tensor, "m p"]) -> None:
         """See ``Variances``."""
@@ -298,22 +312,13 @@ class PartialVariances:
         corner.diagonal(dim1=1, dim2=2).add_(self.noise[near].double())
         factor = _factors(corner, x.dtype)
         local = (cross - (shared @ along.unsqueeze(2)).squeeze(2)).unsqueeze(2)
-        local = torch.cholesky_solve(local, factor).squeeze(2)
+        half = torch.linalg.solve_triangular(factor, local, upper=False)
+        local = torch.linalg.solve_triangular(factor.mT, half, upper=True).squeeze(2)
         along = along - (shared.mT @ local.unsqueeze(2)).squeeze(2)
         bound = prior - (cross * local).sum(1) - (far.double() * along).sum(1)
         known = (local.to(x.dtype).unsqueeze(1) @ self.images[near]).squeeze(1)
         known = known + along.to(x.dtype) @ self.seen
         return _floored(bound, prior, x.dtype), known
-
-    @torch.no_grad()
-    def _nearest(self, x: Tensor) -> Int[Tensor, "m k"]:
-        """The rows that are most correlated with each point."""
-        cross, everything = self.operator.cross(x), slice(0, len(self.scale))
-        found = x.new_empty(len(x), NEIGHBOURS, dtype=torch.long)
-        for rows in slices(len(x), _rows(len(self.scale))):
-            score = (cross.block(rows, everything) * self.scale).abs_()
-            found[rows] = score.topk(NEIGHBOURS, dim=1, sorted=False).indices
-        return found
 
 
 def prior_variances(kernel: Kernel, x: Float[Tensor, "m p"]) -> Float[Tensor, " m"]:
