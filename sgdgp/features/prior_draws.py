@@ -52,6 +52,11 @@ class Draws(ABC):
         values = self(x.reshape(-1, x.shape[-1]))
         return values.reshape(*x.shape[:2], -1).diagonal(dim1=0, dim2=2).mT
 
+    @property
+    def covariance_error(self) -> float:
+        """Relative error of the functions' covariance: of random features, else 0."""
+        return 0.0
+
     @abstractmethod
     def subset(self, index: Sequence[int]) -> Draws:
         """The functions with these numbers, in this order; the same functions."""
@@ -104,6 +109,12 @@ class PriorDraws(Draws):
     @property
     def num_samples(self) -> int:
         return sum(group.weights.shape[1] for group in self.groups)
+
+    @property
+    def covariance_error(self) -> float:
+        maps = [group.feature_map for group in self.groups]
+        inexact = sum(1 / each.num_features for each in maps if not each.exact)
+        return inexact**0.5 / max(1, len(maps))
 
     def __call__(self, x: Float[Tensor, "n d"]) -> Float[Tensor, "n s"]:
         check_points(x, self.dim, self.dtype, self.device)

@@ -74,8 +74,8 @@ def evaluated(kernel: Kernel, x1: Tensor, x2: Tensor) -> Tensor:
 
 
 def differentiable_block(
-    kernel: Kernel, x1: Float[Tensor, "m d"], x2: Float[Tensor, "n d"]
-) -> Float[Tensor, "M N"]:
+    kernel: Kernel, x1: Float[Tensor, "*b m d"], x2: Float[Tensor, "*b n d"]
+) -> Float[Tensor, "*b M N"]:
     """K(x1, x2) by GPyTorch itself, with a graph to the inputs and the parameters.
 
     Products are taken here, of dense matrices: where x1 equals x2, GPyTorch would send

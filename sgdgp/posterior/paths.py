@@ -31,7 +31,6 @@ from linear_operator.operators import (
 from torch import Tensor
 
 from sgdgp.core.checks import check_finite, check_same
-from sgdgp.core.slices import slices
 from sgdgp.features import ExactDraws, PriorDraws, SelectedDraws
 from sgdgp.gpytorch_adapter import MultitaskPrior, OutcomeScale, Prior
 from sgdgp.operators import KernelOperator
@@ -217,6 +216,7 @@ class ConditionedPaths(Paths):
             bound,
             None if rest is None else rest[:, 1:],
             lambda rows: self.draws(inputs[rows]) - products[rows, 1:],
+            self.draws.covariance_error,
         )
 
     def each(self, x: Float[Tensor, "s q d"]) -> Float[Tensor, "s q"]:
@@ -311,7 +311,8 @@ class PairPaths(Paths):
     def moments(self, x: Float[Tensor, "n d"]) -> Moments:
         """All tasks at each input, every task in its own units."""
         moments = self.paths.moments(self.prior.rows(x))
-        mean, variance, error = (part.reshape(len(x), -1) for part in moments)
+        shape = len(x), self.num_outputs
+        mean, variance, error = (part.reshape(shape) for part in moments)
         shift, factor = self._scales(x)
         square = factor.square()
         return Moments(shift + factor * mean, square * variance, square * error)

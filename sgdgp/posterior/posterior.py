@@ -55,9 +55,8 @@ class Posterior:
     Values have the shape (n',) where ``num_outputs`` is None and (n', T) else, written
     (n', *t) here.
 
-    Variances come from the zero-mean samples around the separately solved mean:
-    they cannot be negative, and S samples give them a relative standard error of
-    sqrt(2 / S) (18 % for 64). The mean carries no Monte-Carlo error.
+    Neither mean nor, up to 2,000 rows, variances carry a Monte-Carlo error. With more
+    rows variances are off by some per cent, see ``variance``; they are never negative.
 
     Attributes:
         parts: What was solved: a problem and its solution for each of independent
@@ -289,10 +288,11 @@ class Posterior:
 
         Returns:
             Without ``batch_size`` a GPyTorch ``MultivariateNormal``, of several outputs
-            a ``MultitaskMultivariateNormal`` over all points and outputs, whose
-            covariance is the samples' (rank at most ``num_samples``) plus noise. With
-            it, ``Marginals(mean, variance)`` in memory that does not grow with n'
-            beyond the result.
+            a ``MultitaskMultivariateNormal`` over all points and outputs. Its variances
+            are those of ``variance``, plus noise; its correlations are exact where they
+            are, and else the samples' (rank at most ``num_samples``). With it,
+            ``Marginals(mean, variance)`` in memory that does not grow with n' beyond
+            the result.
 
         Raises:
             TypeError: An argument is of the wrong kind.

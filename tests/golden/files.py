@@ -216,7 +216,7 @@ class Stored:
         updated = self._updated(posterior, 2)
         found = {
             "mean": posterior.mean(x),
-            "variance": posterior.variance(x),
+            "variance": posterior.variance(x, from_samples=True),
             "samples": posterior.samples(x),
             "draw": posterior.draw(2, seed=3)(x),
             "updated mean": updated.mean(x),
@@ -224,7 +224,9 @@ class Stored:
             "updated draw": updated.draw(1)(x),
         }
         if not isinstance(x, tuple):
-            found["marginals"] = posterior.predict(x, batch_size=4).variance
+            found["marginals"] = torch.cat(
+                [posterior.variance(part, from_samples=True) for part in x.split(4)]
+            )
         solutions = (
             {"solution": posterior.solution, "updated": updated.solution}
             if hasattr(posterior, "solution")

@@ -25,6 +25,7 @@ from sgdgp.posterior import (
     PathwisePosterior,
     Posterior,
     load,
+    variances,
 )
 from tests.models import (
     FEATURE_KERNELS,
@@ -109,11 +110,13 @@ def test_samples_have_the_closed_forms_mean_and_covariance(name):
 
 
 @pytest.mark.parametrize("name", FEATURE_KERNELS)
-def test_variance_is_that_of_the_samples_around_the_solved_mean(name):
+def test_variance_from_samples_is_theirs_around_the_solved_mean(name):
     _, posterior = many_samples(name)
     x = new_points()
-    deviations = posterior.samples(x) - posterior.mean(x)
-    torch.testing.assert_close(posterior.variance(x), deviations.square().mean(0))
+    squares = (posterior.samples(x) - posterior.mean(x)).square()
+    variance, error = posterior.variance(x, from_samples=True, return_error=True)
+    torch.testing.assert_close(variance, squares.mean(0))
+    torch.testing.assert_close(error, variance * math.sqrt(2 / SAMPLES))
 
 
 @pytest.mark.parametrize("name", FEATURE_KERNELS)
@@ -237,7 +240,7 @@ def test_one_sample_is_enough_for_a_function_and_a_variance():
     posterior, x = sgdgp.condition(gp(), num_samples=1), new_points()
     squares = (posterior.samples(x)[0] - posterior.mean(x)).square()
     assert posterior.samples(x).shape == (1, 8)
-    torch.testing.assert_close(posterior.variance(x), squares)
+    torch.testing.assert_close(posterior.variance(x, from_samples=True), squares)
 
 
 def test_float32_agrees_with_float64():
@@ -367,19 +370,26 @@ def test_more_points_than_are_evaluated_at_a_time(kind, monkeypatch):
 
 
 @KINDS
-def test_joint_prediction_is_a_multivariate_normal_of_the_samples(kind):
+@pytest.mark.parametrize("exact", [True, False])
+def test_joint_prediction_has_the_mean_and_the_variances(kind, exact, monkeypatch):
+    monkeypatch.setattr(variances, "EXACT_ROWS", 2_000 if exact else 0)
     posterior, x = posterior_of(kind), new_points()
     predicted = posterior.predict(x)
-    deviations = (posterior.samples(x) - posterior.mean(x)).flatten(1)
-    covariance = deviations.T @ deviations / 3
-    if kind == "independent":
-        same = torch.eye(3, dtype=torch.float64).repeat(8, 8)
-        covariance = covariance * same
     assert isinstance(predicted, MultivariateNormal)
     assert isinstance(predicted, MultitaskMultivariateNormal) == (kind != "one")
     torch.testing.assert_close(predicted.mean, posterior.mean(x))
-    torch.testing.assert_close(predicted.covariance_matrix, covariance)
     torch.testing.assert_close(predicted.variance, posterior.variance(x))
+    if not exact:
+        # Correlations are the functions', of independent outputs none.
+        deviations = (posterior.samples(x) - posterior.mean(x)).flatten(1)
+        covariance = deviations.T @ deviations
+        if kind == "independent":
+            covariance *= torch.eye(3, dtype=torch.float64).repeat(8, 8)
+        root = covariance.diagonal().rsqrt()
+        scale = root * predicted.variance.flatten().sqrt()
+        torch.testing.assert_close(
+            predicted.covariance_matrix, covariance * scale.outer(scale)
+        )
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 100])
