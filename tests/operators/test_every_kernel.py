@@ -150,17 +150,7 @@ def _of_values(name: str):
     return operation
 
 
-for _name in (
-    "add",
-    "radd",
-    "sub",
-    "rsub",
-    "mul",
-    "rmul",
-    "truediv",
-    "rtruediv",
-    "pow",
-):
+for _name in "add radd sub rsub mul rmul truediv rtruediv pow".split():
     setattr(Formula, f"__{_name}__", _of_values(f"__{_name}__"))
 
 
