@@ -150,7 +150,17 @@ def _of_values(name: str):
     return operation
 
 
-for _name in "add radd sub rsub mul rmul truediv rtruediv pow".split():
+for _name in [
+    "add",
+    "radd",
+    "sub",
+    "rsub",
+    "mul",
+    "rmul",
+    "truediv",
+    "rtruediv",
+    "pow",
+]:
     setattr(Formula, f"__{_name}__", _of_values(f"__{_name}__"))
 
 
