@@ -5,6 +5,10 @@ Each is a built-in error too, so that code which catches ``ValueError`` keeps wo
 
 from __future__ import annotations
 
+import sys
+import warnings
+from types import FrameType
+
 
 class SgdgpError(Exception):
     """Any error that sgdgp raises under a name of its own."""
@@ -24,3 +28,16 @@ class CheckpointError(SgdgpError, ValueError):
 
 class NotStorableError(SgdgpError, TypeError):
     """An object is of a class that was not registered for storage."""
+
+
+def warn_user(message: str) -> None:
+    """Warn at the line of the user: the innermost that is not of this package."""
+    frame: FrameType | None = sys._getframe()
+    level = 0
+    while frame is not None and _is_ours(frame):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, stacklevel=level + 1)
+
+
+def _is_ours(frame: FrameType) -> bool:
+    return str(frame.f_globals.get("__name__")).partition(".")[0] == "sgdgp"

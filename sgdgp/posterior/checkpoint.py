@@ -120,7 +120,11 @@ class SolveCheckpoint(Checkpoint):
             if _is_final(before, settings, solver):
                 return before
         writer = _Writer(self, solver, probe, before or _nothing_yet(solver, rhs))
-        solution = problem.solve(generator, after=before, listener=writer)
+        try:
+            solution = problem.solve(generator, after=before, listener=writer)
+        except BaseException:  # Ctrl-C, or an error in a callback
+            writer.keep()
+            raise
         writer.finish(solution)
         if self.problem is None:
             return solution
@@ -144,6 +148,7 @@ class _Writer:
         self._history = list(before.history)
         self._residuals = before.residuals.cpu()
         self._weights: Tensor | None = None
+        self._latest: Progress | None = None
         self._has_file = before.passes > 0
         file.wait()
 
@@ -157,20 +162,27 @@ class _Writer:
                 progress.exact,
             )
         )
+        self._latest = progress
         if self._file.is_due:
-            now = replace(
-                self._before,
-                solver=self._solver.name,
-                residuals=progress.residuals.detach(),
-                passes=progress.passes,
-                seconds=progress.seconds,
-                reason="interrupted",
-                history=tuple(self._history),
-                warnings=(),
-                settings={},
-            )
-            self._write_better(now, progress.weights)
+            self.keep()
             self._file.wait()
+
+    def keep(self) -> None:
+        """Write the weights that were last told of, if they are better."""
+        if self._latest is None:
+            return
+        now = replace(
+            self._before,
+            solver=self._solver.name,
+            residuals=self._latest.residuals.detach(),
+            passes=self._latest.passes,
+            seconds=self._latest.seconds,
+            reason="interrupted",
+            history=tuple(self._history),
+            warnings=(),
+            settings={},
+        )
+        self._write_better(now, self._latest.weights)
 
     def finish(self, solution: Solution) -> None:
         """Write what the solve ended with."""

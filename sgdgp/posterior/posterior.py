@@ -48,7 +48,7 @@ class Marginals(NamedTuple):
     variance: Tensor
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Posterior:
     """A Gaussian process posterior made of functions, of one output or of several.
 
@@ -65,6 +65,14 @@ class Posterior:
     """
 
     parts: tuple[Part, ...] = field(repr=False)
+
+    def __repr__(self) -> str:
+        points, found = len(self.problem.x), self.solution
+        return (
+            f"{type(self).__name__}({points=}, num_samples={self.num_samples}, "
+            f"num_outputs={self.num_outputs}, solver={found.solver!r}, "
+            f"reason={found.reason!r})"
+        )
 
     @cached_property
     def solution(self) -> Solution:

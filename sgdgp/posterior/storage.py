@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import os
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -20,7 +19,7 @@ from torch import Tensor
 
 from sgdgp.core import format_1
 from sgdgp.core.codec import Contents, can_be_stored, write_values
-from sgdgp.core.errors import StorageError
+from sgdgp.core.errors import StorageError, warn_user
 from sgdgp.core.files import FileKind, place_of
 from sgdgp.core.hashes import differences, in_words, plain_attributes
 from sgdgp.core.memory import resolve_budget
@@ -196,11 +195,10 @@ def _settings(part: Mapping[str, Any], given: Solver | str | None) -> Settings:
     """How to draw and solve from now on, with the solver that is given on loading."""
     stored, budget = part["solver"], part["settings"]["memory_budget"]
     if given is None and stored is None:
-        warnings.warn(
+        warn_user(
             f"The posterior was solved by {part['solver_in_words']}, which is not a "
             "solver of sgdgp and not in the file; later draws and updates use 'auto'. "
-            "Pass solver= to load for another.",
-            stacklevel=2,
+            "Pass solver= to load for another."
         )
         given = "auto"
     elif given is None and not isinstance(stored, Solver):

@@ -232,6 +232,8 @@ class Solution:
 class Limits:
     """What ends a solve; None where the solver knows no such limit.
 
+    ``with_limits`` keeps tolerance and passes for None, and removes ``max_seconds``.
+
     Attributes:
         tolerance: Relative residual that every column must reach.
         max_passes: Budget in passes over K.
@@ -293,6 +295,16 @@ class Solver:
     """
 
     name: str
+    """What it is called. Default: its class in lower case."""
+
+    def __getattr__(self, attribute: str) -> str:
+        if attribute == "name":
+            return type(self).__name__.lower()
+        raise AttributeError(f"{type(self).__name__} has no attribute {attribute!r}")
+
+    def __repr__(self) -> str:
+        settings = ", ".join(f"{k}={v!r}" for k, v in vars(self).items())
+        return f"{type(self).__name__}({settings})"
 
     @property
     def resumes(self) -> bool:

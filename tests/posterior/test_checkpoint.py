@@ -125,6 +125,24 @@ def test_a_stopped_run_goes_on_and_ends_at_the_same_answer(path, solver):
     assert gap.norm() <= 2 * SOLVERS[solver].tolerance * undisturbed.samples(x).norm()
 
 
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ZeroDivisionError])
+def test_what_ends_a_solve_between_two_writes_loses_nothing(path, error):
+    def interrupt(progress):
+        if progress.passes >= 8:
+            raise error
+
+    settings = {"num_samples": 3, "num_features": 256, "solver": SOLVERS["cg"]}
+    settings |= {"checkpoint": path, "checkpoint_every": 60}
+    with pytest.raises(error):
+        sgdgp.condition(model(), **settings, callback=interrupt)
+    kept = read_values(path, KIND)["solution"]
+    assert kept.reason == "interrupted"
+    assert kept.passes >= 8
+    assert float(kept.residuals.max()) < 1
+    after = sgdgp.condition(model(), **settings).solution
+    assert after.history[: len(kept.history)] == kept.history
+
+
 def test_passes_seconds_and_history_are_of_all_runs(stopped):
     before = read_values(stopped, KIND)["solution"]
     seen = []

@@ -323,6 +323,16 @@ def model_of(kind):
 
 
 @KINDS
+def test_it_says_in_a_line_what_it_is(kind):
+    posterior = posterior_of(kind)
+    line = repr(posterior)
+    assert line.startswith(f"{type(posterior).__name__}(points=")
+    assert f"num_outputs={posterior.num_outputs}" in line
+    assert line.endswith(f"reason={posterior.solution.reason!r})")
+    assert len(line) < 200
+
+
+@KINDS
 def test_shapes_of_every_verb(kind):
     posterior, t = posterior_of(kind), outputs_of(kind)
     x = new_points()

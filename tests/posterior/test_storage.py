@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from dataclasses import dataclass, fields
+from inspect import unwrap
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from gpytorch.kernels import MaternKernel, RBFKernel, ScaleKernel
 from safetensors.torch import load_file, save_file
 
 import sgdgp
-from sgdgp.core.errors import StorageError
+from sgdgp.core.errors import StorageError, warn_user
 from sgdgp.core.files import read_file, write_file
 from sgdgp.posterior import load
 from sgdgp.posterior.storage import KIND
@@ -167,6 +168,29 @@ def test_a_users_solver_is_replaced_with_a_warning_or_given_again(path):
     assert torch.equal(again.mean(x), posterior.mean(x))
     assert load(path, gp(), solver=Mine()).problem.solver == Mine()
     assert load(path, gp(), solver="sdd").problem.solver == sgdgp.SDD()
+
+
+class Nameless(sgdgp.Solver):
+    """A user's solver that says the least."""
+
+    def solve(self, *args, **settings):
+        return sgdgp.CG().solve(*args, **settings)
+
+
+def test_a_solver_without_a_name_is_called_by_its_class(path):
+    assert Nameless().name == "nameless"
+    assert not hasattr(Nameless(), "title")
+    saved(path, solver=Nameless())
+    with pytest.warns(UserWarning, match=r"solved by Nameless\(\), which"):
+        load(path, gp())
+
+
+def test_warnings_are_of_the_users_line():
+    with pytest.warns(UserWarning, match="word") as seen:
+        exec(
+            "warn_user('word')", {"__name__": "sgdgp.x", "warn_user": unwrap(warn_user)}
+        )
+    assert seen[0].filename == __file__
 
 
 class OtherForward(GP):
