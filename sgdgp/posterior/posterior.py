@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import NamedTuple, TypeVar
+from typing import Literal, NamedTuple, TypeVar, overload
 
 import torch
 from gpytorch.distributions import MultivariateNormal
@@ -137,6 +137,20 @@ class Posterior:
         mean, _ = self.paths.evaluate(flat, deviations=False)
         units = self.paths.units
         return (units.shift + units.scale * mean).reshape(*shape, *mean.shape[1:])
+
+    @overload
+    def variance(
+        self,
+        x: Points,
+        *,
+        return_error: Literal[False] = False,
+        from_samples: bool = False,
+    ) -> Tensor: ...
+
+    @overload
+    def variance(
+        self, x: Points, *, return_error: Literal[True], from_samples: bool = False
+    ) -> tuple[Tensor, Tensor]: ...
 
     def variance(
         self, x: Points, *, return_error: bool = False, from_samples: bool = False

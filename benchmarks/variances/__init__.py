@@ -1,0 +1,1 @@
+"""Errors of posterior variances: of functions alone, and of the default."""
