@@ -36,6 +36,7 @@ from sgdgp.core.checks import (
     check_positive,
     check_same,
 )
+from sgdgp.core.inference import with_gradients
 from sgdgp.core.memory import resolve_budget
 from sgdgp.core.seeds import generator_of, standard_normal
 from sgdgp.core.slices import slices
@@ -79,6 +80,7 @@ class Maxima:
     candidate_values: Float[Tensor, " s"] = field(repr=False)
 
 
+@with_gradients
 def maximise(
     posterior: PathwisePosterior | Functions,
     bounds: Float[Tensor, "2 d"],

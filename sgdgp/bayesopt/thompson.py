@@ -36,6 +36,7 @@ from sgdgp.core.checks import (
     check_same,
 )
 from sgdgp.core.hashes import digest
+from sgdgp.core.inference import outside_inference_mode
 from sgdgp.core.seeds import derived_generator, number_of
 from sgdgp.posterior import PathwisePosterior
 from sgdgp.posterior.condition import DEFAULT_FEATURES
@@ -76,6 +77,7 @@ class Result:
         return float(self.y.max())
 
 
+@outside_inference_mode
 def thompson_sampling(
     objective: Objective,
     bounds: Float[Tensor, "2 d"],

@@ -30,6 +30,7 @@ from sgdgp.core.checks import check_matrix, check_same
 from sgdgp.core.codec import register_stored_class
 from sgdgp.core.errors import UnsupportedModelError
 from sgdgp.core.hashes import digest
+from sgdgp.core.inference import outside_inference_mode
 from sgdgp.core.seeds import derived_generator
 from sgdgp.gpytorch_adapter import has_fixed_noise, prior_of
 from sgdgp.gpytorch_adapter.data import training_data
@@ -154,6 +155,7 @@ class ConditionedModel(FunctionModel):
         """Take over what was conditioned elsewhere."""
         self._latest = _Latest(tuple(outputs), state_of(self))
 
+    @outside_inference_mode
     def all_outputs(self) -> tuple[Outputs, ...]:
         """Conditioned outputs, of the hyperparameters of now."""
         latest = self._latest

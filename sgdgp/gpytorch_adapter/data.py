@@ -17,6 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sgdgp.core.checks import check_finite, check_matrix, check_same
+from sgdgp.core.inference import ordinary
 from sgdgp.gpytorch_adapter.outcome_scale import to_model_units
 
 Inputs: TypeAlias = Tensor | Sequence[Tensor]
@@ -85,9 +86,9 @@ def training_data(
         check_finite("y", torch.where(torch.isnan(y), torch.zeros_like(y), y))
     if given:
         y = to_model_units(model, y)
-    joined = joined.detach()
+    joined = ordinary(joined.detach())
     several = len(layout.widths) > 1
-    return layout.split(joined) if several else joined, y.detach()
+    return layout.split(joined) if several else joined, ordinary(y.detach())
 
 
 def _targets(y: Tensor, n: int) -> Tensor:

@@ -228,6 +228,13 @@ def prior_of(model: ExactGP, probe: Inputs) -> Prior:
             frozen, kernel, nugget, OutcomeScale(), layout, False, scales
         )
     _check_pointwise(prior, prior.rows(points))
+    if any(getattr(m, "grid_is_dynamic", False) for m in kernel.modules()):
+        raise UnsupportedModelError(
+            "model: its GridInterpolationKernel has no grid_bounds, so GPyTorch moves "
+            "its grid with the points of every call and the prior is not a function of "
+            "two points; build it with grid_bounds that hold the training inputs and "
+            "wherever you will predict"
+        )
     return prior
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sgdgp.core.checks import check_count
 from sgdgp.core.deprecation import renamed_arguments
+from sgdgp.core.inference import outside_inference_mode
 from sgdgp.core.seeds import generator_of
 from sgdgp.gpytorch_adapter import Inputs, prior_of, training_data
 from sgdgp.posterior.checkpoint import SolveCheckpoint
@@ -33,6 +34,7 @@ DEFAULT_FEATURES = 16_384
 
 
 @renamed_arguments(every="checkpoint_every")
+@outside_inference_mode
 def condition(
     model: ExactGP,
     x: Inputs | None = None,

@@ -31,6 +31,7 @@ from linear_operator.operators import (
 from torch import Tensor
 
 from sgdgp.core.checks import check_finite, check_same
+from sgdgp.core.inference import outside_inference_mode
 from sgdgp.features import ExactDraws, PriorDraws, SelectedDraws
 from sgdgp.gpytorch_adapter import MultitaskPrior, OutcomeScale, Prior
 from sgdgp.operators import KernelOperator
@@ -188,6 +189,7 @@ class ConditionedPaths(Paths):
         check_finite("x", x)
         return x.reshape(-1, self.dim), x.shape[:-1]
 
+    @outside_inference_mode
     def evaluate(
         self, x: Float[Tensor, "n d"], *, deviations: bool = True
     ) -> tuple[Tensor, Tensor]:
@@ -202,6 +204,7 @@ class ConditionedPaths(Paths):
             values.append(self.draws(inputs) - value if deviations else value)
         return torch.cat(means), torch.cat(values)
 
+    @outside_inference_mode
     def moments(self, x: Float[Tensor, "n d"]) -> Moments:
         prior_mean, inputs = self.prior.evaluate(x)
         bound, products, rest = self.variances.explain(inputs)
@@ -219,6 +222,7 @@ class ConditionedPaths(Paths):
             self.draws.covariance_error,
         )
 
+    @outside_inference_mode
     def each(self, x: Float[Tensor, "s q d"]) -> Float[Tensor, "s q"]:
         prior_mean, inputs = self.prior.evaluate(x.reshape(-1, x.shape[-1]))
         own = inputs.reshape(*x.shape[:2], inputs.shape[-1])
@@ -243,6 +247,7 @@ class ConditionedPaths(Paths):
             units.shift + units.scale * mean, _plus(covariance, noise)
         )
 
+    @outside_inference_mode
     def covariance(
         self, x: Float[Tensor, "n d"], scale: Tensor, outputs: int = 1
     ) -> LinearOperator:
@@ -375,6 +380,7 @@ class ParallelPaths(Paths):
     def flattened(self, x: Points) -> tuple[Tensor, torch.Size]:
         return self.paths[0].flattened(x)
 
+    @outside_inference_mode
     def evaluate(
         self, x: Float[Tensor, "n d"], *, deviations: bool = True
     ) -> tuple[Float[Tensor, "n t"], Float[Tensor, "n t s"]]:
@@ -435,6 +441,7 @@ class ParallelPaths(Paths):
             for outputs in self._groups
         ]
 
+    @outside_inference_mode
     def moments(self, x: Float[Tensor, "n d"]) -> Moments:
         """Output by output, in groups that share an operator."""
         first = self.paths[0]

@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 from sgdgp.core.checks import check_count, check_followers
 from sgdgp.core.codec import fitting, read_values
 from sgdgp.core.files import path_of, reads
+from sgdgp.core.inference import outside_inference_mode
 from sgdgp.core.seeds import generator_of_draws
 from sgdgp.core.slices import slices
 from sgdgp.gpytorch_adapter import has_fixed_noise
@@ -387,6 +388,7 @@ def posterior_of(parts: Sequence[Part]) -> Posterior:
 
 
 @reads(KIND)
+@outside_inference_mode
 def load(
     path: str | os.PathLike[str],
     model: ExactGP,

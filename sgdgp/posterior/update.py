@@ -23,6 +23,7 @@ from sgdgp.core.checks import (
     check_same,
     check_variances,
 )
+from sgdgp.core.inference import outside_inference_mode
 from sgdgp.core.seeds import derived_generator
 from sgdgp.gpytorch_adapter import MultitaskPrior, Prior, has_fixed_noise
 from sgdgp.posterior.paths import ConditionedPaths, Points
@@ -51,6 +52,7 @@ _WORTH = 0.75
 would help nobody."""
 
 
+@outside_inference_mode
 def update_parts(
     parts: Sequence[Part],
     x_new: Points,
@@ -141,6 +143,7 @@ def extend_problems(
     return problems
 
 
+@outside_inference_mode
 def draw_functions(
     parts: Sequence[Part],
     k: int,

@@ -37,6 +37,7 @@ from gpytorch.kernels.kernel import to_dense
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from sgdgp.core.inference import outside_inference_mode
 from sgdgp.core.slices import tracks_gradient
 from sgdgp.operators import FeatureOperator, KernelOperator
 from sgdgp.operators.evaluation import detached_copy, differentiable_block
@@ -94,6 +95,7 @@ class Variances(ABC):
         """Posterior covariances at kernel inputs x; None where they are not known."""
 
 
+@outside_inference_mode
 def variances_given(
     operator: KernelOperator,
     noise: Float[Tensor, " n"],

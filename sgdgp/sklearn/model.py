@@ -44,6 +44,7 @@ from jaxtyping import Float
 from linear_operator.operators import DiagLinearOperator
 from torch import Tensor
 
+from sgdgp.core.inference import outside_inference_mode
 from sgdgp.sklearn.arguments import Settings
 from sgdgp.training import Fitted, Plateau, fit
 
@@ -235,6 +236,7 @@ class CountedObservations(Prior):
         return -0.5 * self.count * (2.0 * math.pi * x).log()
 
 
+@outside_inference_mode
 def starting_model(
     kernel: Kernel | str,
     x: Float[Tensor, "n d"],

@@ -20,6 +20,7 @@ from torch.func import functional_call, jacrev, vmap
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 from sgdgp.core.checks import check_finite
+from sgdgp.core.inference import ordinary, outside_inference_mode
 from sgdgp.core.memory import resolve_budget
 from sgdgp.core.slices import check_product, slices, tracks_gradient
 from sgdgp.tangent.forward import (
@@ -209,29 +210,16 @@ class Tangent:
         return [*self._theta.items(), *self._rest.items()]
 
 
-def _recorded(method: Callable[..., Any]) -> Callable[..., Any]:
-    """The same method, also where a caller has forbidden all derivatives."""
-
-    @functools.wraps(method)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        if not torch.is_inference_mode_enabled():
-            return method(*args, **kwargs)
-        with torch.inference_mode(False), torch.no_grad():
-            return method(*args, **kwargs)
-
-    return call
-
-
 class TangentBatch:
     """J(x) for one batch x; all of its products share one forward pass.
 
     A product is differentiable in x and in the vector where these need a gradient.
     """
 
-    @_recorded
+    @outside_inference_mode
     def __init__(self, tangent: Tangent, x: Any) -> None:
         self._tangent = tangent
-        self._x = tree_map_only(Tensor, _ordinary, x)
+        self._x = tree_map_only(Tensor, ordinary, x)
         self._function = tangent.function(self._x)
         self._leaves = {
             n: p.detach().requires_grad_() for n, p in tangent._theta.items()
@@ -243,7 +231,7 @@ class TangentBatch:
         """The network's own outputs."""
         return self._run().detach()
 
-    @_recorded
+    @outside_inference_mode
     def jvp(self, w: Float[Tensor, "D k"]) -> Float[Tensor, "b C k"]:
         """J(x) w.
 
@@ -260,7 +248,7 @@ class TangentBatch:
         self._check_reverse()
         return self._reverse_twice(w)
 
-    @_recorded
+    @outside_inference_mode
     def vjp(
         self, u: Float[Tensor, "b C k"], out: Float[Tensor, "D k"] | None = None
     ) -> Float[Tensor, "D k"]:
@@ -285,7 +273,7 @@ class TangentBatch:
                 total[columns, t.slices[name]].add_(flat)
         return total.mT
 
-    @_recorded
+    @outside_inference_mode
     def jacobian(self) -> Float[Tensor, "b C D"]:
         """J(x) itself, for small networks."""
         try:
@@ -315,7 +303,7 @@ class TangentBatch:
         with differentiable_layers(t.network):
             return vmap(jacobian, in_dims=(axes,), chunk_size=together)(self._x)
 
-    @_recorded
+    @outside_inference_mode
     def _run(self, mode: ForwardMode | None = None) -> Tensor:
         """Outputs with the graph of the reverse mode; with a mode, once more."""
         if self._graph is None or mode is not None:
@@ -427,7 +415,3 @@ class TangentBatch:
 
 def _tensors(x: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(x) if isinstance(leaf, Tensor)]
-
-
-def _ordinary(tensor: Tensor) -> Tensor:
-    return tensor.clone() if tensor.is_inference() else tensor

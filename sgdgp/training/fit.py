@@ -23,6 +23,7 @@ from sgdgp.core.checks import (
     check_positive,
 )
 from sgdgp.core.deprecation import renamed_arguments
+from sgdgp.core.inference import with_gradients
 from sgdgp.core.seeds import derived_generator, generator_of, seed_of
 from sgdgp.gpytorch_adapter import Inputs, training_data
 from sgdgp.solvers.base import Solver
@@ -54,6 +55,7 @@ def adam(parameters: Iterable[torch.nn.Parameter]) -> Optimizer:
 
 
 @renamed_arguments(optimiser="optimizer", every="checkpoint_every")
+@with_gradients
 def fit(
     model: ExactGP,
     x: Inputs | None = None,
@@ -141,6 +143,8 @@ def fit(
     parameters = [p for p in model.parameters() if p.requires_grad]
     if not parameters:
         raise ValueError("model: expected parameters that require a gradient, found 0")
+    if any(parameter.is_inference() for parameter in parameters):
+        raise ValueError("model: expected one built outside torch.inference_mode()")
     check_finite_parameters("model", model)
     number = seed_of(generator_of(seed))
     limits = FitLimits(steps, max_passes, max_seconds, plateau)

@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sgdgp.core.checks import check_count
+from sgdgp.core.inference import with_gradients
 from sgdgp.core.seeds import generator_of
 from sgdgp.gpytorch_adapter import Inputs, layout_of, training_data
 from sgdgp.training.fit import fit
@@ -21,6 +22,7 @@ from sgdgp.training.parameters import from_average, learned_parameters, to_avera
 SubsetKind: TypeAlias = Literal["neighbourhoods", "random"]
 
 
+@with_gradients
 def initialise(
     model: ExactGP,
     x: Inputs | None = None,

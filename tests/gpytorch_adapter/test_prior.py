@@ -13,6 +13,7 @@ import torch
 from botorch.models import SingleTaskGP
 from botorch.models.transforms import Normalize, Standardize
 from gpytorch.kernels import (
+    GridInterpolationKernel,
     InducingPointKernel,
     LinearKernel,
     MaternKernel,
@@ -207,6 +208,11 @@ def noise_by_a_model():
     )
 
 
+def grid_that_stays():
+    bounds = ((-2.0, 2.0), (-2.0, 2.0))
+    return gp(GridInterpolationKernel(RBFKernel(), grid_size=20, grid_bounds=bounds))
+
+
 MODELS = [
     gp,
     with_priors,
@@ -229,6 +235,7 @@ MODELS = [
     fixed_noise_and_more,
     noise_by_task,
     noise_by_a_model,
+    grid_that_stays,
 ]
 
 
@@ -409,6 +416,10 @@ def noise_in_forward():
     return gp(covariance=lambda m, x: m.kernel(x).add_diagonal(1.0 + x[:, 0].square()))
 
 
+def grid_that_moves():
+    return gp(GridInterpolationKernel(RBFKernel(), grid_size=20, num_dims=2))
+
+
 def negative_constant():
     return gp(covariance=lambda m, x: m.kernel(x) * -1.0)
 
@@ -428,6 +439,7 @@ def negative_constant():
         (two_sets_of_points, "RBFKernel on two different sets"),
         (noise_in_forward, "DiagLinearOperator"),
         (negative_constant, "one positive number"),
+        (grid_that_moves, "grid_bounds"),
     ],
     ids=lambda given: getattr(given, "__name__", ""),
 )
