@@ -6,9 +6,9 @@ elementwise.
 
 In more than three dimensions the distances come from one matrix product of
 augmented inputs, |z - z'|^2 = [z, |z|^2, 1] . [-2 z', 1, |z'|^2], whose rounding
-error is about machine epsilon times |z|^2: small as long as inputs are centred and
-the lengthscales are not tiny beside the spread of the data. In up to three
-dimensions, where lengthscales often are, the differences themselves are squared: no
+error is about machine epsilon times |z|^2. Entries that are not far above it (pairs of
+duplicates and near neighbours, or all where lengthscales are tiny) are taken anew from
+differences. In up to three dimensions the differences themselves are squared: no
 cancellation, and no more time than the product takes.
 
 Gradients are dS/dz_i = 2 sum_j (G_ij + G_ji) (z_i - z_j). In more than three dimensions
@@ -25,6 +25,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sgdgp.core.slices import slices
 from sgdgp.kernels.registry import (
     BoundTile,
     Buffers,
@@ -45,6 +46,14 @@ time than a matrix product, which has next to nothing to multiply."""
 _SAME_POINT = 8
 """Squared distances up to so many machine epsilons times |z|^2 are taken for those of
 equal points: of the terms of size |z|^2 that cancel then, a few epsilons are left."""
+
+
+_CANCELLED = 1e3
+"""Squared distances below so many machine epsilons times |z|^2 + |z'|^2 have lost more
+than three digits of their own, and come from differences instead."""
+
+_NARROW = 128
+"""Columns that are searched for such entries at a time: mostly few rows have any."""
 
 
 def left_form(z: Tensor) -> tuple[Tensor]:
@@ -74,12 +83,32 @@ def squared_distances(
     dimensions = left.shape[1]
     if dimensions > DIRECT_DIMENSIONS:
         torch.mm(left, right.T, out=out)
+        _undo_cancellation(left, right, out)
         return
     torch.sub(left[:, :1], right[:, 0], out=out)
     out.mul_(out)
     for i in range(1, dimensions):
         difference = torch.sub(left[:, i : i + 1], right[:, i], out=scratch[0])
         out.addcmul_(difference, difference)
+
+
+def _undo_cancellation(left: Tensor, right: Tensor, out: Tensor) -> None:
+    """Take squared distances (a, b) near their rounding error from differences."""
+    if out.numel() == 0:
+        return
+    level = _CANCELLED * torch.finfo(out.dtype).eps
+    squares, across = level * left[:, -2:-1], level * right[:, -1]
+    # What is too far for any pair of the tile, as most are, is known by one number.
+    if bool(out.amin() > squares.amax() + across.amax()):
+        return
+    for columns in slices(out.shape[1], _NARROW):
+        part, other = out[:, columns], right[columns, :-2]
+        bound = squares + across[columns].amax()
+        near = (part.amin(1, keepdim=True) <= bound).nonzero()[:, 0]
+        i, j = (part[near] <= squares[near] + across[columns]).nonzero(as_tuple=True)
+        rows = near[i]
+        difference = left[rows, :-2].add_(other[j], alpha=0.5)
+        part[rows, j] = difference.square_().sum(1)
 
 
 def rounding_of_distances(z: Tensor) -> Tensor:

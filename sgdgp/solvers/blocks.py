@@ -212,19 +212,29 @@ def nystrom_inverse(
     # What is below the rounding of the entries is not known of K.
     shift = torch.finfo(matrix.dtype).eps * float(core.diagonal().sum().clamp_min(0))
     shift = max(shift, torch.finfo(matrix.dtype).tiny)
-    core.diagonal().add_(shift)
-    corner, info = torch.linalg.cholesky_ex(core)
-    while int(info):
-        shift *= 10.0
-        core.diagonal().add_(shift)
-        corner, info = torch.linalg.cholesky_ex(core)
+    corner, shift = _shifted_factor(core, shift)
     factor = torch.linalg.solve_triangular(corner.mT, image, upper=True, left=False)
     spectrum = torch.linalg.eigvalsh(factor.mT @ factor)
     damping = (spectrum[0] - shift).clamp_min(0.0)
     diagonal = 1.0 / (noise.double() + damping)
     inner = factor.mT @ (diagonal * factor)
-    inner.diagonal().add_(1.0)
-    return LowRankInverse(diagonal, factor, torch.linalg.cholesky(inner))
+    # More than the identity where that is below the rounding of what it is added to.
+    corner, _ = _shifted_factor(inner, 1.0)
+    return LowRankInverse(diagonal, factor, corner)
+
+
+def _shifted_factor(matrix: Tensor, shift: float) -> tuple[Tensor, float]:
+    """Cholesky factor of a matrix, changed in place, with the shift that it took.
+
+    That is the given one, or what has to be added until there is a factor.
+    """
+    matrix.diagonal().add_(shift)
+    corner, info = torch.linalg.cholesky_ex(matrix)
+    while int(info) and math.isfinite(shift):
+        shift *= 10.0
+        matrix.diagonal().add_(shift)
+        corner, info = torch.linalg.cholesky_ex(matrix)
+    return corner, shift
 
 
 def _largest_eigenvalue(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -99,6 +100,13 @@ def as_system(operator: KernelOperator, noise: Tensor | float, rhs: Tensor) -> S
         raise ValueError(f"rhs: expected shape ({n}, k), found {tuple(rhs.shape)}")
     check_same("rhs", rhs, "operator", operator.x)
     check_finite("rhs", rhs)
+    if not operator.has_features:  # of which the diagonal takes a pass
+        largest = float(operator.diagonal().abs().amax())
+        if not math.isfinite(largest):
+            raise ValueError(
+                f"kernel: its values leave the range of {rhs.dtype}; give "
+                "float64 data, or a smaller scale of inputs or kernel"
+            )
     noise = torch.as_tensor(noise, dtype=rhs.dtype, device=rhs.device)
     if noise.ndim > 1 or (noise.ndim == 1 and noise.shape[0] not in (1, n)):
         raise ValueError(

@@ -38,18 +38,31 @@ def test_the_diagonal_is_exact_in_products_of_every_kind(d, generator):
         assert (product[torch.arange(len(rows)), rows] == 1).all()
 
 
-@pytest.mark.parametrize("d", [1, 3])
-def test_duplicates_have_covariance_one_in_few_dimensions(d, generator):
+@pytest.mark.parametrize("d", [1, 3, 8, 20])
+def test_duplicates_have_covariance_one(d, generator):
     x = torch.randn(20, d, generator=generator).repeat(2, 1)
     found = TiledOperator(MaternKernel(0.5), x).block(slice(0, 20), slice(20, 40))
     assert (found.diagonal() == 1).all()
 
 
-def test_duplicates_have_covariance_one_up_to_rounding_of_distances(generator):
-    x = torch.randn(20, 8, generator=generator).repeat(2, 1)
-    found = TiledOperator(MaternKernel(1.5), x).block(slice(0, 20), slice(20, 40))
-    ones = torch.ones(20)
-    torch.testing.assert_close(found.diagonal(), ones, rtol=0, atol=1e-4)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("d", [3, 8, 20])
+def test_tiny_lengthscales_know_neighbours_from_duplicates(d, dtype, generator):
+    x = torch.randn(300, d, generator=generator, dtype=dtype)
+    x[100:200] = x[:100] + 1e-3 * torch.randn(100, d, generator=generator, dtype=dtype)
+    x[200:] = x[:100]
+    lengthscale = 1e-3 * d**0.5
+    kernel = MaternKernel(0.5).to(dtype)
+    kernel.lengthscale = lengthscale
+    scaled = x.double() / kernel.lengthscale.item()
+    truth = (-(scaled[:, None] - scaled).norm(dim=2)).exp().to(dtype)
+    rtol, atol = (1e-3, 1e-6) if dtype == torch.float32 else (1e-9, 1e-14)
+    for found in (
+        TiledOperator(kernel, x).block(slice(0, 300), slice(0, 300)),
+        TiledOperator(kernel, x[100:], x[:150]).matmul(torch.eye(200, dtype=dtype)),
+    ):
+        expected = truth if len(found) == 300 else truth[:150, 100:]
+        torch.testing.assert_close(found, expected, rtol=rtol, atol=atol)
 
 
 @pytest.mark.parametrize("budget", [1, 1000, 10**5, 10**9])

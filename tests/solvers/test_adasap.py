@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sgdgp.solvers.adasap import ADASAP, Acceleration, default_block_size
-from sgdgp.solvers.blocks import ExactBlocks, NystromBlocks
+from sgdgp.solvers.blocks import ExactBlocks, NystromBlocks, nystrom_inverse
 from sgdgp.solvers.system import as_system
 from tests.solvers.problems import OPERATORS, problem, relative_error
 
@@ -162,3 +162,16 @@ def test_a_preconditioner_is_an_object_with_a_rank():
         ADASAP(preconditioner="nystrom")
     with pytest.raises(ValueError, match="rank"):
         NystromBlocks(rank=0)
+
+
+@pytest.mark.parametrize("size", [1.0, 1e9, 1e18])
+def test_blocks_far_above_the_noise_are_preconditioned_whatever_their_scale(size):
+    p = problem("linear", 100, noise=1e-4)
+    matrix = size * p.matrix.float()
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.full((100, 1), 1e-4)
+    inverse = nystrom_inverse(matrix, noise, 100, generator)
+    vectors = torch.randn(100, 3, generator=generator)
+    found = inverse(vectors)
+    assert torch.isfinite(found).all()
+    assert ((vectors * found).sum(0) > 0).all()

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import gpytorch
 import pytest
 import torch
 
 from sgdgp.operators import DenseOperator, RowBlocksOperator
 from sgdgp.solvers import CG, SDD, Cholesky
+from sgdgp.solvers.auto import SOLVERS as BY_NAME
+from sgdgp.solvers.auto import choose_solver
 from sgdgp.solvers.system import (
     as_system,
     believed_norms,
@@ -234,3 +237,12 @@ def test_columns_whose_squares_underflow_are_solved_too(solver):
     p.rhs[:, 0] *= 1e-28
     found = p.solve(solver)
     assert float(p.residuals(found.weights).max()) <= 0.01
+
+
+@pytest.mark.parametrize("name", ["auto", *BY_NAME])
+def test_a_kernel_beyond_the_float_range_is_refused_by_every_solver(name):
+    x = 1e10 * torch.ones(5, 1)
+    kernel = gpytorch.kernels.PolynomialKernel(power=4)
+    solver = choose_solver(name, None, 2**30)
+    with pytest.raises(ValueError, match="kernel: its values leave the range"):
+        solver.solve(DenseOperator(kernel, x), 0.1, torch.ones(5, 1))
