@@ -101,8 +101,7 @@ def as_system(operator: KernelOperator, noise: Tensor | float, rhs: Tensor) -> S
     check_same("rhs", rhs, "operator", operator.x)
     check_finite("rhs", rhs)
     if not operator.has_features:  # of which the diagonal takes a pass
-        largest = float(operator.diagonal().abs().amax())
-        if not math.isfinite(largest):
+        if not math.isfinite(float(operator.diagonal().abs().amax())):
             raise ValueError(
                 f"kernel: its values leave the range of {rhs.dtype}; give "
                 "float64 data, or a smaller scale of inputs or kernel"
