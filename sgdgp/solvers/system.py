@@ -100,12 +100,12 @@ def as_system(operator: KernelOperator, noise: Tensor | float, rhs: Tensor) -> S
         raise ValueError(f"rhs: expected shape ({n}, k), found {tuple(rhs.shape)}")
     check_same("rhs", rhs, "operator", operator.x)
     check_finite("rhs", rhs)
-    if not operator.has_features:  # of which the diagonal takes a pass
-        if not math.isfinite(float(operator.diagonal().abs().amax())):
-            raise ValueError(
-                f"kernel: its values leave the range of {rhs.dtype}; give "
-                "float64 data, or a smaller scale of inputs or kernel"
-            )
+    # Of features the diagonal takes a pass.
+    if not (operator.has_features or _has_finite_diagonal(operator)):
+        raise ValueError(
+            f"kernel: its values leave the range of {rhs.dtype}; give float64 data, or "
+            "a smaller scale of inputs or kernel"
+        )
     noise = torch.as_tensor(noise, dtype=rhs.dtype, device=rhs.device)
     if noise.ndim > 1 or (noise.ndim == 1 and noise.shape[0] not in (1, n)):
         raise ValueError(
@@ -127,6 +127,10 @@ def as_system(operator: KernelOperator, noise: Tensor | float, rhs: Tensor) -> S
     return System(
         operator, noise.reshape(-1, 1).expand(n, 1), (rhs / largest).div_(norms), scale
     )
+
+
+def _has_finite_diagonal(operator: KernelOperator) -> bool:
+    return math.isfinite(float(operator.diagonal().abs().amax()))
 
 
 def initial_weights(
