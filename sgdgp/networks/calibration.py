@@ -123,7 +123,7 @@ def conclude(
         best_name, best = NETWORK, network
     gain, error = paired_difference(calibrated.nll, best.nll)
     difference = f"{abs(gain):.2g} ± {error:.1g} nats"
-    if scale == 0:
+    if scale == 0 and torch.equal(calibrated.nll, network.nll):
         chosen = alone
         reason = "No variance at all predicts best here: the posterior adds nothing."
     elif abs(gain) > SIGNIFICANT * error:
@@ -189,13 +189,15 @@ class HeldOut:
 
     Attributes:
         outputs: What the network says (n, C).
+        mean: The posterior's mean (n, C).
         y: Targets.
         variance: Variance of each output, without noise (n, C).
-        fluctuations: Samples around the outputs (n, C, k), or None: then there is no
+        fluctuations: Samples around the mean (n, C, k), or None: then there is no
             Monte-Carlo link and no joint log-likelihood of the posterior.
     """
 
     outputs: Float[Tensor, "n C"]
+    mean: Float[Tensor, "n C"]
     y: Tensor
     variance: Float[Tensor, "n C"]
     fluctuations: Float[Tensor, "n C k"] | None = None
@@ -206,7 +208,8 @@ class HeldOut:
         size = max(1, _CHUNK // (self.outputs.shape[1] * samples))
         for rows in slices(len(self.outputs), size):
             g = None if self.fluctuations is None else self.fluctuations[rows]
-            yield HeldOut(self.outputs[rows], self.y[rows], self.variance[rows], g)
+            f, mean = self.outputs[rows], self.mean[rows]
+            yield HeldOut(f, mean, self.y[rows], self.variance[rows], g)
 
 
 @torch.no_grad()
@@ -215,6 +218,7 @@ def compare(
     outputs: Float[Tensor, "n C"],
     y: Tensor,
     *,
+    mean: Float[Tensor, "n C"] | None = None,
     fluctuations: Float[Tensor, "n C k"] | None = None,
     variance: Float[Tensor, "n C"] | None = None,
     link: Link = "probit",
@@ -229,7 +233,8 @@ def compare(
         likelihood: Of the targets.
         outputs: The network's outputs (n, C).
         y: Held-out targets, as the likelihood takes them.
-        fluctuations: Unscaled samples around the outputs (n, C, k).
+        mean: The posterior's mean (n, C). Default: ``outputs``.
+        fluctuations: Unscaled samples around the mean (n, C, k).
         variance: Their variance (n, C). Default: that of ``fluctuations``.
         link: From logits to probabilities. Default: "probit".
         generator: Pairs examples for the joint log-likelihood. Default: one with a
@@ -268,7 +273,9 @@ def compare(
     if bool((variance < 0).any()):
         raise ValueError("variance: expected no negative value")
     y = y.to(outputs.device)
-    held_out = HeldOut(outputs.detach(), y, variance.detach(), fluctuations)
+    outputs = outputs.detach()
+    mean = outputs if mean is None else mean.detach()
+    held_out = HeldOut(outputs, mean, y, variance.detach(), fluctuations)
     if isinstance(likelihood, Gaussian):
         return _compare_targets(likelihood, held_out)
     if isinstance(likelihood, Categorical):
@@ -346,10 +353,10 @@ def best_temperature(outputs: Float[Tensor, "n C"], y: Tensor) -> float:
 def _log_probabilities(part: HeldOut, link: Link, scale: float) -> Tensor:
     """Log class probabilities (b, C) with the variances scaled."""
     if scale == 0:
-        return part.outputs.log_softmax(1)
+        return part.mean.log_softmax(1)
     if link == "probit" or part.fluctuations is None:
-        return log_probit(part.outputs, scale * part.variance)
-    return log_monte_carlo(part.outputs, math.sqrt(scale) * part.fluctuations)
+        return log_probit(part.mean, scale * part.variance)
+    return log_monte_carlo(part.mean, math.sqrt(scale) * part.fluctuations)
 
 
 def _compare_classes(
@@ -360,11 +367,13 @@ def _compare_classes(
         torch.randint(2**62, (), generator=generator, device=generator.device).item()
     )
 
-    def entry(scale: float, temperature: float = 1.0) -> Entry:
+    def entry(scale: float, temperature: float | None = None) -> Entry:
         rows: list[tuple[Tensor, ...]] = []
         targets = []
         for whole in held_out.parts():
-            part = replace(whole, outputs=whole.outputs / temperature)
+            part = whole
+            if temperature is not None:
+                part = replace(whole, mean=whole.outputs / temperature)
             log_p = _log_probabilities(part, link, scale)
             p = log_p.exp()
             confidence, predicted = p.max(1)
@@ -375,7 +384,7 @@ def _compare_classes(
                 targets.append(of_target.unsqueeze(1))
             elif part.fluctuations is not None:
                 added = math.sqrt(scale) * part.fluctuations
-                logits = part.outputs.unsqueeze(-1) + added
+                logits = part.mean.unsqueeze(-1) + added
                 targets.append(likelihood.log_prob(logits, part.y))
         nll, confidence, correct, brier = map(torch.cat, zip(*rows, strict=True))
         joint = math.nan
@@ -402,7 +411,7 @@ def _compare_classes(
     scale = best_scale(loss)
     temperature = best_temperature(held_out.outputs, held_out.y)
     entries = {
-        NETWORK: entry(0.0),
+        NETWORK: entry(0.0, 1.0),
         "network with temperature": entry(0.0, temperature),
         EVIDENCE: entry(1.0),
         CALIBRATED: entry(scale),
@@ -412,23 +421,31 @@ def _compare_classes(
 
 def _compare_targets(likelihood: Gaussian, held_out: HeldOut) -> Comparison:
     """Compare for regression: constant noise against the posterior's variance."""
-    mean = held_out.outputs
-    y = held_out.y.reshape(mean.shape).to(mean)
+    f, mean = held_out.outputs, held_out.mean
+    y = held_out.y.reshape(f.shape).to(f)
     noise = likelihood.variance
-    errors = (y - mean).double().square().mean(0)
+    errors = (y - f).double().square().mean(0)
     fitted = errors.clamp_min(torch.finfo(torch.float32).tiny)
     best_noise: float | tuple[float, ...] = (
         float(fitted.mean()) if isinstance(noise, float) else tuple(fitted.tolist())
     )
 
-    def nll(scale: float, constant: float | tuple[float, ...] = noise) -> Tensor:
-        prediction = GaussianPrediction(mean, scale * held_out.variance, constant)
-        return -prediction.log_density(y).double() / mean.shape[1]
+    def nll(prediction: GaussianPrediction) -> Tensor:
+        return -prediction.log_density(y).double() / y.shape[1]
 
-    def entry(scale: float, constant: float | tuple[float, ...] = noise) -> Entry:
-        prediction = GaussianPrediction(mean, scale * held_out.variance, constant)
-        each = nll(scale, constant)
-        flat = mean.flatten(), prediction.target_variance.flatten(), y.flatten()
+    def alone(constant: float | tuple[float, ...]) -> GaussianPrediction:
+        return GaussianPrediction(f, torch.zeros_like(f), constant)
+
+    def posterior(scale: float) -> GaussianPrediction:
+        return GaussianPrediction(mean, scale * held_out.variance, noise)
+
+    def entry(prediction: GaussianPrediction) -> Entry:
+        each = nll(prediction)
+        flat = (
+            prediction.mean.flatten(),
+            prediction.target_variance.flatten(),
+            y.flatten(),
+        )
         scores = {
             "rmse": rmse(flat[0], flat[2]),
             "nll": float(each.mean()),
@@ -436,12 +453,12 @@ def _compare_targets(likelihood: Gaussian, held_out: HeldOut) -> Comparison:
         }
         return Entry(each, scores)
 
-    scale = best_scale(lambda scale: float(nll(scale).mean()))
+    scale = best_scale(lambda scale: float(nll(posterior(scale)).mean()))
     entries = {
-        NETWORK: entry(0.0),
-        "network with fitted noise": entry(0.0, best_noise),
-        EVIDENCE: entry(1.0),
-        CALIBRATED: entry(scale),
+        NETWORK: entry(alone(noise)),
+        "network with fitted noise": entry(alone(best_noise)),
+        EVIDENCE: entry(posterior(1.0)),
+        CALIBRATED: entry(posterior(scale)),
     }
     return conclude(entries, scale, best_noise)
 

@@ -23,6 +23,7 @@ Deviations from the paper:
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -40,6 +41,7 @@ from sgdgp.networks.curvature import (
     curvature_probes,
     largest_eigenvalue,
 )
+from sgdgp.networks.evidence import linear_evidence, network_evidence, spectrum_of
 from sgdgp.networks.expectation_maximisation import (
     EffectiveDimension,
     EMStep,
@@ -54,6 +56,9 @@ from sgdgp.solvers.base import Callback, Progress
 
 CurvatureAt: TypeAlias = Literal["linear", "network"]
 """Outputs at which the likelihood's Hessian is taken."""
+
+Mean: TypeAlias = Literal["network", "linear"]
+"""Whose outputs the posterior's mean is."""
 
 _POWER_STEPS = 5
 """Power iterations for the first precision. It has to be of the right size only:
@@ -76,6 +81,7 @@ class Schedule:
     Attributes:
         columns: Most samples solved for together.
         curvature_at: Where the Hessian of the samples is taken.
+        mean: Of the posterior; None leaves that of a regression to the evidence.
     """
 
     num_samples: int
@@ -86,6 +92,7 @@ class Schedule:
     seed: int
     columns: int
     curvature_at: CurvatureAt
+    mean: Mean | None = None
 
 
 @register_stored_class
@@ -106,6 +113,7 @@ class RunState:
         passes: Passes over the data so far.
         seconds: Wall time so far.
         warnings: Sentences a user can act on.
+        mean_of: Whose outputs the posterior's mean is, None until that is chosen.
     """
 
     prior: WeightPrior
@@ -120,6 +128,7 @@ class RunState:
     passes: float = 0.0
     seconds: float = 0.0
     warnings: list[str] = field(default_factory=list)
+    mean_of: Mean | None = None
 
     def warn(self, sentence: str) -> None:
         """Keep the last sentence of each kind only."""
@@ -151,10 +160,11 @@ class Run:
     def __post_init__(self) -> None:
         self._asked_to_stop = False
         self._started = time.perf_counter() - self.state.seconds
-        self._network_outputs: Tensor | None = None
-        if self.schedule.curvature_at == "network":
-            self._network_outputs = self.data.network_outputs()
-            self.state.passes += 1.0
+
+    @functools.cached_property
+    def _network_outputs(self) -> Tensor:
+        self.state.passes += 1.0
+        return self.data.network_outputs()
 
     @property
     def seconds(self) -> float:
@@ -168,12 +178,37 @@ class Run:
             Interrupted: The callback asked for it. The state is good.
         """
         state = self.state
-        while state.step < self.schedule.steps and not state.is_learned:
-            self._learn()
+        yield from self._steps(self.schedule.steps)
+        if state.mean_of is None:
+            state.mean_of = self._more_evident()
+            if state.mean_of == "network":
+                # Its noise is another one, and so is all that depends on it.
+                state.is_learned, state.update = False, PrecisionUpdate()
             yield state
+        if self.schedule.mean is None and state.mean_of == "network":
+            yield from self._steps(2 * self.schedule.steps)
         state.is_learned = True
         while state.finished < self.schedule.final_samples:
             yield from self._draw()
+
+    def _steps(self, last: int) -> Iterator[RunState]:
+        while self.state.step < last and not self.state.is_learned:
+            self._learn()
+            yield self.state
+
+    def _more_evident(self) -> Mean:
+        """The mean that the evidence speaks for, with what has been learned."""
+        state, data = self.state, self.data
+        optimum = self._optimum()
+        self._stop_if_asked()
+        spectrum = spectrum_of(
+            optimum.system, self.schedule.num_samples, self.schedule.seed
+        )
+        state.passes += spectrum.passes
+        linear = linear_evidence(optimum.mean, optimum.loss, spectrum).value
+        outputs, theta = self._network_outputs, data.tangent.theta
+        network = network_evidence(optimum.system, theta, outputs, spectrum)
+        return "linear" if linear >= network else "network"
 
     def _optimum(self) -> LinearOptimum:
         state = self.state
@@ -197,7 +232,7 @@ class Run:
         return optimum
 
     def _curvature(self, optimum: LinearOptimum) -> WeightSystem:
-        if self._network_outputs is None:
+        if self.schedule.curvature_at == "linear":
             return optimum.system
         return optimum.system.at(self._network_outputs)
 
@@ -260,7 +295,10 @@ class Run:
         likelihood = state.likelihood
         if not isinstance(likelihood, Gaussian) or not likelihood.learns_noise:
             return likelihood
-        errors = likelihood.squared_error(optimum.system.outputs, self.data.targets)
+        outputs = optimum.system.outputs
+        if state.mean_of == "network":
+            outputs = self._network_outputs
+        errors = likelihood.squared_error(outputs, self.data.targets)
         errors = self.data.total(errors)
         dimension: float | Tensor = gamma.total
         if likelihood.per_output:
@@ -352,7 +390,9 @@ def start(
     prior = prior.with_precisions(torch.full_like(prior.precisions, precision))
     empty = data.zeros(1)
     samples = prior_draws(empty, range(schedule.num_samples), seed)
-    return RunState(prior, likelihood, empty, samples, passes=passes)
+    return RunState(
+        prior, likelihood, empty, samples, passes=passes, mean_of=schedule.mean
+    )
 
 
 def _first_noise(

@@ -20,12 +20,13 @@ from sgdgp.networks.dual import Dual
 from sgdgp.networks.fitting import (
     CurvatureAt,
     Interrupted,
+    Mean,
     Run,
     RunState,
     Schedule,
     start,
 )
-from sgdgp.networks.likelihoods import Likelihood
+from sgdgp.networks.likelihoods import Gaussian, Likelihood
 from sgdgp.networks.posterior import LinearisedPosterior
 from sgdgp.networks.priors import GPrior, PriorSettings
 from sgdgp.networks.storage import RunKeeper
@@ -61,6 +62,7 @@ def linearise(
     weights: Weights = None,
     output: Callable[[Any], Tensor] | None = None,
     curvature_at: CurvatureAt = "linear",
+    mean: Mean | None = None,
     memory_budget: int | None = None,
 ) -> LinearisedNetwork:
     """Take a trained network as a linear model in its weights.
@@ -76,6 +78,9 @@ def linearise(
         output: Takes what the network returns to a tensor (b, ...).
         curvature_at: Outputs at which the likelihood's Hessian is taken: those of the
             "linear" model, or of the "network" as in Antoran et al. (2023).
+        mean: Whose outputs the posterior's mean is: the "network"'s, or the "linear"
+            model's. A regression's noise is learned for it. Default: the network's
+            for classes; for regression that with the larger evidence.
         memory_budget: Bytes for temporaries. Default: half of what is free.
 
     Returns:
@@ -104,10 +109,12 @@ def linearise(
         raise ValueError(
             f'curvature_at: expected "linear" or "network", found {curvature_at!r}'
         )
+    if mean is not None and mean not in get_args(Mean):
+        raise ValueError(f'mean: expected "network", "linear" or None, found {mean!r}')
     tangent = Tangent(
         network, weights=weights, output=output, memory_budget=memory_budget
     )
-    return LinearisedNetwork(tangent, likelihood, prior, curvature_at)
+    return LinearisedNetwork(tangent, likelihood, prior, curvature_at, mean)
 
 
 linearize = linearise
@@ -123,12 +130,14 @@ class LinearisedNetwork:
         likelihood: Of the targets given the outputs.
         prior: Settings of the weights' prior.
         curvature_at: Outputs at which the likelihood's Hessian is taken.
+        mean: Whose outputs the posterior's mean is; None: what the evidence chooses.
     """
 
     tangent: Tangent
     likelihood: Likelihood
     prior: PriorSettings
     curvature_at: CurvatureAt
+    mean: Mean | None = None
 
     @renamed_arguments(every="checkpoint_every")
     def fit(
@@ -203,6 +212,7 @@ class LinearisedNetwork:
             seed=seed_of(generator_of(seed)),
             columns=max(1, min(_MOST_COLUMNS, budget // (_LIVE_COLUMNS * column))),
             curvature_at=self.curvature_at,
+            mean=self._mean,
         )
         data = TangentData(tangent, stream)
         keeper, state = None, None
@@ -229,6 +239,11 @@ class LinearisedNetwork:
             run.state.warnings.append(keeper.problem)
         return posterior_of(tangent, run.state, stream.num_examples, reason)
 
+    @property
+    def _mean(self) -> Mean | None:
+        is_regression = isinstance(self.likelihood, Gaussian)
+        return self.mean or (None if is_regression else "network")
+
     def _identity(self, schedule: Schedule, data: TangentData) -> dict[str, object]:
         """What makes two fits the same one, by the names that users know."""
         # Reading the targets is a pass over the data, which leaves the mark.
@@ -239,6 +254,7 @@ class LinearisedNetwork:
             "likelihood": self.likelihood,
             "prior": self.prior.identity(),
             "curvature_at": self.curvature_at,
+            "mean": schedule.mean,
             "num_samples": schedule.num_samples,
             "steps": schedule.steps,
             "precision": schedule.precision,
@@ -303,6 +319,7 @@ def posterior_of(
         weight_samples=state.prior.root(samples),
         weight_mean=state.prior.root(state.mean),
         num_examples=num_examples,
+        mean_of=state.mean_of or "linear",
         reason=reason,
         history=tuple(state.history),
         passes=state.passes,

@@ -15,9 +15,12 @@ from sgdgp.core.checks import check_count
 from sgdgp.core.errors import StorageError
 from sgdgp.core.files import reads
 from sgdgp.core.processes import Processes
-from sgdgp.core.seeds import generator_of
+from sgdgp.core.seeds import generator_of, seed_of
 from sgdgp.networks.calibration import Comparison, compare
+from sgdgp.networks.curvature import TangentData, WeightSystem
+from sgdgp.networks.evidence import Evidence, linear_evidence, spectrum_of
 from sgdgp.networks.expectation_maximisation import EMStep
+from sgdgp.networks.fitting import Mean
 from sgdgp.networks.likelihoods import Gaussian, Likelihood
 from sgdgp.networks.predictive import (
     GaussianPrediction,
@@ -35,7 +38,7 @@ from sgdgp.networks.predictive import (
 from sgdgp.networks.priors import WeightPrior
 from sgdgp.networks.storage import KIND, load_fields, save_fields
 from sgdgp.networks.stream import Split, stream_of
-from sgdgp.tangent import Tangent
+from sgdgp.tangent import Tangent, TangentBatch
 
 _KEPT_NUMBERS = 2**28
 """Most numbers of held-out fluctuations that are kept, a GiB of float32: without them
@@ -52,8 +55,9 @@ PREDICTED_TOGETHER = 256
 class LinearisedPosterior:
     """Gaussian posterior over the functions of a linearised network.
 
-    Its mean is what the network says; sample k adds sqrt(scale) J(x) w_k, the product
-    of the Jacobian with a sampled change of the weights.
+    Its mean is what the network says, or the linear model, J(x) w; sample k adds
+    sqrt(scale) J(x) w_k, the product of the Jacobian with a sampled change of the
+    weights.
 
     Attributes:
         tangent: The network's Jacobian.
@@ -62,6 +66,7 @@ class LinearisedPosterior:
         weight_samples: w_k (D, K).
         weight_mean: Optimum of the linear model without offset (D, 1).
         num_examples: Training examples.
+        mean_of: Whose outputs the mean is, "network" or "linear".
         reason: "finished" or "interrupted".
         history: How the precisions were learned.
         passes: Passes over the training data.
@@ -76,6 +81,7 @@ class LinearisedPosterior:
     weight_samples: Float[Tensor, "D K"] = field(repr=False)
     weight_mean: Float[Tensor, "D 1"] = field(repr=False)
     num_examples: int
+    mean_of: Mean = "network"
     reason: str = "finished"
     history: tuple[EMStep, ...] = field(default=(), repr=False)
     passes: float = 0.0
@@ -110,17 +116,14 @@ class LinearisedPosterior:
 
     @torch.no_grad()
     def linear_mean(self, x: Any) -> Float[Tensor, "b C"]:
-        """The mean of the linear model without offset, J(x) w (b, C).
-
-        It is what learning compares the prior with; predictions have the network's.
-        """
+        """The mean of the linear model without offset, J(x) w (b, C)."""
         found = [self.tangent.at(part).jvp(self.weight_mean) for part in _parts(x)]
         return torch.cat(found)[..., 0]
 
     def fluctuations(
         self, x: Any, *, batch_size: int = PREDICTED_TOGETHER
     ) -> tuple[Float[Tensor, "b C"], Float[Tensor, "b C K"]]:
-        """The network's outputs (b, C), and what the samples add to them (b, C, K)."""
+        """The posterior's mean (b, C), and what the samples add to it (b, C, K)."""
         outputs, added = zip(*self._in_batches(x, batch_size), strict=True)
         return torch.cat(outputs), torch.cat(added)
 
@@ -129,7 +132,12 @@ class LinearisedPosterior:
         for part in _parts(x, batch_size):
             at = self.tangent.at(part)
             added = at.jvp(self.weight_samples) * self.scale**0.5
-            yield at.outputs, added.contiguous()
+            yield self._mean_at(at), added.contiguous()
+
+    def _mean_at(self, at: TangentBatch) -> Float[Tensor, "b C"]:
+        if self.mean_of == "network":
+            return at.outputs
+        return at.jvp(self.weight_mean)[..., 0]
 
     def samples(
         self, x: Any, *, batch_size: int = PREDICTED_TOGETHER
@@ -161,6 +169,40 @@ class LinearisedPosterior:
         if link == "probit":
             return torch.cat([probit(f, variance_of(added)) for f, added in batches])
         return torch.cat([monte_carlo(f, added) for f, added in batches])
+
+    @torch.no_grad()
+    def log_marginal_likelihood(
+        self,
+        loader: Any,
+        *,
+        num_probes: int = 8,
+        split: Split | None = None,
+        seed: int | torch.Generator = 0,
+    ) -> Evidence:
+        """Estimate the evidence log p(y | x) of prior and weights on training data.
+
+        It is that of the linear model by Laplace's approximation, exact for a Gaussian
+        likelihood. In a group of processes all of them have to call this.
+
+        Args:
+            loader: The training data, as ``fit`` took them.
+            num_probes: Lanczos runs; the standard error falls with their root. Up to
+                512 weights need none and are exact.
+            split: From what the loader yields to (inputs, targets).
+            seed: Of the probes.
+
+        Returns:
+            The value, in nats and not divided by n, and its standard error.
+        """
+        check_count("num_probes", num_probes, 2)
+        data = TangentData(self.tangent, stream_of(loader, self.tangent.device, split))
+        outputs = data.forward(self.weight_mean)[..., 0]
+        self.likelihood.check_targets(data.targets, outputs.shape[1])
+        system = WeightSystem(data, self.prior, self.likelihood, outputs)
+        spectrum = spectrum_of(system, num_probes, seed_of(generator_of(seed)))
+        mean = self.prior.whiten(self.weight_mean)
+        loss = float(system.loss(outputs.unsqueeze(-1))[0])
+        return linear_evidence(mean, loss, spectrum)
 
     def joint_log_prob(
         self,
@@ -257,13 +299,14 @@ class LinearisedPosterior:
         """
         check_link(link)
         stream = stream_of(loader, self.tangent.device, split, Processes())
-        outputs, targets, variances, kept = [], [], [], []
+        outputs, means, targets, variances, kept = [], [], [], [], []
         numbers = stream.num_examples * self.num_samples
         for batch in stream:
             at = self.tangent.at(batch.x)
             self.likelihood.check_targets(batch.y, at.outputs.shape[1])
             added = at.jvp(self.weight_samples)
             outputs.append(at.outputs)
+            means.append(self._mean_at(at))
             targets.append(batch.y)
             variances.append(variance_of(added))
             if numbers * added.shape[1] <= _KEPT_NUMBERS:
@@ -278,6 +321,7 @@ class LinearisedPosterior:
             self.likelihood,
             torch.cat(outputs),
             torch.cat(targets),
+            mean=torch.cat(means),
             fluctuations=torch.cat(kept) if kept else None,
             variance=torch.cat(variances),
             link=link,

@@ -38,7 +38,7 @@ class GaussianPrediction:
     """Predicted outputs of a regression network.
 
     Attributes:
-        mean: What the network says (b, C).
+        mean: What the network or its linear model says (b, C).
         variance: Variance of the function, without noise (b, C).
         noise: Noise variance of the targets, one for all outputs or one each.
     """

@@ -137,6 +137,11 @@ class Tangent:
             for name, shape in zip(self.names, self.shapes, strict=True)
         }
 
+    @property
+    def theta(self) -> Float[Tensor, "D 1"]:
+        """The trained weights, in the order of derivatives."""
+        return torch.cat([weight.flatten() for weight in self._theta.values()])[:, None]
+
     def at(self, x: Any) -> TangentBatch:
         """The Jacobian at a batch."""
         return TangentBatch(self, x)

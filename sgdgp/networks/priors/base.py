@@ -157,6 +157,10 @@ class WeightPrior(ABC):
         return out.mT
 
     @abstractmethod
+    def whiten(self, w: Float[Tensor, "D k"]) -> Float[Tensor, "D k"]:
+        """R^-1 w: weights in whitened coordinates; none in directions that R lacks."""
+
+    @abstractmethod
     def _apply(self, rows: Tensor, adjoint: bool) -> Tensor:
         """Product of R or R^T with each of the rows (k, D), as rows."""
 

@@ -45,6 +45,9 @@ class DiagonalPrior(WeightPrior):
     def _apply(self, rows: Tensor, adjoint: bool) -> Tensor:
         return rows * self._factor
 
+    def whiten(self, w: Float[Tensor, "D k"]) -> Float[Tensor, "D k"]:
+        return (self._rows(w) / self._factor).mT
+
 
 @dataclass(frozen=True)
 class Isotropic(PriorSettings):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate, pairwise, starmap
 from typing import TypeAlias
 
@@ -64,6 +64,15 @@ class MatrixRoot:
         x = x * self.right if self.right.ndim == 1 else x @ self.right
         return x if self.inner is None else self.inner * x
 
+    def inverse(self) -> MatrixRoot:
+        """The root whose adjoint is the pseudo-inverse of this one."""
+        left, right = (
+            _reciprocal(side) if side.ndim == 1 else torch.linalg.pinv(side).mT
+            for side in (self.left, self.right)
+        )
+        inner = None if self.inner is None else _reciprocal(self.inner)
+        return MatrixRoot(left, right, inner)
+
 
 @register_stored_class
 @dataclass(eq=False, repr=False)
@@ -105,6 +114,17 @@ class KroneckerPrior(WeightPrior):
             found[:, s] = x.reshape(rows.shape[0], -1)
         # Precisions are constant within a block, so they commute with its root.
         return found.mul_(self._factor)
+
+    def whiten(self, w: Float[Tensor, "D k"]) -> Float[Tensor, "D k"]:
+        inverse = replace(
+            self,
+            precisions=self.precisions.reciprocal(),
+            blocks=[
+                _reciprocal(b) if isinstance(b, Tensor) else b.inverse()
+                for b in self.blocks
+            ],
+        )
+        return inverse.root_adjoint(w)
 
 
 @dataclass(frozen=True)
@@ -258,6 +278,10 @@ def _inverse_root(moment: Tensor, floor: float) -> Tensor:
         return (moment / moment.mean()).clamp_min(floor).rsqrt()
     values, vectors = torch.linalg.eigh(moment / moment.diagonal().mean())
     return (vectors * values.clamp_min(floor).rsqrt()) @ vectors.mT
+
+
+def _reciprocal(x: Tensor) -> Tensor:
+    return torch.where(x != 0, 1 / x, 0.0)
 
 
 def _mean_square(moment: Tensor, shape: tuple[int, ...]) -> float:

@@ -32,6 +32,7 @@ def test_adjoint_and_covariance_agree_with_the_dense_root(setting, tangent):
     ]:
         torch.testing.assert_close(found, truth, rtol=1e-10, atol=1e-10 * truth.max())
         assert found.mT.is_contiguous()
+    torch.testing.assert_close(prior.whiten(prior.root(z)), z, rtol=1e-8, atol=1e-8)
 
 
 @pytest.mark.parametrize("setting", SETTINGS, ids=str)
