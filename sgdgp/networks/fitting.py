@@ -128,7 +128,7 @@ class RunState:
     passes: float = 0.0
     seconds: float = 0.0
     warnings: list[str] = field(default_factory=list)
-    mean_of: Mean | None = None
+    mean_of: Mean | None = "network"
 
     def warn(self, sentence: str) -> None:
         """Keep the last sentence of each kind only."""

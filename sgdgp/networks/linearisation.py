@@ -250,11 +250,12 @@ class LinearisedNetwork:
         device = data.targets.device
         mark = torch.tensor([data.stream.mark], dtype=torch.float64, device=device)
         mark = data.total(mark)
+        chosen = {} if self.mean is None else {"mean": self.mean}
         return {
+            **chosen,
             "likelihood": self.likelihood,
             "prior": self.prior.identity(),
             "curvature_at": self.curvature_at,
-            "mean": schedule.mean,
             "num_samples": schedule.num_samples,
             "steps": schedule.steps,
             "precision": schedule.precision,

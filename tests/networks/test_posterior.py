@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -118,10 +119,13 @@ def test_joint_log_prob_is_that_of_the_samples(classes, inputs):
     assert dyadic != classes.joint_log_prob(inputs, y, dyadic=True, seed=1)
 
 
-def test_regression_predicts_mean_variance_and_noise(targets, inputs):
+@pytest.mark.parametrize("mean", ["network", "linear"])
+def test_regression_predicts_mean_variance_and_noise(targets, inputs, mean):
+    targets = replace(targets, mean_of=mean)
     found = targets.predict(inputs)
     assert isinstance(found, GaussianPrediction)
-    torch.testing.assert_close(found.mean, targets.network_outputs(inputs))
+    means = {"network": targets.network_outputs, "linear": targets.linear_mean}
+    torch.testing.assert_close(found.mean, means[mean](inputs))
     spread = targets.samples(inputs) - found.mean
     torch.testing.assert_close(found.variance, spread.square().mean(0))
     noise = torch.tensor(targets.noise, dtype=torch.float64)
