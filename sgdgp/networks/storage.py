@@ -24,6 +24,7 @@ from sgdgp.core.hashes import differences, digest, in_words
 from sgdgp.core.processes import current_processes
 from sgdgp.networks.fitting import RunState
 from sgdgp.tangent import Tangent
+from sgdgp.tangent.layers import PASS
 
 KIND = FileKind("sgdgp.networks", 2, "posterior of a network", format_1.network)
 FIT_KIND = FileKind(
@@ -102,7 +103,9 @@ def network_fingerprint(network: nn.Module) -> dict[str, str]:
         f"layer {name or 'network'}": type(module).__name__
         for name, module in network.named_modules()
     }
-    for name, value in network.state_dict().items():
+    with PASS:
+        held = network.state_dict()
+    for name, value in held.items():
         if name.rpartition(".")[2] in _COUNTERS or not isinstance(value, Tensor):
             continue
         kind = str(value.dtype).removeprefix("torch.")

@@ -17,15 +17,15 @@ from __future__ import annotations
 
 import functools
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import jvp, vmap
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -43,29 +43,6 @@ _IN_PLACE = {"__iadd__", "__isub__", "__imul__", "__itruediv__", "__setitem__"}
 
 class NoForwardRule(SgdgpError, NotImplementedError):
     """A function of the network has no derivative here; names the layer."""
-
-
-@contextmanager
-def differentiable_layers(network: nn.Module) -> Iterator[None]:
-    """Run attention and recurrent layers by code that has all derivatives.
-
-    Fused attention, the fast path of ``MultiheadAttention`` and the mkldnn code of
-    recurrent layers have no forward-mode derivative; their plain forms have.
-
-    Args:
-        network: Decides whether mkldnn has to go: it is kept without recurrent layers.
-    """
-    with ExitStack() as stack:
-        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-        if any(isinstance(module, nn.RNNBase) for module in network.modules()):
-            for backend in (torch.backends.mkldnn, torch.backends.cudnn):
-                # Its context manager would set (and warn about) other flags as well.
-                stack.callback(setattr, backend, "enabled", backend.enabled)
-                setattr(backend, "enabled", False)  # noqa: B010
-        fast = torch.backends.mha.get_fastpath_enabled()
-        torch.backends.mha.set_fastpath_enabled(False)
-        stack.callback(torch.backends.mha.set_fastpath_enabled, fast)
-        yield
 
 
 class ForwardMode(TorchFunctionMode):
@@ -90,6 +67,7 @@ class ForwardMode(TorchFunctionMode):
         super().__init__()
         self.widest = 1
         self._names = {id(module): name for name, module in network.named_modules()}
+        self._thread = threading.get_ident()
         self._known = WeakTensorKeyDictionary()
         for tensor, tangent in zip(tensors, tangents, strict=True):
             self._known[tensor] = tangent
@@ -120,7 +98,8 @@ class ForwardMode(TorchFunctionMode):
 
     def _watch(self, module: nn.Module, inputs: Any, output: Any) -> None:
         name = self._names.get(id(module))
-        if name is None:
+        # Every thread calls the hook.
+        if name is None or threading.get_ident() != self._thread:
             return
         for tensor in tree_leaves(output):
             if _varies(tensor) and tensor not in self._known:
@@ -278,31 +257,38 @@ def agrees_with_gradients(
     outputs: Tensor,
     pull: Callable[[Tensor], Sequence[Tensor]],
 ) -> bool:
-    """Whether <J w, u> = <w, J^T u> for one u and one w that shows what is missing.
+    """Whether <J w, u> = <w, J^T u> for one u and three w that show what is missing.
 
-    The direction w is made of the gradients themselves, each tensor's scaled to count
-    as much as the others'.
+    One direction w is made of the gradients themselves, each tensor's scaled to count
+    as much as the others', and shows what the product lacks. Two are random, scaled
+    in the same way, and show what the gradients lack: they have entries everywhere.
 
     Args:
-        product: J w as (1, b, C), for w (D, 1).
+        product: J w as (k, b, C), for w (D, k).
         outputs: Where the gradients are taken (b, C).
         pull: Gradients of each weight for a cotangent (b, C).
     """
-    u = torch.linspace(-1, 1.5, outputs.numel(), device=outputs.device).to(outputs)
-    u = u.cos().reshape_as(outputs)
+    generator = torch.Generator(outputs.device).manual_seed(0)
+    u = torch.empty_like(outputs, requires_grad=False).normal_(generator=generator)
     gradients = pull(u)
     norms = torch.stack([g.double().norm() for g in gradients])
-    top = norms.max()
-    if top == 0:
-        return True
+    # Not zero where gradients are, so that a product that is not is seen.
+    least = 1e-9 * float(outputs.detach().norm()) + 1e-30
+    top = norms.max().clamp_min(least)
     sizes = norms.clamp_min(1e-3 * top)
-    w = [
-        (g / size.to(g) * (top / size).to(g)).flatten()
-        for g, size in zip(gradients, sizes, strict=True)
-    ]
-    found = (product(torch.cat(w)[:, None])[0] * u).double().sum() / top
-    expected = (norms / sizes).square().sum()
-    return bool((found - expected).abs() <= 0.05 + 1e-3 * expected)
+    rows = []
+    for g, size in zip(gradients, sizes, strict=True):
+        random = g.new_empty(2, g.numel()).normal_(generator=generator)
+        own = (g / size.to(g)).reshape(1, -1)
+        rows.append(torch.cat([own, random]) * (top / size).to(g))
+    w = torch.cat(rows, 1).mT
+    found = (product(w) * u).double().sum((1, 2)) / top
+    total = (norms / sizes).square().sum()
+    flat = torch.cat([g.flatten() for g in gradients])
+    expected = torch.stack([total, *((flat @ w[:, 1:]).double() / top)])
+    # Random ones are sums of both signs, of the size of the root of the total.
+    slack = torch.stack([0.05 + 1e-3 * total, *(2 * [0.02 * total.sqrt()])])
+    return bool(((found - expected).abs() <= slack).all())
 
 
 def _addition(

@@ -27,14 +27,16 @@ from sgdgp.tangent.forward import (
     ForwardMode,
     NoForwardRule,
     agrees_with_gradients,
-    differentiable_layers,
     light_graph,
 )
+from sgdgp.tangent.layers import PASS, differentiable_layers
 from sgdgp.tangent.network import (
     Weights,
+    arguments,
     check_evaluation_mode,
     check_network,
     chosen_weights,
+    used_last,
 )
 
 MOST_EXAMPLES = 256
@@ -49,7 +51,8 @@ class Tangent:
 
     The network is only read: it stays as it is, and neither it nor its weights are
     copied. It has to stay as it is, too: after a training step (any in-place change
-    of a parameter or buffer) every call raises.
+    of a parameter or buffer) or a move to another device every call raises. Threads
+    may share it: their passes go through the network one after the other.
 
     Args:
         network: A trained network in evaluation mode. Its first axis of outputs is
@@ -75,13 +78,16 @@ class Tangent:
         output: Callable[[Any], Tensor] | None = None,
         memory_budget: int | None = None,
     ) -> None:
-        check_network(network)
         self.network = network
         self.output = output
-        self._theta = chosen_weights(network, weights)
-        held = {**dict(network.named_parameters()), **dict(network.named_buffers())}
+        with PASS:
+            check_network(network)
+            self._theta = chosen_weights(network, weights)
+            held = {**dict(network.named_parameters()), **dict(network.named_buffers())}
         self._rest = {n: t.detach() for n, t in held.items() if n not in self._theta}
-        self._versions = {n: t._version for n, t in self._tensors()}
+        self._held = held
+        self._versions = {n: _version(t) for n, t in held.items()}
+        self._is_last_layer = isinstance(weights, str) and weights == "last_layer"
         self.names = tuple(self._theta)
         self.shapes = tuple(p.shape for p in self._theta.values())
         self.slices: dict[str, slice] = {}
@@ -96,7 +102,8 @@ class Tangent:
         # forward mode does not work for this network, and whether reverse mode twice.
         self._width = 0
         self._obstacle: str | None = None
-        self._is_checked = False
+        self._is_function = self._is_repeatable = False
+        self._is_examined = self._is_checked = False
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tangent:
         """Itself: it never changes."""
@@ -106,21 +113,25 @@ class Tangent:
         """Chosen weights by name -> outputs (b, C) at a batch.
 
         Args:
-            x: The network's argument; a tuple or list of arguments; or a dictionary
-                of keyword arguments.
+            x: The network's argument; a tuple or list of arguments; or a mapping of
+                keyword arguments.
 
         Raises:
             RuntimeError: A parameter or buffer has changed since the start.
-            ValueError: The network is no longer in evaluation mode.
+            ValueError: The network is no longer in evaluation mode, or found to be no
+                function of each example alone.
         """
         check_evaluation_mode(self.network)
-        for name, tensor in self._tensors():
-            if tensor._version != self._versions[name]:
+        for name, tensor in self._held.items():
+            if _version(tensor) != self._versions[name]:
                 raise RuntimeError(
                     f"{name!r} of the network has changed since it was linearised; "
                     "linearise a copy (copy.deepcopy) of a network that goes on to "
-                    "be trained"
+                    "be trained or moved"
                 )
+        x = arguments(x)
+        if not self._is_function:
+            self._check_function(x)
         return functools.partial(self._outputs_at, x)
 
     @torch.no_grad()
@@ -183,11 +194,81 @@ class Tangent:
         tensors = _tensors(x)
         return max(1, len(tensors[0])) if tensors and tensors[0].ndim else 1
 
-    def _outputs_at(self, x: Any, theta: dict[str, Tensor]) -> Tensor:
+    @torch.no_grad()
+    def _check_function(self, x: Any) -> None:
+        """Refuse what is random, or depends on the other examples.
+
+        Raises:
+            ValueError: That, or another layer than the last one was chosen as it.
+        """
+        first = self._outputs_at(x, self._theta)
+        spread = float((first - first.mean()).abs().max())
+        # More than the rounding of other kernels, and of large constant outputs.
+        allowed = 5e-3 * spread + 1e-5 * float(first.abs().max())
+        if not self._is_repeatable:
+            change = float((self._outputs_at(x, self._theta) - first).abs().max())
+            if change > allowed:
+                raise ValueError(
+                    "network: two passes over the same inputs differ by "
+                    f"{change:.2g}; something in it is random, such as dropout outside "
+                    "of evaluation mode, or remembers: switch it off"
+                )
+            if self._is_last_layer:
+                self._check_last_layer(x)
+            self._is_repeatable = True
+        if len(first) < 2 or not _is_by_example(x, len(first)):
+            return  # nothing to compare
+        # Some networks do not take one example.
+        for count in (1, (len(first) + 1) // 2):
+            some = _first_examples(x, len(first), count)
+            try:
+                found = self._outputs_at(some, self._theta)
+            except (RuntimeError, ValueError, TypeError, IndexError, AssertionError):
+                continue
+            change = float((found - first[:count]).abs().max())
+            if change > allowed:
+                raise ValueError(
+                    f"network: outputs for an example differ by {change:.2g} with and "
+                    "without the other examples of a batch, such as by a mean over "
+                    "them; expected a function of each example alone"
+                )
+            break
+        self._is_function = True
+
+    def _check_last_layer(self, x: Any) -> None:
+        names = {id(t): n for n, t in (self._theta | self._rest).items() if t.ndim > 1}
+        last = used_last(names, lambda: self._outputs_at(x, self._theta))
+        if last is not None and last not in self._theta:
+            raise ValueError(
+                f"weights: 'last_layer' is {list(self._theta)}, the last layer that is "
+                f"registered, but {last!r} is used after it; choose by name, such as "
+                f'weights="{last.rpartition(".")[0] or last}*"'
+            )
+
+    def _outputs_at(
+        self,
+        x: Any,
+        theta: dict[str, Tensor],
+        rest: dict[str, Tensor] | None = None,
+    ) -> Tensor:
         positional = tuple(x) if isinstance(x, tuple | list) else (x,)
         args, kwargs = ((), x) if isinstance(x, dict) else (positional, {})
-        out = functional_call(self.network, {**self._rest, **theta}, args, kwargs)
-        out = out if self.output is None else self.output(out)
+        values = {**(self._rest if rest is None else rest), **theta}
+        dtype = next(iter(theta.values())).dtype
+        with differentiable_layers(self.network):
+            try:
+                out = functional_call(self.network, values, args, kwargs)
+            except RuntimeError as error:
+                for leaf in _tensors(x):
+                    wrong = leaf.is_floating_point() and leaf.dtype != dtype
+                    if wrong or leaf.device != self.device:
+                        raise TypeError(
+                            f"x: found {leaf.dtype} on {leaf.device}, the network's "
+                            f"weights are {dtype} on {self.device}; convert x by "
+                            f"x.to(...), or the network before it is linearised"
+                        ) from error
+                raise
+            out = out if self.output is None else self.output(out)
         if not isinstance(out, Tensor):
             keys = f" with {list(out)}" if isinstance(out, dict) else ""
             raise TypeError(
@@ -204,15 +285,12 @@ class Tangent:
                 f"network outputs: expected {x.shape[0]} examples along the first "
                 f"axis as in x, found shape {tuple(out.shape)}"
             )
-        if out.dtype != self.dtype:
+        if out.dtype != dtype:
             raise TypeError(
-                f"network outputs: expected the dtype of its weights, {self.dtype}, "
+                f"network outputs: expected the dtype of its weights, {dtype}, "
                 f"found {out.dtype}"
             )
         return out.reshape(out.shape[0], -1)
-
-    def _tensors(self) -> list[tuple[str, Tensor]]:
-        return [*self._theta.items(), *self._rest.items()]
 
 
 class TangentBatch:
@@ -224,7 +302,7 @@ class TangentBatch:
     @outside_inference_mode
     def __init__(self, tangent: Tangent, x: Any) -> None:
         self._tangent = tangent
-        self._x = tree_map_only(Tensor, ordinary, x)
+        self._x = tree_map_only(Tensor, ordinary, arguments(x))
         self._function = tangent.function(self._x)
         self._leaves = {
             n: p.detach().requires_grad_() for n, p in tangent._theta.items()
@@ -244,6 +322,7 @@ class TangentBatch:
             NotImplementedError: A layer has no derivatives of this kind; names it.
         """
         check_product("w", w, self._tangent.num_weights)
+        self._examine()
         if tracks_gradient(w, *_tensors(self._x)):
             self._check_reverse()
             return self._reverse_twice(w, create_graph=True)
@@ -259,6 +338,7 @@ class TangentBatch:
     ) -> Float[Tensor, "D k"]:
         """J(x)^T u, summed over the batch; added to ``out`` in place if given."""
         t = self._tangent
+        self._examine()
         graph = self._run()
         if u.shape[:2] != graph.shape:
             raise ValueError(
@@ -281,12 +361,17 @@ class TangentBatch:
     @outside_inference_mode
     def jacobian(self) -> Float[Tensor, "b C D"]:
         """J(x) itself, for small networks."""
+        self._examine()
+        graph = self._run()
+        b, c = graph.shape
+        if not _is_by_example(self._x, b):
+            every = torch.eye(b * c).to(graph).reshape(b, c, b * c)
+            return self.vjp(every).mT.reshape(b, c, -1)
         try:
             return self._jacobian_together()
         except (RuntimeError, NotImplementedError, ValueError, TypeError):
             pass  # a layer that torch.func cannot batch over examples
-        b, c = self._run().shape
-        eye = torch.eye(c, dtype=self._tangent.dtype, device=self._tangent.device)
+        eye = torch.eye(c).to(graph)
         rows = []
         for i in range(b):
             take = operator.itemgetter(slice(i, i + 1))
@@ -300,21 +385,25 @@ class TangentBatch:
 
         def jacobian(x: Any) -> Tensor:
             example = tree_map_only(Tensor, operator.itemgetter(None), x)
-            blocks = jacrev(t.function(example))(t._theta)
+            blocks = jacrev(functools.partial(t._outputs_at, example))(t._theta)
             return torch.cat([blocks[n][0].flatten(1) for n in t.names], dim=1)
 
         axes = tree_map(lambda leaf: 0 if isinstance(leaf, Tensor) else None, self._x)
         together = max(1, 8 * CPU_ELEMENTS // (outputs * t.num_weights))
-        with differentiable_layers(t.network):
-            return vmap(jacobian, in_dims=(axes,), chunk_size=together)(self._x)
+        return vmap(jacobian, in_dims=(axes,), chunk_size=together)(self._x)
 
     @outside_inference_mode
     def _run(self, mode: ForwardMode | None = None) -> Tensor:
         """Outputs with the graph of the reverse mode; with a mode, once more."""
         if self._graph is None or mode is not None:
-            layers = differentiable_layers(self._tangent.network)
-            with layers, light_graph(), torch.enable_grad(), mode or nullcontext():
+            with light_graph(), torch.enable_grad(), mode or nullcontext():
                 graph = self._function(self._leaves)
+            if not graph.requires_grad:
+                raise ValueError(
+                    "network: none of the chosen weights "
+                    f"{list(self._leaves)[:5]} has an effect on the outputs that can "
+                    "be differentiated, such as behind detach() or no_grad()"
+                )
             if self._graph is None:
                 check_finite("network outputs", graph.detach())
                 self._graph = graph
@@ -325,22 +414,25 @@ class TangentBatch:
     def _pull(self, cotangent: Tensor, *, create_graph: bool = False) -> Any:
         """Gradients of each weight, for one cotangent (b, C) or several (c, b, C)."""
         graph = self._run()
-        return torch.autograd.grad(
+        leaves = tuple(self._leaves.values())
+        found = torch.autograd.grad(
             graph,
-            tuple(self._leaves.values()),
+            leaves,
             cotangent,
             retain_graph=True,
             create_graph=create_graph,
             is_grads_batched=cotangent.ndim > graph.ndim,
             allow_unused=True,
-            materialize_grads=True,
         )
+        several = cotangent.shape[: cotangent.ndim - graph.ndim]
+        return [
+            leaf.new_zeros(()).expand(*several, *leaf.shape) if g is None else g
+            for g, leaf in zip(found, leaves, strict=True)
+        ]
 
     def _push(self, w: Tensor) -> Tensor | None:
         """J(x) w in forward mode, None if a function has no rule for it."""
         t = self._tangent
-        if t._obstacle is None and not t._width:
-            t._obstacle = self._first_obstacle()
         if t._obstacle is not None:
             return None
         try:
@@ -368,6 +460,52 @@ class TangentBatch:
             if chunks is None
             else torch.cat(chunks)
         )
+
+    def _examine(self) -> None:
+        """Once: which mode this network has, and whether its gradients are right.
+
+        Raises:
+            NotImplementedError: They are not the derivatives of its outputs.
+        """
+        t = self._tangent
+        if t._is_examined:
+            return
+        t._obstacle = self._first_obstacle()
+        # Forward and reverse mode that agree are both right. Otherwise values decide.
+        if t._obstacle is not None and not self._agrees_with_values():
+            raise NotImplementedError(
+                "the network cannot be linearised: its gradients are not the "
+                "derivatives of its outputs, as differences of outputs show. Forward "
+                f"mode: {t._obstacle}. Remove the hook or function that changes "
+                "gradients"
+            )
+        t._is_examined = True
+
+    def _agrees_with_values(self) -> bool:
+        try:
+            return self._agrees(self._differences)
+        except (RuntimeError, TypeError, NotImplementedError):
+            return True  # it does not run in float64, which differences need
+
+    @torch.no_grad()
+    def _differences(self, w: Tensor) -> Tensor:
+        """J(x) w as (k, b, C), by central differences in float64."""
+        t = self._tangent
+        x, theta, rest = tree_map_only(
+            Tensor,
+            lambda leaf: leaf.double() if leaf.is_floating_point() else leaf,
+            (self._x, t._theta, t._rest),
+        )
+        found = []
+        for column in w.double().mT:
+            size = 1e-5 / float(column.abs().max().clamp_min(1e-30))
+            step = t.weights_of(size * column[None])
+            moved = [
+                {n: p + sign * step[n][0] for n, p in theta.items()} for sign in (1, -1)
+            ]
+            one, two = (t._outputs_at(x, values, rest) for values in moved)
+            found.append((one - two) / (2 * size))
+        return torch.stack(found)
 
     def _first_obstacle(self) -> str | None:
         """Why forward mode does not work for this network, if it does not."""
@@ -420,3 +558,25 @@ class TangentBatch:
 
 def _tensors(x: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(x) if isinstance(leaf, Tensor)]
+
+
+def _is_by_example(x: Any, examples: int) -> bool:
+    """Whether the first axis of all inputs is that of the examples."""
+    return all(leaf.ndim and len(leaf) == examples for leaf in _tensors(x))
+
+
+def _first_examples(x: Any, examples: int, count: int) -> Any:
+    """Inputs of the first examples alone."""
+    # A square beside others may be a mask that all examples share.
+    square = (examples, examples)
+    is_alone = all(leaf.shape == square for leaf in _tensors(x))
+    return tree_map_only(
+        Tensor,
+        lambda leaf: leaf[:count] if is_alone or leaf.shape != square else leaf,
+        x,
+    )
+
+
+def _version(tensor: Tensor) -> tuple[int, int]:
+    """What changes with a tensor's values, whether in place or by other storage."""
+    return tensor._version, tensor.data_ptr()

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 Weights = str | Sequence[str] | Callable[[str, nn.Parameter], bool] | None
 """All that need a gradient (None), "all", "last_layer", "no_norms", patterns of
@@ -128,6 +131,49 @@ def check_evaluation_mode(network: nn.Module) -> None:
                 f"network: layer {name!r} ({type(module).__name__}) is in training "
                 "mode; call network.eval() first"
             )
+
+
+def arguments(x: Any) -> Any:
+    """A network's inputs with mappings of any kind as dictionaries."""
+    if isinstance(x, Mapping):
+        return {key: arguments(part) for key, part in x.items()}
+    if isinstance(x, list | tuple):
+        parts = [arguments(part) for part in x]
+        return type(x)(*parts) if hasattr(x, "_fields") else type(x)(parts)
+    return x
+
+
+def used_last(names: Mapping[int, str], run: Callable[[], object]) -> str | None:
+    """The last of some tensors that a function of torch gets in a run.
+
+    Args:
+        names: Their names by ``id``.
+        run: Runs the network.
+    """
+    with _Uses(names) as uses:
+        run()
+    return uses.last
+
+
+class _Uses(TorchFunctionMode):
+    """Notes which tensors functions get."""
+
+    def __init__(self, names: Mapping[int, str]) -> None:
+        super().__init__()
+        self._names = names
+        self.last: str | None = None
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """The function's value."""
+        for leaf in tree_leaves((args, kwargs)):
+            self.last = self._names.get(id(leaf), self.last)
+        return func(*args, **(kwargs or {}))
 
 
 def _names(
