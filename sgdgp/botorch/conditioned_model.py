@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from sgdgp.botorch.definition import (
     Observations,
     frozen,
+    held_data,
+    own_data,
     single_models,
     with_modules,
     with_noise,
@@ -85,6 +87,8 @@ class ConditionedModel(FunctionModel):
         definition: nn.Module,
         data: Iterable[Observations],
         settings: SolveSettings,
+        *,
+        follows: bool,
         **transforms: nn.Module | None,
     ) -> None:
         """Put the model together; part of the constructor, and of ``load``.
@@ -93,6 +97,7 @@ class ConditionedModel(FunctionModel):
             definition: The definition.
             data: Data of each of its posteriors.
             settings: How to condition.
+            follows: Whether the data are the definition's, whatever it is given.
             **transforms: Transforms that the definition lacks.
 
         Raises:
@@ -103,6 +108,7 @@ class ConditionedModel(FunctionModel):
         self.settings = settings
         self.seed = settings.seed
         self._data = nn.ModuleList(data)
+        self._held = nn.ModuleList(held_data(definition) if follows else ())
         for name, given in transforms.items():
             if given is not None:
                 if any(hasattr(part, name) for part in single_models(definition)):
@@ -159,16 +165,37 @@ class ConditionedModel(FunctionModel):
     def all_outputs(self) -> tuple[Outputs, ...]:
         """Conditioned outputs, of the hyperparameters of now."""
         latest = self._latest
+        self._follow()
         if latest.state is None or not is_same_state(self, latest.state):
-            outputs = []
-            for problem in self.problems():
-                # Outputs that were seeded alike would have the same prior draws.
-                generator = derived_generator(self.seed, digest(problem.y))
-                settings = {**vars(self.settings), "seed": generator}
-                posterior = condition(problem.model, problem.x, problem.y, **settings)
-                outputs.append(problem.outputs_of(posterior))
-            latest.outputs, latest.state = tuple(outputs), state_of(self)
+            if torch._C._are_functorch_transforms_active():
+                raise RuntimeError(
+                    "the model has yet to be conditioned, which torch.func does not "
+                    "allow; ask for model.posteriors before"
+                )
+            outputs = tuple(map(self._conditioned, self.problems()))
+            latest.outputs, latest.state = outputs, state_of(self)
         return latest.outputs
+
+    def _conditioned(self, problem: ModelData) -> Outputs:
+        # Outputs that were seeded alike would have the same prior draws.
+        generator = derived_generator(self.seed, digest(problem.y))
+        settings = {**vars(self.settings), "seed": generator}
+        posterior = condition(problem.model, problem.x, problem.y, **settings)
+        return problem.outputs_of(posterior)
+
+    def _follow(self) -> None:
+        """Take over data that the definition was given since."""
+        held = held_data(self.definition) if len(self._held) else []
+        known = cast(list[Observations], list(self._held))
+        if all(map(Observations.is_same, known, held)):
+            return
+        data = [own_data(model) for model in single_models(self.definition)]
+        # In place: models of some of the outputs have the same.
+        for old, new in zip(known, held, strict=True):
+            old.replace(new)
+        for old, new in zip(self.observations, data, strict=True):
+            old.replace(new)
+        self._latest.state = None
 
     def problems(self) -> tuple[ModelData, ...]:
         """What is conditioned: the definition's models, with transforms they lack."""
@@ -201,7 +228,7 @@ class ConditionedModel(FunctionModel):
             TypeError: Data are of the wrong kind.
             ValueError: They do not fit, noise is needed, or would be estimated.
         """
-        before, data = self.all_outputs(), self.observations
+        data = self.observations
         y = self._all_columns("Y", y)
         if noise is not None:
             noise = self._all_columns("noise", noise)
@@ -216,6 +243,7 @@ class ConditionedModel(FunctionModel):
             raise ValueError(
                 f"noise: expected shape {tuple(y.shape)}, found {tuple(noise.shape)}"
             )
+        before, data = self.all_outputs(), self.observations
         models = single_models(self.definition)
         updated, first = [], 0
         for index, (part, seen) in enumerate(zip(before, data, strict=True)):

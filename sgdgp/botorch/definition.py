@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from botorch.models.gpytorch import BatchedMultiOutputGPyTorchModel
@@ -52,6 +53,18 @@ class Observations(nn.Module):
         """Number of outputs m."""
         return self.y.shape[1]
 
+    def is_same(self, other: Observations) -> bool:
+        """Whether inputs and targets are equal, in the dtype of these."""
+        return all(
+            own.shape == new.shape
+            and bool(((own == new.to(own)) | (own.isnan() & new.isnan())).all())
+            for own, new in ((self.x, other.x), (self.y, other.y))
+        )
+
+    def replace(self, other: Observations) -> None:
+        """Hold what the other does."""
+        self.x, self.y, self.variances = other.x, other.y, other.variances
+
 
 def single_models(definition: nn.Module) -> tuple[ExactGP, ...]:
     """The models of one kernel that a definition consists of.
@@ -84,8 +97,28 @@ def single_models(definition: nn.Module) -> tuple[ExactGP, ...]:
         )
     outputs = getattr(definition, "num_outputs", 1)
     if isinstance(definition, BatchedMultiOutputGPyTorchModel) and outputs > 1:
-        return tuple(definition.subset_output([i]) for i in range(outputs))
+        return tuple(_single_output(definition, i) for i in range(outputs))
     return (definition,)
+
+
+def _single_output(definition: BatchedMultiOutputGPyTorchModel, output: int) -> ExactGP:
+    """A copy with one output, which in BoTorch still has the raw inputs of all."""
+    single = definition.subset_output([output])
+    raw = getattr(single, "_original_train_inputs", None)
+    if raw is not None and raw.ndim == 3:
+        single._original_train_inputs = raw[output]
+    return cast(ExactGP, single)
+
+
+def held_data(definition: nn.Module) -> list[Observations]:
+    """Copies of what each model holds, as it holds it; nothing where one holds none."""
+    members = getattr(definition, "models", None)
+    if members is not None:
+        return [held for member in members for held in held_data(member)]
+    x, y = raw_training_data(cast(ExactGP, definition))
+    if not isinstance(x, Tensor) or y is None:
+        return []
+    return [Observations(x.clone(), y.clone())]
 
 
 def own_data(model: ExactGP) -> Observations:

@@ -100,8 +100,36 @@ class FantasyOutputs(Evaluated):
     def scale(self) -> Tensor:
         return self.site.outputs.scale[list(self.columns)]
 
+    @property
+    def is_small(self) -> bool:
+        return self.site.outputs.is_small
+
+    @property
+    def is_independent(self) -> bool:
+        return self.site.outputs.is_independent or len(self.columns) == 1
+
     def noise(self, x: Tensor) -> Tensor:
         return self.site.outputs.noise(x)[..., list(self.columns)]
+
+    def variance(self, x: Tensor) -> Tensor:
+        """Variances (*f, *b, q', m), less what the site explains of them."""
+        x = self._placed(x)
+        site, batch = self.site, self.site.batch_shape
+        before = site.outputs.variance(x)
+        explained = torch.zeros_like(before)
+        for columns, gain in site.gains:
+            matrix = _at(gain, x, len(batch))
+            covariance = gain.covariance.reshape(*batch, *gain.covariance.shape[-2:])
+            squares = (matrix @ covariance * matrix).sum(-1)
+            explained = explained.index_add(
+                -1,
+                torch.tensor(columns, device=x.device),
+                squares.unflatten(-1, (-1, len(columns))),
+            )
+        # No more than rounding can be left.
+        least = torch.finfo(x.dtype).eps * before
+        left = torch.maximum(before - explained, least)
+        return left[..., list(self.columns)]
 
     def subset(self, outputs: Sequence[int]) -> FantasyOutputs:
         return replace(self, columns=tuple(self.columns[i] for i in outputs))
@@ -115,14 +143,11 @@ class FantasyOutputs(Evaluated):
             x: Points (*b, q', d), shared by the fantasies, or (*f, *b, q', d).
             index: Numbers of the functions. Default: all; () for none.
         """
+        x = self._placed(x)
         site, batch = self.site, self.site.batch_shape
-        before = self.residuals.shape[: -2 - len(batch)]
-        leading: tuple[int, ...] = x.shape[: max(0, x.ndim - 2 - len(batch))]
-        # As many dimensions in front of the batches, of size one where shared.
-        ahead = max(len(leading), len(before))
-        leading = (*(1,) * (ahead - len(leading)), *leading)
-        x = x.expand(*leading, *batch, *x.shape[-2:])
-        residuals = _padded(self.residuals, 0, ahead - len(before))
+        ahead = x.ndim - 2 - len(batch)
+        before = self.residuals.ndim - 2 - len(batch)
+        residuals = _padded(self.residuals, 0, ahead - before)
         mean, deviations = site.outputs.evaluate(x, index)
         moved = None
         if index != ():
@@ -144,6 +169,15 @@ class FantasyOutputs(Evaluated):
         if moves:
             deviations = deviations - torch.cat(moves, dim=-1)[..., pick]
         return mean, deviations.expand(len(deviations), *mean.shape)
+
+    def _placed(self, x: Tensor) -> Tensor:
+        """Points (*f, *b, q', d), with 1 for what fantasies share."""
+        batch = self.site.batch_shape
+        before = self.residuals.ndim - 2 - len(batch)
+        leading: tuple[int, ...] = x.shape[: max(0, x.ndim - 2 - len(batch))]
+        ahead = max(len(leading), before)
+        leading = (*(1,) * (ahead - len(leading)), *leading)
+        return x.expand(*leading, *batch, *x.shape[-2:])
 
     def _moved(self, index: tuple[int, ...] | None) -> Tensor:
         if index not in self._moves:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from botorch.acquisition.objective import PosteriorTransform
+from botorch.exceptions.errors import UnsupportedError
 from botorch.models.model import Model
 from botorch.posteriors.posterior import Posterior
 from torch import Tensor
@@ -70,6 +71,14 @@ class FunctionModel(Model):
         if posterior_transform is None or native:
             return posterior
         return posterior_transform(posterior=posterior, X=X)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Not supported: raises ``UnsupportedError``."""
+        raise UnsupportedError(
+            f"{type(self).__name__} is evaluated by posterior(X); what trains or "
+            "cross-validates a model (marginal likelihoods, efficient_loo_cv) takes "
+            "its definition, which this model follows"
+        )
 
     def _noise(
         self, x: Tensor, outputs: Sequence[Evaluated], wanted: bool | Tensor

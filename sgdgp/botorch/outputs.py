@@ -17,6 +17,7 @@ from sgdgp.operators.base import KernelOperator
 from sgdgp.posterior import Posterior, SampleFunctions
 from sgdgp.posterior.paths import Paths
 from sgdgp.posterior.problem import Part
+from sgdgp.posterior.variances import EXACT_ROWS
 from sgdgp.solvers.differentiable import DifferentiableSolve
 
 
@@ -115,6 +116,20 @@ class Evaluated(ABC):
         """
 
     @abstractmethod
+    def variance(self, x: Tensor) -> Tensor:
+        """Posterior variances (*b, q, m), in the units of ``evaluate`` squared."""
+
+    @property
+    @abstractmethod
+    def is_small(self) -> bool:
+        """Whether variances are exact and cheap, since there are few rows of data."""
+
+    @property
+    @abstractmethod
+    def is_independent(self) -> bool:
+        """Whether outputs tell nothing about each other."""
+
+    @abstractmethod
     def noise(self, x: Tensor) -> Tensor:
         """Noise variances (*b, q, m); the average one where they are only known."""
 
@@ -199,6 +214,23 @@ class Outputs(Evaluated):
         deviations = deviations.reshape(len(deviations), *mean.shape)
         factor = self.units.factor
         return self.units.shift + factor * mean, factor * deviations
+
+    def variance(self, x: Tensor) -> Tensor:
+        paths = self.posterior.paths
+        flat, shape = paths.flattened(x)
+        variance = self._columns(paths.moments(flat).variance, 1)
+        scale = self.units.factor * paths.units.scale
+        return scale**2 * variance.reshape(*shape, variance.shape[-1])
+
+    @property
+    def is_small(self) -> bool:
+        parts = self.posterior.parts
+        return all(len(part.problem.noise) <= EXACT_ROWS for part in parts)
+
+    @property
+    def is_independent(self) -> bool:
+        several = isinstance(self.posterior.problem.prior, MultitaskPrior)
+        return not several or len(self.columns) == 1
 
     def each(self, x: Tensor, index: tuple[int, ...]) -> Tensor:
         """Function index[i] at its own points x[i]: (k, q, d) -> (k, q, m)."""

@@ -2,13 +2,16 @@
 
 The functions are numbered. Number i < S is sample function i; number S + i is its
 mirror image 2 mean - f_i, another draw of the same distribution, which makes averages
-over both exact in everything that is odd around the mean.
+over both exact in everything that is odd around the mean. Where variances are known
+exactly, averages over all of them are exact in second moments too: at each point their
+deviations are scaled to the variance there. Fewer functions are as they are.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from botorch.acquisition.objective import (
@@ -69,9 +72,10 @@ class PathPosterior(Posterior):
     """Posterior at x (*b, q, d): mean, variance and values of S functions.
 
     Nothing is evaluated before it is asked for, and samplers that want fewer than S
-    functions evaluate only those. The mean carries no Monte-Carlo error, a variance
-    one of sqrt(2 / S) relative, unless an outcome transform is not affine: then both
-    are those of the values. A joint covariance has rank S at most.
+    functions evaluate only those. Mean and variance are those of
+    ``sgdgp.PathwisePosterior``, which do not come from the functions, unless an outcome
+    transform is not affine: then both are those of the values. Variances of sums over
+    correlated outputs or points have the correlations of the functions.
     """
 
     def __init__(
@@ -103,6 +107,7 @@ class PathPosterior(Posterior):
         self._shape = _after(transform, torch.Size([*batch_shape, x.shape[-2], width]))
         self._mean: Tensor | None = None
         self._all: tuple[Tensor, Tensor] | None = None
+        self._known: Tensor | None = None
 
     @property
     def num_paths(self) -> int:
@@ -116,6 +121,13 @@ class PathPosterior(Posterior):
     @property
     def dtype(self) -> torch.dtype:
         return self._x.dtype
+
+    @property
+    def distribution(self) -> Any:
+        """None: raises an AttributeError that says so."""
+        raise AttributeError(_NO_DISTRIBUTION)
+
+    mvn = distribution
 
     @property
     def batch_shape(self) -> torch.Size:
@@ -145,21 +157,22 @@ class PathPosterior(Posterior):
             if self._is_affine:
                 self._mean = self._applied(self._evaluated(())[0])
             else:
-                self._mean = self._values(None, mirrored=True).mean(0)
+                self._mean = self._everything().mean(0)
         return self._mean
 
     @property
     def variance(self) -> Tensor:
-        """Posterior variance (*b, q, m), from the functions."""
-        if not self._is_affine:
-            symmetric = self._values(None, mirrored=True)
-            return (symmetric - self.mean).square().mean(0)
-        mean, deviations = self._evaluated(None)
-        if self._transform is None:
-            variance = deviations.square().mean(0)
-            # Known, so that it need not be estimated.
-            return variance if self._noise is None else variance + self._noise.variances
-        return (self.values - self._applied(mean)).square().mean(0)
+        """Posterior variance (*b, q, m)."""
+        if self._is_affine:
+            if self._transform is None:
+                return self._marginals()
+            independent = all(output.is_independent for output in self._outputs)
+            if independent and isinstance(
+                self._transform, ScalarizedPosteriorTransform
+            ):
+                weights = cast(Tensor, self._transform.weights).to(self._x)
+                return (self._marginals() @ weights.square()).unsqueeze(-1)
+        return (self._everything() - self.mean).square().mean(0)
 
     @property
     def values(self) -> Tensor:
@@ -210,8 +223,7 @@ class PathPosterior(Posterior):
         if self._is_affine:
             normal = torch.distributions.Normal(self.mean, self.variance.sqrt())
             return normal.icdf(value.to(self.mean).reshape(-1, *(1,) * self.mean.ndim))
-        symmetric = self._values(None, mirrored=True)
-        return torch.quantile(symmetric, value.to(self.mean).flatten(), dim=0)
+        return torch.quantile(self._everything(), value.to(self.mean).flatten(), dim=0)
 
     @property
     def _is_affine(self) -> bool:
@@ -223,6 +235,8 @@ class PathPosterior(Posterior):
         numbers = numbers.remainder(2 * count)
         functions = numbers.remainder(count)
         mirrored = numbers >= count
+        if len(numbers.unique()) == 2 * count:
+            return self._everything().index_select(0, numbers.to(self.device))
         index = None
         wanted, position = functions.unique(return_inverse=True)
         if self._all is None and 2 * len(wanted) <= count:
@@ -241,6 +255,29 @@ class PathPosterior(Posterior):
             values = torch.cat([values, mean - deviations])
         return self._applied(values)
 
+    def _everything(self) -> Tensor:
+        """Values of all functions and mirror images (2 S, *b, q, m)."""
+        mean, deviations = self._evaluated(None)
+        if self._noise is not None:
+            deviations = deviations + self._noise.values(None)
+        if all(output.is_small for output in self._outputs):
+            squares = deviations.square().mean(0)
+            tiny = torch.finfo(squares.dtype).tiny
+            ratio = self._marginals() / squares.clamp_min(tiny)
+            deviations = deviations * ratio.sqrt()
+        return self._applied(torch.cat([mean + deviations, mean - deviations]))
+
+    def _marginals(self) -> Tensor:
+        """Variances of all outputs (*b, q, m) before transforms, with the noise."""
+        if self._known is None:
+            parts = [output.variance(self._x) for output in self._outputs]
+            known = torch.cat(parts, dim=-1)
+            known = known.expand(*self.batch_shape, *known.shape[-2:])
+            if self._noise is not None:
+                known = known + self._noise.variances
+            self._known = known
+        return self._known
+
     def _applied(self, latent: Tensor) -> Tensor:
         """Units that are not affine, and the posterior transform."""
         latent = in_user_units(self._outputs, latent, self._x)
@@ -258,6 +295,13 @@ class PathPosterior(Posterior):
         if index is None:
             self._all = evaluated
         return evaluated
+
+
+_NO_DISTRIBUTION = (
+    "a PathPosterior consists of functions and has no joint distribution in closed "
+    "form, which qMaxValueEntropy and qJointEntropySearch ask for; give "
+    "them the model's definition"
+)
 
 
 def is_affine(transform: PosteriorTransform) -> bool:

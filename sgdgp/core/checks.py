@@ -9,6 +9,22 @@ import torch
 from torch import Tensor
 
 
+def check_not_mapped(name: str, value: Tensor) -> None:
+    """Refuse what ``torch.func.vmap`` makes of a tensor: its values cannot be checked.
+
+    Raises:
+        TypeError: Says what to do instead.
+    """
+    functorch = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(value):
+        if functorch.is_batchedtensor(value):
+            raise TypeError(
+                f"{name}: torch.func.vmap is not supported; give all batches at once, "
+                f"{name} (..., n, d)"
+            )
+        value = functorch.get_unwrapped(value)
+
+
 def check_finite(name: str, value: Tensor) -> None:
     """Refuse NaN and infinities.
 

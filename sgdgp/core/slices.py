@@ -53,7 +53,8 @@ def recomputed(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
             not close over tensors that require a gradient.
         *inputs: Its arguments.
     """
-    if not tracks_gradient(*inputs):
+    if not tracks_gradient(*inputs) or torch._C._are_functorch_transforms_active():
+        # Function transforms have derivatives of their own.
         return function(*inputs)
     return _Recomputed.apply(function, *inputs)
 

@@ -30,7 +30,7 @@ from linear_operator.operators import (
 )
 from torch import Tensor
 
-from sgdgp.core.checks import check_finite, check_same
+from sgdgp.core.checks import check_finite, check_not_mapped, check_same
 from sgdgp.core.inference import outside_inference_mode
 from sgdgp.features import ExactDraws, PriorDraws, SelectedDraws
 from sgdgp.gpytorch_adapter import MultitaskPrior, OutcomeScale, Prior
@@ -186,6 +186,7 @@ class ConditionedPaths(Paths):
                 f"x: expected shape (n, {self.dim}), found {tuple(x.shape)}"
             )
         check_same("x", x, "the training inputs", self.operator.x)
+        check_not_mapped("x", x)
         check_finite("x", x)
         return x.reshape(-1, self.dim), x.shape[:-1]
 
@@ -300,6 +301,11 @@ class PairPaths(Paths):
 
     def flattened(self, x: Points) -> tuple[Tensor, torch.Size]:
         """Check inputs of the model, which are pairs without their task."""
+        if torch._C._are_functorch_transforms_active():
+            raise TypeError(
+                "x: torch.func is not supported for the kernels of multitask models, "
+                "which have autograd functions; use torch.autograd"
+            )
         return replace(self.paths, dim=self.dim).flattened(x)
 
     def evaluate(

@@ -17,11 +17,18 @@ from botorch.acquisition import (
     qSimpleRegret,
     qUpperConfidenceBound,
 )
+from botorch.acquisition.joint_entropy_search import qJointEntropySearch
+from botorch.acquisition.max_value_entropy_search import (
+    qLowerBoundMaxValueEntropy,
+    qMaxValueEntropy,
+)
 from botorch.acquisition.multi_objective import (
     logei,
     qLogNoisyExpectedHypervolumeImprovement,
 )
 from botorch.acquisition.thompson_sampling import PathwiseThompsonSampling
+from botorch.cross_validation import efficient_loo_cv
+from botorch.exceptions.errors import UnsupportedError
 from botorch.exceptions.warnings import BotorchWarning
 from botorch.generation import MaxPosteriorSampling
 from botorch.models import ModelListGP, SingleTaskGP
@@ -31,6 +38,7 @@ from botorch.optim import optimize_acqf
 from botorch.sampling.normal import SobolQMCNormalSampler
 from botorch.test_functions import Branin, BraninCurrin, Hartmann
 from botorch.utils.sampling import draw_sobol_samples, optimize_posterior_samples
+from gpytorch.mlls import ExactMarginalLogLikelihood
 
 from sgdgp.botorch import PathSampler, PathwiseModel
 
@@ -163,6 +171,25 @@ def test_values_are_those_of_the_closed_form_posterior(name):
         found, truth = found.exp(), truth.exp()
     # 1,024 functions and their mirror images: 3 % of a deviation and of its mean.
     assert float((found - truth).abs().max() / truth.abs().max()) < 0.1
+
+
+def test_acquisitions_in_closed_form_are_refused_by_name():
+    bounds, _, _ = observed("branin")
+    model = pathwise("branin")
+    points = draw_sobol_samples(bounds, n=8, q=1, seed=5)
+    with pytest.raises(AttributeError, match="qMaxValueEntropy"):
+        qMaxValueEntropy(model, points.squeeze(1))(points)
+    with pytest.raises(AttributeError, match="qJointEntropySearch"):
+        qJointEntropySearch(model, points[:4, 0], torch.ones(4, 1).double())(points)
+    # One point at a time has a lower bound from mean and variance.
+    bound = qLowerBoundMaxValueEntropy(model, points.squeeze(1))(points)
+    assert bool(bound.isfinite().all())
+    with pytest.raises(UnsupportedError, match=r"posterior.*efficient_loo_cv.*definit"):
+        efficient_loo_cv(model)
+    with pytest.raises(UnsupportedError, match=r"posterior\(X\)"):
+        model(points)
+    with pytest.raises(RuntimeError, match="underlying GP object"):
+        ExactMarginalLogLikelihood(model.likelihood, model)
 
 
 def test_a_batch_found_one_by_one_is_one_of_different_points():

@@ -8,6 +8,7 @@ import torch
 
 import sgdgp
 from sgdgp.operators import choose_operator
+from sgdgp.posterior.paths import PairPaths
 from tests.models import FEATURE_KERNELS, toy_data
 
 CASES = ("independent", "gaps", "multitask")
@@ -72,6 +73,26 @@ def test_each_is_differentiable(functions):
     together = sum(functions(x[i])[i].sum() for i in range(6))
     (expected,) = torch.autograd.grad(together, x)
     torch.testing.assert_close(slope, expected, rtol=1e-6, atol=1e-8)
+
+
+def test_function_transforms_give_derivatives_or_say_that_they_do_not(functions):
+    x = _points(4)
+    leaf = x.clone().requires_grad_()
+    paths = functions.paths
+    for value in (
+        lambda z: paths.evaluate(paths.flattened(z)[0], deviations=False)[0].sum(),
+        lambda z: paths.moments(paths.flattened(z)[0]).variance.sum(),
+        lambda z: functions(z)[2].sum(),
+    ):
+        (slope,) = torch.autograd.grad(value(leaf), leaf)
+        if isinstance(paths, PairPaths):
+            with pytest.raises(TypeError, match=r"torch.func.*multitask"):
+                torch.func.grad(value)(x)
+        else:
+            torch.testing.assert_close(torch.func.grad(value)(x), slope)
+    for call in (functions, torch.func.grad(lambda z: functions(z).sum())):
+        with pytest.raises(TypeError, match=r"x: torch.func.* is not supported"):
+            torch.func.vmap(lambda z, call=call: call(z.unsqueeze(0)))(x)
 
 
 def test_some_functions_are_those_of_these_numbers(functions):
