@@ -6,7 +6,7 @@ from sgdgp.core.processes import process_group, started
 from sgdgp.networks import priors
 from sgdgp.networks.calibration import Comparison
 from sgdgp.networks.dual import Dual
-from sgdgp.networks.likelihoods import Categorical, Gaussian, Likelihood
+from sgdgp.networks.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
 from sgdgp.networks.linearisation import LinearisedNetwork, linearise, linearize
 from sgdgp.networks.posterior import LinearisedPosterior, load
 from sgdgp.networks.predictive import GaussianPrediction
@@ -18,6 +18,7 @@ also_importable_as("sgdgp.networks.stored_values", codec)
 also_importable_as("sgdgp.networks.weight_priors", priors)
 
 __all__ = [
+    "Bernoulli",
     "Categorical",
     "Comparison",
     "Dual",

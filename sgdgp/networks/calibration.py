@@ -22,12 +22,13 @@ from torch import Tensor
 from sgdgp.core.checks import check_finite
 from sgdgp.core.slices import slices
 from sgdgp.metrics import interval_coverage, reliability_of, rmse
-from sgdgp.networks.likelihoods import Categorical, Gaussian, Likelihood
+from sgdgp.networks.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
 from sgdgp.networks.predictive import (
     GaussianPrediction,
     Link,
     check_link,
     dyadic_joint_log_prob,
+    label_logits,
     log_monte_carlo,
     log_probit,
     variance_of,
@@ -202,6 +203,16 @@ class HeldOut:
     variance: Float[Tensor, "n C"]
     fluctuations: Float[Tensor, "n C k"] | None = None
 
+    def labels(self) -> HeldOut:
+        """Every output an example of its own, of two classes with logits (0, f)."""
+        variance, g = self.variance, self.fluctuations
+        f, varied = label_logits(self.outputs, variance.unsqueeze(-1))
+        mean, added = label_logits(
+            self.mean, variance.unsqueeze(-1) if g is None else g
+        )
+        y = self.y.flatten().long()
+        return HeldOut(f, mean, y, varied[..., 0], None if g is None else added)
+
     def parts(self) -> Iterator[HeldOut]:
         """Consecutive examples, few enough to compute on at once."""
         samples = 1 if self.fluctuations is None else self.fluctuations.shape[2]
@@ -278,11 +289,13 @@ def compare(
     held_out = HeldOut(outputs, mean, y, variance.detach(), fluctuations)
     if isinstance(likelihood, Gaussian):
         return _compare_targets(likelihood, held_out)
+    if isinstance(likelihood, Bernoulli):
+        likelihood, held_out = Categorical(), held_out.labels()
     if isinstance(likelihood, Categorical):
         generator = generator or torch.Generator().manual_seed(0)
         return _compare_classes(likelihood, held_out, link, generator)
     raise TypeError(
-        f"likelihood: expected Categorical or Gaussian, found "
+        f"likelihood: expected Categorical, Bernoulli or Gaussian, found "
         f"{type(likelihood).__name__}"
     )
 

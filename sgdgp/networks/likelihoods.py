@@ -141,8 +141,8 @@ class Categorical(Likelihood):
         if num_outputs < 2:
             raise ValueError(
                 f"network: Categorical needs an output per class, at least two, found "
-                f"{num_outputs}; a network with one logit f has the two outputs "
-                f"(0, f), which the argument `output` can make of it"
+                f"{num_outputs}; use Bernoulli() for a network with one logit f, "
+                f"which has the two outputs (0, f)"
             )
         if y.is_floating_point() or y.is_complex() or y.dtype == torch.bool:
             raise TypeError(
@@ -159,6 +159,52 @@ class Categorical(Likelihood):
                 f"y: expected class indices from 0 to {num_outputs - 1}, one per "
                 f"output of the network, found {low if low < 0 else high}"
             )
+
+
+@register_stored_class
+@dataclass(frozen=True)
+class Bernoulli(Likelihood):
+    """Labels that are 0 or 1 by themselves, p = sigmoid(f): multilabel, or one logit.
+
+    Targets are (b, C), or (b,) with one output. Probabilities are mixed with a half at
+    the rounding error of the dtype, as those of ``Categorical``.
+    """
+
+    def hessian_root(self, outputs: Tensor, v: Tensor) -> Tensor:
+        off, on = _odds(outputs)
+        return (off * on).sqrt().unsqueeze(-1) * v
+
+    hessian_root_transpose = hessian_root
+
+    def hessian(self, outputs: Tensor, v: Tensor) -> Tensor:
+        off, on = _odds(outputs)
+        return (off * on).unsqueeze(-1) * v
+
+    def gradient(self, outputs: Tensor, y: Tensor) -> Tensor:
+        off, on = _odds(outputs)
+        return torch.where(_targets(y, outputs) > 0, -off, on)
+
+    def residual(self, outputs: Tensor, y: Tensor) -> Tensor:
+        off, on = _odds(outputs)
+        return torch.where(
+            _targets(y, outputs) > 0, (off / on).sqrt(), -(on / off).sqrt()
+        )
+
+    def log_prob(self, outputs: Tensor, y: Tensor) -> Tensor:
+        signs = 2 * _targets(y, outputs[..., 0]).unsqueeze(-1) - 1
+        return functional.logsigmoid(signs * outputs).sum(1)
+
+    def check_targets(self, y: Any, num_outputs: int) -> None:
+        _check_tensor(y)
+        if y.is_complex():
+            raise TypeError(f"y: Bernoulli expects labels 0 and 1, found {y.dtype}")
+        if y.numel() == 0 or y.ndim == 0 or y[0].numel() != num_outputs:
+            raise ValueError(
+                f"y: Bernoulli expects one label per output of the network, shape "
+                f"(b, {num_outputs}), found {tuple(y.shape)}"
+            )
+        if not bool(((y == 0) | (y == 1)).all()):
+            raise ValueError("y: Bernoulli expects labels 0 and 1, found others")
 
 
 @register_stored_class
@@ -321,6 +367,13 @@ class Gaussian(Likelihood):
         if isinstance(variance, float):
             return math.sqrt(variance)
         return outputs.new_tensor(variance).sqrt().unsqueeze(-1)
+
+
+def _odds(outputs: Tensor) -> tuple[Tensor, Tensor]:
+    """Probabilities of labels 0 and 1, neither of them zero."""
+    floor = torch.finfo(outputs.dtype).eps / 2
+    off, on = ((f.sigmoid() + floor) / (1 + 2 * floor) for f in (-outputs, outputs))
+    return off, on
 
 
 def _root_probabilities(outputs: Tensor) -> Tensor:

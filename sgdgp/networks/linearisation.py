@@ -70,7 +70,7 @@ def linearise(
     Args:
         network: Any trained ``torch.nn.Module`` in evaluation mode. It is read, never
             changed or copied, and has to stay as it is; buffers are constants.
-        likelihood: ``Categorical()`` or ``Gaussian(noise=...)``.
+        likelihood: ``Categorical()``, ``Bernoulli()`` or ``Gaussian(noise=...)``.
         prior: ``GPrior()`` (default), ``Isotropic()``, ``Layerwise()`` or
             ``Kronecker()``.
         weights: Which weights are uncertain: None or "all", "last_layer", "no_norms",

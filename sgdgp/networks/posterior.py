@@ -21,13 +21,14 @@ from sgdgp.networks.curvature import TangentData, WeightSystem
 from sgdgp.networks.evidence import Evidence, linear_evidence, spectrum_of
 from sgdgp.networks.expectation_maximisation import EMStep
 from sgdgp.networks.fitting import Mean
-from sgdgp.networks.likelihoods import Gaussian, Likelihood
+from sgdgp.networks.likelihoods import Bernoulli, Gaussian, Likelihood
 from sgdgp.networks.predictive import (
     GaussianPrediction,
     Link,
     check_link,
     dyadic_joint_log_prob,
     joint_log_prob,
+    label_logits,
     logit_variance,
     monte_carlo,
     mutual_information,
@@ -149,7 +150,7 @@ class LinearisedPosterior:
     def predict(
         self, x: Any, link: Link = "probit", *, batch_size: int = PREDICTED_TOGETHER
     ) -> Float[Tensor, "b C"] | GaussianPrediction:
-        """Class probabilities (b, C), or mean and variance of a regression.
+        """Class or label probabilities (b, C), or a regression's mean and variance.
 
         Args:
             x: Inputs as the network takes them; a tensor (b, ...) of any length.
@@ -166,9 +167,13 @@ class LinearisedPosterior:
             parts = [(outputs, variance_of(added)) for outputs, added in batches]
             mean, variance = map(torch.cat, zip(*parts, strict=True))
             return GaussianPrediction(mean, variance, self.likelihood.variance)
-        if link == "probit":
-            return torch.cat([probit(f, variance_of(added)) for f, added in batches])
-        return torch.cat([monte_carlo(f, added) for f, added in batches])
+        return torch.cat([self._probabilities(f, added, link) for f, added in batches])
+
+    def _probabilities(self, f: Tensor, added: Tensor, link: Link) -> Tensor:
+        if isinstance(self.likelihood, Bernoulli):
+            each = _linked(*label_logits(f, added), link)
+            return each[:, 1].reshape(f.shape)
+        return _linked(f, added, link)
 
     @torch.no_grad()
     def log_marginal_likelihood(
@@ -263,13 +268,18 @@ class LinearisedPosterior:
         )
 
     def _score(self, outputs: Tensor, added: Tensor, score: Score) -> Tensor:
+        labels = isinstance(self.likelihood, Bernoulli)
+        if score == "variance":
+            if labels or isinstance(self.likelihood, Gaussian):
+                return variance_of(added).mean(1)
+            return logit_variance(added)
+        # The labels of an example are independent: their doubts add up.
+        f, g = label_logits(outputs, added) if labels else (outputs, added)
         if score == "entropy":
-            return predictive_entropy(probit(outputs, variance_of(added)))
-        if score == "mutual_information":
-            return mutual_information(outputs, added)
-        if isinstance(self.likelihood, Gaussian):
-            return variance_of(added).mean(1)
-        return logit_variance(added)
+            found = predictive_entropy(probit(f, variance_of(g)))
+        else:
+            found = mutual_information(f, g)
+        return found.view(len(outputs), -1).sum(1)
 
     @torch.no_grad()
     def calibrate(
@@ -383,6 +393,11 @@ def load(
         return LinearisedPosterior(tangent=tangent, **own)
     except TypeError as error:
         raise StorageError(f"{path} does not fit this version: {error}") from error
+
+
+def _linked(f: Tensor, added: Tensor, link: Link) -> Tensor:
+    """Probabilities by a link."""
+    return probit(f, variance_of(added)) if link == "probit" else monte_carlo(f, added)
 
 
 def _parts(x: Any, size: int = PREDICTED_TOGETHER) -> Iterator[Any]:

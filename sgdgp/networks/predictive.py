@@ -104,6 +104,18 @@ def monte_carlo(
     return log_monte_carlo(f, fluctuations).exp()
 
 
+def label_logits(
+    f: Float[Tensor, "b C"], fluctuations: Float[Tensor, "b C k"]
+) -> tuple[Float[Tensor, "bC 2"], Float[Tensor, "bC 2 k"]]:
+    """Logits (0, f) of label 0 and 1, each output an example of its own."""
+    f, fluctuations = f.flatten(), fluctuations.flatten(0, 1)
+    zeros = torch.zeros_like
+    return (
+        torch.stack([zeros(f), f], 1),
+        torch.stack([zeros(fluctuations), fluctuations], 1),
+    )
+
+
 def joint_log_prob(log_probs: Float[Tensor, "b k"]) -> float:
     """Log probability of all targets of a batch together, in nats.
 

@@ -10,11 +10,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sgdgp.networks.likelihoods import Categorical, Gaussian, Likelihood
+from sgdgp.networks.likelihoods import (
+    Bernoulli,
+    Categorical,
+    Gaussian,
+    Likelihood,
+)
 
 C = 5
 LIKELIHOODS: list[Likelihood] = [
     Categorical(),
+    Bernoulli(),
     Gaussian(0.3),
     Gaussian(torch.linspace(0.1, 2.0, C)),
     Gaussian().with_noise(1e-3),
@@ -35,6 +41,8 @@ def batch(
     outputs = scale * torch.randn(n, C, generator=generator, dtype=torch.float64)
     if isinstance(likelihood, Categorical):
         return outputs.to(dtype), torch.randint(C, (n,), generator=generator)
+    if isinstance(likelihood, Bernoulli):
+        return outputs.to(dtype), torch.randint(2, (n, C), generator=generator)
     y = torch.randn(n, C, generator=generator, dtype=torch.float64)
     return outputs.to(dtype), y.to(dtype)
 
@@ -175,6 +183,9 @@ def test_log_prob_scores_every_column_and_agrees_with_torch_distributions(
         if isinstance(likelihood, Gaussian):
             scale = torch.tensor(likelihood.variance, dtype=torch.float64).sqrt()
             expected = torch.distributions.Normal(f, scale).log_prob(y).sum(1)
+        elif isinstance(likelihood, Bernoulli):
+            labels = torch.distributions.Bernoulli(logits=f)
+            expected = labels.log_prob(y.double()).sum(1)
         else:
             expected = torch.distributions.Categorical(logits=f).log_prob(y)
         torch.testing.assert_close(found[:, k], expected)

@@ -11,11 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from sgdgp.networks import (
+    Bernoulli,
     Categorical,
     Gaussian,
     GaussianPrediction,
     Isotropic,
     LinearisedPosterior,
+    WeightCG,
     linearise,
     load,
 )
@@ -273,3 +275,86 @@ def test_regressions_are_scored_by_their_variance(targets, inputs):
     torch.testing.assert_close(found, prediction.variance.mean(1))
     with pytest.raises(ValueError, match="regression"):
         targets.out_of_distribution_score(inputs)
+
+
+class Beside(nn.Module):
+    """One logit f as the two outputs (0, f)."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor) -> Tensor:
+        logit = self.network(x)
+        return torch.cat([torch.zeros_like(logit), logit], 1)
+
+
+EXACT = {
+    "steps": 0,
+    "precision": 0.5,
+    "final_samples": K,
+    "solver": WeightCG(tolerance=1e-7),
+    "progress": False,
+}
+
+
+def labelled(outputs: int) -> tuple[nn.Module, Tensor, Tensor]:
+    x, _, _ = data()
+    network = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, outputs))
+    return initialised(network.double()).eval(), x, (x[:, :outputs] > 0.2).long()
+
+
+def test_one_logit_is_two_classes():
+    network, x, y = labelled(1)
+    one = linearise(network, Bernoulli(), Isotropic()).fit([(x, y[:, 0])], **EXACT)
+    two = linearise(Beside(network).eval(), Categorical(), Isotropic()).fit(
+        [(x, y[:, 0])], **EXACT
+    )
+    torch.testing.assert_close(one.weight_mean, two.weight_mean, rtol=0, atol=1e-5)
+    evidence = [p.log_marginal_likelihood([(x, y[:, 0])]).value for p in (one, two)]
+    assert evidence[0] == pytest.approx(evidence[1], abs=1e-5)
+    two.weight_samples = one.weight_samples
+    for link in ("probit", "monte_carlo"):
+        found = one.predict(x, link)
+        torch.testing.assert_close(found[:, 0], two.predict(x, link)[:, 1])
+    for score in ("entropy", "mutual_information"):
+        torch.testing.assert_close(
+            one.out_of_distribution_score(x, score),
+            two.out_of_distribution_score(x, score),
+        )
+    left, right = (p.calibrate([(x, y[:, 0])]) for p in (one, two))
+    assert left.scores.keys() == right.scores.keys()
+    for name, scores in left.scores.items():
+        assert scores == pytest.approx(right.scores[name], rel=1e-6, nan_ok=True)
+
+
+def test_labels_are_predicted_one_by_one(tmp_path):
+    network, x, y = labelled(2)
+    posterior = linearise(network, Bernoulli()).fit([(x, y)], **QUICK)
+    f, added = posterior.fluctuations(x)
+    variance = added.square().mean(-1)
+    expected = (f / (1 + math.pi / 8 * variance).sqrt()).sigmoid()
+    torch.testing.assert_close(posterior.predict(x), expected)
+    each = (f.unsqueeze(-1) + added).sigmoid()
+    torch.testing.assert_close(posterior.predict(x, "monte_carlo"), each.mean(-1))
+    right = torch.where(y.unsqueeze(-1) > 0, each, 1 - each).log().sum((0, 1))
+    joint = float(right.logsumexp(0)) - math.log(K)
+    assert posterior.joint_log_prob(x, y) == pytest.approx(joint)
+    assert posterior.calibrate([(x, y)]).num_examples == 2 * N
+    path = tmp_path / "labels.safetensors"
+    posterior.save(path)
+    torch.testing.assert_close(load(path, network).predict(x), posterior.predict(x))
+
+
+@pytest.mark.parametrize(
+    ("y", "message"),
+    [
+        (torch.full((N, 2), 0.5), "labels 0 and 1"),
+        (torch.zeros(N), "one label per output"),
+    ],
+    ids=["soft", "too few"],
+)
+def test_what_is_no_label_is_refused(y, message):
+    network, x, _ = labelled(2)
+    with pytest.raises(ValueError, match=message):
+        linearise(network, Bernoulli()).fit([(x, y)], **QUICK)
