@@ -7,9 +7,21 @@ Rooms of their own: ``sgdgp.networks`` (posteriors of trained networks),
 """
 
 import contextlib
+import importlib.util
 import io
+import os
+import tempfile
+from pathlib import Path
 
-# GPyTorch imports KeOps, which reports on standard output that it found no GPU.
+if importlib.util.find_spec("pykeops") and "KEOPS_CACHE_FOLDER" not in os.environ:
+    # GPyTorch imports KeOps, which fails without a place for what it compiles.
+    _home = Path("~").expanduser() / ".cache"
+    with contextlib.suppress(OSError):
+        _home.mkdir(parents=True, exist_ok=True)
+    if not os.access(_home, os.W_OK):
+        os.environ["KEOPS_CACHE_FOLDER"] = tempfile.mkdtemp(prefix="keops-")
+
+# It also reports on standard output that it found no GPU.
 with contextlib.redirect_stdout(io.StringIO()):
     import gpytorch as _gpytorch  # noqa: F401
 

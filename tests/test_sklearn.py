@@ -191,9 +191,7 @@ class TestWeights:
         new = some_data(seed=1)[0]
         w = np.random.RandomState(2).gamma(1.0, size=60)
         model = fixed(normalize_y=False, kernel=a_kernel()).fit(X, y, sample_weight=w)
-        # Nothing is learned, so the mean is the weighted mean of the targets.
-        centre = np.average(y, weights=w)
-        expected = closed_form(a_kernel(), 0.05 / w, X, y - centre, new)[0] + centre
+        expected = closed_form(a_kernel(), 0.05 / w, X, y, new)[0]
         np.testing.assert_allclose(model.predict(new), expected, atol=1e-7)
 
     def test_of_whole_numbers_teach_what_repeated_rows_teach(self):
@@ -246,6 +244,17 @@ class TestOutputs:
             single = fixed().fit(X, Y[:, column])
             np.testing.assert_allclose(mean[:, column], single.predict(new), rtol=1e-9)
             assert model.noise_[column] == pytest.approx(single.noise_)
+
+    def test_do_not_move_each_other(self):
+        X, y = some_data()
+        far = np.concatenate([X[:5], [[1e3, 1e3]]])
+        for normalised in (True, False):
+            one = fixed(normalize_y=normalised).fit(X, y)
+            two = fixed(normalize_y=normalised).fit(X, np.column_stack([y, y**2 + 100]))
+            np.testing.assert_allclose(two.predict(far)[:, 0], one.predict(far))
+            # Far from the data there is the prior.
+            prior = y.mean() if normalised else 0.0
+            assert one.predict(far)[-1] == pytest.approx(prior, abs=1e-12)
 
     def test_have_shapes_as_in_scikit_learn(self):
         X, y = some_data()

@@ -137,12 +137,13 @@ class RunCheckpoint(Checkpoint):
         super().__init__(path, every or _AT_ONCE)
 
     def open_for(
-        self, settings: Mapping[str, str], device: torch.device
+        self, settings: Mapping[str, str], width: int, device: torch.device
     ) -> Record | None:
         """Where the run was, or None if it has not begun.
 
         Args:
             settings: What two runs must have in common to be the same one.
+            width: Columns of the points.
             device: Where tensors go.
 
         Raises:
@@ -157,10 +158,18 @@ class RunCheckpoint(Checkpoint):
             if not isinstance(record, Record):
                 raise TypeError(f"found {type(record).__name__}")
             x, y, history = record.x, record.y, record.history
-            last = history[-1].num_observations if history else len(y)
-            if not len(x) == len(y) == last:
+            pending = record.pending
+            if x.shape != (len(y), width) or y.ndim != 1:
+                raise ValueError("points and values of other shapes")
+            if pending is not None and (
+                pending.proposals.shape[1:] != (width,)
+                or pending.results.ndim != 1
+                or len(pending.results) >= len(pending.proposals)
+            ):
+                raise ValueError("a step under way of other shapes")
+            if history and history[-1].num_observations != len(y):
                 raise ValueError(
-                    f"{len(x)} points and {len(y)} values after {last} observations"
+                    f"{len(y)} values after {history[-1].num_observations} observations"
                 )
             return record
 

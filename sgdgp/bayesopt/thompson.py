@@ -207,7 +207,7 @@ def thompson_sampling(
     keeper, record = None, None
     if checkpoint is not None:
         keeper = RunCheckpoint(checkpoint, checkpoint_every)
-        record = keeper.open_for(settings, bounds.device)
+        record = keeper.open_for(settings, bounds.shape[1], bounds.device)
     if record is None:
         record = _beginning(bounds, initial, seed)
         if keeper is not None:
@@ -352,7 +352,14 @@ def evaluate(objective: Objective, x: Float[Tensor, "b d"]) -> Float[Tensor, " b
     Raises:
         ValueError: Not one finite value for each point.
     """
-    y = torch.as_tensor(objective(x.clone())).detach().to(x)
+    found = objective(x.clone())
+    try:
+        y = torch.as_tensor(found).detach().to(x)
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"objective: expected {len(x)} values, one for each point, found "
+            f"{found!r:.80}"
+        ) from error
     if y.ndim == 2 and y.shape[1] == 1:
         y = y[:, 0]
     if y.shape != (len(x),):

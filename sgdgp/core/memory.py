@@ -2,35 +2,97 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
 from sgdgp.core.checks import check_number
 
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]
+
 _UNKNOWN_FREE = 4 * 2**30
+_PROC, _CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
 
 
 def free_memory(device: torch.device | str = "cpu") -> int:
     """Bytes of memory that are free on ``device``.
 
-    On Linux the kernel's own estimate of what can be had without swapping; on
-    other systems half of the physical memory, or 4 GiB where that is unknown too.
+    On Linux the kernel's own estimate of what can be had without swapping, or what
+    the limits of a container or of the process leave; on other systems half of the
+    physical memory, or 4 GiB where that is unknown too. On a GPU with what torch
+    holds without using it.
     """
     device = torch.device(device)
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
+        held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + held
+    return max(0, min((_of_machine(), *_of_containers(), *_of_process())))
+
+
+def _of_machine() -> int:
+    with contextlib.suppress(OSError):
+        for line in (_PROC / "meminfo").read_text().splitlines():
             if line.startswith("MemAvailable:"):
                 return int(line.split()[1]) * 1024
-    except OSError:
-        pass
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
     except (AttributeError, OSError, ValueError):
         return _UNKNOWN_FREE
+
+
+def _of_containers() -> Iterator[int]:
+    """What the memory limits of control groups leave, of versions 1 and 2."""
+    try:
+        groups = (_PROC / "self" / "cgroup").read_text().splitlines()
+    except OSError:
+        return
+    for group in groups:
+        _, controllers, path = group.split(":", 2)
+        if not controllers:
+            root, limit, used = _CGROUPS, "memory.max", "memory.current"
+        elif "memory" in controllers.split(","):
+            root = _CGROUPS / "memory"
+            limit, used = "memory.limit_in_bytes", "memory.usage_in_bytes"
+        else:
+            continue
+        own = root / path.lstrip("/")
+        # A limit holds for all groups below, and the path may be that of the host.
+        for folder in (own, *own.parents):
+            if not folder.is_relative_to(root):
+                break
+            # No such file, or the limit "max".
+            with contextlib.suppress(OSError, ValueError):
+                allowed = int((folder / limit).read_text())
+                cached = _inactive_files(folder / "memory.stat")
+                yield allowed - int((folder / used).read_text()) + cached
+
+
+def _inactive_files(statistics: Path) -> int:
+    """Bytes of cached files that count as used, and are given up when needed."""
+    with contextlib.suppress(OSError, ValueError):
+        for line in statistics.read_text().splitlines():
+            if line.startswith("inactive_file "):
+                return int(line.split()[1])
+    return 0
+
+
+def _of_process() -> Iterator[int]:
+    """What limits of the process leave (``ulimit -v`` and ``-d``)."""
+    if resource is None:
+        return
+    with contextlib.suppress(OSError, ValueError):
+        pages = (_PROC / "self" / "statm").read_text().split()
+        size = os.sysconf("SC_PAGE_SIZE")
+        for what, used in ((resource.RLIMIT_AS, 0), (resource.RLIMIT_DATA, 5)):
+            allowed, _ = resource.getrlimit(what)
+            if allowed != resource.RLIM_INFINITY:
+                yield allowed - size * int(pages[used])
 
 
 def resolve_budget(
@@ -43,7 +105,7 @@ def resolve_budget(
         ValueError: It is not positive.
     """
     if memory_budget is None:
-        return free_memory(device) // 2
+        return max(1, free_memory(device) // 2)
     check_number("memory_budget", memory_budget)
     if memory_budget <= 0:
         raise ValueError(

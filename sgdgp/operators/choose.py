@@ -88,7 +88,7 @@ def choose_operator(
         and rows >= KEOPS_FROM
         and isinstance(streaming, TiledOperator)
         and streaming.tile.has_keops
-        and keops_is_available()
+        and keops_is_available(x.device)
     ):
         return KeopsOperator(kernel, x, memory_budget=budget)
     return streaming

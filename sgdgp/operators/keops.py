@@ -8,7 +8,10 @@ in pieces of 1, 8 or 64 columns, so at most three compilations serve all product
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
+import subprocess
+import sys
 from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
@@ -23,6 +26,13 @@ from sgdgp.operators.tiled import TiledOperator
 _PIECES = (1, 8, 64)
 """Columns of a product: each width is compiled once (10-25 s), and padding to the next
 costs at most eight times the work of the columns there are."""
+
+_FIRST_PRODUCT = """
+import torch
+from pykeops.torch import Vi, Vj
+x = torch.rand(9, 3, device="cuda")
+((-(Vi(x) - Vj(x)).sqnorm2()).exp() * Vj(x)).sum(dim=1).cpu()
+"""
 
 
 class KeopsOperator(TiledOperator):
@@ -55,7 +65,7 @@ class KeopsOperator(TiledOperator):
             if self.is_square
             else self.tile.keops_inputs(self.x_rows, self.origin)
         )
-        import_keops()
+        _need_keops(self.x.device)
 
     def _rows_matmul(self, index: RowIndex, v: Tensor) -> Tensor:
         keops = import_keops()
@@ -90,18 +100,50 @@ def import_keops() -> ModuleType:
     return pykeops.torch
 
 
-def keops_is_available() -> bool:
-    """Whether pykeops can be imported."""
+def keops_is_available(device: torch.device) -> bool:
+    """Whether KeOps works on a device."""
     try:
-        import_keops()
+        _need_keops(device)
     except ImportError:
         return False
     return True
 
 
+def _need_keops(device: torch.device) -> None:
+    """Refuse a KeOps that does not work on a device.
+
+    Raises:
+        ImportError: Says what is missing.
+    """
+    import_keops()
+    if device.type == "cuda" and not _survives_on_a_gpu():
+        raise ImportError(
+            "the keops operator: pykeops ends its process on this GPU; use "
+            "operator='tiled'"
+        )
+
+
+@functools.cache
+def _survives_on_a_gpu() -> bool:
+    """Whether a first product works, tried where it can do no harm.
+
+    With some drivers KeOps 2.3 ends the process by a segmentation fault.
+    """
+    tried = subprocess.run(
+        [sys.executable, "-c", _FIRST_PRODUCT], capture_output=True, check=False
+    )
+    return tried.returncode == 0
+
+
 def _reduced(formula: Any, keops: ModuleType, v: Tensor) -> Tensor:
-    with contextlib.redirect_stdout(io.StringIO()):
-        return (formula * keops.Vj(v)).sum(dim=1)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            return (formula * keops.Vj(v)).sum(dim=1)
+    except (ImportError, OSError) as error:
+        raise ImportError(
+            "the keops operator needs a C++ compiler, and a writable folder for what "
+            f"it compiles ($KEOPS_CACHE_FOLDER): {error}"
+        ) from error
 
 
 def _pieces(v: Tensor) -> Iterator[tuple[Tensor, int]]:

@@ -24,6 +24,7 @@ from gpytorch.constraints import GreaterThan, Positive
 from gpytorch.distributions import MultivariateNormal
 from gpytorch.kernels import (
     AdditiveKernel,
+    ConstantKernel,
     Kernel,
     LinearKernel,
     MaternKernel,
@@ -37,7 +38,7 @@ from gpytorch.likelihoods import (
     Likelihood,
 )
 from gpytorch.likelihoods.noise_models import HomoskedasticNoise
-from gpytorch.means import ConstantMean, Mean
+from gpytorch.means import Mean, ZeroMean
 from gpytorch.models import ExactGP
 from gpytorch.priors import Prior
 from jaxtyping import Float
@@ -71,12 +72,15 @@ def _stationary(
     return kernel
 
 
-def _linear(spread: Tensor, variance: float) -> LinearKernel:
+def _linear(spread: Tensor, variance: float) -> AdditiveKernel:
+    """With a bias, as in scikit-learn's DotProduct: the prior mean is zero."""
+    bias = ConstantKernel(constant_constraint=_logarithmic()).to(spread)
     kernel = LinearKernel(
         ard_num_dims=len(spread), variance_constraint=_logarithmic()
     ).to(spread)
+    bias.constant = spread.new_tensor([variance])
     kernel.variance = variance / (len(spread) * spread.square())
-    return kernel
+    return kernel + bias
 
 
 _KERNELS: dict[str, Callable[[Tensor, float], Kernel]] = {
@@ -255,14 +259,13 @@ def starting_model(
     """
     _, spread = mean_and_spread(x, weights)
     centre, scale = mean_and_spread(y.reshape(len(x), -1), weights)
-    variance = float(scale.square().mean())
-    mean = ConstantMean().to(x)
-    mean.initialize(constant=float(centre.mean()))
     # A smaller start is an explicit wish for little noise.
-    bound = GreaterThan(min(NOISE_BOUND * variance, 0.1 * noise))
+    bound = GreaterThan(min(NOISE_BOUND * float(scale.square().mean()), 0.1 * noise))
     likelihood = GaussianLikelihood(noise_constraint=bound).to(x)
     likelihood.noise = noise
-    return GPModel(mean, make_kernel(kernel, spread, variance), likelihood)
+    # About zero, as the prior has them.
+    variance = float((centre.square() + scale.square()).mean())
+    return GPModel(ZeroMean(), make_kernel(kernel, spread, variance), likelihood)
 
 
 def weighted_model(

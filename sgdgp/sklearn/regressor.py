@@ -46,7 +46,8 @@ class SGDGPRegressor(MultiOutputMixin, RegressorMixin, BaseEstimator):
             is and is never changed: a copy is learned.
         noise: Noise variance to start from, in units of the standardised targets if
             ``normalize_y``, else of the targets.
-        normalize_y: Standardise the targets, each output for itself.
+        normalize_y: Standardise the targets, each output for itself. The prior mean
+            is zero: of the standardised targets, else of the targets themselves.
         optimizer: "adam", None to keep the hyperparameters as they start, or a
             callable that makes a ``torch.optim.Optimizer`` from parameters.
         steps: Optimiser steps at most.

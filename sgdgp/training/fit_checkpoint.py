@@ -13,7 +13,7 @@ from sgdgp.core.codec import Contents
 from sgdgp.core.files import FileKind
 from sgdgp.core.hashes import digest, former_structure_of, structure_of
 from sgdgp.gpytorch_adapter import Inputs
-from sgdgp.training.parameters import put_state
+from sgdgp.training.parameters import like_all, put_state
 from sgdgp.training.run import FitReason, Run
 
 KIND = FileKind("sgdgp.fit", 2, "checkpoint of a fit", format_1.fit)
@@ -115,6 +115,8 @@ def _restore(run: Run, found: Contents) -> FitReason | None:
     for i, moments in found["optimiser"].items():
         parameter = run.parameters[int(i)]
         for name, value in moments.items():
+            if value.ndim and value.shape != parameter.shape:
+                raise ValueError(f"{name} of parameter {i} has another shape")
             # Step counters live on the CPU, moments beside the parameter.
             on = value.cpu() if name == "step" else value.to(parameter)
             run.optimiser.state[parameter][name] = on
@@ -124,8 +126,5 @@ def _restore(run: Run, found: Contents) -> FitReason | None:
     run.history[:] = found["history"]
     run.recoveries = int(found["recoveries"])
     run.earlier_seconds = float(found["seconds"])
-    run.before = [
-        value.to(parameter)
-        for value, parameter in zip(found["before"], run.parameters, strict=False)
-    ]
+    run.before = found["before"] and like_all(found["before"], run.parameters)
     return reason if reason == "diverged" else None

@@ -24,6 +24,7 @@ from sgdgp.solvers.auto import check_solver_name
 from sgdgp.solvers.base import Solution, Solver
 from sgdgp.training.evidence import estimate_log_likelihood
 from sgdgp.training.gradient import EXACT_ROWS, exact_log_likelihood, surrogate
+from sgdgp.training.parameters import like_all
 from sgdgp.training.probes import Probes
 from sgdgp.training.warm_solves import SolveSettings, WarmSolves
 
@@ -200,6 +201,10 @@ class StochasticMarginalLogLikelihood(MarginalLogLikelihood):
         if not isinstance(state["path"], PathIntegral | None):
             raise TypeError(f"expected a PathIntegral, found {state['path']!r}")
         self._path = state["path"]
+        if self._path is not None and self._path.point:
+            learned = [p for p in self.parameters() if p.requires_grad]
+            self._path.point = like_all(self._path.point, learned)
+            self._path.gradient = like_all(self._path.gradient, learned)
 
     def _fresh(self, count: int) -> list[WarmSolves]:
         """Solves of ``count`` systems that carry nothing yet."""

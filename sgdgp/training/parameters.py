@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TypeAlias
 
 import gpytorch
@@ -111,3 +111,15 @@ def _scattered(
 
 def _is_positive(constraint: gpytorch.constraints.Interval) -> bool:
     return bool((constraint.lower_bound >= 0).all())
+
+
+def like_all(values: Sequence[Tensor], parameters: Sequence[Tensor]) -> list[Tensor]:
+    """Values of parameters, on their devices.
+
+    Raises:
+        ValueError: There are more or fewer, or one has another shape.
+    """
+    pairs = list(zip(values, parameters, strict=True))
+    if any(value.shape != parameter.shape for value, parameter in pairs):
+        raise ValueError("values of parameters have other shapes")
+    return [value.to(parameter) for value, parameter in pairs]

@@ -12,6 +12,7 @@ import sgdgp
 from sgdgp.bayesopt import maximise, thompson_sampling
 from sgdgp.bayesopt.posteriors import Chain, Options
 from sgdgp.bayesopt.record import KIND
+from sgdgp.bayesopt.thompson import evaluate
 from sgdgp.core.codec import read_values
 from sgdgp.core.errors import CheckpointError
 from tests.models import GP
@@ -373,3 +374,9 @@ def test_arguments_that_do_not_fit_are_named(settings, words):
     with pytest.raises(Exception, match=words):
         sampled(watched, **settings)
     assert not watched.asked
+
+
+@pytest.mark.parametrize("found", [None, "high", [1.0, None], [[1.0], [1.0, 2.0]]])
+def test_an_objective_that_returns_no_values_is_told_so(found):
+    with pytest.raises(ValueError, match=r"^objective: expected 2 values"):
+        evaluate(lambda x: found, torch.zeros(2, 1))

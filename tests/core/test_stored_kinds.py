@@ -276,6 +276,27 @@ def test_files_that_were_tampered_with_consistently_are_refused(
         refused(mark, path, str(path))
 
 
+@pytest.mark.parametrize(
+    "mark", ["sgdgp.checkpoint", "sgdgp.fit", "sgdgp.thompson_sampling"]
+)
+@pytest.mark.parametrize("shape", ["shorter", "wider"])
+def test_each_tensor_of_another_shape_is_refused(mark: str, shape: str, path: Path):
+    whole, tensors = path.read_bytes(), load_file(path)
+    unnoticed = []
+    for name, value in tensors.items():
+        if not value.numel() or not value.ndim:
+            continue
+        other = value[:-1] if shape == "shorter" else value.unsqueeze(0)
+        path.write_bytes(whole)
+        rewritten(path, lambda t, s, m, n=name, o=other: t.update({n: o.clone()}))
+        try:
+            KINDS[mark].again(path)
+        except KINDS[mark].error:
+            continue
+        unnoticed.append(name)
+    assert unnoticed == []
+
+
 @pytest.mark.parametrize("mark", KINDS)
 def test_a_file_that_lacks_something_is_refused(mark: str, path: Path):
     whole = path.read_bytes()

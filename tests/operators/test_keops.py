@@ -17,7 +17,7 @@ from gpytorch.kernels import (
     ScaleKernel,
 )
 
-from sgdgp.operators import KeopsOperator
+from sgdgp.operators import KeopsOperator, keops
 from tests.operators.kernel_cases import L1Kernel
 
 
@@ -68,3 +68,29 @@ def test_without_pykeops_the_error_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "pykeops", None)
     with pytest.raises(ImportError, match="pip install pykeops"):
         KeopsOperator(RBFKernel(), torch.zeros(3, 1))
+
+
+def test_keops_is_tried_in_another_process_before_it_is_used_on_a_gpu(monkeypatch):
+    keops._survives_on_a_gpu.cache_clear()
+    monkeypatch.setattr(keops, "import_keops", lambda: None)
+    monkeypatch.setattr(keops.sys, "executable", "false")
+    gpu = torch.device("cuda")
+    assert not keops.keops_is_available(gpu)
+    with pytest.raises(ImportError, match="ends its process on this GPU"):
+        keops._need_keops(gpu)
+    keops._survives_on_a_gpu.cache_clear()
+    monkeypatch.setattr(keops.sys, "executable", "true")
+    assert keops.keops_is_available(gpu)
+    keops._survives_on_a_gpu.cache_clear()
+
+
+def test_a_product_without_a_compiler_says_what_is_missing(monkeypatch):
+    class Formula:
+        def __mul__(self, other):
+            raise ModuleNotFoundError("No module named 'pykeops_cpp_8db'")
+
+    class Module:
+        Vj = staticmethod(lambda v: v)
+
+    with pytest.raises(ImportError, match=r"needs a C\+\+ compiler"):
+        keops._reduced(Formula(), Module, torch.ones(2, 1))

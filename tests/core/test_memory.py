@@ -1,0 +1,88 @@
+"""Free memory: what the machine, containers and the process leave."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from sgdgp.core import memory
+
+GB = 2**30
+
+
+@pytest.fixture
+def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A machine with 64 GB free, its process in no group."""
+    monkeypatch.setattr(memory, "_PROC", tmp_path / "proc")
+    monkeypatch.setattr(memory, "_CGROUPS", tmp_path / "groups")
+    (tmp_path / "proc" / "self").mkdir(parents=True)
+    (tmp_path / "proc" / "meminfo").write_text(f"MemAvailable: {64 * 2**20} kB\n")
+    return tmp_path
+
+
+def group(folder: Path, **files: object) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        (folder / f"memory.{name}").write_text(f"{content}\n")
+
+
+def test_without_limits_it_is_the_machines(machine: Path):
+    assert memory.free_memory() == 64 * GB
+    (machine / "proc" / "self" / "cgroup").write_text("0::/a/b\n")
+    group(machine / "groups" / "a", max="max", current=GB)
+    assert memory.free_memory() == 64 * GB
+
+
+@pytest.mark.parametrize("place", ["a/b", "a", ""])
+def test_a_limit_of_any_group_above_holds(machine: Path, place: str):
+    (machine / "proc" / "self" / "cgroup").write_text("0::/a/b\n")
+    group(machine / "groups" / place, max=8 * GB, current=3 * GB)
+    assert memory.free_memory() == 5 * GB
+    # Files in the cache are given up when memory is needed.
+    group(machine / "groups" / place, stat=f"anon 7\ninactive_file {GB}")
+    assert memory.free_memory() == 6 * GB
+    assert memory.resolve_budget(None) == 3 * GB
+
+
+def test_groups_of_version_1_have_other_names(machine: Path):
+    (machine / "proc" / "self" / "cgroup").write_text("3:cpu:/a\n4:memory:/a\n")
+    place = machine / "groups" / "memory" / "a"
+    group(place, limit_in_bytes=2 * GB, usage_in_bytes=3 * GB)
+    assert memory.free_memory() == 0
+    assert memory.resolve_budget(None) == 1
+
+
+@pytest.mark.parametrize("limit", ["RLIMIT_AS", "RLIMIT_DATA"])
+def test_limits_of_the_process_hold(limit: str):
+    code = f"""
+import resource
+from sgdgp.core.memory import free_memory
+resource.setrlimit(resource.{limit}, (40 * 2**30, 40 * 2**30))
+before = free_memory()
+resource.setrlimit(resource.{limit}, (20 * 2**30, 40 * 2**30))
+assert free_memory() < 20 * 2**30
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_what_torch_holds_unused_on_a_gpu_is_free(monkeypatch: pytest.MonkeyPatch):
+    for name, found in (
+        ("mem_get_info", (24 * GB, 80 * GB)),
+        ("memory_reserved", 50 * GB),
+        ("memory_allocated", 6 * GB),
+    ):
+        monkeypatch.setattr(torch.cuda, name, lambda device, found=found: found)
+    assert memory.free_memory("cuda") == 68 * GB
+
+
+def test_the_package_can_be_imported_without_a_home(tmp_path: Path):
+    (tmp_path / "file").write_text("")
+    subprocess.run(
+        [sys.executable, "-c", "import sgdgp"],
+        check=True,
+        env={"HOME": str(tmp_path / "file"), "PYTHONPATH": str(Path.cwd())},
+    )
