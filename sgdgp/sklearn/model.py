@@ -38,7 +38,7 @@ from gpytorch.likelihoods import (
     Likelihood,
 )
 from gpytorch.likelihoods.noise_models import HomoskedasticNoise
-from gpytorch.means import Mean, ZeroMean
+from gpytorch.means import ConstantMean, Mean, ZeroMean
 from gpytorch.models import ExactGP
 from gpytorch.priors import Prior
 from jaxtyping import Float
@@ -73,7 +73,7 @@ def _stationary(
 
 
 def _linear(spread: Tensor, variance: float) -> AdditiveKernel:
-    """With a bias, as in scikit-learn's DotProduct: the prior mean is zero."""
+    """With a bias, as in scikit-learn's DotProduct: the prior mean may be zero."""
     bias = ConstantKernel(constant_constraint=_logarithmic()).to(spread)
     kernel = LinearKernel(
         ard_num_dims=len(spread), variance_constraint=_logarithmic()
@@ -247,6 +247,8 @@ def starting_model(
     y: Float[Tensor, " n"] | Float[Tensor, "n t"],
     weights: Float[Tensor, " n"] | None,
     noise: float,
+    *,
+    with_mean: bool,
 ) -> GPModel:
     """A model to learn, which starts where the data are.
 
@@ -256,6 +258,7 @@ def starting_model(
         y: Targets (n,) or (n, t).
         weights: How often each row counts (n,). Default: once.
         noise: Noise variance to start from.
+        with_mean: Whether a constant prior mean is learned; else it is zero.
     """
     _, spread = mean_and_spread(x, weights)
     centre, scale = mean_and_spread(y.reshape(len(x), -1), weights)
@@ -265,7 +268,8 @@ def starting_model(
     likelihood.noise = noise
     # About zero, as the prior has them.
     variance = float((centre.square() + scale.square()).mean())
-    return GPModel(ZeroMean(), make_kernel(kernel, spread, variance), likelihood)
+    mean = ConstantMean().to(x) if with_mean else ZeroMean()
+    return GPModel(mean, make_kernel(kernel, spread, variance), likelihood)
 
 
 def weighted_model(

@@ -46,8 +46,8 @@ class SGDGPRegressor(MultiOutputMixin, RegressorMixin, BaseEstimator):
             is and is never changed: a copy is learned.
         noise: Noise variance to start from, in units of the standardised targets if
             ``normalize_y``, else of the targets.
-        normalize_y: Standardise the targets, each output for itself. The prior mean
-            is zero: of the standardised targets, else of the targets themselves.
+        normalize_y: Standardise the targets, each output for itself, and learn a
+            constant prior mean of them. Else the prior mean of the targets is zero.
         optimizer: "adam", None to keep the hyperparameters as they start, or a
             callable that makes a ``torch.optim.Optimizer`` from parameters.
         steps: Optimiser steps at most.
@@ -150,7 +150,9 @@ class SGDGPRegressor(MultiOutputMixin, RegressorMixin, BaseEstimator):
         x, z = self._tensor(X), self._model_targets(targets)
         w = None if weights is None else self._tensor(weights)
         random = check_random_state(self.random_state)
-        model = starting_model(self.kernel, x, z, w, settings.noise)
+        model = starting_model(
+            self.kernel, x, z, w, settings.noise, with_mean=bool(self.normalize_y)
+        )
         seed = arguments.draw_seed(random)
         self.learning_ = learn(model, x, z, w, settings, seed)
         self.n_iter_ = 0 if self.learning_ is None else self.learning_.steps
