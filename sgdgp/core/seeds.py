@@ -59,6 +59,7 @@ STREAMS = {
     "candidates": "starting points of one step of Thompson sampling",
     "draw": "functions that a BoTorch model draws for base samples",
     "fantasies": "the solves behind fantasies",
+    "first rows": "rows that a fit makes its first steps on",
     "functions": "prior functions of one step of Thompson sampling",
     "initial": "first points of Thompson sampling",
     "learned from": "rows that Thompson sampling learns parameters from",

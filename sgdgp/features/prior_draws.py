@@ -31,6 +31,11 @@ JITTERS = tuple(10.0**k for k in range(-10, -3))
 """Multiples of the mean prior variance that are tried on the diagonal, in order: from
 the rounding of a covariance in float64 to what moves a value by 1 % of its scale."""
 
+_AT_ONCE = 16
+"""Normals that PyTorch's CPU generator makes from as many uniforms: columns of a
+multiple of it come out the same drawn together as one by one, in two thirds of the
+time."""
+
 
 class Draws(ABC):
     """A set of s functions drawn from a Gaussian process prior (zero mean).
@@ -231,6 +236,9 @@ def _normal_columns(
     So the first columns depend neither on how many follow nor on the dtype.
     """
     rows, columns = shape
+    if rows % _AT_ONCE == 0 and generator.device.type == "cpu":
+        draws = torch.randn(columns, rows, generator=generator, dtype=torch.float64)
+        return draws.to(like).mT.contiguous()
     out = like.new_empty(shape)
     for k in range(columns):
         out[:, k] = torch.randn(

@@ -14,6 +14,7 @@ from gpytorch.kernels import (
 )
 
 from sgdgp.features import ExactDraws, NoRandomFeatures, draw_prior
+from sgdgp.features.prior_draws import _normal_columns
 from tests.features.kernels import dense, matern, points, rbf
 
 
@@ -57,6 +58,18 @@ def test_groups_have_maps_of_their_own():
     torch.testing.assert_close(
         prior(x), torch.cat([group(x) for group in prior.groups], 1)
     )
+
+
+@pytest.mark.parametrize("rows", [5, 16, 17, 64])
+def test_normals_drawn_together_are_those_drawn_column_by_column(rows):
+    like, one, other = torch.empty(0), *(torch.Generator() for _ in range(2))
+    columns = [
+        torch.randn(rows, generator=one.manual_seed(3), dtype=torch.float64),
+        *(torch.randn(rows, generator=one, dtype=torch.float64) for _ in range(2)),
+    ]
+    found = _normal_columns((rows, 3), other.manual_seed(3), like)
+    assert torch.equal(found, torch.stack(columns, 1).float())
+    assert torch.equal(one.get_state(), other.get_state())
 
 
 def test_error_of_the_features_averages_out_over_groups():

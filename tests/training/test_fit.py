@@ -245,6 +245,61 @@ def test_the_same_seed_gives_the_same_parameters():
     assert not torch.equal(*(f["covar_module.raw_outputscale"] for f in found[1:3]))
 
 
+@pytest.fixture
+def many(monkeypatch):
+    """A fit of 120 rows counts as one of many, and starts on 40 of them."""
+    module = sys.modules["sgdgp.training.fit"]
+    monkeypatch.setattr(module, "_MANY_ROWS", 100)
+    monkeypatch.setattr(module, "EXACT_ROWS", 40)
+
+
+def of_120(columns=False):
+    x, y = data(120, 2)
+    y = torch.stack([y, y.flip(0)], 1) if columns else y
+    return Model(x, y[:, 0] if columns else y, ScaleKernel(RBFKernel())), x, y
+
+
+def test_a_fit_of_many_rows_starts_on_some(many):
+    some, x, y = of_120()
+    told = []
+    fitted = fit(some, x, y, steps=30, plateau=None, callback=told.append)
+    assert (fitted.steps, len(told), fitted.reason) == (10, 10, "steps")
+    assert [entry.step for entry in told] == list(range(10))
+    whole, _, _ = of_120()
+    # As many steps on all rows, from where the model was, do not get as far.
+    fit(whole, x, y, steps=10, probes=StandardProbes(64), plateau=None)
+    full, _, _ = of_120()
+    exact_loop(full.double(), x, y, 30)
+    assert value_of(some) > value_of(whole) + 0.05
+    assert value_of(some) > value_of(full) - 0.01
+
+
+def test_given_probes_and_missing_targets_take_all_rows_from_the_first_step(many):
+    model, x, y = of_120(columns=True)
+    assert fit(model, x, y, steps=3, plateau=None).steps == 1
+    y[3, 1] = math.nan
+    assert fit(model, x, y, steps=3, plateau=None).steps == 3
+    model, x, y = of_120()
+    assert fit(model, x, y, steps=3, probes=StandardProbes(4)).steps == 3
+
+
+def test_a_fit_of_many_rows_goes_on_from_its_checkpoint(many, tmp_path):
+    path, told = tmp_path / "fit", []
+
+    def stop(entry):
+        told.append(entry)
+        return len(told) == 3
+
+    whole, x, y = of_120()
+    fit(whole, x, y, steps=18, plateau=None)
+    model, _, _ = of_120()
+    fit(model, x, y, steps=18, plateau=None, callback=stop, checkpoint=path)
+    model, _, _ = of_120()
+    fitted = fit(model, x, y, steps=18, plateau=None, checkpoint=path)
+    assert fitted.steps == 6
+    assert_same(parameters(model), parameters(whole), rtol=1e-6, atol=1e-8)
+
+
 def test_another_optimiser_makes_its_own_steps():
     model, truth = rbf_model(), rbf_model()
     fit(model, steps=1, optimizer=lambda p: torch.optim.SGD(p, lr=0.5))
