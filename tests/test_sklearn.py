@@ -17,6 +17,7 @@ from gpytorch.priors import GammaPrior
 from scipy.stats import norm
 from sklearn.base import clone
 from sklearn.exceptions import ConvergenceWarning, NotFittedError
+from sklearn.gaussian_process import kernels
 from sklearn.model_selection import GridSearchCV, cross_val_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
@@ -388,6 +389,9 @@ class TestKernels:
             SGDGPRegressor("matern").fit(*some_data())
         with pytest.raises(TypeError, match="kernel: expected a GPyTorch kernel"):
             SGDGPRegressor(3).fit(*some_data())
+        for kernel in (kernels.RBF(), kernels.RBF() + kernels.WhiteKernel()):
+            with pytest.raises(TypeError, match=r"scikit-learn's .*RBF is 'rbf'"):
+                SGDGPRegressor(kernel).fit(*some_data())
 
 
 class TestLearning:

@@ -115,10 +115,14 @@ def make_kernel(
     if isinstance(kernel, Kernel):
         return _fitting(copy.deepcopy(kernel).to(spread), spread)
     if not isinstance(kernel, str):
-        raise TypeError(
-            "kernel: expected a GPyTorch kernel or a name, found "
-            f"{type(kernel).__name__}"
-        )
+        found = type(kernel).__name__
+        if type(kernel).__module__.startswith("sklearn."):
+            found = (
+                f"scikit-learn's {found}; RBF is 'rbf', Matern 'matern12' to "
+                "'matern52', RationalQuadratic 'rq', DotProduct 'linear', WhiteKernel "
+                "the argument noise, and scales are learned"
+            )
+        raise TypeError(f"kernel: expected a GPyTorch kernel or a name, found {found}")
     names = [name.strip() for name in kernel.split("+")]
     unknown = [name for name in names if name not in _KERNELS]
     if unknown:
