@@ -51,6 +51,14 @@ class TangentData:
         """Targets of this process's examples (r, ...), a table; one pass at first."""
         return self._table((b, b.y) for b in self.stream)
 
+    @functools.cached_property
+    def target_variance(self) -> Float[Tensor, " C"]:
+        """Variance of regression targets over all examples, for each output."""
+        targets = self.targets.reshape(len(self.targets), -1).double()
+        count = self.stream.num_examples
+        mean = self.total(targets.sum(0)) / count
+        return self.total((targets - mean).square().sum(0)) / count
+
     @torch.no_grad()
     def network_outputs(self) -> Float[Tensor, "r C"]:
         """What the network itself says, one pass."""

@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, TypeAlias
 
@@ -65,8 +65,12 @@ _POWER_STEPS = 5
 learning moves it by factors."""
 
 _LEAST_NOISE = 1e-4
-"""The first noise variance over the targets' mean square, at least: a network that fits
-its data exactly would make the first systems unsolvable."""
+"""The first noise variance over the variance of the targets, at least: a network that
+fits its data exactly would make the first systems unsolvable."""
+
+_LARGEST_RISE = 3.0
+"""Factor by which the noise variance rises at most in one step beyond the variance of
+the targets."""
 
 _SETTLED_NOISE = 0.05
 """Change of the log noise variance that ends learning, about that of the precision."""
@@ -187,6 +191,13 @@ class Run:
             yield state
         if self.schedule.mean is None and state.mean_of == "network":
             yield from self._steps(2 * self.schedule.steps)
+        if state.step and not state.is_learned:
+            state.warn(
+                f"Learning has not settled after {state.step} steps: precision "
+                f"{_in_words(state.prior.precisions.tolist())}, noise "
+                f"{_in_words(state.likelihood.variance)} may be far off; allow more "
+                "(steps)."
+            )
         state.is_learned = True
         while state.finished < self.schedule.final_samples:
             yield from self._draw()
@@ -306,7 +317,14 @@ class Run:
             squares = self.data.total(fluctuations.double().square().mean(2).sum(0))
             dimension = squares / squares.new_tensor(likelihood.variance)
             state.passes += 1.0
-        return likelihood.update_noise(errors, self.data.stream.num_examples, dimension)
+        found = likelihood.update_noise(errors, self.data.stream.num_examples, dimension)
+        # A precision that is still too large leaves the targets' mean as an error, and
+        # with so much noise there is nothing to learn a precision from.
+        spread = self.data.target_variance.cpu()
+        if not likelihood.per_output:
+            spread = spread.mean()
+        most = spread.maximum(_LARGEST_RISE * _numbers(likelihood))
+        return found.with_noise(_numbers(found).minimum(most))
 
     def _draw(self) -> Iterator[RunState]:
         """The samples of the posterior, some columns at a time."""
@@ -398,17 +416,17 @@ def start(
 def _first_noise(
     data: TangentData, likelihood: Gaussian, outputs: Float[Tensor, "r C"]
 ) -> Gaussian:
-    """The noise the network itself leaves, not too small beside the targets."""
+    """The noise the network itself leaves, not too small beside the targets' variance."""
+    count = data.stream.num_examples
     errors = data.total(likelihood.squared_error(outputs, data.targets))
-    nothing = torch.zeros_like(outputs)
-    squares = data.total(likelihood.squared_error(nothing, data.targets))
-    floor = _LEAST_NOISE * squares.clamp_min(torch.finfo(outputs.dtype).tiny)
-    if not bool(squares.any()):
+    squares = count * data.target_variance
+    if not bool((squares + errors).any()):
         raise ValueError(
-            "loader: all targets are zero, so there is no noise to learn; give it as "
-            "Gaussian(noise=...)"
+            "loader: all targets are the same and the network's own, so there is no "
+            "noise to learn; give it as Gaussian(noise=...)"
         )
-    return likelihood.update_noise(errors.maximum(floor), data.stream.num_examples, 0.0)
+    floor = _LEAST_NOISE * squares.clamp_min(torch.finfo(outputs.dtype).tiny)
+    return likelihood.update_noise(errors.maximum(floor), count, 0.0)
 
 
 def prior_draws(
@@ -419,6 +437,17 @@ def prior_draws(
     for row, column in zip(rows, columns, strict=True):
         row.normal_(generator=derived_generator(seed, "prior weights", column))
     return rows.to(like.device).mT
+
+
+def _numbers(likelihood: Gaussian) -> Tensor:
+    """Its noise variances as a tensor () or (C,)."""
+    return torch.as_tensor(likelihood.variance, dtype=torch.float64)
+
+
+def _in_words(values: float | Sequence[float] | None) -> str:
+    """A few digits of one number or several."""
+    found = values if isinstance(values, Sequence) else [values]
+    return ", ".join("none" if v is None else f"{v:.3g}" for v in found[:4])
 
 
 def _is_near(one: Likelihood, other: Likelihood) -> bool:

@@ -146,7 +146,7 @@ class LinearisedNetwork:
         *,
         num_samples: int = 8,
         final_samples: int = 64,
-        steps: int = 6,
+        steps: int = 40,
         precision: float | None = None,
         solver: WeightSolver | str = "auto",
         seed: int | torch.Generator = 0,
@@ -167,8 +167,8 @@ class LinearisedNetwork:
                 ``drop_last`` of a DataLoader do not matter: every example is used.
             num_samples: Samples that learn the precision.
             final_samples: Samples of the posterior.
-            steps: Most steps of expectation maximisation; fewer when it settles. With
-                0, ``precision`` is kept.
+            steps: Most steps of expectation maximisation: it ends when it settles, and
+                warns otherwise. With 0, ``precision`` is kept.
             precision: Prior precision to start from. Default: the largest eigenvalue
                 of the curvature.
             solver: ``WeightCG()``, ``WeightSGD()``, ``Dual(...)``, or "auto": CG, and

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -11,6 +13,7 @@ from sgdgp.core.errors import CheckpointError
 from sgdgp.networks import Categorical, Gaussian, Isotropic, WeightCG, linearise
 from sgdgp.networks.fitting import prior_draws
 from sgdgp.networks.storage import RunKeeper
+from sgdgp.tangent import Tangent
 
 SETTINGS = {
     "num_samples": 4,
@@ -190,3 +193,76 @@ def test_prior_draws_are_those_of_their_numbers():
     assert draws.shape == (50, 6)
     assert torch.equal(prior_draws(like, range(4, 6), seed=3), draws[:, 4:])
     assert not torch.equal(prior_draws(like, range(6), seed=4), draws)
+
+
+def exact_evidence(features, y):
+    """Precision and noise of y = features w + e where the evidence is largest."""
+    logs = torch.tensor([-4.6, -3.9], dtype=torch.float64, requires_grad=True)
+    gram, eye = features @ features.mT, torch.eye(len(y), dtype=torch.float64)
+
+    def loss():
+        search.zero_grad()
+        precision, noise = logs.exp()
+        root = torch.linalg.cholesky(gram / precision + noise * eye)
+        squares = torch.linalg.solve_triangular(root, y, upper=False).square().sum()
+        value = 0.5 * squares + root.diagonal().log().sum()
+        value.backward()
+        return value
+
+    search = torch.optim.LBFGS([logs], max_iter=500, line_search_fn="strong_wolfe")
+    for _ in range(5):
+        search.step(loss)
+    return logs.detach().exp().tolist()
+
+
+@pytest.fixture(scope="module")
+def regression():
+    """A trained network, its inputs, and their targets without shift."""
+    torch.manual_seed(1)
+    x = torch.randn(60, 3, dtype=torch.float64)
+    y = x.sum(1, keepdim=True) + 0.1 * torch.randn(60, 1, dtype=torch.float64)
+    network = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 1)).double()
+    search = torch.optim.Adam(network.parameters(), 1e-2)
+    for _ in range(300):
+        search.zero_grad()
+        (network(x) - y).square().mean().backward()
+        search.step()
+    return network.eval().requires_grad_(False), x, y
+
+
+def shifted(regression, shift):
+    network, x, y = regression
+    network = copy.deepcopy(network).requires_grad_()
+    network[2].bias.data += shift
+    return network, TensorDataset(x, y + shift)
+
+
+@pytest.mark.parametrize("shift", [0, 10, 100])
+def test_learned_noise_is_that_of_the_evidence_wherever_targets_are(regression, shift):
+    network, data = shifted(regression, shift)
+    jacobian = Tangent(network).at(data.tensors[0]).jacobian()[:, 0]
+    precision, noise = exact_evidence(jacobian, data.tensors[1])
+    found = linearise(network, Gaussian(), Isotropic()).fit(
+        data, final_samples=2, progress=False
+    )
+    assert found.noise == pytest.approx(noise, rel=0.1)
+    assert float(found.precisions) == pytest.approx(precision, rel=0.2)
+    # It settles well before the last step.
+    assert len(found.history) < 20
+    assert not any("settled" in sentence for sentence in found.warnings)
+
+
+def test_noise_does_not_leave_the_targets_variance_behind(regression):
+    """Far from zero the first precision is too large by many orders of magnitude."""
+    network, data = shifted(regression, 1000.0)
+    found = linearise(network, Gaussian(), Isotropic()).fit(
+        data, final_samples=2, progress=False
+    )
+    assert 0.01 < found.noise < 0.03
+
+
+def test_learning_that_has_not_settled_warns(regression):
+    network, data = shifted(regression, 0.0)
+    linear = linearise(network, Gaussian(), Isotropic())
+    found = linear.fit(data, steps=2, final_samples=2, progress=False)
+    assert any("not settled after 2 steps" in sentence for sentence in found.warnings)
