@@ -68,7 +68,7 @@ class NeuralTangentKernel(Kernel):
 
     def num_outputs_per_input(self, x1: Tensor, x2: Tensor) -> int:
         """C."""
-        return self.feature_map.num_outputs(x1.flatten(0, -2))
+        return self.feature_map.num_outputs(self._rows(x1))
 
     def forward(
         self,
@@ -86,8 +86,15 @@ class NeuralTangentKernel(Kernel):
         right = left if same else self._features(x2)
         return (left * right).sum(-1) if diag else left @ right.mT
 
+    def _rows(self, x: Tensor) -> Tensor:
+        """Inputs for the network, which stays as it is in a model made float64."""
+        flat = x.flatten(0, -2)
+        is_double = x.dtype == torch.float64
+        return flat.to(self.feature_map.tangent.dtype) if is_double else flat
+
     def _features(self, x: Tensor) -> Tensor:
-        phi = self.feature_map.features(x.flatten(0, -2))
+        phi = self.feature_map.features(self._rows(x))
+        phi = phi.to(x.dtype) if x.is_floating_point() else phi
         return phi.reshape(*x.shape[:-2], -1, phi.shape[-1])
 
 

@@ -317,7 +317,9 @@ class Run:
             squares = self.data.total(fluctuations.double().square().mean(2).sum(0))
             dimension = squares / squares.new_tensor(likelihood.variance)
             state.passes += 1.0
-        found = likelihood.update_noise(errors, self.data.stream.num_examples, dimension)
+        found = likelihood.update_noise(
+            errors, self.data.stream.num_examples, dimension
+        )
         # A precision that is still too large leaves the targets' mean as an error, and
         # with so much noise there is nothing to learn a precision from.
         spread = self.data.target_variance.cpu()
@@ -416,7 +418,7 @@ def start(
 def _first_noise(
     data: TangentData, likelihood: Gaussian, outputs: Float[Tensor, "r C"]
 ) -> Gaussian:
-    """The noise the network itself leaves, not too small beside the targets' variance."""
+    """The noise the network itself leaves, not too small beside the targets' own."""
     count = data.stream.num_examples
     errors = data.total(likelihood.squared_error(outputs, data.targets))
     squares = count * data.target_variance

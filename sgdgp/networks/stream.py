@@ -8,13 +8,15 @@ and its first batch is compared from pass to pass.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.data import (
     DataLoader,
     Dataset,
@@ -27,6 +29,7 @@ from torch.utils.data.distributed import DistributedSampler
 
 from sgdgp.core.checks import check_finite
 from sgdgp.core.processes import Processes, current_processes
+from sgdgp.tangent.network import arguments
 
 DEFAULT_BATCH = 128
 """Examples per batch of a data set that comes without a loader: many enough to fill a
@@ -110,14 +113,21 @@ class Stream(ABC):
         )
 
     def _inputs_and_targets(self, loaded: Any) -> tuple[Any, Tensor]:
-        return _mapped(
+        return tree_map_only(
+            Tensor,
             lambda tensor: tensor.to(self._device, non_blocking=True),
-            self._split(loaded),
+            arguments(self._split(loaded)),
         )
 
     def _check(self, batch: Batch) -> None:
         """Refuse a batch that has NaN, or differs from that of an earlier pass."""
-        leaves = _leaves_of(batch)
+        # Masks of attention have minus infinity.
+        leaves = [
+            leaf.nan_to_num(math.nan, math.inf, 0.0)
+            if leaf.dtype.is_floating_point
+            else leaf
+            for leaf in _leaves_of(batch.x)
+        ] + _leaves_of(batch.y)
         sums = tuple(float(leaf.double().sum()) for leaf in leaves)
         first = int(batch.rows[0])
         if first not in self._sums:
@@ -208,7 +218,9 @@ class IndexedStream(Stream):
             self._check(batch)
             if kept is not None:
                 kept.append(batch)
-            size = sum(leaf.numel() * leaf.itemsize for leaf in _leaves_of(batch))
+            size = sum(
+                leaf.numel() * leaf.itemsize for leaf in _leaves_of((batch.x, batch.y))
+            )
             if size * self.num_batches > KEPT_BYTES:
                 kept = None
             yield batch
@@ -326,25 +338,6 @@ def _pair(batch: Any) -> tuple[Any, Tensor]:
     )
 
 
-def _mapped(function: Callable[[Tensor], Tensor], value: Any) -> Any:
-    """A tensor, or tuples, lists and mappings of them, with every tensor mapped."""
-    if isinstance(value, Tensor):
-        return function(value)
-    if isinstance(value, Mapping):
-        found = {key: _mapped(function, part) for key, part in value.items()}
-        return found if type(value) is dict else type(value)(found)  # type: ignore[call-arg]
-    if isinstance(value, list | tuple):
-        return type(value)(_mapped(function, part) for part in value)
-    return value
-
-
-def _leaves_of(batch: Batch) -> list[Tensor]:
-    """The tensors of inputs and targets."""
-    found: list[Tensor] = []
-
-    def note(tensor: Tensor) -> Tensor:
-        found.append(tensor)
-        return tensor
-
-    _mapped(note, (batch.x, batch.y))
-    return found
+def _leaves_of(value: Any) -> list[Tensor]:
+    """The tensors of inputs or targets."""
+    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]

@@ -95,10 +95,12 @@ class TangentFeatures(FeatureMap):
         Raises:
             ValueError: x has the wrong number of columns, dtype or device.
         """
-        if x.dtype != self.tangent.dtype or x.device != self.tangent.device:
+        wrong = x.is_floating_point() and x.dtype != self.tangent.dtype
+        if wrong or x.device != self.tangent.device:
             raise ValueError(
-                f"x: expected {self.tangent.dtype} on {self.tangent.device} as the "
-                f"network's weights, found {x.dtype} on {x.device}"
+                f"x: expected {self.tangent.dtype} (or integers) on "
+                f"{self.tangent.device} as the network's weights, found {x.dtype} on "
+                f"{x.device}"
             )
         if self.input_shape is None:
             return x
@@ -116,9 +118,9 @@ class TangentFeatures(FeatureMap):
             ValueError: It does not fit into the memory budget.
         """
         if not len(x):
-            return x.new_zeros(0, self.num_features)
+            return x.new_zeros(0, self.num_features, dtype=self.tangent.dtype)
         rows = len(x) * self.num_outputs(x)
-        needed = rows * self.num_features * x.dtype.itemsize
+        needed = rows * self.num_features * self.tangent.dtype.itemsize
         budget = resolve_budget(self.tangent.memory_budget, x.device)
         if needed > budget:
             raise ValueError(
@@ -139,18 +141,18 @@ class TangentFeatures(FeatureMap):
             self.tangent.at(self.inputs(x[rows])).jvp(w).flatten(0, 1)
             for rows in self._rows(x)
         ]
-        return torch.cat(parts) if parts else x.new_zeros(0, w.shape[1])
+        return torch.cat(parts) if parts else w.new_zeros(0, w.shape[1])
 
     def adjoint(
         self, x: Float[Tensor, "n d"], v: Float[Tensor, "nC k"]
     ) -> Float[Tensor, "D k"]:
         """R^T J(x)^T v by chunks of rows."""
         if not len(x):
-            return x.new_zeros(self.num_features, v.shape[1])
+            return v.new_zeros(self.num_features, v.shape[1])
         outputs = self.num_outputs(x)
         check_product("v", v, len(x) * outputs)
         u = v.unflatten(0, (len(x), outputs))
-        total = x.new_zeros(v.shape[1], self.num_features).mT
+        total = v.new_zeros(v.shape[1], self.num_features).mT
         for rows in self._rows(x):
             total = self.tangent.at(self.inputs(x[rows])).vjp(u[rows], out=total)
         return self.root.root_adjoint(total)

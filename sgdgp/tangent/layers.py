@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import torch
@@ -82,6 +82,7 @@ def _embedding(
     cut without changing the weight, their derivative is that of rows as training sees
     them.
     """
+    input = _numbers(input)
     rows = F.embedding(input, weight)
     if max_norm is not None:
         norms = rows.detach().norm(norm_type, -1, keepdim=True)
@@ -92,6 +93,17 @@ def _embedding(
         return rows
     is_padding = (input == padding_idx % len(weight)).unsqueeze(-1)
     return torch.where(is_padding, rows.detach(), rows)
+
+
+def _numbers(input: Tensor) -> Tensor:
+    """Numbers of words, which may come in floating point: as a GP's inputs do."""
+    if not input.is_floating_point():
+        return input
+    numbers = input.detach().round()
+    with suppress(RuntimeError):  # vmap cannot tell; what it maps over has passed here
+        if bool((numbers != input).any()):
+            raise ValueError("x: an embedding expects whole numbers, found others")
+    return numbers.long()
 
 
 def _embedding_bag(
@@ -108,6 +120,7 @@ def _embedding_bag(
     padding_idx: int | None = None,
 ) -> Tensor:
     """Sums, means or maxima over the rows of each bag; padding is in none of them."""
+    input = _numbers(input)
     keep = torch.ones_like(input, dtype=torch.bool)
     if padding_idx is not None:
         keep = input != padding_idx % len(weight)

@@ -170,3 +170,21 @@ def test_unusable_arguments_are_refused(scalar):
         NeuralTangentKernel(scalar)(points(3).float()).to_dense()
     with pytest.raises(TypeError, match=r"torch\.nn\.Module"):
         NeuralTangentKernel(torch.tanh)
+
+
+def test_words_are_inputs_as_integers_and_as_whole_numbers():
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Embedding(9, 4), nn.Flatten(), nn.Linear(8, 1)).eval()
+    x = torch.tensor([[1, 2], [0, 8], [3, 3]])
+    kernel = NeuralTangentKernel(network)
+    jacobian = torch.zeros(3, 45)
+    embed, weight = network[0].weight.detach(), network[2].weight.detach()[0]
+    for row, words in zip(jacobian, x.tolist(), strict=True):
+        for place, word in enumerate(words):
+            row[4 * word : 4 * word + 4] += weight[4 * place : 4 * place + 4]
+        row[36:44], row[44] = embed[words].flatten(), 1.0
+    for inputs in (x, x.float(), x.double()):
+        found = kernel(inputs).to_dense()
+        assert torch.allclose(found.float(), jacobian @ jacobian.mT, atol=1e-5)
+    with pytest.raises(ValueError, match="whole numbers"):
+        kernel(x + 0.5).to_dense()

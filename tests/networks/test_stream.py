@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections import UserDict
+from typing import NamedTuple
+
 import pytest
 import torch
 from torch import Tensor
@@ -135,6 +138,29 @@ def test_a_split_takes_batches_apart_and_dicts_go_through():
     found = list(stream)
     assert torch.equal(torch.cat([b.x["pixels"] for b in found]), X)
     assert torch.equal(torch.cat([b.y for b in found]), Y)
+
+
+class Tokens(NamedTuple):
+    """Inputs by name, as some tokenizers give them."""
+
+    words: Tensor
+    mask: Tensor
+
+
+@pytest.mark.parametrize(
+    "kind", [lambda words, mask: UserDict(words=words, mask=mask), Tokens]
+)
+def test_inputs_may_be_mappings_and_named_tuples_with_masks(kind):
+    mask = torch.tensor([[0.0, -torch.inf], [0.0, 0.0]])
+    words, y = torch.tensor([[1, 2], [3, 4]]), torch.tensor([0, 1])
+    stream = stream_of([(kind(words, mask), y)], CPU)
+    for _ in range(2):
+        (found,) = stream
+        x = found.x._asdict() if isinstance(found.x, Tokens) else found.x
+        assert torch.equal(x["words"], words)
+        assert torch.equal(x["mask"], mask)
+    with pytest.raises(ValueError, match="finite"):
+        stream_of([(kind(words, mask.abs()), y)], CPU)
 
 
 def test_a_pass_that_is_broken_off_does_not_shorten_the_next():
