@@ -98,7 +98,7 @@ class TangentFeatures(FeatureMap):
         wrong = x.is_floating_point() and x.dtype != self.tangent.dtype
         if wrong or x.device != self.tangent.device:
             raise ValueError(
-                f"x: expected {self.tangent.dtype} (or integers) on "
+                f"x: expected integers or {self.tangent.dtype} on "
                 f"{self.tangent.device} as the network's weights, found {x.dtype} on "
                 f"{x.device}"
             )
