@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import functools
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, TypeAlias
@@ -192,11 +193,12 @@ class Run:
         if self.schedule.mean is None and state.mean_of == "network":
             yield from self._steps(2 * self.schedule.steps)
         if state.step and not state.is_learned:
-            state.warn(
+            warnings.warn(
                 f"Learning has not settled after {state.step} steps: precision "
                 f"{_in_words(state.prior.precisions.tolist())}, noise "
                 f"{_in_words(state.likelihood.variance)} may be far off; allow more "
-                "(steps)."
+                "(steps).",
+                stacklevel=3,
             )
         state.is_learned = True
         while state.finished < self.schedule.final_samples:
