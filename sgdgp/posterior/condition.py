@@ -22,6 +22,7 @@ from sgdgp.posterior.posterior import Posterior, posterior_of
 from sgdgp.posterior.problem import (
     Settings,
     Stopwatch,
+    announce,
     joined,
     observations,
     parts_of,
@@ -117,4 +118,5 @@ def condition(
         solution = keeper.solve(problem, stream) if keeper else problem.solve(stream)
         clock.end("solve")
         parts.update(parts_of(data.columns, problems, solution, clock.seconds))
+    announce("condition", parts.values(), stacklevel=3)
     return posterior_of([parts[column] for column in sorted(parts)])

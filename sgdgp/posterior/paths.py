@@ -43,11 +43,15 @@ from sgdgp.posterior.variances import (
     variances_given,
 )
 from sgdgp.solvers.base import Solution
+from sgdgp.solvers.system import rounding_of_products
 
 Points: TypeAlias = (
     Float[Tensor, "*b n d"] | Float[Tensor, " n"] | tuple[Tensor, ...] | list[Tensor]
 )
 """Inputs (..., n, d), (n,) where d is one, or all inputs of a model of several."""
+
+_ROUNDED = 0.03
+"""Deviations of the noise that rounding may move a mean by: more is evaluated anew."""
 
 _ROWS = 4096
 """Points evaluated at a time: with some dozens of functions, a few megabytes."""
@@ -163,6 +167,44 @@ class ConditionedPaths(Paths):
         """What is known of variances beside the weights; costs a pass or a factor."""
         return variances_given(self.operator, self.training_noise, self.weights)
 
+    @cached_property
+    def _wide(self) -> KernelOperator | None:
+        """K in float64, where the data's dtype would round off what the mean says.
+
+        Large weights of opposite signs cancel where the noise is small.
+        """
+        accepted = _ROUNDED * float(self.training_noise.mean().sqrt())
+        weights, eps = self.weights[:, :1], torch.finfo(self.weights.dtype).eps
+        if self.operator.has_features:
+            return None
+        # What products are rounded by at most, to be measured if it is too much.
+        largest = eps * float(self.operator.diagonal().amax() * weights.abs().sum())
+        with torch.no_grad():
+            if largest <= accepted or (
+                rounding_of_products(self.operator, weights) <= accepted
+            ):
+                return None
+            return self.operator.streaming().to(torch.float64)
+
+    def mean_update(
+        self, inputs: Float[Tensor, "n p"], update: Float[Tensor, "n k"]
+    ) -> Float[Tensor, " n"]:
+        """K(x, X) v_y at kernel inputs, given products with all weights.
+
+        Raises:
+            ValueError: They are beyond the range of the data's dtype.
+        """
+        mean = update[:, 0]
+        if self._wide is not None:
+            weights = self.weights[:, :1].double()
+            mean = self._wide.product_at(inputs.double(), weights)[:, 0].to(update)
+        if not bool((torch.isfinite(update).all(1) & torch.isfinite(mean)).all()):
+            raise ValueError(
+                f"x: the kernel leaves the range of {update.dtype} at some points; "
+                "give float64 data, or a smaller scale of inputs or kernel"
+            )
+        return mean
+
     @property
     def num_outputs(self) -> None:
         return None
@@ -200,7 +242,7 @@ class ConditionedPaths(Paths):
         for points in x.split(_ROWS):
             prior_mean, inputs = self.prior.evaluate(points)
             update = self.operator.product_at(inputs, self.weights[:, columns])
-            means.append(prior_mean + update[:, 0])
+            means.append(prior_mean + self.mean_update(inputs, update))
             value = update[:, 1:]
             values.append(self.draws(inputs) - value if deviations else value)
         return torch.cat(means), torch.cat(values)
@@ -209,7 +251,7 @@ class ConditionedPaths(Paths):
     def moments(self, x: Float[Tensor, "n d"]) -> Moments:
         prior_mean, inputs = self.prior.evaluate(x)
         bound, products, rest = self.variances.explain(inputs)
-        mean = prior_mean + products[:, 0]
+        mean = prior_mean + self.mean_update(inputs, products)
         return Moments(mean, *self.variance(inputs, bound, products, rest))
 
     def variance(
@@ -400,7 +442,10 @@ class ParallelPaths(Paths):
         prior_mean, inputs = first.prior.evaluate(x)
         updates = self._updates(inputs, deviations)
         scale = first.units
-        means = [prior_mean + update[:, 0] for update in updates]
+        means = [
+            prior_mean + path.mean_update(inputs, update)
+            for path, update in zip(self.paths, updates, strict=True)
+        ]
         values = [
             path.draws(inputs) - update[:, 1:] if deviations else update[:, 1:]
             for path, update in zip(self.paths, updates, strict=True)
@@ -458,7 +503,7 @@ class ParallelPaths(Paths):
             own_rest = {} if rest is None else dict(self._divided(outputs, rest))
             for output, own in self._divided(outputs, products):
                 found[output] = Moments(
-                    prior_mean + own[:, 0],
+                    prior_mean + self.paths[output].mean_update(inputs, own),
                     *self.paths[output].variance(
                         inputs, bound, own, own_rest.get(output)
                     ),

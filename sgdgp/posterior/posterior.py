@@ -23,7 +23,7 @@ from sgdgp.core.seeds import generator_of_draws
 from sgdgp.core.slices import slices
 from sgdgp.gpytorch_adapter import has_fixed_noise
 from sgdgp.posterior.paths import Paths, Points, SampleFunctions, paths_of
-from sgdgp.posterior.problem import Part, Problem, groups_of
+from sgdgp.posterior.problem import Part, Problem, announce, groups_of
 from sgdgp.posterior.storage import KIND, parts_from, save, without_recycled
 from sgdgp.posterior.update import (
     Variances,
@@ -272,6 +272,7 @@ class Posterior:
             progress=progress,
             callback=callback,
         )
+        announce("update", parts, stacklevel=2)
         return replace(self, parts=parts)
 
     def save(self, path: str | os.PathLike[str]) -> None:

@@ -9,7 +9,8 @@ their right-hand sides meet every kernel entry together.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -27,6 +28,11 @@ from sgdgp.operators import KernelOperator, operator_by_name
 from sgdgp.posterior.paths import ConditionedPaths
 from sgdgp.solvers.auto import choose_solver
 from sgdgp.solvers.base import Callback, Solution, Solver, progress_bar
+from sgdgp.solvers.prediction_error import (
+    ACCEPTED,
+    prediction_errors,
+    rounding_error,
+)
 from sgdgp.solvers.recycling import directions_to_keep
 from sgdgp.solvers.solutions import continued, split_solution
 
@@ -311,9 +317,18 @@ def parts_of(
     widths = [problem.rhs.shape[1] for problem in problems]
     solutions = split_solution(solution, widths)
     return {
-        number: Part(problem, solved, timings, passes_from_zero)
+        number: Part(problem, _judged(problem, solved), timings, passes_from_zero)
         for number, problem, solved in zip(numbers, problems, solutions, strict=True)
     }
+
+
+@torch.no_grad()
+def _judged(problem: Problem, solution: Solution) -> Solution:
+    """The solution with what it means for predictions of the mean."""
+    noise = problem.noise
+    error = prediction_errors(noise, problem.rhs, problem.noise_draws, solution)[0]
+    rounded = rounding_error(noise, problem.targets)
+    return replace(solution, prediction_error=max(float(error), rounded))
 
 
 @torch.no_grad()
@@ -401,6 +416,24 @@ def right_hand_sides(
     sampled, noise_draws = sample_targets(draws, inputs, noise, generator)
     rhs = torch.cat([targets.unsqueeze(1), sampled], dim=1)
     return rhs, pad(noise_draws, (1, 0))
+
+
+def announce(verb: str, parts: Iterable[Part], stacklevel: int) -> None:
+    """Warn, once, of solves that ended short of what they were to reach."""
+    told: dict[str, None] = {}
+    for part in parts:
+        solution = part.solution
+        error = solution.prediction_error or 0.0
+        if solution.reason in ("diverged", "stagnated", "budget"):
+            told[" ".join(solution.warnings)] = None
+        elif solution.reason == "converged" and error > ACCEPTED:
+            told[
+                f"The mean is off by about {error:.2g} standard deviations of what it "
+                "predicts: it needs a smaller tolerance, or float64 data where targets "
+                "are large beside the noise."
+            ] = None
+    for sentence in told:
+        warnings.warn(f"sgdgp.{verb}: {sentence}", stacklevel=1 + stacklevel)
 
 
 class Stopwatch:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -154,21 +155,23 @@ class SGDGPRegressor(MultiOutputMixin, RegressorMixin, BaseEstimator):
             self.kernel, x, z, w, settings.noise, with_mean=bool(self.normalize_y)
         )
         seed = arguments.draw_seed(random)
-        self.learning_ = learn(model, x, z, w, settings, seed)
+        with _in_other_words():
+            self.learning_ = learn(model, x, z, w, settings, seed)
         self.n_iter_ = 0 if self.learning_ is None else self.learning_.steps
         self.kernel_ = model.covar_module.eval().requires_grad_(False)
         self._noise = model.likelihood.noise.item()
         noises = self._noise * self.y_scale_**2
         self.noise_ = float(noises[0]) if self._is_flat else noises
-        posterior = condition(
-            conditioned_model(model, w),
-            x,
-            z,
-            solver=settings.solver,
-            num_samples=settings.num_samples,
-            seed=arguments.draw_seed(random),
-            progress=settings.progress,
-        )
+        with _in_other_words():
+            posterior = condition(
+                conditioned_model(model, w),
+                x,
+                z,
+                solver=settings.solver,
+                num_samples=settings.num_samples,
+                seed=arguments.draw_seed(random),
+                progress=settings.progress,
+            )
         learned = () if self.learning_ is None else self.learning_.warnings
         return self._keep(posterior, learned)
 
@@ -201,9 +204,11 @@ class SGDGPRegressor(MultiOutputMixin, RegressorMixin, BaseEstimator):
         noise = x.new_full((len(x),), self._noise)
         if weights is not None:
             noise /= self._tensor(weights)
-        return self._keep(
-            self.posterior_.update(x, z, noise=noise, progress=bool(self.verbose))
-        )
+        with _in_other_words():
+            posterior = self.posterior_.update(
+                x, z, noise=noise, progress=bool(self.verbose)
+            )
+        return self._keep(posterior)
 
     def predict(
         self,
@@ -346,6 +351,14 @@ class SGDGPRegressor(MultiOutputMixin, RegressorMixin, BaseEstimator):
         self.posterior_ = posterior
         self.solver_ = posterior.solution.solver
         return self
+
+
+@contextmanager
+def _in_other_words() -> Iterator[None]:
+    """What solves and fits warn of goes out as a ``ConvergenceWarning`` instead."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"sgdgp\.\w+: (?!The mean)")
+        yield
 
 
 def function_values(functions: Callable[[Tensor], Tensor], x: Tensor) -> np.ndarray:

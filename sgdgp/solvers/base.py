@@ -167,6 +167,8 @@ class Solution:
         settings: Everything the solver chose by itself (step size, block size, ...).
         recycled: What a solve of the same matrix with more rows may start from; held
             in memory only.
+        prediction_error: Estimated error of the mean in posterior standard deviations
+            of a target (see ``solvers/prediction_error.py``), where there is a mean.
     """
 
     solver: str
@@ -180,6 +182,7 @@ class Solution:
     warnings: tuple[str, ...] = ()
     settings: Mapping[str, Any] = field(default_factory=dict)
     recycled: Recycled | None = field(default=None, repr=False, compare=False)
+    prediction_error: float | None = None
 
     def stored_parts(self) -> dict[str, Any]:
         """What a file holds: the history as tensors, since text has a limited size."""

@@ -23,6 +23,7 @@ Deviations from the textbook:
 4. The best iterate of every column is what is returned, by its error in the norm of
    H as far as the energy resolves it, so that a column that loses its conjugacy in
    float32 cannot end worse than it was, and one out of budget keeps what it gained.
+   A column that ends with a residual above one, and no energy either, is zero.
 """
 
 from __future__ import annotations
@@ -368,8 +369,10 @@ class CG(IterativeSolver):
                 reason = reason or "stagnated"
             if reason is None:
                 passes += _readmit(run, system, norms > self.tolerance, best)
+        norms, lost = _without_lost(system, best, norms)
         recycled = None
         if best_residual is not None:
+            best_residual[:, lost] = system.rhs[:, lost]
             recycled = Recycled(best_residual * system.scale, inverse, collector.pairs)
         warnings = columns_above("CG", reason, norms, self.tolerance, _ADVICE)
         if warnings:
@@ -402,6 +405,24 @@ def _better(norms: Tensor, old: Tensor, energy: Tensor, old_energy: Tensor) -> T
     clear = _CLEAR_GAIN * torch.maximum(energy.abs(), old_energy.abs())
     by_residual = (norms < old) & (gain >= -clear)
     return (by_residual | (gain > clear)) & torch.isfinite(norms)
+
+
+def _without_lost(
+    system: System, weights: Tensor, norms: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Zero for columns worse than that in both norms; residuals, and a mask of them.
+
+    The energy of a column whose residual has risen is taken anew, in float64.
+    """
+    risen = norms > 1.0
+    if bool(risen.any()):
+        v = (weights[:, risen] * system.scale[risen]).double() / system.scale[risen]
+        wide = system.columns(risen).to(torch.float64)
+        energy = (v * (wide.rhs + wide.residual(v))).sum(0)
+        risen[risen.clone()] = ~(energy > 0.0)
+        weights[:, risen] = 0.0
+        norms = torch.where(risen, system.rhs.norm(dim=0), norms)
+    return norms, risen
 
 
 def _replace_residual(run: BlockRecurrence, system: System, unsolved: Tensor) -> float:

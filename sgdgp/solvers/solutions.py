@@ -94,7 +94,11 @@ def merged_solution(
         reason=max((first.reason for first in firsts), key=_WORST_LAST.index),
         history=_merged_history(solutions, solves),
         warnings=tuple(
-            dict.fromkeys(warning for first in firsts for warning in first.warnings)
+            dict.fromkeys(warning for each in solutions for warning in each.warnings)
+        ),
+        prediction_error=max(
+            (e for each in solutions if (e := each.prediction_error) is not None),
+            default=None,
         ),
     )
 

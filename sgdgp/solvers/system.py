@@ -231,6 +231,12 @@ def rounding_level(system: System, v: Tensor) -> Tensor:
     return (squares * (system.n / len(rows))).sqrt()
 
 
+def rounding_of_products(operator: KernelOperator, v: Float[Tensor, "n 1"]) -> float:
+    """Root mean square over rows of what rounding adds to K v."""
+    system = System(operator, torch.zeros_like(v), v, v.new_ones(1))
+    return float(rounding_level(system, v)) / math.sqrt(len(v))
+
+
 def _rounding_of_features(
     system: System, exact: System, v: Tensor, rows: Tensor
 ) -> Tensor:

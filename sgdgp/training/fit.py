@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -185,7 +186,10 @@ def fit(
             return _fitted(start(), x, y, left, shown, keeper, rows)
 
     with in_train_mode(model):
-        return best_of(restarts + 1, attempt, model, x, y, number)
+        found = best_of(restarts + 1, attempt, model, x, y, number)
+    if found.warnings:
+        warnings.warn("sgdgp.fit: " + " ".join(found.warnings), stacklevel=3)
+    return found
 
 
 def _fitted(

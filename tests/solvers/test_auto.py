@@ -57,12 +57,22 @@ def test_the_plan_follows_size_and_memory(operator, columns, budget, expected):
 def test_seconds_for_a_few_passes_go_to_stochastic_dual_descent():
     def stages(n, passes):
         return [
-            stage.solver.name for stage in plan(dense(n), 1e-4, 65, 10 * GB, passes)
+            stage.solver.name for stage in plan(dense(n), 1e-2, 65, 10 * GB, passes)
         ]
 
     assert stages(5_000, 30.0) == ["cg", "cholesky"]
     assert stages(5_000, 14.0) == ["sdd"]
     assert stages(1_000, 14.0) == ["cholesky"]
+
+
+def test_a_factor_comes_first_where_noise_is_small_and_it_costs_few_passes():
+    def stages(n, noise, columns=65):
+        return [stage.solver.name for stage in plan(dense(n), noise, columns, GB)]
+
+    assert stages(5_500, 1e-4) == ["cholesky"]
+    assert stages(5_500, 1e-2) == ["cg", "cholesky"]
+    assert stages(5_500, 1e-4, columns=1) == ["cg", "cholesky"]
+    assert stages(8_000, 1e-4) == ["cg", "cholesky"]
 
 
 def test_a_factorisation_that_outlasts_the_seconds_is_not_planned():

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
+import gpytorch
 import pytest
 import torch
 
@@ -379,3 +380,18 @@ def test_progress_hands_out_the_weights_that_its_residuals_are_of():
 def test_settings_that_are_not_positive_are_named(settings):
     with pytest.raises(ValueError, match=next(iter(settings))):
         CG(**settings)
+
+
+def test_no_column_ends_worse_than_zero():
+    x = torch.randn(10, 1, generator=torch.Generator().manual_seed(3)) * 1e3
+    kernel = gpytorch.kernels.LinearKernel()
+    kernel.variance = 1e3
+    rhs = torch.randn(10, 5, generator=torch.Generator().manual_seed(1))
+    solver = CG(max_passes=60.0, tolerance=1e-6)
+    for operator in (DenseOperator(kernel, x), DenseOperator(kernel, x + 1e4)):
+        found = solver.solve(operator, 1e-5, rhs)
+        wide = operator.to(torch.float64)
+        v, b = found.weights.double(), rhs.double()
+        residual = b - wide.matmul(v) - 1e-5 * v
+        energy = (v * (b + residual)).sum(0)
+        assert bool(((found.residuals <= 1.0) | (energy > 0)).all())
