@@ -31,6 +31,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from sgdgp.core.errors import SgdgpError
+from sgdgp.tangent.layers import PASS
 
 Chunks = list[Tensor]
 """Derivatives of a tensor in k directions: parts (c, *shape) of them."""
@@ -183,7 +184,8 @@ class ForwardMode(TorchFunctionMode):
             for j in range(len(known))
         ]
         try:
-            with torch.no_grad():
+            # The level of torch's forward mode is the whole process's.
+            with PASS, torch.no_grad():
                 return [vmap(push)(*part) for part in parts]
         except (RuntimeError, TypeError, ValueError, AssertionError) as error:
             raise NoForwardRule(f"{error}{self._layer()}") from error
