@@ -58,6 +58,7 @@ def number_of(seed: int | torch.Generator) -> int:
 STREAMS = {
     "candidates": "starting points of one step of Thompson sampling",
     "draw": "functions that a BoTorch model draws for base samples",
+    "evidence": "probes of a network's evidence",
     "fantasies": "the solves behind fantasies",
     "first rows": "rows that a fit makes its first steps on",
     "functions": "prior functions of one step of Thompson sampling",

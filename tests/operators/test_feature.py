@@ -242,7 +242,7 @@ def test_another_dtype_is_the_kernels_own_where_it_has_one():
 def test_kernels_without_exact_features_are_refused():
     with pytest.raises(ValueError, match="RBFKernel has no exact feature map"):
         FeatureOperator(RBFKernel(), points(4))
-    with pytest.raises(ValueError, match=r"expected torch.float32 .*network's weights"):
+    with pytest.raises(ValueError, match=r"torch.float32 .*network's weights"):
         FeatureOperator(NeuralTangentKernel(network(1, torch.float32)), points(4))
 
 
