@@ -75,10 +75,8 @@ def condition(
         memory_budget: Bytes for operator and solver. Default: half of what is free.
         progress: Show a progress bar. Default: on a terminal.
         callback: Called as the solve advances; returning True stops it.
-        checkpoint: File that keeps the solve. Calling again after the process was
-            killed goes on from there; after the solve has ended, it is returned at
-            once. Budgets are for all runs together. See docs/checkpoints.md. Further
-            solves (outputs observed in different rows) have ``checkpoint.1`` and on.
+        checkpoint: File that keeps the solve; calling again goes on from there. Further
+            solves have ``checkpoint.1`` and on. See docs/checkpoints.md.
         checkpoint_every: Seconds between two writes of it, at least.
 
     Returns:
