@@ -25,7 +25,6 @@ from __future__ import annotations
 
 import functools
 import time
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, TypeAlias
@@ -35,6 +34,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sgdgp.core.codec import register_stored_class
+from sgdgp.core.errors import warn_user
 from sgdgp.core.seeds import derived_generator
 from sgdgp.networks.curvature import (
     TangentData,
@@ -193,12 +193,11 @@ class Run:
         if self.schedule.mean is None and state.mean_of == "network":
             yield from self._steps(2 * self.schedule.steps)
         if state.step and not state.is_learned:
-            warnings.warn(
+            warn_user(
                 f"Learning has not settled after {state.step} steps: precision "
                 f"{_in_words(state.prior.precisions.tolist())}, noise "
                 f"{_in_words(state.likelihood.variance)} may be far off; allow more "
-                "(steps).",
-                stacklevel=3,
+                "(steps)."
             )
         state.is_learned = True
         while state.finished < self.schedule.final_samples:

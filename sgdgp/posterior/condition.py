@@ -116,5 +116,5 @@ def condition(
         solution = keeper.solve(problem, stream) if keeper else problem.solve(stream)
         clock.end("solve")
         parts.update(parts_of(data.columns, problems, solution, clock.seconds))
-    announce("condition", parts.values(), stacklevel=3)
+    announce("condition", parts.values())
     return posterior_of([parts[column] for column in sorted(parts)])

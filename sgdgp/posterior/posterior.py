@@ -272,7 +272,7 @@ class Posterior:
             progress=progress,
             callback=callback,
         )
-        announce("update", parts, stacklevel=2)
+        announce("update", parts)
         return replace(self, parts=parts)
 
     def save(self, path: str | os.PathLike[str]) -> None:

@@ -9,7 +9,6 @@ their right-hand sides meet every kernel entry together.
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -20,6 +19,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from sgdgp.core.checks import check_count, check_followers
+from sgdgp.core.errors import warn_user
 from sgdgp.core.memory import resolve_budget
 from sgdgp.core.seeds import derived_generator, seed_of, standard_normal
 from sgdgp.features import ExactDraws, PriorDraws, draw_prior, has_features
@@ -418,7 +418,7 @@ def right_hand_sides(
     return rhs, pad(noise_draws, (1, 0))
 
 
-def announce(verb: str, parts: Iterable[Part], stacklevel: int) -> None:
+def announce(verb: str, parts: Iterable[Part]) -> None:
     """Warn, once, of solves that ended short of what they were to reach."""
     told: dict[str, None] = {}
     for part in parts:
@@ -433,7 +433,7 @@ def announce(verb: str, parts: Iterable[Part], stacklevel: int) -> None:
                 "are large beside the noise."
             ] = None
     for sentence in told:
-        warnings.warn(f"sgdgp.{verb}: {sentence}", stacklevel=1 + stacklevel)
+        warn_user(f"sgdgp.{verb}: {sentence}")
 
 
 class Stopwatch:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 import sys
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -24,6 +23,7 @@ from sgdgp.core.checks import (
     check_positive,
 )
 from sgdgp.core.deprecation import renamed_arguments
+from sgdgp.core.errors import warn_user
 from sgdgp.core.inference import with_gradients
 from sgdgp.core.seeds import derived_generator, generator_of, seed_of
 from sgdgp.gpytorch_adapter import Inputs, has_fixed_noise, training_data
@@ -188,7 +188,7 @@ def fit(
     with in_train_mode(model):
         found = best_of(restarts + 1, attempt, model, x, y, number)
     if found.warnings:
-        warnings.warn("sgdgp.fit: " + " ".join(found.warnings), stacklevel=3)
+        warn_user("sgdgp.fit: " + " ".join(found.warnings))
     return found
 
 
