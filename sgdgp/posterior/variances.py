@@ -40,7 +40,11 @@ from torch import Tensor
 from sgdgp.core.inference import outside_inference_mode
 from sgdgp.core.slices import tracks_gradient
 from sgdgp.operators import FeatureOperator, KernelOperator
-from sgdgp.operators.evaluation import detached_copy, differentiable_block
+from sgdgp.operators.evaluation import (
+    detached_copy,
+    differentiable_block,
+    evaluated_blocks,
+)
 
 EXACT_ROWS = 2_000
 """Rows up to which variances are exact: a factor of H takes a fraction of a second."""
@@ -179,13 +183,11 @@ class ExactVariances(Variances):
         return cls(wide, weights, torch.linalg.cholesky(matrix))
 
     def explain(self, x: Float[Tensor, "m p"]) -> Explained:
-        """See ``Variances``."""
         parts = [self._explain(rows) for rows in x.split(_rows(len(self.factor)))]
         bounds, products = zip(*parts, strict=True)
         return Explained(torch.cat(bounds), torch.cat(products), None)
 
     def covariance(self, x: Float[Tensor, "m p"]) -> Float[Tensor, "m m"] | None:
-        """See ``Variances``."""
         wide = x.double()
         half = self._half(self._cross(wide))
         prior = differentiable_block(self.operator.kernel, wide, wide)
@@ -270,7 +272,6 @@ class PartialVariances(Variances):
         )
 
     def explain(self, x: Float[Tensor, "m p"]) -> Explained:
-        """See ``Variances``."""
         parts = [self._explain(rows) for rows in x.split(_rows(len(self.noise)))]
         bounds, products, known = (torch.cat(part) for part in zip(*parts, strict=True))
         return Explained(bounds, products, products - known)
@@ -303,7 +304,6 @@ class PartialVariances(Variances):
         return product.split(self.seen.shape[::-1], dim=1)
 
     def covariance(self, x: Float[Tensor, "m p"]) -> None:
-        """See ``Variances``."""
         return None
 
     def _regress(self, x: Tensor, near: Tensor, far: Tensor) -> tuple[Tensor, Tensor]:
@@ -340,15 +340,13 @@ def prior_variances(kernel: Kernel, x: Float[Tensor, "m p"]) -> Float[Tensor, " 
 
 def batched_kernel(operator: KernelOperator) -> Kernel | None:
     """The operator's kernel in float64, if it takes batches of points."""
-    kernel = detached_copy(operator.kernel).double().requires_grad_(False)
     points = operator.x[:4].double().reshape(2, 2, -1)
-    try:
-        blocks = differentiable_block(kernel, points, points)
-    except RuntimeError:  # a kernel that knows no batches
+    blocks = evaluated_blocks(operator.kernel, points)
+    if blocks is None:
         return None
+    kernel = detached_copy(operator.kernel).double().requires_grad_(False)
     alone = differentiable_block(kernel, points[1], points[1])
-    right = blocks.shape == (2, 2, 2) and torch.allclose(blocks[1], alone)
-    return kernel if right else None
+    return kernel if torch.allclose(blocks[1], alone) else None
 
 
 def _factors(blocks: Tensor, dtype: torch.dtype) -> Tensor:
