@@ -8,7 +8,7 @@ moves by its gain (``kalman_gain.py``), from solves for the few points u alone.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import prod
@@ -24,7 +24,13 @@ from torch import Size, Tensor
 
 from sgdgp.botorch.function_model import FunctionModel, select_outputs
 from sgdgp.botorch.kalman_gain import Gain
-from sgdgp.botorch.outputs import Evaluated, Outputs, Units, noise_variances
+from sgdgp.botorch.outputs import (
+    Evaluated,
+    Outputs,
+    Units,
+    among,
+    noise_variances,
+)
 from sgdgp.botorch.posterior import Cursor, Noise
 
 
@@ -130,6 +136,21 @@ class FantasyOutputs(Evaluated):
         least = torch.finfo(x.dtype).eps * before
         left = torch.maximum(before - explained, least)
         return left[..., list(self.columns)]
+
+    def covariances(self, x: Tensor) -> Iterator[tuple[list[int], Tensor]]:
+        """Covariances at (*f, *b, q', d), less what the site explains of them."""
+        x = self._placed(x)
+        site, batch = self.site, self.site.batch_shape
+        known = site.outputs.covariances(x)
+        for (columns, gain), (_, before) in zip(site.gains, known, strict=True):
+            own = [place for place, c in enumerate(self.columns) if c in columns]
+            if not own:
+                continue
+            matrix = _at(gain, x, len(batch))
+            covariance = gain.covariance.reshape(*batch, *gain.covariance.shape[-2:])
+            left = before - matrix @ covariance @ matrix.mT
+            inside = [columns.index(self.columns[place]) for place in own]
+            yield own, among(left, inside, len(columns), x.new_ones(len(own)))
 
     def subset(self, outputs: Sequence[int]) -> FantasyOutputs:
         return replace(self, columns=tuple(self.columns[i] for i in outputs))

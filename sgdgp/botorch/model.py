@@ -51,10 +51,10 @@ class PathwiseModel(ConditionedModel):
     their task column. Not supported: batches of models, fully Bayesian models, input
     transforms that make several points of one.
 
-    Samples are the values of ``num_samples`` functions, and of their mirror images
-    around the mean. So 256 of them serve BoTorch's usual 512 Monte-Carlo samples.
-    Variances are exact up to 2,000 rows of data, and so is the spread of all functions
-    and images together.
+    Up to 2,000 rows of data mean and covariances are exact, and BoTorch's samplers draw
+    from them as for its own models. Beyond that, samples are the values of
+    ``num_samples`` functions and of their mirror images around the mean, so that 256 of
+    them serve BoTorch's usual 512 Monte-Carlo samples.
 
     Attributes:
         definition: The definition; a submodule, so that ``state_dict`` has it.

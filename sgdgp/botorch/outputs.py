@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -17,7 +17,7 @@ from sgdgp.operators.base import KernelOperator
 from sgdgp.posterior import Posterior, SampleFunctions
 from sgdgp.posterior.paths import Paths
 from sgdgp.posterior.problem import Part
-from sgdgp.posterior.variances import EXACT_ROWS
+from sgdgp.posterior.variances import are_exact
 from sgdgp.solvers.differentiable import DifferentiableSolve
 
 
@@ -119,10 +119,22 @@ class Evaluated(ABC):
     def variance(self, x: Tensor) -> Tensor:
         """Posterior variances (*b, q, m), in the units of ``evaluate`` squared."""
 
+    @abstractmethod
+    def covariances(self, x: Tensor) -> Iterator[tuple[list[int], Tensor]]:
+        """Places of correlated outputs and their covariances, where ``is_small``.
+
+        Args:
+            x: Inputs (*b, q, d).
+
+        Yields:
+            Which r of these outputs, and (*b, q r, q r) in the units of ``evaluate``
+            squared, outputs of one point side by side.
+        """
+
     @property
     @abstractmethod
     def is_small(self) -> bool:
-        """Whether variances are exact and cheap, since there are few rows of data."""
+        """Whether covariances are exact and cheap, since there are few rows of data."""
 
     @property
     @abstractmethod
@@ -136,6 +148,15 @@ class Evaluated(ABC):
     @abstractmethod
     def subset(self, outputs: Sequence[int]) -> Evaluated:
         """Some of the outputs, counted from the first of these."""
+
+
+def among(block: Tensor, outputs: list[int], width: int, scale: Tensor) -> Tensor:
+    """Covariances (..., q r, q r) of r outputs, scaled, of (..., q T, q T) of T."""
+    points = block.shape[-1] // width
+    rows = torch.arange(points, device=block.device) * width
+    rows = (rows.unsqueeze(1) + rows.new_tensor(outputs)).flatten()
+    factors = scale.repeat(points)
+    return factors.unsqueeze(1) * block[..., rows.unsqueeze(1), rows] * factors
 
 
 def evaluate_all(
@@ -222,10 +243,28 @@ class Outputs(Evaluated):
         scale = self.units.factor * paths.units.scale
         return scale**2 * variance.reshape(*shape, variance.shape[-1])
 
+    def covariances(self, x: Tensor) -> Iterator[tuple[list[int], Tensor]]:
+        paths = self.posterior.paths
+        flat, shape = paths.flattened(x)
+        points = flat.reshape(-1, shape[-1], flat.shape[-1])
+        found = [
+            block.reshape(*shape[:-1], *block.shape[1:])
+            for block in paths.covariances(points)
+        ]
+        if isinstance(self.posterior.problem.prior, MultitaskPrior):
+            (block,) = found
+            yield (
+                list(range(len(self.columns))),
+                among(block, self._own, self._width, self.scale),
+            )
+            return
+        for place, column in enumerate(self.columns):
+            yield [place], self.scale[place] ** 2 * found[column]
+
     @property
     def is_small(self) -> bool:
         parts = self.posterior.parts
-        return all(len(part.problem.noise) <= EXACT_ROWS for part in parts)
+        return all(are_exact(part.problem.operator) for part in parts)
 
     @property
     def is_independent(self) -> bool:

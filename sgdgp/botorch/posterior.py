@@ -5,6 +5,10 @@ mirror image 2 mean - f_i, another draw of the same distribution, which makes av
 over both exact in everything that is odd around the mean. Where variances are known
 exactly, averages over all of them are exact in second moments too: at each point their
 deviations are scaled to the variance there. Fewer functions are as they are.
+
+Where few data make covariances exact, BoTorch's normal samplers draw from these, as
+they do for its own models, and are what it finds: quasi-random numbers know the tail
+that an improvement lives in better than as many independent functions.
 """
 
 from __future__ import annotations
@@ -22,7 +26,10 @@ from botorch.acquisition.objective import (
 from botorch.posteriors.posterior import Posterior
 from botorch.sampling.base import MCSampler
 from botorch.sampling.get_sampler import GetSampler
+from botorch.sampling.normal import IIDNormalSampler, SobolQMCNormalSampler
+from linear_operator.utils.cholesky import psd_safe_cholesky
 from torch import Tensor
+from torch.quasirandom import SobolEngine
 
 from sgdgp.botorch.outputs import Evaluated, evaluate_all, in_user_units
 from sgdgp.core.seeds import derived_generator, standard_normal
@@ -104,7 +111,8 @@ class PathPosterior(Posterior):
         self._noise = noise
         self._transform = transform
         width = sum(len(output.columns) for output in outputs)
-        self._shape = _after(transform, torch.Size([*batch_shape, x.shape[-2], width]))
+        self._latent_shape = torch.Size([*batch_shape, x.shape[-2], width])
+        self._shape = _after(transform, self._latent_shape)
         self._mean: Tensor | None = None
         self._all: tuple[Tensor, Tensor] | None = None
         self._known: Tensor | None = None
@@ -136,13 +144,18 @@ class PathPosterior(Posterior):
 
     @property
     def base_sample_shape(self) -> torch.Size:
-        """Base samples are numbers of functions: one for each sample."""
-        return torch.Size()
+        """Of normal base samples (*b, q, m); else () for numbers of functions."""
+        return self._latent_shape if self.has_covariances else torch.Size()
 
     @property
     def batch_range(self) -> tuple[int, int]:
-        """No part of the base samples belongs to t-batches."""
-        return (0, 0)
+        """T-batches of the base samples, which all have the same."""
+        return (0, -2) if self.has_covariances else (0, 0)
+
+    @property
+    def has_covariances(self) -> bool:
+        """Whether covariances are exact, so that normal samplers can draw from them."""
+        return all(output.is_small for output in self._outputs)
 
     def _extended_shape(
         self,
@@ -200,12 +213,16 @@ class PathPosterior(Posterior):
 
         Args:
             sample_shape: How many.
-            base_samples: Their numbers, modulo 2 S, in this shape; or the draws of one
-                of BoTorch's normal samplers, of which only the order is used.
+            base_samples: Their numbers, modulo 2 S, in this shape. Or the draws of one
+                of BoTorch's normal samplers: (*sample_shape, *b, q, m) draws from the
+                joint distribution where covariances are exact, else, in the sample
+                shape, only their order is used.
 
         Raises:
             ValueError: The base samples do not have the sample shape.
         """
+        if base_samples.is_floating_point() and self.has_covariances:
+            return self._applied(self._drawn(sample_shape, base_samples))
         if base_samples.shape[: len(sample_shape)] != sample_shape or (
             base_samples.numel() != sample_shape.numel()
         ):
@@ -245,6 +262,36 @@ class PathPosterior(Posterior):
         rows = (functions + count * mirrored).to(self.device)
         return values.index_select(0, rows)
 
+    def _drawn(self, shape: torch.Size, normals: Tensor) -> Tensor:
+        """Joint draws (*shape, *b, q, m) of all outputs, before transforms."""
+        if normals.shape[: len(shape)] != shape or (
+            normals.shape[-2:] != self._latent_shape[-2:]
+        ):
+            raise ValueError(
+                f"base_samples: expected shape {(*shape, *self._latent_shape)}, found "
+                f"{tuple(normals.shape)}"
+            )
+        order: list[int] = []
+        parts = []
+        start = 0
+        for output in self._outputs:
+            for places, covariance in output.covariances(self._x):
+                columns = [start + place for place in places]
+                if self._noise is not None:
+                    noise = self._noise.variances[..., columns].flatten(-2)
+                    root = psd_safe_cholesky(covariance + torch.diag_embed(noise))
+                else:
+                    root = psd_safe_cholesky(covariance)
+                own = normals[..., columns].flatten(-2).unsqueeze(-1)
+                drawn = (root @ own).squeeze(-1)
+                parts.append(drawn.unflatten(-1, (-1, len(columns))))
+                order.extend(columns)
+            start += len(output.columns)
+        mean, _ = self._evaluated(())
+        deviations = torch.cat(torch.broadcast_tensors(*parts), dim=-1)
+        values = mean + deviations[..., torch.tensor(order).argsort()]
+        return values.expand(*shape, *self._latent_shape)
+
     def _values(self, index: tuple[int, ...] | None, *, mirrored: bool) -> Tensor:
         """Values of functions (k, *b, q, m), then those of their mirror images."""
         mean, deviations = self._evaluated(index)
@@ -260,7 +307,7 @@ class PathPosterior(Posterior):
         mean, deviations = self._evaluated(None)
         if self._noise is not None:
             deviations = deviations + self._noise.values(None)
-        if all(output.is_small for output in self._outputs):
+        if self.has_covariances:
             squares = deviations.square().mean(0)
             tiny = torch.finfo(squares.dtype).tiny
             ratio = self._marginals() / squares.clamp_min(tiny)
@@ -357,7 +404,11 @@ class PathSampler(MCSampler):
 
 
 @GetSampler.register(PathPosterior)
-def _path_sampler(
+def _sampler(
     posterior: PathPosterior, sample_shape: torch.Size, *, seed: int | None = None
-) -> PathSampler:
-    return PathSampler(sample_shape=sample_shape, seed=seed)
+) -> MCSampler:
+    if not posterior.has_covariances:
+        return PathSampler(sample_shape=sample_shape, seed=seed)
+    numbers = posterior.base_sample_shape[-2:].numel()
+    kind = SobolQMCNormalSampler if numbers <= SobolEngine.MAXDIM else IIDNormalSampler
+    return kind(sample_shape=sample_shape, seed=seed)

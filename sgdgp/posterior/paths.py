@@ -128,6 +128,14 @@ class Paths(ABC):
         """The likelihood's noise variances, in the units of the targets squared."""
 
     @abstractmethod
+    def covariances(self, x: Float[Tensor, "b q d"]) -> list[Tensor]:
+        """Covariances of batches of points, of each output that is independent.
+
+        Only where they are exact, see ``variances.are_exact``. In the units of the
+        model: (b, q, q), or of correlated outputs (b, q T, q T).
+        """
+
+    @abstractmethod
     def joint(
         self, x: Float[Tensor, "n d"], noise: Float[Tensor, "n ..."] | None
     ) -> MultivariateNormal:
@@ -282,6 +290,9 @@ class ConditionedPaths(Paths):
     def noise(self, x: Float[Tensor, "n d"]) -> Float[Tensor, " n"]:
         return self.units.scale**2 * self.prior.noise(x)
 
+    def covariances(self, x: Float[Tensor, "b q d"]) -> list[Tensor]:
+        return [_blocks(self.prior, self.variances, x)]
+
     def joint(self, x: Tensor, noise: Tensor | None) -> MultivariateNormal:
         units = self.units
         mean, _ = self.evaluate(x, deviations=False)
@@ -384,6 +395,13 @@ class PairPaths(Paths):
         _, factor = self._scales(x)
         noise = self.prior.noise(self.prior.rows(x))
         return factor.square() * noise.reshape(len(x), -1)
+
+    def covariances(self, x: Float[Tensor, "b q d"]) -> list[Tensor]:
+        rows = self.prior.rows(x.flatten(0, 1))
+        tasks = self.num_outputs
+        return self.paths.covariances(
+            rows.reshape(len(x), x.shape[1] * tasks, rows.shape[1])
+        )
 
     def joint(self, x: Tensor, noise: Tensor | None) -> MultitaskMultivariateNormal:
         mean, _ = self.evaluate(x, deviations=False)
@@ -527,6 +545,13 @@ class ParallelPaths(Paths):
         """See ``Paths``; the same for all outputs."""
         return self.paths[0].noise(x).unsqueeze(1).expand(-1, self.num_outputs)
 
+    def covariances(self, x: Float[Tensor, "b q d"]) -> list[Tensor]:
+        """See ``Paths``; outputs that share an operator have the same."""
+        prior, found = self.paths[0].prior, {}
+        for outputs, variances in zip(self._groups, self._variances, strict=True):
+            found.update(dict.fromkeys(outputs, _blocks(prior, variances, x)))
+        return [found[output] for output in range(len(self.paths))]
+
     def joint(self, x: Tensor, noise: Tensor | None) -> MultitaskMultivariateNormal:
         """Outputs are independent: their functions say nothing about each other."""
         mean, _ = self.evaluate(x, deviations=False)
@@ -639,6 +664,17 @@ class SampleFunctions:
     def num_functions(self) -> int:
         """Number of functions s."""
         return self.paths.num_functions
+
+
+@outside_inference_mode
+def _blocks(
+    prior: Prior, variances: Variances, x: Float[Tensor, "b q d"]
+) -> Float[Tensor, "b q q"]:
+    """Exact posterior covariances of batches of points."""
+    inputs = prior.evaluate(x.flatten(0, 1))[1]
+    found = variances.covariance(inputs.reshape(*x.shape[:2], inputs.shape[-1]))
+    assert found is not None
+    return found
 
 
 def _plus(covariance: LinearOperator, noise: Tensor | None) -> LinearOperator:

@@ -29,6 +29,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -95,8 +96,18 @@ class Variances(ABC):
         """What is known at kernel inputs x, differentiable in x."""
 
     @abstractmethod
-    def covariance(self, x: Float[Tensor, "m p"]) -> Float[Tensor, "m m"] | None:
+    def covariance(self, x: Float[Tensor, "*b m p"]) -> Float[Tensor, "*b m m"] | None:
         """Posterior covariances at kernel inputs x; None where they are not known."""
+
+
+def are_exact(operator: KernelOperator) -> bool:
+    """Whether variances and covariances given data at these rows are exact."""
+    source = operator.streaming()
+    rows = operator.shape[0]
+    if isinstance(source, FeatureOperator):
+        # An entry of K is a sum over features, of which a network has too many.
+        rows = max(rows, source.features.num_features)
+    return rows <= EXACT_ROWS
 
 
 @outside_inference_mode
@@ -112,11 +123,7 @@ def variances_given(
         noise: The diagonal of Sigma (n,).
         weights: W = H^-1 U, as well as they were solved for.
     """
-    small, source = len(noise) <= EXACT_ROWS, operator.streaming()
-    if isinstance(source, FeatureOperator):
-        # An entry of K is a sum over features, of which a network has too many.
-        small = small and source.features.num_features <= EXACT_ROWS
-    given = ExactVariances if small else PartialVariances
+    given = ExactVariances if are_exact(operator) else PartialVariances
     with torch.no_grad():
         return given.prepare(operator, noise, weights)
 
@@ -187,11 +194,22 @@ class ExactVariances(Variances):
         bounds, products = zip(*parts, strict=True)
         return Explained(torch.cat(bounds), torch.cat(products), None)
 
-    def covariance(self, x: Float[Tensor, "m p"]) -> Float[Tensor, "m m"] | None:
+    def covariance(self, x: Float[Tensor, "*b m p"]) -> Float[Tensor, "*b m m"]:
         wide = x.double()
-        half = self._half(self._cross(wide))
-        prior = differentiable_block(self.operator.kernel, wide, wide)
-        return (prior - half.mT @ half).to(x.dtype)
+        blocks = wide.reshape(-1, *wide.shape[-2:])
+        half = self._half(self._cross(blocks.flatten(0, 1)))
+        half = half.reshape(len(half), len(blocks), -1).movedim(1, 0)
+        if x.ndim > 2 and self._batched is not None:
+            prior = differentiable_block(self._batched, blocks, blocks)
+        else:
+            kernel = self.operator.kernel
+            prior = torch.stack([differentiable_block(kernel, b, b) for b in blocks])
+        found = (prior - half.mT @ half).to(x.dtype)
+        return found.reshape(*x.shape[:-2], *found.shape[1:])
+
+    @cached_property
+    def _batched(self) -> Kernel | None:
+        return batched_kernel(self.operator)
 
     def _explain(self, x: Tensor) -> tuple[Tensor, Tensor]:
         wide = x.double()
@@ -303,7 +321,7 @@ class PartialVariances(Variances):
         """k_x^T W and k_x^T D."""
         return product.split(self.seen.shape[::-1], dim=1)
 
-    def covariance(self, x: Float[Tensor, "m p"]) -> None:
+    def covariance(self, x: Float[Tensor, "*b m p"]) -> None:
         return None
 
     def _regress(self, x: Tensor, near: Tensor, far: Tensor) -> tuple[Tensor, Tensor]:
@@ -340,7 +358,8 @@ def prior_variances(kernel: Kernel, x: Float[Tensor, "m p"]) -> Float[Tensor, " 
 
 def batched_kernel(operator: KernelOperator) -> Kernel | None:
     """The operator's kernel in float64, if it takes batches of points."""
-    points = operator.x[:4].double().reshape(2, 2, -1)
+    some = torch.arange(4, device=operator.x.device) % len(operator.x)
+    points = operator.x[some].double().reshape(2, 2, -1)
     blocks = evaluated_blocks(operator.kernel, points)
     if blocks is None:
         return None

@@ -62,7 +62,6 @@ def test_variance_is_that_of_the_definition(pair):
 
 def test_variance_of_many_rows_needs_few_functions(monkeypatch):
     monkeypatch.setattr("sgdgp.posterior.variances.EXACT_ROWS", 10)
-    monkeypatch.setattr("sgdgp.botorch.outputs.EXACT_ROWS", 10)
     definition = problems.single(60)
     model = pathwise(definition, num_samples=16)
     ratio = model.posterior(X).variance / definition.posterior(X).variance

@@ -183,11 +183,81 @@ def test_no_points_have_no_values(model):
     assert posterior.mean.shape == (3, 0, 2)
 
 
-def test_botorch_finds_it():
+@pytest.fixture
+def many_rows(monkeypatch):
+    """As if the data were too many for exact covariances."""
+    monkeypatch.setattr("sgdgp.posterior.variances.EXACT_ROWS", 10)
+
+
+def test_botorch_finds_the_sampler_of_functions(many_rows):
     posterior = pathwise(problems.single()).posterior(X)
     sampler = get_sampler(posterior, sample_shape=torch.Size([4]))
     assert isinstance(sampler, PathSampler)
     torch.testing.assert_close(sampler(posterior), posterior.values[:4])
+
+
+def test_normal_samplers_number_functions_by_the_order_of_their_draws(many_rows):
+    posterior = pathwise(problems.batched()).posterior(X)
+    samples = IIDNormalSampler(torch.Size([2 * SAMPLES]), seed=3)(posterior)
+    assert samples.shape == (2 * SAMPLES, 3, 5, 2)
+    assert len(samples.flatten(1).unique(dim=0)) == 2 * SAMPLES
+    torch.testing.assert_close(samples.mean(0), posterior.mean)
+
+
+DEFINITIONS = {
+    "one output": problems.single,
+    "a logarithm": lambda: problems.single(log=True),
+    "two outputs": problems.batched,
+    "different data": problems.listed,
+}
+
+
+@pytest.mark.parametrize("noisy", [False, True])
+@pytest.mark.parametrize("name", DEFINITIONS)
+def test_few_rows_are_sampled_as_botorch_samples_its_own_models(name, noisy):
+    definition = DEFINITIONS[name]().eval()
+    model = pathwise(definition, num_samples=2, num_features=16)
+    ours = model.posterior(X, observation_noise=noisy)
+    theirs = definition.posterior(X, observation_noise=noisy)
+    sampler = get_sampler(ours, sample_shape=torch.Size([8]), seed=5)
+    assert isinstance(sampler, SobolQMCNormalSampler)
+    expected = SobolQMCNormalSampler(torch.Size([8]), seed=5)(theirs)
+    torch.testing.assert_close(sampler(ours), expected, rtol=1e-9, atol=1e-9)
+
+
+def test_few_rows_of_correlated_outputs_are_sampled_with_their_covariance():
+    model = pathwise(problems.correlated(), num_samples=2, num_features=16)
+    posterior = model.posterior(X[1:])
+    # The columns of a root of the covariance.
+    normals = torch.eye(10, dtype=torch.float64).reshape(10, 1, 5, 2)
+    root = posterior.rsample_from_base_samples(torch.Size([10]), normals)
+    root = (root - posterior.mean).flatten(2)
+    exact = model.posteriors[0].predict(X[1]).covariance_matrix
+    torch.testing.assert_close(root[:, 0].mT @ root[:, 0], exact, rtol=1e-7, atol=1e-9)
+    turned = posterior.rsample_from_base_samples(torch.Size([10]), normals.flip(0))
+    torch.testing.assert_close(
+        turned.flip(0).flatten(2) - posterior.mean.flatten(1), root
+    )
+
+
+@pytest.mark.parametrize("name", ["one output", "two outputs"])
+def test_fantasies_of_few_rows_are_sampled_as_botorch_samples_its_own(name):
+    definition = DEFINITIONS[name]().eval()
+    model = pathwise(definition, num_samples=2, num_features=16)
+    definition.posterior(X)  # which fills the caches that its fantasies need
+    u = inputs(2, 3, 3)
+    found = []
+    for own in (model, definition):
+        fantasies = own.fantasize(u, SobolQMCNormalSampler(torch.Size([4]), seed=1))
+        sampler = SobolQMCNormalSampler(torch.Size([8]), seed=5)
+        found.append(sampler(fantasies.posterior(X)))
+    torch.testing.assert_close(*found, rtol=1e-6, atol=1e-6)
+
+
+def test_normals_of_another_shape_are_refused(model):
+    normals = torch.zeros(3, 1, 4, 2, dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"base_samples: expected.*\(3, 3, 5, 2\)"):
+        model.posterior(X).rsample_from_base_samples(torch.Size([3]), normals)
 
 
 def test_the_same_functions_are_used_at_all_points_and_in_all_calls():
@@ -218,7 +288,7 @@ def test_seeds_start_elsewhere_and_do_not_touch_the_global_generator():
     assert torch.equal(before, torch.random.get_rng_state())
 
 
-def test_models_in_a_list_are_sampled_side_by_side():
+def test_models_in_a_list_are_sampled_side_by_side(many_rows):
     model = ModelList(pathwise(problems.single()), pathwise(problems.batched()))
     posterior = model.posterior(X)
     sampler = get_sampler(posterior, sample_shape=torch.Size([4]), seed=0)
