@@ -61,7 +61,7 @@ def measure(examples: int, repeats: int, out: Path) -> None:
         tangent = Tangent(network)
         data = TangentData(tangent, stream_of(loader, torch.device("cpu")))
         prior = DiagonalPrior(tangent.num_weights, torch.ones(1))
-        system = WeightSystem(data, prior, Categorical(), data.network_outputs())
+        system = WeightSystem(data, prior, Categorical(), data.network_outputs)
         shape = (_SAMPLES, tangent.num_weights)
         v = torch.randn(shape, generator=generator).mul_(shape[1] ** -0.5).mT
         product = system.product(v)

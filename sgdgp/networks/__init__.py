@@ -11,7 +11,7 @@ from sgdgp.networks.linearisation import LinearisedNetwork, linearise, linearize
 from sgdgp.networks.posterior import LinearisedPosterior, load
 from sgdgp.networks.predictive import GaussianPrediction
 from sgdgp.networks.priors import GPrior, Isotropic, Kronecker, Layerwise
-from sgdgp.networks.weight_solvers import WeightCG, WeightSGD
+from sgdgp.networks.weight_solvers import WeightCG, WeightCholesky, WeightSGD
 
 also_importable_as("sgdgp.networks.processes", processes)
 also_importable_as("sgdgp.networks.stored_values", codec)
@@ -32,6 +32,7 @@ __all__ = [
     "LinearisedNetwork",
     "LinearisedPosterior",
     "WeightCG",
+    "WeightCholesky",
     "WeightSGD",
     "linearise",
     "linearize",

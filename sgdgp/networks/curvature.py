@@ -5,7 +5,8 @@ and L_n L_n^T = H_n the Hessian of its likelihood, phi_n = L_n^T J_n R (C, D) ar
 whitened features. In whitened weights v (prior N(0, I), weights w = R v) the posterior
 precision is phi^T phi + I, and every question about the posterior is ridge regression
 with unit noise on them. phi is never stored: a product is one Jacobian-vector and one
-vector-Jacobian product a batch.
+vector-Jacobian product a batch. The Jacobian itself is kept where it is small, and the
+matrix phi^T phi is formed where it is cheap.
 """
 
 from __future__ import annotations
@@ -13,23 +14,74 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sgdgp.networks.likelihoods import Likelihood
+from sgdgp.core.memory import resolve_budget
+from sgdgp.networks.likelihoods import Gaussian, Likelihood
 from sgdgp.networks.priors import WeightPrior
 from sgdgp.networks.stream import Batch, Stream
-from sgdgp.tangent import Tangent, TangentBatch
+from sgdgp.tangent import Tangent
 
 _EXAMPLES, _SAMPLES = 32, 8
 """Noise is drawn for blocks of so many examples and samples: one seeding of a generator
 for 256 C numbers. Other blocks are other numbers, so files of fits depend on them."""
 
+_KEPT_NUMBERS = 2**25
+"""A Jacobian of so many numbers is kept, 128 MiB of float32: reading it takes as long
+as the overhead of some hundred calls of layers, which a pass without it has."""
+
+_MOST_WEIGHTS, _MOST_WORK = 2048, 2**31
+"""Columns of phi, and products of numbers, up to which phi^T phi is formed for each
+linearisation: a factorisation takes a tenth of a second, a Gram matrix three."""
+
+_LINEARISATIONS = 8
+"""Of a likelihood that is not Gaussian, for one of a Gaussian: Newton's steps."""
+
 _ROWS = 4096
 """Examples whose losses are evaluated together, for several tables at once: enough to
 hide the overhead of a call, few enough for 1,000 classes."""
+
+
+@runtime_checkable
+class Jacobian(Protocol):
+    """J of some examples (b, C, D): its products, or all of it."""
+
+    def jvp(self, w: Float[Tensor, "D k"]) -> Float[Tensor, "b C k"]:
+        """J w."""
+
+    def vjp(
+        self, u: Float[Tensor, "b C k"], out: Float[Tensor, "D k"] | None = None
+    ) -> Float[Tensor, "D k"]:
+        """J^T u, summed over the examples; added to ``out`` in place if given."""
+
+    def jacobian(self) -> Float[Tensor, "b C D"]:
+        """J itself."""
+
+
+@dataclass(frozen=True)
+class KeptJacobian:
+    """A Jacobian that is known."""
+
+    matrix: Float[Tensor, "b C D"]
+
+    def jvp(self, w: Float[Tensor, "D k"]) -> Float[Tensor, "b C k"]:
+        """J w."""
+        return self.matrix @ w
+
+    def vjp(
+        self, u: Float[Tensor, "b C k"], out: Float[Tensor, "D k"] | None = None
+    ) -> Float[Tensor, "D k"]:
+        """J^T u, summed over the examples; added to ``out`` in place if given."""
+        found = (u.flatten(0, 1).mT @ self.matrix.flatten(0, 1)).mT
+        return found if out is None else out.add_(found)
+
+    def jacobian(self) -> Float[Tensor, "b C D"]:
+        """J itself."""
+        return self.matrix
 
 
 @dataclass(frozen=True)
@@ -59,26 +111,67 @@ class TangentData:
         mean = self.total(targets.sum(0)) / count
         return self.total((targets - mean).square().sum(0)) / count
 
+    @functools.cached_property
     @torch.no_grad()
     def network_outputs(self) -> Float[Tensor, "r C"]:
-        """What the network itself says, one pass."""
+        """What the network itself says; one pass at first."""
         return self._table((b, self.tangent.outputs(b.x)) for b in self.stream)
+
+    def has_cheap_gram(self, likelihood: Likelihood) -> bool:
+        """Whether phi^T phi costs less to form than a solve by products would."""
+        size = self.tangent.num_weights
+        work = self.stream.num_examples * self.network_outputs.shape[1] * size**2
+        if not isinstance(likelihood, Gaussian):
+            work *= _LINEARISATIONS
+        return size <= _MOST_WEIGHTS and work <= _MOST_WORK
+
+    @functools.cached_property
+    @torch.no_grad()
+    def _kept(self) -> tuple[Batch, KeptJacobian] | None:
+        """All examples of this process as one batch, where their Jacobian is small."""
+        tangent = self.tangent
+        numbers = self.network_outputs.numel() * tangent.num_weights
+        budget = resolve_budget(tangent.memory_budget, tangent.device)
+        if numbers > _KEPT_NUMBERS or 2 * numbers * tangent.dtype.itemsize > budget:
+            return None
+        jacobian = self._table((b, self._jacobian_of(b)) for b in self.stream)
+        examples = self._table((b, b.examples) for b in self.stream)
+        rows = torch.arange(len(examples), device=examples.device)
+        return Batch(rows, examples, None, self.targets), KeptJacobian(jacobian)
+
+    def _jacobian_of(self, batch: Batch) -> Float[Tensor, "b C D"]:
+        at = self.tangent.at(batch.x)
+        at.jvp(self.zeros(1))  # refuses networks that no prediction could be made for
+        return at.jacobian()
+
+    def batches(self) -> Iterator[tuple[Batch, Jacobian]]:
+        """The examples of this process with their Jacobians."""
+        if self._kept is not None:
+            yield self._kept
+            return
+        for batch in self.stream:
+            yield batch, self.tangent.at(batch.x)
+
+    def at(self, batch: Batch) -> Jacobian:
+        """The Jacobian of one batch of this process."""
+        if self._kept is not None:
+            return KeptJacobian(self._kept[1].matrix[batch.rows])
+        return self.tangent.at(batch.x)
 
     @torch.no_grad()
     def forward(self, w: Float[Tensor, "D k"]) -> Float[Tensor, "r C k"]:
         """J w for all examples, one pass."""
-        return self._table((b, self.tangent.at(b.x).jvp(w)) for b in self.stream)
+        return self._table((batch, at.jvp(w)) for batch, at in self.batches())
 
     @torch.no_grad()
     def adjoint(
         self,
-        pull: Callable[[Batch, TangentBatch], Float[Tensor, "b C k"]],
+        pull: Callable[[Batch, Jacobian], Float[Tensor, "b C k"]],
         columns: int,
     ) -> Float[Tensor, "D k"]:
         """sum_n J_n^T u_n, one pass; ``pull`` gives u for a batch."""
         total = self.zeros(columns)
-        for batch in self.stream:
-            at = self.tangent.at(batch.x)
+        for batch, at in self.batches():
             at.vjp(pull(batch, at), out=total)
         self.stream.processes.sum_(total)
         return total
@@ -145,6 +238,20 @@ class WeightSystem:
         )
         return self.prior.root_adjoint(images)
 
+    @functools.cached_property
+    @torch.no_grad()
+    def gram(self) -> Float[Tensor, "D D"]:
+        """phi^T phi itself in float64, one pass at first."""
+        size, like = self.num_weights, self.outputs
+        total = torch.zeros(size, size, dtype=torch.float64, device=like.device)
+        for batch, at in self.data.batches():
+            rows = at.jacobian()
+            rows = self.prior.root_adjoint(rows.flatten(0, 1).mT).mT.view(rows.shape)
+            root = self.likelihood.hessian_root_transpose
+            features = root(self.outputs[batch.rows], rows).flatten(0, 1).double()
+            total.addmm_(features.mT, features)
+        return self.data.total(total)
+
     def precision(self, v: Float[Tensor, "D k"]) -> Float[Tensor, "D k"]:
         """(phi^T phi + I) v, one pass over the data."""
         return self.product(v).add_(v)
@@ -160,7 +267,7 @@ class WeightSystem:
         self, batch: Batch, v: Float[Tensor, "D k"]
     ) -> Float[Tensor, "D k"]:
         """phi_b^T phi_b v for one batch of this process."""
-        at = self.data.tangent.at(batch.x)
+        at = self.data.at(batch)
         images = at.jvp(self.prior.root(v))
         images = self.likelihood.hessian(self.outputs[batch.rows], images)
         return self.prior.root_adjoint(at.vjp(images))
@@ -172,7 +279,7 @@ class WeightSystem:
         on batches or processes, nor on where the likelihood is linearised.
         """
 
-        def noise_at(batch: Batch, at: TangentBatch) -> Tensor:
+        def noise_at(batch: Batch, at: Jacobian) -> Tensor:
             outputs = self.outputs[batch.rows]
             noise = example_noise(batch.examples, outputs.shape[1], samples, seed)
             return self.likelihood.hessian_root(outputs, noise.to(outputs))
@@ -199,7 +306,11 @@ class WeightSystem:
 
     def at(self, outputs: Float[Tensor, "r C"]) -> WeightSystem:
         """The system with the likelihood linearised elsewhere."""
-        return replace(self, outputs=outputs)
+        other = replace(self, outputs=outputs)
+        if isinstance(self.likelihood, Gaussian) and "gram" in vars(self):
+            # The Hessian is the same everywhere.
+            vars(other)["gram"] = self.gram
+        return other
 
 
 def largest_eigenvalue(

@@ -90,9 +90,8 @@ def spectrum_of(system: WeightSystem, num_probes: int, seed: int) -> Spectrum:
         seed: Of their starts, signs.
     """
     size, like = system.num_weights, system.outputs
-    if size <= EXACT_WEIGHTS:
-        matrix = system.product(torch.eye(size, dtype=like.dtype, device=like.device))
-        values = torch.linalg.eigvalsh(matrix.double()).clamp_min(0.0).unsqueeze(0)
+    if size <= EXACT_WEIGHTS or system.data.has_cheap_gram(system.likelihood):
+        values = torch.linalg.eigvalsh(system.gram).clamp_min(0.0).unsqueeze(0)
         return Spectrum(values, torch.ones_like(values), 1.0)
     rows = torch.empty(num_probes, size, dtype=like.dtype)
     for i, row in enumerate(rows):

@@ -41,7 +41,7 @@ gamma."""
 _NEGLIGIBLE = 1e-3
 """Share of gamma below which a group is switched off."""
 
-_SMALLEST_DIMENSION = 1e-3
+SMALLEST_DIMENSION = 1e-3
 """gamma of a group is at least this much of a weight: it is divided by, and logged."""
 
 
@@ -80,7 +80,7 @@ def effective_dimension(
     total = products.sum(0)
     error = float(total.std()) / len(total) ** 0.5 if len(total) > 1 else math.inf
     upper = products.new_tensor([float(size) for size in sizes])
-    gamma = products.mean(1).clamp_min(_SMALLEST_DIMENSION).minimum(upper)
+    gamma = products.mean(1).clamp_min(SMALLEST_DIMENSION).minimum(upper)
     return EffectiveDimension(gamma, error)
 
 

@@ -35,7 +35,6 @@ from torch import Tensor
 
 from sgdgp.core.codec import register_stored_class
 from sgdgp.core.errors import warn_user
-from sgdgp.core.seeds import derived_generator
 from sgdgp.networks.curvature import (
     TangentData,
     WeightSystem,
@@ -47,12 +46,11 @@ from sgdgp.networks.expectation_maximisation import (
     EffectiveDimension,
     EMStep,
     PrecisionUpdate,
-    effective_dimension,
 )
 from sgdgp.networks.likelihoods import Gaussian, Likelihood
 from sgdgp.networks.linear_model import LinearOptimum, optimise
 from sgdgp.networks.priors import PriorSettings, WeightPrior
-from sgdgp.networks.weight_solvers import WeightSolution, WeightSolver
+from sgdgp.networks.weight_solvers import WeightSolution, WeightSolver, prior_draws
 from sgdgp.solvers.base import Callback, Progress
 
 CurvatureAt: TypeAlias = Literal["linear", "network"]
@@ -169,7 +167,7 @@ class Run:
     @functools.cached_property
     def _network_outputs(self) -> Tensor:
         self.state.passes += 1.0
-        return self.data.network_outputs()
+        return self.data.network_outputs
 
     @property
     def seconds(self) -> float:
@@ -252,11 +250,9 @@ class Run:
         self, system: WeightSystem, columns: range, initial: Tensor
     ) -> WeightSolution:
         """Posterior samples of these numbers."""
-        seed = self.schedule.seed
-        rhs = system.noise(columns, seed) + prior_draws(initial, columns, seed)
         self.state.passes += 1.0
-        solution = self.schedule.solver.solve(
-            system, rhs, initial, seed=seed, callback=self._tell
+        solution = self.schedule.solver.draw(
+            system, columns, initial, seed=self.schedule.seed, callback=self._tell
         )
         self.state.passes += solution.passes
         return solution
@@ -269,8 +265,7 @@ class Run:
         solution = self._solve(system, range(schedule.num_samples), state.samples)
         self._stop_if_asked()
         prior, samples = state.prior, solution.weights
-        products = prior.group_sums(samples, solution.images())
-        gamma = effective_dimension(products, prior.group_sizes)
+        gamma = solution.dimension()
         squares = prior.group_sums(state.mean, state.mean)[:, 0]
         likelihood = self._learned_noise(optimum, gamma, samples)
         entry = EMStep(
@@ -386,7 +381,7 @@ def start(
 ) -> RunState:
     """The state before the first step: prior, noise and precision to start from."""
     passes = 2.0
-    outputs = data.network_outputs()
+    outputs = data.network_outputs
     likelihood.check_targets(data.targets, outputs.shape[1])
     if isinstance(likelihood, Gaussian) and likelihood.learns_noise:
         likelihood = _first_noise(data, likelihood, outputs)
@@ -430,16 +425,6 @@ def _first_noise(
         )
     floor = _LEAST_NOISE * squares.clamp_min(torch.finfo(outputs.dtype).tiny)
     return likelihood.update_noise(errors.maximum(floor), count, 0.0)
-
-
-def prior_draws(
-    like: Float[Tensor, "D k"], columns: range, seed: int
-) -> Float[Tensor, "D c"]:
-    """theta_0 ~ N(0, I) of the samples with these numbers (D, c), like ``like``."""
-    rows = torch.empty(len(columns), like.shape[0], dtype=like.dtype)
-    for row, column in zip(rows, columns, strict=True):
-        row.normal_(generator=derived_generator(seed, "prior weights", column))
-    return rows.to(like.device).mT
 
 
 def _numbers(likelihood: Gaussian) -> Tensor:

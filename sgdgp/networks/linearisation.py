@@ -31,7 +31,12 @@ from sgdgp.networks.posterior import LinearisedPosterior
 from sgdgp.networks.priors import GPrior, PriorSettings
 from sgdgp.networks.storage import RunKeeper
 from sgdgp.networks.stream import Split, stream_of
-from sgdgp.networks.weight_solvers import WeightCG, WeightSGD, WeightSolver
+from sgdgp.networks.weight_solvers import (
+    WeightCG,
+    WeightCholesky,
+    WeightSGD,
+    WeightSolver,
+)
 from sgdgp.solvers.base import Callback, progress_bar
 from sgdgp.tangent import Tangent, Weights
 
@@ -48,6 +53,7 @@ _MOST_COLUMNS = 64
 block recurrence k^2 D."""
 
 _SOLVERS: dict[str, Callable[[], WeightSolver]] = {
+    "cholesky": WeightCholesky,
     "cg": WeightCG,
     "sgd": WeightSGD,
     "dual": Dual,
@@ -171,8 +177,9 @@ class LinearisedNetwork:
                 warns otherwise. With 0, ``precision`` is kept.
             precision: Prior precision to start from. Default: the largest eigenvalue
                 of the curvature.
-            solver: ``WeightCG()``, ``WeightSGD()``, ``Dual(...)``, or "auto": CG, and
-                SGD from 200,000 examples.
+            solver: ``WeightCholesky()``, ``WeightCG()``, ``WeightSGD()``,
+                ``Dual(...)``, or "auto": Cholesky for few weights, else CG, and SGD
+                from 200,000 examples.
             seed: Seed or generator of everything random.
             split: From what the loader yields to (inputs, targets).
             progress: Show a progress bar. Default: on a terminal.
@@ -201,6 +208,7 @@ class LinearisedNetwork:
             raise ValueError("precision: needed where steps=0 leaves it as it is")
         tangent = self.tangent
         stream = stream_of(loader, tangent.device, split)
+        data = TangentData(tangent, stream)
         budget = resolve_budget(tangent.memory_budget, tangent.device)
         column = tangent.num_weights * tangent.dtype.itemsize
         schedule = Schedule(
@@ -208,13 +216,12 @@ class LinearisedNetwork:
             final_samples=final_samples,
             steps=steps,
             precision=precision,
-            solver=chosen_solver(solver, stream.num_examples),
+            solver=chosen_solver(solver, data, self.likelihood),
             seed=seed_of(generator_of(seed)),
             columns=max(1, min(_MOST_COLUMNS, budget // (_LIVE_COLUMNS * column))),
             curvature_at=self.curvature_at,
             mean=self._mean,
         )
-        data = TangentData(tangent, stream)
         keeper, state = None, None
         if checkpoint is not None:
             keeper = RunKeeper(
@@ -265,7 +272,9 @@ class LinearisedNetwork:
         }
 
 
-def chosen_solver(solver: WeightSolver | str, num_examples: int) -> WeightSolver:
+def chosen_solver(
+    solver: WeightSolver | str, data: TangentData, likelihood: Likelihood
+) -> WeightSolver:
     """The solver itself, that of a name, or what "auto" stands for.
 
     Raises:
@@ -280,11 +289,13 @@ def chosen_solver(solver: WeightSolver | str, num_examples: int) -> WeightSolver
             f"{_what(solver)}"
         )
     if solver == "auto":
-        return WeightCG() if num_examples < STREAMED_FROM else WeightSGD()
+        if data.has_cheap_gram(likelihood):
+            return WeightCholesky()
+        return WeightCG() if data.stream.num_examples < STREAMED_FROM else WeightSGD()
     if solver not in _SOLVERS:
         raise ValueError(
-            'solver: expected "auto", "cg", "sgd", "dual" or a solver, found '
-            f"{solver!r}"
+            'solver: expected "auto", "cholesky", "cg", "sgd", "dual" or a solver, '
+            f"found {solver!r}"
         )
     return _SOLVERS[solver]()
 

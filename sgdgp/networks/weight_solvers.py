@@ -23,7 +23,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sgdgp.core.checks import check_positive
+from sgdgp.core.seeds import derived_generator
 from sgdgp.networks.curvature import WeightSystem, largest_eigenvalue
+from sgdgp.networks.expectation_maximisation import (
+    SMALLEST_DIMENSION,
+    EffectiveDimension,
+    effective_dimension,
+)
 from sgdgp.networks.stream import Batch
 from sgdgp.solvers.base import Callback, Reason, Recorder
 from sgdgp.solvers.conjugate_gradients import BlockRecurrence
@@ -42,6 +48,16 @@ _MOST_HALVINGS = 20
 _ROUNDS_BEFORE_SHORTER_STEPS = 4
 """Every so many rounds that gain too little, the step is what is changed, and in
 between the number of epochs."""
+
+
+def prior_draws(
+    like: Float[Tensor, "D k"], columns: range, seed: int
+) -> Float[Tensor, "D c"]:
+    """theta_0 ~ N(0, I) of the samples with these numbers (D, c), like ``like``."""
+    rows = torch.empty(len(columns), like.shape[0], dtype=like.dtype)
+    for row, column in zip(rows, columns, strict=True):
+        row.normal_(generator=derived_generator(seed, "prior weights", column))
+    return rows.to(like.device).mT
 
 
 def relative_errors(
@@ -71,9 +87,12 @@ class WeightSolution:
         errors: The bounds that the tolerance is compared with (k,).
         passes: Products with the data set so far.
         reason: Why the solver stopped.
+        shares: How far the data determine each whitened weight, one minus its posterior
+            variance (D,), where a solver knows; or None.
     """
 
     reason: Reason
+    shares: Float[Tensor, " D"] | None = None
 
     def __init__(
         self,
@@ -92,6 +111,16 @@ class WeightSolution:
     def images(self) -> Float[Tensor, "D k"]:
         """phi^T phi V, known from the residuals without another pass."""
         return self.rhs - self.weights - self.residuals
+
+    def dimension(self) -> EffectiveDimension:
+        """How many weights the data determine, by what samples these are."""
+        prior = self.system.prior
+        if self.shares is None:
+            products = prior.group_sums(self.weights, self.images())
+            return effective_dimension(products, prior.group_sizes)
+        shares = self.shares.unsqueeze(1)
+        groups = prior.group_sums(shares, torch.ones_like(shares))[:, 0]
+        return EffectiveDimension(groups.clamp_min(SMALLEST_DIMENSION), 0.0)
 
     def move_to(
         self, weights: Float[Tensor, "D k"], residuals: Float[Tensor, "D k"]
@@ -166,6 +195,29 @@ class WeightSolver(ABC):
         found.reason = self._advance(found, torch.Generator().manual_seed(seed))
         return found
 
+    def draw(
+        self,
+        system: WeightSystem,
+        columns: range,
+        initial: Float[Tensor, "D k"],
+        *,
+        seed: int,
+        callback: Callback | None = None,
+    ) -> WeightSolution:
+        """Posterior samples of these numbers: B = theta_0 + phi^T eps.
+
+        The pass that makes B is not among those of the solution.
+
+        Args:
+            system: The posterior precision as a product.
+            columns: Numbers of the samples.
+            initial: Starting point (D, k).
+            seed: Of theta_0, eps and the solver.
+            callback: As in ``solve``.
+        """
+        rhs = system.noise(columns, seed) + prior_draws(initial, columns, seed)
+        return self.solve(system, rhs, initial, seed=seed, callback=callback)
+
     @abstractmethod
     def _advance(self, found: WeightSolution, generator: torch.Generator) -> Reason:
         """Move the weights until the tolerance or the budget is reached; say which."""
@@ -218,6 +270,65 @@ class WeightCG(WeightSolver):
             if reason is None:
                 run.resume(unsolved)
         return reason
+
+
+@dataclass(frozen=True)
+class WeightCholesky(WeightSolver):
+    """The matrix phi^T phi + I is formed and factorised, in float64: an exact solve.
+
+    For few weights: it costs a pass for the Jacobian and D^2 numbers, and a solve D^3.
+    Effective dimensions are exact, too, without samples.
+
+    Attributes:
+        tolerance: Relative error of the linear model's mean, by Newton's method.
+        max_passes: Budget in passes over the data.
+    """
+
+    tolerance: float = 1e-3
+    max_passes: float = 100.0
+
+    def solve(
+        self,
+        system: WeightSystem,
+        rhs: Float[Tensor, "D k"],
+        initial: Float[Tensor, "D k"],
+        *,
+        seed: int = 0,
+        callback: Callback | None = None,
+    ) -> WeightSolution:
+        """Solve for all columns at once; the starting point makes no difference."""
+        zero = torch.zeros_like(initial)
+        return super().solve(system, rhs, zero, seed=seed, callback=callback)
+
+    def draw(
+        self,
+        system: WeightSystem,
+        columns: range,
+        initial: Float[Tensor, "D k"],
+        *,
+        seed: int,
+        callback: Callback | None = None,
+    ) -> WeightSolution:
+        """Posterior samples of these numbers, and what the data determine."""
+        found = super().draw(system, columns, initial, seed=seed, callback=callback)
+        variances = torch.cholesky_inverse(self._factor(system)).diagonal()
+        found.shares = (1 - variances).clamp_min(0).to(found.weights)
+        return found
+
+    def _advance(self, found: WeightSolution, generator: torch.Generator) -> Reason:
+        system, wide = found.system, found.rhs.double()
+        found.passes += 0.0 if "gram" in vars(system) else 1.0
+        weights = torch.cholesky_solve(wide, self._factor(system))
+        residuals = wide - weights - system.gram @ weights
+        found.move_to(
+            *(x.to(found.rhs).mT.contiguous().mT for x in (weights, residuals))
+        )
+        return "interrupted" if found.report() else "converged"
+
+    def _factor(self, system: WeightSystem) -> Float[Tensor, "D D"]:
+        size = system.num_weights
+        one = torch.eye(size, dtype=torch.float64, device=system.outputs.device)
+        return torch.linalg.cholesky(system.gram + one)
 
 
 @dataclass(frozen=True)

@@ -363,6 +363,7 @@ def _network(prior: Any, likelihood: Any, seed: Any = 3, **settings: Any) -> Any
             "num_samples": 2,
             "final_samples": 3,
             "steps": 1,
+            "solver": "cg",
             "seed": seed,
             "progress": False,
             **settings,

@@ -117,4 +117,4 @@ def test_targets_that_do_not_match_the_inputs_are_refused():
         system.data.tangent, stream_of([(x, y[:-2])], system.outputs.device)
     )
     with pytest.raises(ValueError, match=r"5 targets.* 7 outputs"):
-        data.network_outputs()
+        _ = data.network_outputs

@@ -29,7 +29,7 @@ def system_of(dtype: torch.dtype = torch.float64) -> WeightSystem:
     data = TangentData(tangent, stream_of(loader, tangent.device))
     prior = Isotropic().build(tangent, lambda count: iter(()))
     prior = prior.with_precisions(torch.tensor([2.0]))
-    return WeightSystem(data, prior, Categorical(), data.network_outputs())
+    return WeightSystem(data, prior, Categorical(), data.network_outputs)
 
 
 def dense_features(system: WeightSystem) -> torch.Tensor:

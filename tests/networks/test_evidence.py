@@ -72,7 +72,7 @@ def test_few_weights_have_the_density_of_the_targets(prior):
 
 def test_many_weights_have_an_estimate_that_its_error_covers():
     x, y = data()
-    posterior = linearise(network_of(150), Gaussian(noise=0.05), Isotropic()).fit(
+    posterior = linearise(network_of(450), Gaussian(noise=0.05), Isotropic()).fit(
         TensorDataset(x, y), steps=0, precision=4.0, **EXACT
     )
     exact = density_of(posterior, x, y)

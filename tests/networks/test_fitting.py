@@ -12,8 +12,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from sgdgp.core.errors import CheckpointError
 from sgdgp.networks import Categorical, Gaussian, Isotropic, WeightCG, linearise
-from sgdgp.networks.fitting import prior_draws
 from sgdgp.networks.storage import RunKeeper
+from sgdgp.networks.weight_solvers import prior_draws
 from sgdgp.tangent import Tangent
 
 SETTINGS = {
