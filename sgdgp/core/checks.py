@@ -40,6 +40,18 @@ def check_finite(name: str, value: Tensor) -> None:
         )
 
 
+def check_targets(name: str, value: Tensor) -> None:
+    """Refuse infinities, and nothing but NaN: that is a target not observed.
+
+    Raises:
+        ValueError: Says how many infinities there are and where the first is.
+    """
+    missing = torch.isnan(value)
+    if missing.all():
+        raise ValueError(f"{name}: expected targets, found NaN in every row")
+    check_finite(name, value.masked_fill(missing, 0.0))
+
+
 def check_matrix(name: str, value: Tensor, columns: int | None = None) -> None:
     """Refuse anything but a non-empty matrix in float32 or float64.
 

@@ -16,7 +16,7 @@ from gpytorch.models import ExactGP
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sgdgp.core.checks import check_finite, check_matrix, check_same
+from sgdgp.core.checks import check_finite, check_matrix, check_same, check_targets
 from sgdgp.core.inference import ordinary
 from sgdgp.gpytorch_adapter.outcome_scale import to_model_units
 
@@ -41,8 +41,8 @@ def training_data(
         model: The model.
         x: Inputs (n, d) or (n,), or several tensors for a model of several inputs.
             Default: the model's.
-        y: Targets (n,), (n, 1) or (n, T) in the user's units, NaN in (n, T) where
-            there is none. Default: the model's.
+        y: Targets (n,), (n, 1) or (n, T) in the user's units, NaN where there is
+            none. Default: the model's.
 
     Returns:
         x, (n, d) or a tuple, and y, (n,) or (n, T), without graphs. A row of y
@@ -80,10 +80,7 @@ def training_data(
     if parameter is not None:
         check_same("x", joined, "the model's parameters", parameter)
     check_finite("x", joined)
-    if y.ndim == 1:
-        check_finite("y", y)
-    else:
-        check_finite("y", torch.where(torch.isnan(y), torch.zeros_like(y), y))
+    check_targets("y", y)
     if given:
         y = to_model_units(model, y)
     joined = ordinary(joined.detach())
@@ -227,11 +224,13 @@ class Observed:
     columns: tuple[int, ...]
 
 
-def observed_rows(y: Float[Tensor, "n T"], tasks: int) -> tuple[Observed, ...]:
-    """The linear systems behind targets (n, T), NaN where there is none.
+def observed_rows(
+    y: Float[Tensor, " n"] | Float[Tensor, "n T"], tasks: int
+) -> tuple[Observed, ...]:
+    """The linear systems behind targets, NaN where there is none.
 
     Args:
-        y: Targets.
+        y: Targets (n, T), or (n,) of one output.
         tasks: Outputs per input of the model. With several, all targets are one
             column, and what is missing is left out. With one, the columns of y are
             independent: those observed in the same rows share a system.
@@ -242,9 +241,9 @@ def observed_rows(y: Float[Tensor, "n T"], tasks: int) -> tuple[Observed, ...]:
     Raises:
         ValueError: A column of independent outputs, or everything, is missing.
     """
+    check_targets("y", y)
+    y = y.reshape(len(y), -1)
     is_there = ~torch.isnan(y)
-    if not bool(is_there.any()):
-        raise ValueError("y: expected targets, found NaN in every row")
     if tasks > 1:
         rows = is_there.flatten().nonzero().squeeze(1)
         targets = y.flatten()[rows].unsqueeze(1)

@@ -111,7 +111,7 @@ def training_problems(
         likelihood: The model's likelihood.
         x: Inputs in the model's units, for noise that depends on them.
         y: Targets in the model's units: (n,); (n, T) for a model of T outputs per
-            input, or for T independent outputs of a model of one; NaN where missing.
+            input, or for T independent outputs of a model of one. NaN where missing.
 
     Returns:
         One system; more where independent outputs miss different rows. The log
@@ -151,9 +151,6 @@ def training_problems(
 def _systems(y: Tensor, n: int, tasks: int) -> tuple[Observed, ...]:
     expected = f"({n}, {tasks})" if tasks > 1 else f"({n},) or ({n}, outputs)"
     fits = y.shape[:1] == (n,) and y.ndim == 2 and tasks in (1, y.shape[-1])
-    if tasks == 1 and y.shape == (n,):
-        rows = torch.arange(n, device=y.device)
-        return (Observed(rows, y.unsqueeze(1), (0,)),)
-    if not fits:
+    if not fits and (tasks > 1 or y.shape != (n,)):
         raise ValueError(f"y: expected shape {expected}, found {tuple(y.shape)}")
     return observed_rows(y, tasks)

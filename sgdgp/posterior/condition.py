@@ -65,8 +65,8 @@ def condition(
             the model's.
         y: Training targets (n,); or (n, T), one column for each task of a model with
             correlated outputs (``MultitaskKernel``) or for independent outputs of a
-            single-output model, which share its kernel and noise. NaN in (n, T)
-            is a target that was not observed. Default: the model's.
+            single-output model, which share its kernel and noise. NaN is a
+            target that was not observed. Default: the model's.
         solver: A solver such as ``SDD(tolerance=1e-2)``, its name, or "auto".
         num_samples: Posterior sample functions; 0 for the mean alone.
         seed: Seed or generator of everything random.

@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import repeat
 from typing import Literal, NamedTuple, TypeVar, overload
 
 import torch
@@ -244,7 +245,7 @@ class Posterior:
         Args:
             x_new: New inputs (m, d) before the model's own transforms; of a model of
                 several inputs all of them.
-            y_new: New targets (m,) in the units of the user; of T outputs (m, T), NaN
+            y_new: New targets (m,) in the units of the user; of T outputs (m, T). NaN
                 where there is none.
             noise: Noise variances of the new targets, in the units of the user squared:
                 a number, (m,), or (m, T). Default: the likelihood's; needed where that
@@ -303,7 +304,8 @@ class Posterior:
         """Predictive distribution at x, jointly or point by point.
 
         Args:
-            x: Inputs (n', d).
+            x: Inputs (n', d), or with leading batch dimensions, whose points are
+                joint among themselves alone.
             observation_noise: Add the likelihood's noise; or the noise variances
                 themselves, one for all, (n', *t), or of several outputs (n',), needed
                 where the likelihood only knows the noise of its training points.
@@ -312,11 +314,11 @@ class Posterior:
 
         Returns:
             Without ``batch_size`` a GPyTorch ``MultivariateNormal``, of several outputs
-            a ``MultitaskMultivariateNormal`` over all points and outputs. Its variances
-            are those of ``variance``, plus noise; its correlations are exact where they
-            are, and else the samples' (rank at most ``num_samples``). With it,
-            ``Marginals(mean, variance)`` in memory that does not grow with n' beyond
-            the result.
+            a ``MultitaskMultivariateNormal`` over all points and outputs, with the
+            batch dimensions of x. Its variances are those of ``variance``, plus noise;
+            its correlations are exact where they are, and else the samples' (rank at
+            most ``num_samples``). With it, ``Marginals(mean, variance)`` in memory that
+            does not grow with n' beyond the result.
 
         Raises:
             TypeError: An argument is of the wrong kind.
@@ -325,13 +327,10 @@ class Posterior:
         """
         self._need_samples("predict")
         flat, shape = self.paths.flattened(x)
-        if len(shape) != 1:
-            dim = self.paths.dim
-            raise ValueError(f"x: expected shape (n, {dim}), found {(*shape, dim)}")
-        noise = self._noise(flat, observation_noise)
+        noise = self._noise(flat, shape, observation_noise)
         units = self.paths.units
         if batch_size is None:
-            return self.paths.joint(flat, noise)
+            return self._joint(flat, shape, noise)
         check_count("batch_size", batch_size, 1)
         check_followers(progress)
         mean = flat.new_empty(self._shape(flat))
@@ -344,15 +343,43 @@ class Posterior:
                 moments = self.paths.moments(flat[rows])
                 mean[rows] = units.shift + units.scale * moments.mean
                 variance[rows] = units.scale**2 * moments.variance
-        return Marginals(mean, variance if noise is None else variance + noise)
+        if noise is not None:
+            variance += noise
+        return Marginals(*(v.reshape(*shape, *v.shape[1:]) for v in (mean, variance)))
+
+    def _joint(
+        self, x: Tensor, shape: torch.Size, noise: Tensor | None
+    ) -> MultivariateNormal:
+        """The posterior at points x (n, d), which are joint within each batch."""
+        if len(shape) == 1:
+            return self.paths.joint(x, noise)
+        each = [
+            self.paths.joint(rows, own)
+            for rows, own in zip(
+                x.split(shape[-1]),
+                repeat(None) if noise is None else noise.split(shape[-1]),
+                strict=False,
+            )
+        ]
+        mean = torch.stack([normal.mean for normal in each])
+        covariance = torch.stack([normal.covariance_matrix for normal in each])
+        size = shape[-1] * (self.num_outputs or 1)
+        return type(each[0])(
+            mean.reshape(*shape, *mean.shape[2:]),
+            covariance.reshape(*shape[:-1], size, size),
+        )
 
     def _shape(self, x: Tensor) -> tuple[int, ...]:
         """Shape of values at x (n, d): (n,), or (n, T)."""
         return (len(x),) if self.num_outputs is None else (len(x), self.num_outputs)
 
-    def _noise(self, x: Tensor, wanted: bool | Variances) -> Tensor | None:
-        """Noise variances of predictions (n, *t)."""
+    def _noise(
+        self, x: Tensor, shape: torch.Size, wanted: bool | Variances
+    ) -> Tensor | None:
+        """Noise variances of predictions at x (n, d), in the user's shape (..., n')."""
         if not isinstance(wanted, bool):
+            if isinstance(wanted, Tensor) and wanted.shape[: len(shape)] == shape:
+                wanted = wanted.flatten(0, len(shape) - 1)
             return variances_of("observation_noise", wanted, self._shape(x), x)
         if not wanted:
             return None

@@ -338,7 +338,7 @@ def observations(prior: Prior, x: Inputs, y: Tensor) -> tuple[Observations, ...]
     Args:
         prior: The model's prior.
         x: Training inputs (n, d), or several.
-        y: Targets in the model's units (n,), or (n, T) with NaN where there is none.
+        y: Targets in the model's units (n,) or (n, T), NaN where there is none.
 
     Raises:
         ValueError: y does not have the model's outputs, is missing altogether, or the
@@ -352,8 +352,6 @@ def observations(prior: Prior, x: Inputs, y: Tensor) -> tuple[Observations, ...]
             f"found {tuple(y.shape)}"
         )
     rows, noise = prior.rows(points), prior.training_noise(points)
-    if y.ndim == 1:
-        return (_observations(prior, rows, y.unsqueeze(1), noise, (0,)),)
     return tuple(
         _observations(
             prior, rows[seen.rows], seen.targets, noise[seen.rows], seen.columns

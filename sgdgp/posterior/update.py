@@ -21,6 +21,7 @@ from sgdgp.core.checks import (
     check_matrix,
     check_number,
     check_same,
+    check_targets,
     check_variances,
 )
 from sgdgp.core.inference import outside_inference_mode
@@ -369,12 +370,7 @@ def _new_targets(x: Tensor, y: Tensor, shape: tuple[int, ...]) -> Tensor:
             f"y_new: expected shape {(len(x), *shape)}, found {tuple(y.shape)}"
         )
     check_same("y_new", y, "x_new", x)
-    if not shape:
-        check_finite("y_new", y)
-        return y.detach()
-    if bool(torch.isnan(y).all()):
-        raise ValueError("y_new: expected targets, found NaN in every row")
-    check_finite("y_new", torch.where(torch.isnan(y), torch.zeros_like(y), y))
+    check_targets("y_new", y)
     return y.detach()
 
 

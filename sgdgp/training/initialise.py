@@ -66,6 +66,7 @@ def initialise(
     inputs, targets = training_data(model, x, y)
     layout = layout_of(model, inputs)
     joined = layout.join(inputs)
+    observed = (~targets.isnan()).reshape(len(joined), -1).any(1).nonzero().squeeze(1)
     generator = generator_of(seed)
     if not any(learned_parameters(model)):
         raise ValueError(
@@ -74,7 +75,8 @@ def initialise(
         )
     totals: dict[str, Tensor] = {}
     for _ in range(subsets):
-        rows = _subset(joined, min(size, len(joined)), kind, generator)
+        count = min(size, len(observed))
+        rows = observed[_subset(joined[observed], count, kind, generator)]
         part = _restricted(model, rows)
         subset = layout.split(joined[rows])
         fit(part, subset, targets[rows], steps=steps, progress=False)

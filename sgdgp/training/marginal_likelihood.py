@@ -14,7 +14,7 @@ from gpytorch.mlls import MarginalLogLikelihood
 from gpytorch.models import ExactGP
 from torch import Tensor
 
-from sgdgp.core.checks import check_count, check_finite, check_positive
+from sgdgp.core.checks import check_count, check_positive
 from sgdgp.core.codec import register_stored_class
 from sgdgp.core.errors import UnsupportedModelError
 from sgdgp.core.seeds import generator_of, seed_of
@@ -139,8 +139,8 @@ class StochasticMarginalLogLikelihood(MarginalLogLikelihood):
 
         Args:
             function_dist: What ``model(train_x)`` returns in train mode.
-            target: Observations (n,) or, for several outputs, (n, t); NaN in those
-                where there is none.
+            target: Observations (n,) or, for several outputs, (n, t); NaN where
+                there is none.
             *params: The training inputs, where the noise depends on inputs other than
                 the model's own. Default: the model's training inputs.
 
@@ -148,8 +148,6 @@ class StochasticMarginalLogLikelihood(MarginalLogLikelihood):
             UnsupportedModelError: The prior is not a function of two points.
             ValueError: The targets do not fit the distribution, or are not finite.
         """
-        if torch.is_tensor(target) and target.ndim == 1:
-            check_finite("target", target)
         x = params[0] if params else self.model.train_inputs
         try:
             problems = training_problems(function_dist, self.likelihood, x, target)

@@ -92,6 +92,7 @@ def test_gradients_reach_the_points_of_a_model_of_two_inputs():
     [
         (torch.full((4, 2), math.nan), 1, "NaN in every row"),
         (torch.full((4, 2), math.nan), 2, "NaN in every row"),
+        (torch.full((4,), math.nan), 1, "NaN in every row"),
         (torch.tensor([[1.0, math.nan], [2.0, math.nan]]), 1, "only NaN in column 1"),
     ],
 )

@@ -18,7 +18,7 @@ from gpytorch.likelihoods import (
 
 import sgdgp
 from sgdgp.core.errors import UnsupportedModelError
-from sgdgp.posterior import MultiOutputPosterior
+from sgdgp.posterior import MultiOutputPosterior, PathwisePosterior
 from sgdgp.posterior.paths import PairPaths, ParallelPaths
 from tests.models import (
     GP,
@@ -95,6 +95,35 @@ def test_missing_targets_are_left_out(solver):
     torch.testing.assert_close(posterior.mean(at), mean, rtol=0, atol=atol)
     ratio = posterior.variance(at).flatten() / covariance.diagonal()
     assert float((ratio - 1).abs().max()) < BAND
+
+
+@pytest.mark.parametrize("shape", [(30,), (30, 1)])
+@pytest.mark.parametrize("held", [False, True])
+def test_missing_targets_of_one_output_are_left_out(shape, held):
+    x, y = toy_data(36)
+    y[[0, 7, 8, 29, 31]] = NAN
+    seen = ~torch.isnan(y)
+    noise = torch.linspace(0.05, 0.6, 36).double()
+    model = GP(None, None, RBFKernel(), FixedNoiseGaussianLikelihood(noise[:30]))
+    data = (x[:30], y[:30].reshape(shape))
+    if held and len(shape) == 1:
+        model.set_train_data(*data, strict=False)
+        data = ()
+    posterior = sgdgp.condition(model.double(), *data, num_samples=2, num_features=64)
+    assert isinstance(posterior, PathwisePosterior)
+    after = posterior.update(x[30:], y[30:].reshape(-1, *shape[1:]), noise=noise[30:])
+    at = new_points()
+    for found, n in ((posterior, 30), (after, 36)):
+        own = GP(
+            x[:n][seen[:n]],
+            y[:n][seen[:n]],
+            RBFKernel(),
+            FixedNoiseGaussianLikelihood(noise[:n][seen[:n]]),
+        ).double()
+        assert len(found.problem.x) == int(seen[:n].sum())
+        mean, covariance = own_posterior(own, at)
+        torch.testing.assert_close(found.mean(at), mean, rtol=0, atol=1e-6)
+        torch.testing.assert_close(found.variance(at), covariance.diagonal())
 
 
 def test_a_task_may_have_no_targets_at_all():

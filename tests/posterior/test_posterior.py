@@ -363,6 +363,37 @@ def test_batch_dimensions_of_x_come_out_again(kind):
 
 
 @KINDS
+@pytest.mark.parametrize("noise", [False, True, "given"])
+def test_points_of_a_batch_are_predicted_by_themselves(kind, noise):
+    posterior, t = posterior_of(kind), outputs_of(kind)
+    x = new_points(24).reshape(2, 3, 4, 2)
+    if noise == "given":
+        noise = torch.linspace(0.1, 0.9, 24 * (t or (1,))[0]).reshape(2, 3, 4, *t)
+    joint = posterior.predict(x, observation_noise=noise)
+    assert joint.batch_shape == (2, 3)
+    assert joint.event_shape == (4, *t)
+    assert isinstance(joint, MultitaskMultivariateNormal) == (kind != "one")
+    for i, j in [(0, 1), (1, 2)]:
+        own = noise if isinstance(noise, bool) else noise[i, j]
+        alone = posterior.predict(x[i, j], observation_noise=own)
+        torch.testing.assert_close(joint.mean[i, j], alone.mean)
+        torch.testing.assert_close(
+            joint.covariance_matrix[i, j], alone.covariance_matrix
+        )
+    marginals = posterior.predict(x, observation_noise=noise, batch_size=5)
+    torch.testing.assert_close(marginals.mean, joint.mean)
+    torch.testing.assert_close(marginals.variance, joint.variance)
+    empty = posterior.predict(x[:0], batch_size=5)
+    assert empty.mean.shape == empty.variance.shape == (0, 3, 4, *t)
+
+
+def test_a_batch_is_differentiable():
+    posterior = posterior_of("one")
+    x = new_points(4).reshape(2, 2, 2).requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: posterior.predict(x).covariance_matrix, x)
+
+
+@KINDS
 def test_no_points_give_empty_results(kind):
     posterior, t = posterior_of(kind), outputs_of(kind)
     x = new_points()[:0]

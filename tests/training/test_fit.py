@@ -118,6 +118,18 @@ def test_missing_targets_of_a_multitask_model_do_not_matter():
     assert any(not torch.allclose(found[n], wanted[n], rtol=1e-6) for n in found)
 
 
+@pytest.mark.parametrize("learn", [fit, sgdgp.initialise])
+def test_missing_targets_of_one_output_are_rows_left_out(learn):
+    x, y = data(60, 2)
+    y = torch.cat([y, torch.full_like(y, math.nan)])
+    model, other = rbf_model(), rbf_model()
+    learn(model, torch.cat([x, x + 0.3]), y, steps=4)
+    learn(other, x, y[:60], steps=4)
+    found, wanted = parameters(model), parameters(other)
+    for name, value in wanted.items():
+        torch.testing.assert_close(found[name], value)
+
+
 def test_targets_are_those_given_or_those_of_the_model():
     given, own = rbf_model(), rbf_model()
     x, y = data(60, 2, seed=1)
@@ -466,9 +478,9 @@ def test_a_poor_solve_is_told():
     assert any("passes_per_step" in warning for warning in fitted.warnings)
 
 
-def nan_at(model, where):
+def infinite_at(model, where):
     y = model.train_targets.clone()
-    y[where] = math.nan
+    y[where] = math.inf
     return {"x": model.train_inputs[0], "y": y}
 
 
@@ -502,7 +514,7 @@ def nan_at(model, where):
             ValueError,
             "x: expected the dtype of the model's parameters",
         ),
-        (nan_at(rbf_model(), 7), ValueError, r"y: .*NaN.*index \(7,\)"),
+        (infinite_at(rbf_model(), 7), ValueError, r"y: .*infinite.*index \(7,\)"),
         ({"checkpoint_every": 0, "checkpoint": "fit.sgdgp"}, ValueError, "every"),
         ({"checkpoint_every": -1}, ValueError, "every"),
         ({"max_passes": True}, TypeError, "max_passes: expected a number"),
