@@ -30,8 +30,7 @@ from sgdgp.solvers.auto import choose_solver
 from sgdgp.solvers.base import Callback, Solution, Solver, progress_bar
 from sgdgp.solvers.prediction_error import (
     ACCEPTED,
-    prediction_errors,
-    rounding_error,
+    error_of_mean,
 )
 from sgdgp.solvers.recycling import directions_to_keep
 from sgdgp.solvers.solutions import continued, split_solution
@@ -325,10 +324,10 @@ def parts_of(
 @torch.no_grad()
 def _judged(problem: Problem, solution: Solution) -> Solution:
     """The solution with what it means for predictions of the mean."""
-    noise = problem.noise
-    error = prediction_errors(noise, problem.rhs, problem.noise_draws, solution)[0]
-    rounded = rounding_error(noise, problem.targets)
-    return replace(solution, prediction_error=max(float(error), rounded))
+    error = error_of_mean(
+        problem.operator, problem.noise, problem.rhs, problem.noise_draws, solution
+    )
+    return replace(solution, prediction_error=error)
 
 
 @torch.no_grad()

@@ -23,7 +23,12 @@ from sgdgp.core.checks import check_positive
 from sgdgp.core.codec import register_stored_class
 from sgdgp.operators.base import KernelOperator
 from sgdgp.solvers.recycling import Recycled
-from sgdgp.solvers.system import System, as_system, initial_weights
+from sgdgp.solvers.system import (
+    System,
+    as_system,
+    float64_rounding,
+    initial_weights,
+)
 
 Reason: TypeAlias = Literal[
     "converged", "budget", "stagnated", "diverged", "interrupted"
@@ -34,6 +39,9 @@ S = TypeVar("S", bound="IterativeSolver")
 # What a solve is given at least: its first residual takes a pass.
 _LEAST_PASSES = 1.0
 _LEAST_SECONDS = 1e-3
+
+_SURE = 3.0  # times what rounding is known to leave: one draw of it
+_DIRECT_TOLERANCE = 1e-3  # of solvers without one, as far as float64 itself ends them
 
 
 @dataclass(frozen=True)
@@ -362,7 +370,8 @@ class Solver:
         generator = generator or torch.Generator().manual_seed(0)
         system = as_system(operator, noise, rhs)
         start = None if initial is None else initial_weights(system, initial)
-        return self._solve(Task(system, start, noise_draws, generator, callback))
+        found = self._solve(Task(system, start, noise_draws, generator, callback))
+        return _as_far_as_known(found, system, self.limits.tolerance)
 
     def _solve(self, task: Task) -> Solution:
         """``solve`` with its arguments checked; a solver has either of the two."""
@@ -403,17 +412,46 @@ class IterativeSolver(Solver):
         )
 
 
+def _as_far_as_known(
+    solution: Solution, system: System, tolerance: float | None
+) -> Solution:
+    """Not converged, where even float64 cannot tell a residual from its rounding."""
+    if solution.reason != "converged":
+        return solution
+    tolerance = tolerance or _DIRECT_TOLERANCE
+    weights = solution.weights.double() / system.scale
+    floor = _SURE * float64_rounding(system, weights, tolerance)
+    floor = floor.to(solution.residuals.dtype)
+    unknown = floor > tolerance
+    if not bool(unknown.any()):
+        return solution
+    sentence = (
+        f"Residuals below {float(floor.max()):.1e} are rounding here, even in float64, "
+        f"the tolerance is {tolerance:g}: take a larger noise, or center and scale x."
+    )
+    return replace(
+        solution,
+        reason="stagnated",
+        residuals=torch.where(unknown, floor, solution.residuals),
+        warnings=(*solution.warnings, sentence),
+    )
+
+
 def columns_above(
     title: str, reason: Reason, norms: Tensor, tolerance: float, advice: str
 ) -> tuple[str, ...]:
-    """What is said of columns above the tolerance, unless the solve converged."""
+    """What is said of columns above the tolerance, unless the solve converged.
+
+    A user who stopped it needs no advice.
+    """
     if reason == "converged":
         return ()
-    return (
+    sentence = (
         f"{title} stopped ({reason}) with {int((norms > tolerance).sum())} of "
         f"{len(norms)} columns above the tolerance {tolerance:g}; the largest relative "
-        f"residual is {float(norms.max()):.2e}. {advice}",
+        f"residual is {float(norms.max()):.2e}."
     )
+    return (sentence if reason == "interrupted" else f"{sentence} {advice}",)
 
 
 class Recorder:

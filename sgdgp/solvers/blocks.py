@@ -102,7 +102,7 @@ def factorise_block(system: System, block: RowIndex) -> CholeskyInverse:
         RuntimeError: Not positive definite even with the largest jitter.
     """
     matrix = block_matrix(system, block)
-    size = float(matrix.abs().sum(1).max())
+    size = float(matrix.abs().sum(1, dtype=torch.float64).max())
     attempts = [(torch.float64, jitter) for jitter in _JITTERS]
     if float(system.noise[block].min()) > 10.0 * torch.finfo(matrix.dtype).eps * size:
         attempts.insert(0, (matrix.dtype, 0.0))

@@ -281,12 +281,13 @@ class _InducingDescent(AveragedDescent[InducingSGD]):
     def column_warnings(self, reason: Reason) -> tuple[str, ...]:
         sentences = []
         if reason != "converged":
+            advice = "" if reason == "interrupted" else f" {self.advice}"
             sentences.append(
                 f"InducingSGD ended ({reason}) with a relative gradient of its own "
                 f"problem of {float(self._own.max()):.2e}; the relative residual of "
                 f"the full system, {float(self.checked.norms.max()):.2e} at most, is "
-                f"that of an approximation with {len(self.points)} inducing points. "
-                f"{self.advice}"
+                f"that of an approximation with {len(self.points)} inducing points."
+                f"{advice}"
             )
         kept = int((~(self.norms <= self._start_norms)).sum())
         if kept:

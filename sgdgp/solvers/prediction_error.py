@@ -16,6 +16,7 @@ below 0.03 one in thirty was suspected.
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import torch
@@ -32,11 +33,14 @@ from sgdgp.solvers.base import (
     Watch,
 )
 from sgdgp.solvers.conjugate_gradients import CG
-from sgdgp.solvers.system import as_system
+from sgdgp.solvers.system import System, as_system, float64_rounding
 
 ACCEPTED = 0.1
 """Posterior deviations that a mean may be off: the expected log-density of a target
 then falls by less than 0.005."""
+
+_LARGEST = 3.0  # of some hundred normal errors, in deviations
+_ROWS = 128  # of the largest weights, where single rows are looked for
 
 
 def prediction_errors(
@@ -62,6 +66,48 @@ def prediction_errors(
         squares = (off - noise_draws[:, drawn]).square().mean(1)
         directions = min(max(float(squares @ precision), 1.0), directions)
     return lengths * (precision.mean() / directions).sqrt()
+
+
+def error_of_mean(
+    operator: KernelOperator,
+    noise: Float[Tensor, " n"],
+    rhs: Float[Tensor, "n k"],
+    noise_draws: Float[Tensor, "n k"],
+    solution: Solution,
+) -> float:
+    """That of the first column, with all that the norm of its residual cannot tell.
+
+    Rounding, of the mean itself and of the residual; and single rows, such as outliers,
+    that are far off where all others are right: as much as if they were the largest of
+    some hundred normal errors, three deviations. A target's deviation at an observed
+    point is at most that of the noise times the root of two.
+
+    Args:
+        operator: K.
+        noise: The diagonal of Sigma.
+        rhs: Right-hand sides B, the mean's first.
+        noise_draws: The part of B that is drawn from N(0, Sigma), zero for means.
+        solution: What was found.
+    """
+    mean = replace(solution, residuals=torch.ones_like(solution.residuals))
+    length = float(rhs[:, 0].double().norm())
+    unit = float(prediction_errors(noise, rhs, noise_draws, mean)[0])
+    off = unit * float(solution.residuals[0])
+    rounded = rounding_error(noise, rhs[:, 0])
+    if operator.has_features or length == 0.0:
+        return max(off, rounded)
+    v = solution.weights[:, :1].double() / length
+    system = System(operator, noise[:, None], rhs[:, :1] / length, rhs.new_ones(1))
+    off = max(off, unit * float(float64_rounding(system, v, ACCEPTED / unit)))
+    deviations = length * noise.double().rsqrt() / (_LARGEST * math.sqrt(2.0))
+    most = float(solution.residuals[0]) * float(deviations.max())
+    if max(off, rounded) <= ACCEPTED < most:
+        rows = v[:, 0].abs().topk(min(len(v), _ROWS)).indices
+        wide = system.to(torch.float64)
+        left = wide.rhs[rows] - wide.operator.rows(rows).matmul(v)
+        left -= wide.noise[rows] * v[rows]
+        off = max(off, float((left[:, 0].abs() * deviations[rows]).max()))
+    return max(off, rounded)
 
 
 def rounding_error(noise: Float[Tensor, " n"], targets: Float[Tensor, " n"]) -> float:

@@ -13,12 +13,15 @@ from sgdgp.core.checks import check_finite, check_same
 from sgdgp.core.slices import slices
 from sgdgp.features.base import CastFeatures
 from sgdgp.operators.arguments import whole_points
-from sgdgp.operators.base import KernelOperator
+from sgdgp.operators.base import KernelOperator, nudged
 from sgdgp.operators.feature import FeatureOperator
 from sgdgp.operators.tracked import TrackedVectors
 
 _PROBE_ROWS = 128  # to measure rounding: their mean square is known to a tenth or so
 _PROBE_PARTS = 4  # of a product, rounded each on its own, see ``rounding_level``
+# Times what arithmetic alone leaves: more than rounding of x does to a kernel (3e6 for
+# periods, far from zero).
+_WORST_KERNEL = 1e7
 _PROBE_COLUMNS = 1024  # that stand for all where K is made of features: no whole sweep
 # Part of a residual that may be rounding: its norm is then right to half a per cent, as
 # the two are independent.
@@ -229,6 +232,27 @@ def rounding_level(system: System, v: Tensor) -> Tensor:
         reference.addcmul_(exact.noise[rows], wide[rows])
         squares += (product.double() - reference).square().sum(0)
     return (squares * (system.n / len(rows))).sqrt()
+
+
+def float64_rounding(system: System, v: Tensor, matters: float) -> Tensor:
+    """What float64 itself leaves unknown of relative residuals of v (k,).
+
+    That of the product's arithmetic, by the diagonal of K; where it may be more than
+    ``matters`` also what a last digit of x and v changes in a few rows.
+    """
+    if system.operator.has_features:
+        return torch.zeros(v.shape[1], dtype=torch.float64, device=v.device)
+    deviation = system.operator.diagonal().double().clamp_min(0.0).sqrt().unsqueeze(1)
+    floor = deviation.norm() * (deviation * v).norm(dim=0)
+    floor *= torch.finfo(torch.float64).eps
+    if not bool((_WORST_KERNEL * floor > matters).any()):
+        return floor
+    rows = torch.linspace(0, system.n - 1, min(system.n, _PROBE_ROWS)).long()
+    rows = rows.to(v.device)
+    operator = system.to(torch.float64).operator
+    change = operator.nudged().rows(rows).matmul(nudged(v))
+    change -= operator.rows(rows).matmul(v)
+    return floor.maximum(change.norm(dim=0) * math.sqrt(system.n / len(rows)))
 
 
 def rounding_of_products(operator: KernelOperator, v: Float[Tensor, "n 1"]) -> float:

@@ -10,7 +10,8 @@ import torch
 from gpytorch.kernels import MaternKernel
 
 import sgdgp
-from sgdgp.solvers import CG
+from sgdgp.solvers import CG, SDD
+from sgdgp.solvers.prediction_error import prediction_errors
 
 
 class Model(gpytorch.models.ExactGP):
@@ -104,3 +105,42 @@ def test_points_where_the_kernel_overflows_are_refused(generator):
     for verb in (posterior.mean, posterior.variance, posterior.samples):
         with pytest.raises(ValueError, match=r"leaves the range of torch\.float32"):
             verb(torch.full((1, 1), 1e10))
+
+
+def test_an_outlier_that_is_missed_while_all_others_fit_is_warned_of(generator):
+    x = torch.randn(300, 20, generator=generator).double() * 1e3
+    y = torch.randn(300, generator=generator).double()
+    y[0] = 1e6
+    model = Model(x, y, 0.3, MaternKernel(2.5)).double()
+    with pytest.warns(UserWarning, match="mean is off by"):
+        posterior = sgdgp.condition(model, solver=SDD(tolerance=1e-5), num_samples=4)
+    problem, solution = posterior.problem, posterior.solution
+    assert solution.reason == "converged"
+    # Such points know nothing of each other: the truth is y / (1 + noise).
+    noise = float(model.likelihood.noise)
+    deviation = (noise + noise / (1 + noise)) ** 0.5
+    off = float((posterior.mean(x) - y / (1 + noise)).abs().max()) / deviation
+    assert 0.3 < off < 4.0 * solution.prediction_error
+    # The norm of the residual, over all rows, does not show it.
+    by_norm = prediction_errors(
+        problem.noise, problem.rhs, problem.noise_draws, solution
+    )
+    assert float(by_norm[0]) < 0.1 < solution.prediction_error
+
+
+def test_rounding_of_the_kernel_itself_is_part_of_the_error(generator):
+    x = 1e6 + torch.randn(50, 2, generator=generator).double()
+    x[25:] = x[:25]
+    y = torch.randn(50, generator=generator).double()
+    y[0] = 1e6
+    kernel = gpytorch.kernels.PeriodicKernel()
+    kernel.period_length = 0.06
+    model = Model(x, y, 3e-5, kernel).double()
+    with pytest.warns(UserWarning, match=r"mean is off by|even in float64"):
+        posterior = sgdgp.condition(model, num_samples=4)
+    assert posterior.solution.prediction_error > 0.1
+    y[0] = 0.0
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        posterior = sgdgp.condition(model, x - 1e6, y, num_samples=4)
+    assert posterior.solution.prediction_error < 1e-6

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from gpytorch.kernels import MaternKernel
+from gpytorch.kernels import MaternKernel, PolynomialKernel
 
 from sgdgp.operators import DenseOperator, TiledOperator
 from sgdgp.solvers.alternating_projections import (
@@ -211,6 +211,15 @@ def test_a_block_below_the_rounding_of_float32_is_factorised_in_float64():
     easy = problem("rbf", 100, noise=0.1, dtype=torch.float32)
     system = as_system(easy.operator, easy.noise, easy.rhs)
     assert factorise_block(system, slice(0, 9)).factor.dtype == torch.float32
+
+
+def test_a_block_whose_norm_overflows_float32_is_factorised():
+    kernel = PolynomialKernel(power=1)
+    operator = DenseOperator(kernel, torch.full((3, 1), 1.2e19))
+    system = as_system(operator, 1e-6, torch.ones(3, 1))
+    assert not bool(operator.matmul(torch.ones(3, 1)).isfinite().any())
+    inverse = factorise_block(system, slice(0, 3))
+    assert bool(inverse(torch.randn(3, 1)).isfinite().all())
 
 
 def test_a_block_that_is_not_positive_definite_is_refused():

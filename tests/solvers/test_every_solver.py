@@ -279,6 +279,8 @@ def test_a_callback_can_stop_a_solve(name, stop_after):
     assert len(seen) <= stop_after + 1
     assert len(found.history) == len(seen)
     torch.testing.assert_close(found.residuals, p.residuals(found.weights))
+    # Who stopped it needs no advice how it would have gone on.
+    assert not any("Give it" in sentence for sentence in found.warnings)
 
 
 @every_iterative

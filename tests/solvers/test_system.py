@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from sgdgp.operators import DenseOperator, RowBlocksOperator
+from sgdgp.operators.base import nudged
 from sgdgp.solvers import CG, SDD, Cholesky
 from sgdgp.solvers.auto import SOLVERS as BY_NAME
 from sgdgp.solvers.auto import choose_solver
@@ -15,6 +16,7 @@ from sgdgp.solvers.system import (
     believed_norms,
     float32_warnings,
     float64_residual,
+    float64_rounding,
     initial_weights,
     rounding_level,
     rounding_shows,
@@ -113,6 +115,58 @@ def test_what_rounding_adds_is_measured(kernel, factor, operator):
     assert float32_warnings(system, weights, 10.0) == ()
     assert float32_warnings(wide, weights.double(), 1e-12) == ()
     assert not rounding_shows(wide, weights.double(), torch.zeros(4).double())
+
+
+def test_a_nudge_is_a_last_digit_and_tells_no_equal_values_apart():
+    values = torch.tensor([0.0, 1.0, 2.0, 3.0, 5.0, 1e6, -1.5, 1e6, 1e-300]).double()
+    moved = nudged(values)
+    step = (moved - values).abs()
+    assert bool((step <= 2.3e-16 * values.abs()).all())
+    assert bool((moved.abs() >= values.abs()).all())
+    assert bool(step.any())
+    assert moved[0] == 0.0
+    assert moved[5] == moved[7]
+    # Indices of tasks and categories stay the same ones.
+    assert torch.equal(moved[:5].long(), values[:5].long())
+
+
+def far_periods():
+    """Periods of points so far from zero that float64 hardly resolves them."""
+    kernel = gpytorch.kernels.PeriodicKernel().double()
+    kernel.period_length = 0.06
+    x = 1e6 + torch.randn(30, 2, generator=torch.Generator().manual_seed(0)).double()
+    return gpytorch.kernels.ScaleKernel(kernel).double(), x
+
+
+@pytest.mark.parametrize("name", ["cholesky", "cg", "adasap"])
+def test_what_float64_cannot_resolve_is_not_converged(name):
+    kernel, x = far_periods()
+    kernel.outputscale = 1e9
+    x[15:] = x[:15]  # singular but for the noise
+    rhs = torch.randn(30, 2, generator=torch.Generator().manual_seed(1)).double()
+    solver = BY_NAME[name](tolerance=1e-2)
+    found = solver.solve(DenseOperator(kernel, x), 1e-4, rhs)
+    assert found.reason != "converged"
+    assert float(found.residuals.max()) > 1e-2
+    assert any("even in float64" in w for w in found.warnings)
+    # The same shape, where float64 resolves it.
+    kernel.outputscale = 1.0
+    found = solver.solve(DenseOperator(kernel, x - 1e6), 1e-4, rhs)
+    assert found.reason == "converged"
+    assert found.warnings == ()
+
+
+def test_rounding_of_float64_is_measured():
+    kernel, x = far_periods()
+    operator = DenseOperator(kernel, x)
+    system = as_system(operator, 0.1, x.cos())
+    v = x.sin()
+    # GPyTorch divides by the period before it takes differences, operators after it.
+    change = (operator.matmul(v) - kernel(x).to_dense().detach() @ v).norm(dim=0)
+    level = float64_rounding(system, v, 1e-12)
+    assert bool((level > 0.2 * change).all())
+    assert bool((level < 20.0 * change).all())
+    assert bool((float64_rounding(system, v, 1.0) < 1e-12).all())
 
 
 def test_rounding_does_not_show_in_an_easy_system():
