@@ -213,6 +213,20 @@ class HeldOut:
         y = self.y.flatten().long()
         return HeldOut(f, mean, y, varied[..., 0], None if g is None else added)
 
+    def positions(self, likelihood: Categorical) -> HeldOut:
+        """Every position that has a label an example of its own."""
+        positioned = likelihood.with_targets(self.y, self.outputs.shape[1])
+        counted = likelihood.counted(self.y)
+        keep = slice(None) if counted is None else counted.flatten()
+
+        def rows(tensor: Tensor) -> Tensor:
+            return positioned.by_position(tensor)[keep]
+
+        g = None if self.fluctuations is None else rows(self.fluctuations)
+        tensors = (rows(t) for t in (self.outputs, self.mean, self.variance))
+        outputs, mean, variance = tensors
+        return HeldOut(outputs, mean, self.y.flatten()[keep], variance, g)
+
     def parts(self) -> Iterator[HeldOut]:
         """Consecutive examples, few enough to compute on at once."""
         samples = 1 if self.fluctuations is None else self.fluctuations.shape[2]
@@ -291,6 +305,11 @@ def compare(
         return _compare_targets(likelihood, held_out)
     if isinstance(likelihood, Bernoulli):
         likelihood, held_out = Categorical(), held_out.labels()
+    elif isinstance(likelihood, Categorical):
+        held_out = held_out.positions(likelihood)
+        likelihood = Categorical()
+        if len(held_out.y) < 2:
+            raise ValueError(f"y: {len(held_out.y)} held-out positions have a label")
     if isinstance(likelihood, Categorical):
         generator = generator or torch.Generator().manual_seed(0)
         return _compare_classes(likelihood, held_out, link, generator)

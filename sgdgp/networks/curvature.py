@@ -85,6 +85,33 @@ class KeptJacobian:
 
 
 @dataclass(frozen=True)
+class MaskedJacobian:
+    """A Jacobian without the rows of some outputs, which are zero.
+
+    Attributes:
+        whole: With all of them.
+        mask: One where an output counts, else zero (b, C, 1).
+    """
+
+    whole: Jacobian
+    mask: Float[Tensor, "b C 1"]
+
+    def jvp(self, w: Float[Tensor, "D k"]) -> Float[Tensor, "b C k"]:
+        """J w."""
+        return self.whole.jvp(w) * self.mask
+
+    def vjp(
+        self, u: Float[Tensor, "b C k"], out: Float[Tensor, "D k"] | None = None
+    ) -> Float[Tensor, "D k"]:
+        """J^T u, summed over the examples; added to ``out`` in place if given."""
+        return self.whole.vjp(u * self.mask, out)
+
+    def jacobian(self) -> Float[Tensor, "b C D"]:
+        """J itself."""
+        return self.whole.jacobian() * self.mask
+
+
+@dataclass(frozen=True)
 class TangentData:
     """A data set seen through a tangent model; its passes are shared by the processes.
 
@@ -93,10 +120,13 @@ class TangentData:
     Attributes:
         tangent: The network's Jacobian.
         stream: The examples.
+        likelihood: Of their targets, which says what outputs have one. All others have
+            neither Hessian nor gradient: here, no Jacobian. Default: all have one.
     """
 
     tangent: Tangent
     stream: Stream
+    likelihood: Likelihood | None = None
 
     @functools.cached_property
     def targets(self) -> Tensor:
@@ -140,7 +170,7 @@ class TangentData:
         return Batch(rows, examples, None, self.targets), KeptJacobian(jacobian)
 
     def _jacobian_of(self, batch: Batch) -> Float[Tensor, "b C D"]:
-        at = self.tangent.at(batch.x)
+        at = self._jacobian_at(batch)
         at.jvp(self.zeros(1))  # refuses networks that no prediction could be made for
         return at.jacobian()
 
@@ -150,13 +180,22 @@ class TangentData:
             yield self._kept
             return
         for batch in self.stream:
-            yield batch, self.tangent.at(batch.x)
+            yield batch, self._jacobian_at(batch)
 
     def at(self, batch: Batch) -> Jacobian:
         """The Jacobian of one batch of this process."""
         if self._kept is not None:
             return KeptJacobian(self._kept[1].matrix[batch.rows])
-        return self.tangent.at(batch.x)
+        return self._jacobian_at(batch)
+
+    def _jacobian_at(self, batch: Batch) -> Jacobian:
+        at = self.tangent.at(batch.x)
+        counted = None if self.likelihood is None else self.likelihood.counted(batch.y)
+        if counted is None or bool(counted.all()):
+            return at
+        classes = self.network_outputs.shape[1] // counted.shape[1]
+        mask = counted.repeat_interleave(classes, 1).to(self.network_outputs)
+        return MaskedJacobian(at, mask.unsqueeze(-1))
 
     @torch.no_grad()
     def forward(self, w: Float[Tensor, "D k"]) -> Float[Tensor, "r C k"]:
@@ -344,7 +383,7 @@ def curvature_probes(
     for batch in data.stream:
         f = outputs[batch.rows]
         signs = example_noise(batch.examples, f.shape[1], range(count), seed).sign()
-        yield data.tangent.at(batch.x).vjp(likelihood.hessian_root(f, signs.to(f)))
+        yield data.at(batch).vjp(likelihood.hessian_root(f, signs.to(f)))
 
 
 def example_noise(

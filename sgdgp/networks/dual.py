@@ -24,12 +24,11 @@ from torch import Tensor
 from sgdgp.core.checks import check_count
 from sgdgp.core.slices import slices
 from sgdgp.features import FeatureMap
-from sgdgp.networks.curvature import WeightSystem
+from sgdgp.networks.curvature import Jacobian, WeightSystem
 from sgdgp.networks.weight_solvers import WeightSolution, WeightSolver
 from sgdgp.operators import FeatureOperator
 from sgdgp.solvers.base import Reason, Solver
 from sgdgp.solvers.sdd import SDD
-from sgdgp.tangent import TangentBatch
 
 _FIRST = 0.1
 """The dual's first tolerance over that of the weights: its errors come out larger."""
@@ -115,12 +114,12 @@ class WhitenedFeatures(FeatureMap):
 
     def _batches(
         self, x: Float[Tensor, "n 1"]
-    ) -> Iterator[tuple[TangentBatch, Float[Tensor, "b C"], slice]]:
+    ) -> Iterator[tuple[Jacobian, Float[Tensor, "b C"], slice]]:
         """Some examples' Jacobian, outputs, and rows."""
         system, outputs = self.system, self.num_outputs
         for batch in slices(len(x), self.batch_size):
             numbers = x[batch, 0].round().long()
-            at = system.data.tangent.at(system.data.stream.take(numbers).x)
+            at = system.data.at(system.data.stream.take(numbers))
             rows = slice(batch.start * outputs, batch.stop * outputs)
             yield at, system.outputs[numbers], rows
 

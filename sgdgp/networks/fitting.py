@@ -383,6 +383,7 @@ def start(
     passes = 2.0
     outputs = data.network_outputs
     likelihood.check_targets(data.targets, outputs.shape[1])
+    likelihood = likelihood.with_targets(data.targets, outputs.shape[1])
     if isinstance(likelihood, Gaussian) and likelihood.learns_noise:
         likelihood = _first_noise(data, likelihood, outputs)
     if schedule.curvature_at == "linear":

@@ -84,6 +84,14 @@ class Likelihood(ABC):
         """Negative log likelihood of each example (b,)."""
         return -self.log_prob(outputs.unsqueeze(-1), y).squeeze(-1)
 
+    def with_targets(self, y: Tensor, num_outputs: int) -> Likelihood:
+        """This likelihood with what the shape of targets says about it."""
+        return self
+
+    def counted(self, y: Tensor) -> Tensor | None:
+        """Which positions of the targets have a likelihood (b, P); None: all."""
+        return None
+
     @abstractmethod
     def check_targets(self, y: Any, num_outputs: int) -> None:
         """Refuse targets that are none for a network with ``num_outputs`` outputs.
@@ -95,46 +103,84 @@ class Likelihood(ABC):
 
 
 @register_stored_class
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Categorical(Likelihood):
     """One of C classes with probabilities p = softmax(f), targets are class indices.
 
     H = diag(p) - p p^T = L L^T with L = diag(sqrt p) - p sqrt(p)^T.
 
+    An example may have several labels, as those of language models and segmentations:
+    outputs (b, ..., C) with targets (b, ...), whose P positions are independent given
+    the outputs. The axes between are one here: outputs are (b, P C).
+
     Probabilities are mixed with the uniform distribution at the rounding error of the
     dtype, so that z = (e_y - p) / sqrt(p) stays finite however small p_y is. L, H, z
     and the gradient all use the same p: the identities between them hold exactly.
+
+    Attributes:
+        ignore_index: Target of positions without a label, such as padding's -100: they
+            have no likelihood. Default: None, every position has a label.
+        classes: C where examples have several positions; ``fit`` sets it.
     """
 
+    ignore_index: int | None = None
+    classes: int | None = None
+
+    def __repr__(self) -> str:
+        """As it is made."""
+        ignored = self.ignore_index
+        return f"Categorical({'' if ignored is None else f'ignore_index={ignored}'})"
+
+    def with_targets(self, y: Tensor, num_outputs: int) -> Categorical:
+        """This likelihood with the number of classes, where positions are several."""
+        positions = y[0].numel()
+        return (
+            self if positions == 1 else replace(self, classes=num_outputs // positions)
+        )
+
+    def by_position(self, tensor: Tensor) -> Tensor:
+        """Every position of the outputs (b, P C, ...) as an example (b P, C, ...)."""
+        if self.classes is None:
+            return tensor
+        return tensor.unflatten(1, (-1, self.classes)).flatten(0, 1)
+
+    def counted(self, y: Tensor) -> Tensor | None:
+        return None if self.ignore_index is None else y.flatten(1) != self.ignore_index
+
     def hessian_root(self, outputs: Tensor, v: Tensor) -> Tensor:
-        root = _root_probabilities(outputs)
-        along = torch.einsum("bc,bck->bk", root, v)
+        root, flat = self._root(outputs), self.by_position(v)
+        along = torch.einsum("bc,bck->bk", root, flat)
         root = root.unsqueeze(-1)
-        product = root * (v - root * along.unsqueeze(1))
+        product = root * (flat - root * along.unsqueeze(1))
         # The columns of L sum to zero. The likeliest class as minus the others keeps
         # its relative accuracy as p tends to one, where the above cancels.
         top = _top(root).expand(-1, -1, v.shape[-1])
         product.scatter_(1, top, 0.0)
-        return product.scatter_(1, top, -product.sum(1, keepdim=True))
+        return product.scatter_(1, top, -product.sum(1, keepdim=True)).view(v.shape)
 
     def hessian_root_transpose(self, outputs: Tensor, v: Tensor) -> Tensor:
-        root = _root_probabilities(outputs).unsqueeze(-1)
-        return root * _centred(root, v)
+        root = self._root(outputs).unsqueeze(-1)
+        return (root * _centred(root, self.by_position(v))).view(v.shape)
 
     def hessian(self, outputs: Tensor, v: Tensor) -> Tensor:
-        root = _root_probabilities(outputs).unsqueeze(-1)
-        return root.square() * _centred(root, v)
+        root = self._root(outputs).unsqueeze(-1)
+        return (root.square() * _centred(root, self.by_position(v))).view(v.shape)
 
     def gradient(self, outputs: Tensor, y: Tensor) -> Tensor:
-        return -_score(_root_probabilities(outputs), y)
+        score = -_score(self._root(outputs), self._labels(y))
+        return self._where_counted(y, score).view(outputs.shape)
 
     def residual(self, outputs: Tensor, y: Tensor) -> Tensor:
-        root = _root_probabilities(outputs)
-        return _score(root, y) / root
+        root = self._root(outputs)
+        residual = _score(root, self._labels(y)) / root
+        return self._where_counted(y, residual).view(outputs.shape)
 
     def log_prob(self, outputs: Tensor, y: Tensor) -> Tensor:
-        columns = _classes(y, outputs).expand(-1, outputs.shape[-1])
-        return -functional.cross_entropy(outputs, columns, reduction="none")
+        flat = self.by_position(outputs)
+        columns = _classes(self._labels(y), flat).expand(-1, flat.shape[-1])
+        each = -functional.cross_entropy(flat, columns, reduction="none")
+        each = self._where_counted(y, each)
+        return each.view(len(outputs), -1, flat.shape[-1]).sum(1)
 
     def check_targets(self, y: Any, num_outputs: int) -> None:
         _check_tensor(y)
@@ -148,17 +194,38 @@ class Categorical(Likelihood):
             raise TypeError(
                 f"y: Categorical expects class indices as integers, found {y.dtype}"
             )
-        if y.ndim != 1 or y.numel() == 0:
+        positions = y[0].numel() if y.ndim and len(y) else 0
+        classes = num_outputs // positions if positions else 0
+        fits = positions * classes == num_outputs and (positions > 1) == (y.ndim > 1)
+        if classes < 2 or not fits:
             raise ValueError(
-                f"y: Categorical expects one class index per example, shape (b,), "
-                f"found {tuple(y.shape)}"
+                f"y: Categorical expects one class index per position of outputs "
+                f"(b, ..., C), or per example, shape (b,), found {tuple(y.shape)} for "
+                f"{num_outputs} outputs"
             )
-        low, high = int(y.min()), int(y.max())
-        if low < 0 or high >= num_outputs:
+        counted = self.counted(y.reshape(len(y), -1))
+        y = y if counted is None else y.reshape(len(y), -1)[counted]
+        low, high = (int(y.min()), int(y.max())) if y.numel() else (0, 0)
+        if low < 0 or high >= classes:
             raise ValueError(
-                f"y: expected class indices from 0 to {num_outputs - 1}, one per "
+                f"y: expected class indices from 0 to {classes - 1}, one per "
                 f"output of the network, found {low if low < 0 else high}"
             )
+
+    def _root(self, outputs: Tensor) -> Tensor:
+        return _root_probabilities(self.by_position(outputs))
+
+    def _labels(self, y: Tensor) -> Tensor:
+        """The class of each position (b P,); any where it has none."""
+        y = y.flatten()
+        return y if self.ignore_index is None else y.where(y != self.ignore_index, 0)
+
+    def _where_counted(self, y: Tensor, values: Tensor) -> Tensor:
+        """Values of each position (b P, ...), zero where it is ignored."""
+        if self.ignore_index is None:
+            return values
+        ignored = (y.flatten() == self.ignore_index).to(values.device)
+        return values.masked_fill(ignored.unsqueeze(1), 0.0)
 
 
 @register_stored_class

@@ -76,7 +76,8 @@ def linearise(
     Args:
         network: Any trained ``torch.nn.Module`` in evaluation mode. It is read, never
             changed or copied, and has to stay as it is; buffers are constants.
-        likelihood: ``Categorical()``, ``Bernoulli()`` or ``Gaussian(noise=...)``.
+        likelihood: ``Categorical()``, ``Bernoulli()`` or ``Gaussian(noise=...)``; for
+            several labels an example, some without, ``Categorical(ignore_index=-100)``.
         prior: ``GPrior()`` (default), ``Isotropic()``, ``Layerwise()`` or
             ``Kronecker()``.
         weights: Which weights are uncertain: None or "all", "last_layer", "no_norms",
@@ -208,7 +209,7 @@ class LinearisedNetwork:
             raise ValueError("precision: needed where steps=0 leaves it as it is")
         tangent = self.tangent
         stream = stream_of(loader, tangent.device, split)
-        data = TangentData(tangent, stream)
+        data = TangentData(tangent, stream, self.likelihood)
         budget = resolve_budget(tangent.memory_budget, tangent.device)
         column = tangent.num_weights * tangent.dtype.itemsize
         schedule = Schedule(

@@ -21,7 +21,7 @@ from sgdgp.networks.curvature import TangentData, WeightSystem
 from sgdgp.networks.evidence import Evidence, linear_evidence, spectrum_of
 from sgdgp.networks.expectation_maximisation import EMStep
 from sgdgp.networks.fitting import Mean
-from sgdgp.networks.likelihoods import Bernoulli, Gaussian, Likelihood
+from sgdgp.networks.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
 from sgdgp.networks.predictive import (
     GaussianPrediction,
     Link,
@@ -149,8 +149,10 @@ class LinearisedPosterior:
 
     def predict(
         self, x: Any, link: Link = "probit", *, batch_size: int = PREDICTED_TOGETHER
-    ) -> Float[Tensor, "b C"] | GaussianPrediction:
+    ) -> Float[Tensor, "b *P C"] | GaussianPrediction:
         """Class or label probabilities (b, C), or a regression's mean and variance.
+
+        Examples with several positions have probabilities (b, P, C).
 
         Args:
             x: Inputs as the network takes them; a tensor (b, ...) of any length.
@@ -173,7 +175,16 @@ class LinearisedPosterior:
         if isinstance(self.likelihood, Bernoulli):
             each = _linked(*label_logits(f, added), link)
             return each[:, 1].reshape(f.shape)
-        return _linked(f, added, link)
+        f, g = self._classified(f), self._classified(added)
+        each = _linked(f, g, link)
+        return each if len(f) == len(added) else each.unflatten(0, (len(added), -1))
+
+    def _classified(self, outputs: Tensor) -> Tensor:
+        """Outputs (b, C, ...) with every position of classes an example."""
+        likelihood = self.likelihood
+        if isinstance(likelihood, Categorical):
+            return likelihood.by_position(outputs)
+        return outputs
 
     @torch.no_grad()
     def log_marginal_likelihood(
@@ -200,7 +211,8 @@ class LinearisedPosterior:
             The value, in nats and not divided by n, and its standard error.
         """
         check_count("num_probes", num_probes, 2)
-        data = TangentData(self.tangent, stream_of(loader, self.tangent.device, split))
+        stream = stream_of(loader, self.tangent.device, split)
+        data = TangentData(self.tangent, stream, self.likelihood)
         outputs = data.forward(self.weight_mean)[..., 0]
         self.likelihood.check_targets(data.targets, outputs.shape[1])
         system = WeightSystem(data, self.prior, self.likelihood, outputs)
@@ -272,9 +284,13 @@ class LinearisedPosterior:
         if score == "variance":
             if labels or isinstance(self.likelihood, Gaussian):
                 return variance_of(added).mean(1)
-            return logit_variance(added)
+            each = logit_variance(self._classified(added))
+            return each.view(len(added), -1).mean(1)
         # The labels of an example are independent: their doubts add up.
-        f, g = label_logits(outputs, added) if labels else (outputs, added)
+        if labels:
+            f, g = label_logits(outputs, added)
+        else:
+            f, g = self._classified(outputs), self._classified(added)
         if score == "entropy":
             found = predictive_entropy(probit(f, variance_of(g)))
         else:

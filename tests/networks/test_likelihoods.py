@@ -334,3 +334,43 @@ def test_good_targets_pass_in_every_shape():
     Gaussian().check_targets(torch.zeros(4), 1)
     Gaussian().check_targets(torch.zeros(4, 1), 1)
     Gaussian().check_targets(torch.zeros(4, 2, 3), 6)
+
+
+def test_positions_are_examples_of_their_own_and_ignored_ones_are_none():
+    generator = torch.Generator().manual_seed(0)
+    f = torch.randn(4, 15, generator=generator, dtype=torch.float64)
+    v = torch.randn(4, 15, 2, generator=generator, dtype=torch.float64)
+    y = torch.randint(3, (4, 5), generator=generator)
+    y[0, 1] = y[2] = -7
+    several = Categorical(ignore_index=-7).with_targets(y, 15)
+    several.check_targets(y, 15)
+    assert several.classes == 3
+    counted = several.counted(y).flatten()
+    flat, u, labels = f.view(20, 3), v.view(20, 3, 2), y.flatten()
+    one = Categorical()
+    for name in ("hessian", "hessian_root", "hessian_root_transpose"):
+        found = getattr(several, name)(f, v).view(20, 3, 2)
+        torch.testing.assert_close(found, getattr(one, name)(flat, u))
+    for name in ("gradient", "residual"):
+        found = getattr(several, name)(f, y).view(20, 3)
+        expected = getattr(one, name)(flat[counted], labels[counted])
+        torch.testing.assert_close(found[counted], expected)
+        assert not found[~counted].any()
+    each = one.log_prob(u[counted], labels[counted])
+    expected = torch.zeros(20, 2, dtype=torch.float64)
+    expected[counted] = each
+    torch.testing.assert_close(several.log_prob(v, y), expected.view(4, 5, 2).sum(1))
+
+
+@pytest.mark.parametrize(
+    ("y", "outputs"),
+    [
+        (torch.tensor([[0, 1], [2, 0]]), 7),
+        (torch.tensor([[0, 1], [3, 0]]), 6),
+        (torch.tensor([[0, -100], [2, 0]]), 6),
+        (torch.tensor([[0, 1], [1, 0]]), 2),
+    ],
+)
+def test_targets_of_positions_that_do_not_fit_are_refused(y, outputs):
+    with pytest.raises(ValueError, match="y: "):
+        Categorical().check_targets(y, outputs)
