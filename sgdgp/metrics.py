@@ -111,7 +111,9 @@ def calibration_error(
     points leave about 0.3 / sqrt(n) by chance. Other args and errors: as
     ``negative_log_predictive_density``.
     """
-    nominal = torch.tensor(_checked_levels(levels, "levels"), dtype=torch.float64)
+    nominal = torch.tensor(
+        _checked_levels(levels, "levels"), dtype=torch.float64, device="cpu"
+    )
     reached = _smallest_level(*_checked(mean=mean, variance=variance, y=y))
     # Counting sorted values keeps the cost at n log n, however many levels.
     counts = torch.searchsorted(reached.sort().values.cpu(), nominal, right=True)

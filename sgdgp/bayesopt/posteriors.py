@@ -244,6 +244,7 @@ def learn(
     """Learn a model's parameters in place, from at most 1,000 of the data."""
     if len(x) > _ROWS:
         generator = derived_generator(seed, "learned from", len(x))
-        rows = torch.randperm(len(x), generator=generator)[:_ROWS].to(x.device)
+        rows = torch.randperm(len(x), generator=generator, device=generator.device)
+        rows = rows[:_ROWS].to(x.device)
         x, y = x[rows], y[rows]
     fit(model, x, y, seed=seed, progress=False)

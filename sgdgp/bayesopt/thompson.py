@@ -242,7 +242,11 @@ def _beginning(
     check_count("initial", initial, 1)
     generator = derived_generator(seed, "initial")
     uniform = torch.rand(
-        initial, bounds.shape[1], generator=generator, dtype=torch.float64
+        initial,
+        bounds.shape[1],
+        generator=generator,
+        device=generator.device,
+        dtype=torch.float64,
     )
     proposals = bounds[0] + (bounds[1] - bounds[0]) * uniform.to(bounds)
     none = bounds.new_zeros(0)
@@ -354,7 +358,7 @@ def evaluate(objective: Objective, x: Float[Tensor, "b d"]) -> Float[Tensor, " b
     """
     found = objective(x.clone())
     try:
-        y = torch.as_tensor(found).detach().to(x)
+        y = torch.as_tensor(found, device=x.device).detach().to(x)
     except (RuntimeError, TypeError, ValueError) as error:
         raise ValueError(
             f"objective: expected {len(x)} values, one for each point, found "

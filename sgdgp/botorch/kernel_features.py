@@ -88,7 +88,9 @@ def kernel_features(
         dim = max(dim, int(dims.max()) + 1)
     # BoTorch's prior sampler has no generator argument: it draws from torch's global
     # one, and torch.manual_seed has to reach these features too.
-    generator = torch.Generator().manual_seed(int(torch.randint(2**62, ())))
+    generator = torch.Generator().manual_seed(
+        int(torch.randint(2**62, (), device="cpu"))
+    )
 
     def drawn(count: int) -> tuple[FeatureMap, ...]:
         return tuple(

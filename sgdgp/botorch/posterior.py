@@ -46,7 +46,7 @@ class Cursor:
         """The next numbers (count,), to be taken modulo the number of functions."""
         start = self.position
         self.position += count
-        return torch.arange(start, start + count)
+        return torch.arange(start, start + count, device="cpu")
 
 
 @dataclass(frozen=True, eq=False)
@@ -289,7 +289,7 @@ class PathPosterior(Posterior):
             start += len(output.columns)
         mean, _ = self._evaluated(())
         deviations = torch.cat(torch.broadcast_tensors(*parts), dim=-1)
-        values = mean + deviations[..., torch.tensor(order).argsort()]
+        values = mean + deviations[..., torch.tensor(order, device="cpu").argsort()]
         return values.expand(*shape, *self._latent_shape)
 
     def _values(self, index: tuple[int, ...] | None, *, mirrored: bool) -> Tensor:
@@ -391,7 +391,7 @@ class PathSampler(MCSampler):
             count = self.sample_shape.numel()
             total = 2 * posterior.num_paths
             start = self.seed * count % total
-            numbers = torch.arange(start, start + count) % total
+            numbers = torch.arange(start, start + count, device="cpu") % total
             self.register_buffer("base_samples", numbers.reshape(self.sample_shape))
         numbers = self.base_samples
         assert isinstance(numbers, Tensor)

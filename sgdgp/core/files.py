@@ -22,7 +22,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, TypeAlias, TypeVar
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -259,7 +258,7 @@ def package_versions() -> dict[str, str]:
 
 
 def _copied(tensor: Tensor) -> Tensor:
-    return torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor)
+    return tensor.new_empty(tensor.shape).copy_(tensor)
 
 
 def _beside(path: Path) -> TemporaryDirectory[str]:

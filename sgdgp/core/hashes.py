@@ -31,7 +31,7 @@ def digest(value: Any) -> str:
         found.update(f"{value.dtype} {tuple(value.shape)}".encode())
         if value.numel() == 1:
             # An expanded element calls itself contiguous, whatever its strides.
-            value = torch.empty(1, dtype=value.dtype).copy_(value.reshape(1))
+            value = value.new_empty(1).copy_(value.reshape(1))
         found.update(value.reshape(-1).view(torch.uint8).numpy())
     else:
         found.update(str(value).encode())

@@ -95,6 +95,27 @@ def _of_process() -> Iterator[int]:
                 yield allowed - size * int(pages[used])
 
 
+@contextlib.contextmanager
+def named_if_too_large(what: str) -> Iterator[None]:
+    """Say what did not fit in memory, and which argument helps.
+
+    Raises:
+        torch.OutOfMemoryError: In the place of torch's own errors.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        # On the CPU torch has no class of its own for it.
+        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and (
+            "allocate memory" not in str(error)
+        ):
+            raise
+        raise torch.OutOfMemoryError(
+            f"{what} does not fit in memory; give a smaller memory_budget (bytes), "
+            "so that it is streamed or another solver is chosen"
+        ) from error
+
+
 def resolve_budget(
     memory_budget: int | None, device: torch.device | str = "cpu"
 ) -> int:

@@ -32,7 +32,9 @@ def generator_of_draws(seed: int | torch.Generator) -> torch.Generator:
     generator = generator_of(seed)
     if isinstance(seed, torch.Generator):
         return generator
-    _, other = torch.randint(2**62, (2,), generator=generator).tolist()
+    _, other = torch.randint(
+        2**62, (2,), generator=generator, device=generator.device
+    ).tolist()
     return generator.manual_seed(other)
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from sgdgp.core.checks import check_count, check_finite
 from sgdgp.core.codec import register_stored_class
+from sgdgp.core.seeds import standard_normal
 from sgdgp.features.base import FeatureMap
 from sgdgp.features.dispatch import (
     NoRandomFeatures,
@@ -237,7 +238,13 @@ def _normal_columns(
     """
     rows, columns = shape
     if rows % _AT_ONCE == 0 and generator.device.type == "cpu":
-        draws = torch.randn(columns, rows, generator=generator, dtype=torch.float64)
+        draws = torch.randn(
+            columns,
+            rows,
+            generator=generator,
+            device=generator.device,
+            dtype=torch.float64,
+        )
         return draws.to(like).mT.contiguous()
     out = like.new_empty(shape)
     for k in range(columns):
@@ -304,7 +311,8 @@ class ExactDraws(Draws):
         seed = torch.randint(
             2**62, (1,), generator=generator, device=generator.device
         ).item()
-        self._generator = torch.Generator(self.device).manual_seed(int(seed))
+        # On the CPU, so that a seed means the same functions on every device.
+        self._generator = torch.Generator().manual_seed(int(seed))
         self._index: dict[bytes, int] = {}
         self._points = x.new_zeros(0, self.dim, dtype=torch.float64)
         self._factor = self._points.new_zeros(0, 0)
@@ -352,8 +360,8 @@ class ExactDraws(Draws):
                 start = self.num_points
                 self._reveal(points[list(new.values())])
                 self._index.update({key: start + i for i, key in enumerate(new)})
-            order = torch.tensor([self._index[key] for key in keys], dtype=torch.long)
-            return self._values[order.to(self.device)].to(self.dtype)
+            order = [self._index[key] for key in keys]
+            return self._values[order].to(self.dtype)
 
     def subset(self, index: Sequence[int]) -> SelectedDraws:
         return SelectedDraws(self, tuple(index))
@@ -396,8 +404,11 @@ class ExactDraws(Draws):
         )
         draws._points, draws._factor = points, factor
         draws._normals, draws._values = normals, values
-        # Generators keep their state on the CPU.
-        draws._generator.set_state(generator.cpu())
+        state, own = generator.cpu(), draws._generator
+        if state.numel() == own.get_state().numel():
+            own.set_state(state)
+        else:  # of a GPU, by version 0.1.0: what is revealed later is drawn anew
+            own.manual_seed(int.from_bytes(state.numpy().tobytes()[:7]))
         rows = points.cpu().numpy()
         draws._index = {row.tobytes(): i for i, row in enumerate(rows)}
         return draws
@@ -412,12 +423,8 @@ class ExactDraws(Draws):
         )
         covariance.addmm_(below.T, below, alpha=-1)
         corner = _cholesky(covariance, scale)
-        normals = torch.randn(
-            count,
-            self.num_samples,
-            dtype=torch.float64,
-            device=self.device,
-            generator=self._generator,
+        normals = standard_normal(
+            count, self.num_samples, like=points, generator=self._generator
         )
         values = below.T @ self._normals + corner @ normals
         if old:

@@ -190,7 +190,7 @@ def layout_of(model: ExactGP, x: Inputs | None = None) -> InputLayout:
     if held is not None and len(held) > 1:
         return InputLayout.of(held)
     if x is None:
-        x = held[0] if held else torch.empty(0, 0)
+        x = held[0] if held else torch.empty(0, 0, device="cpu")
     return InputLayout.of(x)
 
 

@@ -96,7 +96,7 @@ class OutputPairsKernel(Kernel):
 @register_features(OutputPairsKernel, parts=lambda kernel: [kernel.base_kernel])
 def _(kernel: OutputPairsKernel, request: FeatureRequest) -> FeatureMap:
     inner = replace(request, dim=request.dim - 1)
-    example = torch.zeros(1, inner.dim).to(request.like)
+    example = request.like.new_zeros(1, inner.dim)
     outputs = kernel.base_kernel.num_outputs_per_input(example, example)
     return PairFeatures(forward_features_of(kernel.base_kernel, inner), int(outputs))
 

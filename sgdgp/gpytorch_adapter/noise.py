@@ -97,7 +97,9 @@ def _of_tasks(
     tasks = likelihood.num_tasks
     if type(likelihood) is MultitaskGaussianLikelihood:
         # The same as below, without the detour.
-        noise = likelihood.noise if likelihood.has_global_noise else torch.zeros(())
+        noise = torch.zeros((), device="cpu")
+        if likelihood.has_global_noise:
+            noise = likelihood.noise
         if likelihood.has_task_noise:
             noise = likelihood.task_noises + noise.to(likelihood.task_noises)
         if noise.shape in ((1,), (tasks,)):

@@ -490,11 +490,13 @@ def columns_of(
 
 def kernel_of(tree: Tree) -> Kernel:
     """One kernel over ``columns_of(tree)``."""
-    if isinstance(tree, Leaf) and tree.outputs == 1 and not _is_traced(tree.scale):
-        plain = tree.kernel.active_dims is None
-        kernel = tree.kernel if plain else on_columns(tree.kernel, None)
-        return _scaled(kernel, tree.scale)
-    return _kernel_from(tree, 0)[0]
+    # What is made here is where the inputs are, whatever torch's default device is.
+    with next(_leaves(tree)).inputs.device:
+        if isinstance(tree, Leaf) and tree.outputs == 1 and not _is_traced(tree.scale):
+            plain = tree.kernel.active_dims is None
+            kernel = tree.kernel if plain else on_columns(tree.kernel, None)
+            return _scaled(kernel, tree.scale)
+        return _kernel_from(tree, 0)[0]
 
 
 def _kernel_from(tree: Tree, start: int) -> tuple[Kernel, int]:

@@ -234,14 +234,16 @@ def _polynomial_features(
             f"more than the limit of {MAX_MONOMIALS}",
         )
     monomials = list(combinations_with_replacement(range(dim + 1), power))
-    indices = torch.tensor(monomials, dtype=torch.long).reshape(count, power)
+    indices = torch.tensor(monomials, dtype=torch.long, device=request.device)
     coefficients = [
         math.factorial(power) / math.prod(math.factorial(m.count(i)) for i in set(m))
         for m in monomials
     ]
     return PolynomialFeatures(
-        indices.to(request.device),
-        torch.tensor(coefficients, dtype=torch.float64).sqrt().to(request.like),
+        indices.reshape(count, power),
+        request.like.new_tensor(coefficients, dtype=torch.float64)
+        .sqrt()
+        .to(request.like),
         float(request.parameter(kernel.offset)),
         dim,
     )

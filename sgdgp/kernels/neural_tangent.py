@@ -104,7 +104,7 @@ def _features(kernel: NeuralTangentKernel, request: FeatureRequest) -> TangentFe
     Raises:
         ValueError: Another dtype or device than the network's is asked for.
     """
-    kernel.feature_map.inputs(torch.zeros(1, request.dim).to(request.like))
+    kernel.feature_map.inputs(request.like.new_zeros(1, request.dim))
     return kernel.feature_map
 
 

@@ -233,7 +233,7 @@ class RationalQuadraticTile(StationaryTile):
     @cached_property
     def derivative_scale(self) -> float:
         """Minus alpha: see ``StationaryTile.derivative_scale``."""
-        return -torch.as_tensor(self.alpha, dtype=torch.float64).item()
+        return -float(self.alpha)
 
     def profile(self, d2: Tensor, scratch: Scratch) -> None:
         d2.clamp_min_(0).log1p_().mul_(-self.alpha * _LOG2_E).exp2_()

@@ -399,11 +399,20 @@ def example_noise(
     blocks, place = torch.unique(
         examples.cpu() // _EXAMPLES, return_inverse=True, sorted=True
     )
-    drawn = torch.empty(len(blocks), len(columns), _EXAMPLES, _SAMPLES, outputs)
+    drawn = torch.empty(
+        len(blocks), len(columns), _EXAMPLES, _SAMPLES, outputs, device="cpu"
+    )
     for some, block in zip(drawn, blocks.tolist(), strict=True):
         for part, column in zip(some, columns, strict=True):
             generator.manual_seed(_mixed(seed, block, column))
-            torch.randn(_EXAMPLES, _SAMPLES, outputs, generator=generator, out=part)
+            torch.randn(
+                _EXAMPLES,
+                _SAMPLES,
+                outputs,
+                generator=generator,
+                device="cpu",
+                out=part,
+            )
     noise = drawn[place, :, examples.cpu() % _EXAMPLES]
     first = samples.start - columns.start * _SAMPLES
     return noise.flatten(1, 2)[:, first : first + len(samples)].mT

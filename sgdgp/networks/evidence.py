@@ -93,7 +93,7 @@ def spectrum_of(system: WeightSystem, num_probes: int, seed: int) -> Spectrum:
     if size <= EXACT_WEIGHTS or system.data.has_cheap_gram(system.likelihood):
         values = torch.linalg.eigvalsh(system.gram).clamp_min(0.0).unsqueeze(0)
         return Spectrum(values, torch.ones_like(values), 1.0)
-    rows = torch.empty(num_probes, size, dtype=like.dtype)
+    rows = torch.empty(num_probes, size, dtype=like.dtype, device="cpu")
     for i, row in enumerate(rows):
         row.bernoulli_(generator=derived_generator(seed, "evidence", i))
     vector = (2 * rows - 1).to(like.device).mT / math.sqrt(size)

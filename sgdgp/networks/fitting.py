@@ -430,7 +430,7 @@ def _first_noise(
 
 def _numbers(likelihood: Gaussian) -> Tensor:
     """Its noise variances as a tensor () or (C,)."""
-    return torch.as_tensor(likelihood.variance, dtype=torch.float64)
+    return torch.as_tensor(likelihood.variance, dtype=torch.float64, device="cpu")
 
 
 def _in_words(values: float | Sequence[float] | None) -> str:
@@ -443,5 +443,6 @@ def _is_near(one: Likelihood, other: Likelihood) -> bool:
     """Whether noise variances have settled; some likelihoods have none."""
     if one.variance is None or other.variance is None:
         return True
-    ratio = torch.as_tensor(one.variance).double() / torch.as_tensor(other.variance)
+    first = torch.as_tensor(one.variance, dtype=torch.float64, device="cpu")
+    ratio = first / torch.as_tensor(other.variance, device="cpu")
     return bool((ratio.log().abs() < _SETTLED_NOISE).all())

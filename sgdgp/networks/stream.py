@@ -214,7 +214,7 @@ class IndexedStream(Stream):
             yield from self._kept
             return
         kept: list[Batch] | None = []
-        for batch in self._in_order(torch.arange(self.num_rows)):
+        for batch in self._in_order(torch.arange(self.num_rows, device="cpu")):
             self._check(batch)
             if kept is not None:
                 kept.append(batch)

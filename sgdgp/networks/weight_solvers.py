@@ -54,7 +54,7 @@ def prior_draws(
     like: Float[Tensor, "D k"], columns: range, seed: int
 ) -> Float[Tensor, "D c"]:
     """theta_0 ~ N(0, I) of the samples with these numbers (D, c), like ``like``."""
-    rows = torch.empty(len(columns), like.shape[0], dtype=like.dtype)
+    rows = torch.empty(len(columns), like.shape[0], dtype=like.dtype, device="cpu")
     for row, column in zip(rows, columns, strict=True):
         row.normal_(generator=derived_generator(seed, "prior weights", column))
     return rows.to(like.device).mT
@@ -428,7 +428,9 @@ def largest_batch_eigenvalue(system: WeightSystem, generator: torch.Generator) -
     largest = 0.0
     batches = _batches(system, generator)
     for _, batch in zip(range(_POWER_BATCHES), batches, strict=False):
-        v = torch.randn(system.num_weights, 1, generator=generator).to(system.outputs)
+        v = torch.randn(
+            system.num_weights, 1, generator=generator, device=generator.device
+        ).to(system.outputs)
         product = functools.partial(_batch_image, system, batch)
         largest = max(largest, largest_eigenvalue(product, v, _POWER_STEPS))
     return largest

@@ -7,6 +7,7 @@ from gpytorch.kernels import Kernel
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from sgdgp.core.memory import named_if_too_large
 from sgdgp.core.slices import slices
 from sgdgp.kernels.registry import tile_kernel
 from sgdgp.operators.arguments import check_vectors, take
@@ -62,10 +63,11 @@ class DenseOperator(KernelOperator):
     def entries(self) -> Float[Tensor, "m n"]:
         """K itself, computed on first use."""
         if self._entries is None:
-            entries = self.x.new_empty(self.shape)
-            everything = slice(0, self.shape[1])
-            for rows in slices(self.shape[0], self.source.rows_per_step):
-                entries[rows] = self.source.block(rows, everything)
+            m, n = self.shape
+            with named_if_too_large(f"the dense operator's kernel matrix ({m} x {n})"):
+                entries = self.x.new_empty(m, n)
+                for rows in slices(m, self.source.rows_per_step):
+                    entries[rows] = self.source.block(rows, slice(0, n))
             self._entries = entries
         return self._entries
 

@@ -213,7 +213,7 @@ class FeatureOperator(KernelOperator):
                 points, inner = points_behind(piece(index, rows), outputs)
                 found = take(x, points)
                 unit = x.new_zeros(len(found) * outputs, rows.stop - rows.start)
-                unit[inner] = torch.eye(unit.shape[1]).to(x)
+                unit[inner] = torch.eye(unit.shape[1], dtype=x.dtype, device=x.device)
                 yield rows, self.features.adjoint(found, unit).mT
             return
         step = affordable // outputs

@@ -129,9 +129,11 @@ def _survives_on_a_gpu() -> bool:
 
     With some drivers KeOps 2.3 ends the process by a segmentation fault.
     """
-    tried = subprocess.run(
-        [sys.executable, "-c", _FIRST_PRODUCT], capture_output=True, check=False
-    )
+    command = [sys.executable, "-c", _FIRST_PRODUCT]
+    try:
+        tried = subprocess.run(command, capture_output=True, check=False, timeout=300)
+    except subprocess.TimeoutExpired:
+        return False
     return tried.returncode == 0
 
 

@@ -228,7 +228,7 @@ def _nothing_yet(solver: Solver, rhs: Tensor) -> Solution:
         solver=solver.name,
         operator="",
         weights=torch.zeros_like(rhs, device="cpu"),
-        residuals=torch.ones(rhs.shape[1], dtype=rhs.dtype),
+        residuals=torch.ones(rhs.shape[1], dtype=rhs.dtype, device="cpu"),
         passes=0.0,
         seconds=0.0,
         reason="interrupted",

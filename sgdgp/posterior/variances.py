@@ -266,7 +266,8 @@ class PartialVariances(Variances):
         """
         n, source = operator.shape[0], operator.streaming()
         generator = torch.Generator().manual_seed(0)
-        some = torch.randperm(n, generator=generator)[:DIRECTIONS].to(noise.device)
+        some = torch.randperm(n, generator=generator, device=generator.device)
+        some = some[:DIRECTIONS].to(noise.device)
         basis = torch.linalg.qr(source.block(slice(0, n), some)).Q
         columns = torch.cat([weights, basis], dim=1)
         images = operator.matmul(columns).addcmul_(noise.unsqueeze(1), columns)

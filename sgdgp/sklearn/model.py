@@ -266,14 +266,16 @@ def starting_model(
     """
     _, spread = mean_and_spread(x, weights)
     centre, scale = mean_and_spread(y.reshape(len(x), -1), weights)
-    # A smaller start is an explicit wish for little noise.
-    bound = GreaterThan(min(NOISE_BOUND * float(scale.square().mean()), 0.1 * noise))
-    likelihood = GaussianLikelihood(noise_constraint=bound).to(x)
-    likelihood.noise = noise
-    # About zero, as the prior has them.
     variance = float((centre.square() + scale.square()).mean())
-    mean = ConstantMean().to(x) if with_mean else ZeroMean()
-    return GPModel(mean, make_kernel(kernel, spread, variance), likelihood)
+    with x.device:  # whatever torch's default device is
+        # A smaller start is an explicit wish for little noise.
+        least = min(NOISE_BOUND * float(scale.square().mean()), 0.1 * noise)
+        bound = GreaterThan(least)
+        likelihood = GaussianLikelihood(noise_constraint=bound).to(x)
+        likelihood.noise = noise
+        # About zero, as the prior has them.
+        mean = ConstantMean().to(x) if with_mean else ZeroMean()
+        return GPModel(mean, make_kernel(kernel, spread, variance), likelihood)
 
 
 def weighted_model(

@@ -143,8 +143,8 @@ class SGDGPRegressor(MultiOutputMixin, RegressorMixin, BaseEstimator):
             self.y_mean_, self.y_scale_ = (
                 found.numpy()
                 for found in mean_and_spread(
-                    torch.tensor(targets),
-                    None if weights is None else torch.tensor(weights),
+                    torch.from_numpy(targets),
+                    None if weights is None else torch.from_numpy(weights),
                 )
             )
 

@@ -167,7 +167,9 @@ def _seconds_of_a_pass(system: System) -> float:
 def _noise_ratio(operator: KernelOperator, noise: Tensor | float) -> float:
     """Mean noise variance over mean prior variance."""
     prior = float(operator.diagonal().mean())
-    return float(torch.as_tensor(noise).mean()) / max(prior, 1e-300)
+    return float(torch.as_tensor(noise, device=operator.device).mean()) / max(
+        prior, 1e-300
+    )
 
 
 @register_stored_class

@@ -200,8 +200,8 @@ class Solution:
         return {
             **{part.name: getattr(self, part.name) for part in fields(self)},
             "history": {
-                "clock": torch.tensor(clock, dtype=wide).reshape(-1, 3),
-                "residuals": torch.tensor(norms, dtype=wide).reshape(
+                "clock": torch.tensor(clock, dtype=wide, device="cpu").reshape(-1, 3),
+                "residuals": torch.tensor(norms, dtype=wide, device="cpu").reshape(
                     -1, len(self.residuals)
                 ),
             },

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from sgdgp.core.checks import check_count, check_positive
 from sgdgp.core.codec import register_stored_class
+from sgdgp.core.memory import named_if_too_large
 from sgdgp.core.slices import slices
 from sgdgp.solvers.base import (
     Callback,
@@ -267,7 +268,8 @@ def factorise(
     """
     scale = float(system.operator.diagonal().mean())
     passes = 0.0
-    matrix = system.rhs.new_empty(system.n, system.n)
+    with named_if_too_large(f"the Cholesky factor ({system.n} x {system.n})"):
+        matrix = system.rhs.new_empty(system.n, system.n)
     for relative in _JITTERS[system.rhs.dtype]:
         jitter = relative * scale
         for rows in slices(system.n, system.operator.rows_per_step):

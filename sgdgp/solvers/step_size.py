@@ -360,8 +360,8 @@ def _lanczos(
         if off[-1] <= _LANCZOS_END * max(diagonal):
             break
         basis[step + 1] = image / off[-1]
-    matrix = torch.diag(torch.tensor(diagonal, dtype=torch.float64))
-    beside = torch.tensor(off[: len(diagonal) - 1], dtype=torch.float64)
+    matrix = torch.diag(torch.tensor(diagonal, dtype=torch.float64, device="cpu"))
+    beside = torch.tensor(off[: len(diagonal) - 1], dtype=torch.float64, device="cpu")
     matrix += torch.diag(beside, 1) + torch.diag(beside, -1)
     values = torch.linalg.eigvalsh(matrix).clamp_min(0.0)
     return values.to(part.device), len(diagonal)

@@ -216,8 +216,8 @@ def rounding_level(system: System, v: Tensor) -> Tensor:
     columns are taken in a few parts: where all rows are alike, so is their rounding,
     and a single sum may happen to round to the truth.
     """
-    rows = torch.linspace(0, system.n - 1, min(system.n, _PROBE_ROWS)).long()
-    rows = rows.to(v.device)
+    rows = torch.linspace(0, system.n - 1, min(system.n, _PROBE_ROWS), device=v.device)
+    rows = rows.long()
     exact = system.to(torch.float64)
     if isinstance(system.operator, FeatureOperator):
         return _rounding_of_features(system, exact, v, rows)
@@ -247,8 +247,8 @@ def float64_rounding(system: System, v: Tensor, matters: float) -> Tensor:
     floor *= torch.finfo(torch.float64).eps
     if not bool((_WORST_KERNEL * floor > matters).any()):
         return floor
-    rows = torch.linspace(0, system.n - 1, min(system.n, _PROBE_ROWS)).long()
-    rows = rows.to(v.device)
+    rows = torch.linspace(0, system.n - 1, min(system.n, _PROBE_ROWS), device=v.device)
+    rows = rows.long()
     operator = system.to(torch.float64).operator
     change = operator.nudged().rows(rows).matmul(nudged(v))
     change -= operator.rows(rows).matmul(v)
@@ -271,8 +271,10 @@ def _rounding_of_features(
     """
     if isinstance(getattr(exact.operator, "features", None), CastFeatures):
         return torch.zeros(v.shape[1], dtype=torch.float64, device=v.device)
-    columns = torch.linspace(0, system.n - 1, min(system.n, _PROBE_COLUMNS)).long()
-    columns = columns.to(v.device)
+    columns = torch.linspace(
+        0, system.n - 1, min(system.n, _PROBE_COLUMNS), device=v.device
+    )
+    columns = columns.long()
     part, wide = v[columns], v[columns].double()
     found = system.operator.move(columns, part)
     truth = exact.operator.move(columns, wide)

@@ -298,5 +298,10 @@ def compressed_rows(
         # PyTorch announces on first use that compressed rows are in beta.
         warnings.simplefilter("ignore")
         return torch.sparse_csr_tensor(
-            starts, columns, values, shape, check_invariants=False
+            starts,
+            columns,
+            values,
+            shape,
+            device=values.device,
+            check_invariants=False,
         )

@@ -365,13 +365,15 @@ class TangentBatch:
         graph = self._run()
         b, c = graph.shape
         if not _is_by_example(self._x, b):
-            every = torch.eye(b * c).to(graph).reshape(b, c, b * c)
+            every = torch.eye(b * c, dtype=graph.dtype, device=graph.device).reshape(
+                b, c, b * c
+            )
             return self.vjp(every).mT.reshape(b, c, -1)
         try:
             return self._jacobian_together()
         except (RuntimeError, NotImplementedError, ValueError, TypeError):
             pass  # a layer that torch.func cannot batch over examples
-        eye = torch.eye(c).to(graph)
+        eye = torch.eye(c, dtype=graph.dtype, device=graph.device)
         rows = []
         for i in range(b):
             take = operator.itemgetter(slice(i, i + 1))

@@ -162,9 +162,9 @@ def log_determinant(
     """
     n = operator.shape[0]
     matrix, explained, passes = _whitened(operator, noise, generator)
-    start = torch.randn(num_probes, n, generator=generator, dtype=torch.float64).mT.to(
-        operator.x
-    )
+    start = torch.randn(
+        num_probes, n, generator=generator, device=generator.device, dtype=torch.float64
+    ).mT.to(operator.x)
     estimates = start.new_zeros(num_probes, dtype=torch.float64)
     for step, (diagonal, off_diagonal) in enumerate(_lanczos(matrix, start, max_steps)):
         values, vectors = torch.linalg.eigh(

@@ -232,7 +232,8 @@ def _first_rows(model: ExactGP, y: Tensor, seed: int) -> Tensor | None:
     if len(y) <= _MANY_ROWS or has_fixed_noise(model.likelihood) or y.isnan().any():
         return None
     count = EXACT_ROWS // (y.shape[1] if y.ndim == 2 else 1)
-    order = torch.randperm(len(y), generator=derived_generator(seed, "first rows"))
+    generator = derived_generator(seed, "first rows")
+    order = torch.randperm(len(y), generator=generator, device=generator.device)
     return order[:count].to(y.device)
 
 

@@ -100,11 +100,21 @@ def _scattered(
     lower = constraint.lower_bound.to(value)
     upper = constraint.upper_bound.to(value)
     if bool(torch.isfinite(lower).all() and torch.isfinite(upper).all()):
-        share = torch.rand(value.shape, generator=generator, dtype=torch.float64)
+        share = torch.rand(
+            value.shape,
+            generator=generator,
+            device=generator.device,
+            dtype=torch.float64,
+        )
         share = _EDGE + (1 - 2 * _EDGE) * share.to(value)
         return lower + (upper - lower) * share
     if bool((lower >= 0).all()):
-        factor = torch.randn(value.shape, generator=generator, dtype=torch.float64)
+        factor = torch.randn(
+            value.shape,
+            generator=generator,
+            device=generator.device,
+            dtype=torch.float64,
+        )
         return lower + (value - lower) * factor.exp().to(value)
     return value
 

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from gpytorch.kernels import RBFKernel
 
 from sgdgp.core import memory
+from sgdgp.operators import DenseOperator
 
 GB = 2**30
 
@@ -77,6 +79,24 @@ def test_what_torch_holds_unused_on_a_gpu_is_free(monkeypatch: pytest.MonkeyPatc
     ):
         monkeypatch.setattr(torch.cuda, name, lambda device, found=found: found)
     assert memory.free_memory("cuda") == 68 * GB
+
+
+@pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA")])
+def test_what_does_not_fit_is_named_with_the_argument_that_helps(error: Exception):
+    with (
+        pytest.raises(torch.OutOfMemoryError, match="the factor does not fit"),
+        memory.named_if_too_large("the factor"),
+    ):
+        raise error
+    with pytest.raises(RuntimeError, match="other"), memory.named_if_too_large("x"):
+        raise RuntimeError("other")
+
+
+def test_a_kernel_matrix_that_does_not_fit_is_named():
+    x = torch.zeros(3_000_000, 1)  # 36 TB
+    operator = DenseOperator(RBFKernel(), x)
+    with pytest.raises(torch.OutOfMemoryError, match=r"kernel matrix.*memory_budget"):
+        operator.matmul(x)
 
 
 def test_the_package_can_be_imported_without_a_home(tmp_path: Path):

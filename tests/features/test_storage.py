@@ -102,6 +102,21 @@ def test_exact_draws_keep_their_values_and_go_on_as_they_would_have(generator):
     assert torch.equal(again(later), draws(later))
 
 
+def test_exact_draws_of_a_file_that_a_gpu_has_written_go_on(generator):
+    kernel = PiecewisePolynomialKernel(q=2).double()
+    x, later = toy_data(20, 1)[0], toy_data(6, 1, seed=4)[0]
+    draws = ExactDraws(kernel, 3, x, generator=generator, max_points=50)
+    parts = draws.stored_parts()
+    # On a GPU a generator's state is a seed and how far it has come.
+    state = torch.arange(16, dtype=torch.uint8)
+    one, other = (
+        ExactDraws.from_stored_parts(**{**parts, "generator": state}) for _ in range(2)
+    )
+    assert torch.equal(one(x), draws(x))
+    assert torch.equal(one(later), other(later))
+    assert bool(one(later).isfinite().all())
+
+
 def test_index_features_come_back(generator):
     kernel = IndexKernel(num_tasks=3, rank=2).double()
     features = random_features(

@@ -181,8 +181,10 @@ class WeightPrior(ABC):
         if self.num_groups == 1:
             self._factor = self._factor[0]
         else:
-            lengths = torch.tensor([s.stop - s.start for s in self.groups])
-            index = torch.tensor(self.group_of).repeat_interleave(lengths)
+            lengths = torch.tensor(
+                [s.stop - s.start for s in self.groups], device="cpu"
+            )
+            index = torch.tensor(self.group_of, device="cpu").repeat_interleave(lengths)
             self._factor = self._factor[index.to(precisions.device)]
 
     def _rows(self, w: Tensor) -> Tensor:
