@@ -11,7 +11,12 @@ from sgdgp.networks.linearisation import LinearisedNetwork, linearise, linearize
 from sgdgp.networks.posterior import LinearisedPosterior, load
 from sgdgp.networks.predictive import GaussianPrediction
 from sgdgp.networks.priors import GPrior, Isotropic, Kronecker, Layerwise
-from sgdgp.networks.weight_solvers import WeightCG, WeightCholesky, WeightSGD
+from sgdgp.networks.weight_solvers import (
+    WeightCG,
+    WeightCholesky,
+    WeightKronecker,
+    WeightSGD,
+)
 
 also_importable_as("sgdgp.networks.processes", processes)
 also_importable_as("sgdgp.networks.stored_values", codec)
@@ -33,6 +38,7 @@ __all__ = [
     "LinearisedPosterior",
     "WeightCG",
     "WeightCholesky",
+    "WeightKronecker",
     "WeightSGD",
     "linearise",
     "linearize",

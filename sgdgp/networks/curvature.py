@@ -30,7 +30,7 @@ _EXAMPLES, _SAMPLES = 32, 8
 """Noise is drawn for blocks of so many examples and samples: one seeding of a generator
 for 256 C numbers. Other blocks are other numbers, so files of fits depend on them."""
 
-_KEPT_NUMBERS = 2**25
+_KEPT_NUMBERS = 2**23
 """A Jacobian of so many numbers is kept, 128 MiB of float32: reading it takes as long
 as the overhead of some hundred calls of layers, which a pass without it has."""
 
@@ -169,6 +169,11 @@ class TangentData:
         rows = torch.arange(len(examples), device=examples.device)
         return Batch(rows, examples, None, self.targets), KeptJacobian(jacobian)
 
+    @property
+    def keeps_jacobian(self) -> bool:
+        """Whether the Jacobian is small enough to be kept."""
+        return self._kept is not None
+
     def _jacobian_of(self, batch: Batch) -> Float[Tensor, "b C D"]:
         at = self._jacobian_at(batch)
         at.jvp(self.zeros(1))  # refuses networks that no prediction could be made for
@@ -284,12 +289,16 @@ class WeightSystem:
         size, like = self.num_weights, self.outputs
         total = torch.zeros(size, size, dtype=torch.float64, device=like.device)
         for batch, at in self.data.batches():
-            rows = at.jacobian()
-            rows = self.prior.root_adjoint(rows.flatten(0, 1).mT).mT.view(rows.shape)
-            root = self.likelihood.hessian_root_transpose
-            features = root(self.outputs[batch.rows], rows).flatten(0, 1).double()
+            features = self.features(batch, at).double()
             total.addmm_(features.mT, features)
         return self.data.total(total)
+
+    def features(self, batch: Batch, at: Jacobian) -> Float[Tensor, "bC D"]:
+        """Phi of some examples itself."""
+        rows = at.jacobian()
+        rows = self.prior.root_adjoint(rows.flatten(0, 1).mT).mT.reshape(rows.shape)
+        outputs = self.outputs[batch.rows]
+        return self.likelihood.hessian_root_transpose(outputs, rows).flatten(0, 1)
 
     def precision(self, v: Float[Tensor, "D k"]) -> Float[Tensor, "D k"]:
         """(phi^T phi + I) v, one pass over the data."""

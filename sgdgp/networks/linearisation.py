@@ -34,6 +34,7 @@ from sgdgp.networks.stream import Split, stream_of
 from sgdgp.networks.weight_solvers import (
     WeightCG,
     WeightCholesky,
+    WeightKronecker,
     WeightSGD,
     WeightSolver,
 )
@@ -57,6 +58,7 @@ _SOLVERS: dict[str, Callable[[], WeightSolver]] = {
     "cg": WeightCG,
     "sgd": WeightSGD,
     "dual": Dual,
+    "kronecker": WeightKronecker,
 }
 
 
@@ -179,8 +181,8 @@ class LinearisedNetwork:
             precision: Prior precision to start from. Default: the largest eigenvalue
                 of the curvature.
             solver: ``WeightCholesky()``, ``WeightCG()``, ``WeightSGD()``,
-                ``Dual(...)``, or "auto": Cholesky for few weights, else CG, and SGD
-                from 200,000 examples.
+                ``Dual(...)``, ``WeightKronecker()``, or "auto": Cholesky for few
+                weights, else CG, and SGD from 200,000 examples.
             seed: Seed or generator of everything random.
             split: From what the loader yields to (inputs, targets).
             progress: Show a progress bar. Default: on a terminal.
@@ -294,10 +296,8 @@ def chosen_solver(
             return WeightCholesky()
         return WeightCG() if data.stream.num_examples < STREAMED_FROM else WeightSGD()
     if solver not in _SOLVERS:
-        raise ValueError(
-            'solver: expected "auto", "cholesky", "cg", "sgd", "dual" or a solver, '
-            f"found {solver!r}"
-        )
+        names = ", ".join(f'"{name}"' for name in ("auto", *_SOLVERS))
+        raise ValueError(f"solver: expected {names} or a solver, found {solver!r}")
     return _SOLVERS[solver]()
 
 

@@ -30,6 +30,7 @@ from sgdgp.networks.expectation_maximisation import (
     EffectiveDimension,
     effective_dimension,
 )
+from sgdgp.networks.kronecker import kronecker_blocks
 from sgdgp.networks.stream import Batch
 from sgdgp.solvers.base import Callback, Reason, Recorder
 from sgdgp.solvers.conjugate_gradients import BlockRecurrence
@@ -329,6 +330,42 @@ class WeightCholesky(WeightSolver):
         size = system.num_weights
         one = torch.eye(size, dtype=torch.float64, device=system.outputs.device)
         return torch.linalg.cholesky(system.gram + one)
+
+
+@dataclass(frozen=True)
+class WeightKronecker(WeightCG):
+    """Samples of an approximate posterior: Kronecker factors for each layer, as KFAC.
+
+    They cost one pass over the data, however many. The linear model's mean is that of
+    ``WeightCG``. Weights of different layers are independent, so variances differ from
+    those of other solvers by more than an error that more passes would remove.
+
+    Attributes:
+        tolerance: Relative error of the linear model's mean.
+        max_passes: Budget in passes over the data.
+    """
+
+    def draw(
+        self,
+        system: WeightSystem,
+        columns: range,
+        initial: Float[Tensor, "D k"],
+        *,
+        seed: int,
+        callback: Callback | None = None,
+    ) -> WeightSolution:
+        """Samples of these numbers, and what the data determine."""
+        zero = torch.zeros_like(initial)
+        found = WeightSolution(system, zero, zero, callback)
+        draws = prior_draws(initial, columns, seed).mT
+        samples, shares = torch.empty_like(draws), torch.empty_like(draws[:1])
+        for block in kronecker_blocks(system, seed):
+            layer = block.layer
+            layer.put(block.inverse_root(layer.take(draws)), samples)
+            layer.put(block.shares().unsqueeze(0), shares)
+        found.weights, found.shares = samples.mT, shares[0]
+        found.reason = "interrupted" if found.report() else "converged"
+        return found
 
 
 @dataclass(frozen=True)
