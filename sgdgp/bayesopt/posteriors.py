@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import math
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,7 +25,7 @@ from torch import Tensor
 
 from sgdgp.bayesopt.maximise import Maxima
 from sgdgp.bayesopt.record import Step, read_posterior, store_posterior
-from sgdgp.core.errors import CheckpointError
+from sgdgp.core.errors import CheckpointError, warn_user
 from sgdgp.core.seeds import derived_generator
 from sgdgp.posterior import PathwisePosterior, condition
 from sgdgp.posterior.update import update_and_redraw
@@ -187,10 +186,9 @@ class Chain:
             return None
         if not self.place.exists():
             if any(step.step > 0 for step in history):
-                warnings.warn(
+                warn_user(
                     f"checkpoint: {self.place} is not there; the functions are drawn "
-                    "anew",
-                    stacklevel=2,
+                    "anew"
                 )
             return None
         model = self._model(x, y, learned=False)

@@ -10,7 +10,6 @@ that is called again has the same proposals and knows which have been evaluated.
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,7 +22,7 @@ from torch import Tensor
 from sgdgp.core import format_1
 from sgdgp.core.checkpoint import Checkpoint
 from sgdgp.core.codec import can_be_stored, read_values, register_stored_class
-from sgdgp.core.errors import CheckpointError, StorageError
+from sgdgp.core.errors import CheckpointError, StorageError, warn_user
 from sgdgp.core.files import FileKind
 from sgdgp.posterior import PathwisePosterior, load
 from sgdgp.posterior.storage import save
@@ -180,7 +179,7 @@ class RunCheckpoint(Checkpoint):
         """
         self.write(record=record)
         if self.problem is not None:
-            warnings.warn(self.problem, stacklevel=2)
+            warn_user(self.problem)
 
 
 def posterior_file(place: Path) -> Path:
@@ -202,10 +201,9 @@ def store_posterior(posterior: PathwisePosterior, place: Path) -> PathwisePoster
     try:
         save(posterior.parts, place)
     except OSError as error:
-        warnings.warn(
+        warn_user(
             f"The posterior {place} could not be written ({error}); it is an earlier "
-            "one, or none.",
-            stacklevel=2,
+            "one, or none."
         )
     for path in _former_files(place):
         path.unlink(missing_ok=True)

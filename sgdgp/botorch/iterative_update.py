@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import warnings
 from dataclasses import dataclass
 
 import torch
@@ -25,6 +24,7 @@ from torch import Tensor
 
 from sgdgp.botorch.kernel_features import kernel_element
 from sgdgp.core.checks import check_count, check_variances
+from sgdgp.core.errors import warn_user
 from sgdgp.core.memory import resolve_budget
 from sgdgp.core.seeds import generator_of, standard_normal
 from sgdgp.operators.choose import operator_by_name
@@ -145,10 +145,9 @@ class IterativeUpdate:
         )
         if solution.reason != "converged":
             advice = " ".join(solution.warnings)
-            warnings.warn(
+            warn_user(
                 f"the solver {solution.solver} ended with a relative residual of "
-                f"{float(solution.residuals.max()):.1e} ({solution.reason}). {advice}",
-                stacklevel=2,
+                f"{float(solution.residuals.max()):.1e} ({solution.reason}). {advice}"
             )
         return solution
 

@@ -27,6 +27,7 @@ from sgdgp.core.checks import (
 from sgdgp.core.inference import outside_inference_mode
 from sgdgp.core.seeds import derived_generator
 from sgdgp.gpytorch_adapter import MultitaskPrior, Prior, has_fixed_noise
+from sgdgp.operators.base import KernelOperator
 from sgdgp.posterior.paths import ConditionedPaths, Points
 from sgdgp.posterior.problem import (
     Part,
@@ -41,6 +42,7 @@ from sgdgp.posterior.problem import (
 from sgdgp.solvers.auto import DIRECT_ROWS, Auto, choose_solver
 from sgdgp.solvers.base import Callback, Solution, Solver, progress_bar
 from sgdgp.solvers.cholesky import Cholesky
+from sgdgp.solvers.prediction_error import settle_means
 from sgdgp.solvers.recycling import Recycled
 from sgdgp.solvers.solutions import merged_solution, split_solution
 from sgdgp.solvers.warm_start import solve_again, solve_new_columns, warm_start
@@ -221,9 +223,10 @@ def update_and_redraw(
     )
     problem = replace(problem, draws=draws, rhs=rhs, noise_draws=noise_draws)
     clock.end("prior_draws")
+    operator = problem.operator.unfilled()
     solution = solve_new_columns(
         problem.solver,
-        problem.operator.unfilled(),
+        operator,
         problem.noise,
         problem.rhs,
         before,
@@ -233,6 +236,8 @@ def update_and_redraw(
         initial = torch.zeros_like(problem.rhs)
         initial[: len(before.weights), :1] = before.weights[:, :1]
         solution = problem.solve(generator, initial=initial)
+    else:
+        solution = _settled(problem, operator, solution, None)
     clock.end("solve")
     return Part(problem, solution, clock.seconds)
 
@@ -263,6 +268,7 @@ def _solve_larger(problem: Problem, before: Solution, factor_passes: float) -> S
             memory_budget=settings.memory_budget,
             callback=callback,
         )
+        corrected = _settled(problem, operator, corrected, callback)
     if corrected.reason in ("converged", "interrupted"):
         return corrected
     solution = problem.solve(generator, after=corrected, operator=operator)
@@ -270,6 +276,25 @@ def _solve_larger(problem: Problem, before: Solution, factor_passes: float) -> S
         solution,
         solver=f"{corrected.solver}+{solution.solver}",
         settings={**corrected.settings, **solution.settings},
+    )
+
+
+@torch.no_grad()
+def _settled(
+    problem: Problem,
+    operator: KernelOperator,
+    solution: Solution,
+    callback: Callback | None,
+) -> Solution:
+    """The solution, its means as exact as a solve from zero would have them."""
+    return settle_means(
+        solution,
+        operator,
+        problem.noise,
+        problem.rhs,
+        problem.noise_draws,
+        problem.solver.limits,
+        callback,
     )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
@@ -191,6 +192,17 @@ class Solution:
     settings: Mapping[str, Any] = field(default_factory=dict)
     recycled: Recycled | None = field(default=None, repr=False, compare=False)
     prediction_error: float | None = None
+
+    @property
+    def carried(self) -> Recycled | None:
+        """``recycled`` by its name in version 0.1.0."""
+        warnings.warn(
+            "Solution.carried is now called recycled; the old name goes with version "
+            "0.3.",
+            DeprecationWarning,
+            stacklevel=2,
+        )
+        return self.recycled
 
     def stored_parts(self) -> dict[str, Any]:
         """What a file holds: the history as tensors, since text has a limited size."""

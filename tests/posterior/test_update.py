@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 
 import gpytorch
 import pytest
@@ -396,3 +397,24 @@ def test_bad_input_is_refused_before_any_solve(x, y, settings, error, message):
         posterior.update(
             x, y, callback=lambda progress: pytest.fail("solved"), **settings
         )
+
+
+def test_means_go_on_until_predictions_are_right_as_those_of_a_first_solve():
+    positive = gpytorch.constraints.Positive()
+    likelihood = GaussianLikelihood(noise_constraint=positive)
+    model, x_new, y_new, together = both(m=8, n=400, noise=1e-6, likelihood=likelihood)
+    solver = Auto(tolerance=1e-2, stages=(Stage(sgdgp.CG()),))
+    posterior = sgdgp.condition(model, solver=solver, num_samples=8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        updated = posterior.update(x_new, y_new)
+    solution = updated.solution
+    assert solution.reason == "converged"
+    assert solution.prediction_error <= 0.1
+    # The functions are as exact as was asked for.
+    assert float(solution.residuals[1:].max()) > 10.0 * float(solution.residuals[0])
+    at = toy_data(50, seed=9)[0]
+    mean, covariance = own_posterior(together, at)
+    deviation = (covariance.diagonal() + 1e-6).sqrt()
+    off = (updated.mean(at) - mean) / deviation
+    assert float(off.square().mean().sqrt()) < 0.3
