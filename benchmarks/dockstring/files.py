@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import http.client
 import os
-import shutil
-import tempfile
-import urllib.request
 from pathlib import Path
 
-from benchmarks.uci.download import DataUnavailableError, cache_folder
+from benchmarks.uci.download import (
+    DataUnavailableError,
+    cache_folder,
+    cached_download,
+)
 
 DATASET = "dockstring-dataset.tsv"
 SPLIT = "cluster_split.tsv"
@@ -18,11 +18,15 @@ _SOURCES = {
     DATASET: "https://figshare.com/ndownloader/files/35948138",
     SPLIT: "https://figshare.com/ndownloader/files/35948123",
 }
-_TIMEOUT_SECONDS = 30
+CHECKSUMS = {
+    DATASET: "md5:d0553abd8563bfbbe862eb1d7ec6be6d",
+    SPLIT: "md5:46660336fbc138d5429c3137f081a423",
+}
+"""As figshare publishes them for version 1 of article 16511577."""
 
 
 def locate(folder: Path | None = None, *, download: bool = False) -> tuple[Path, Path]:
-    """Paths of the data set and of its split.
+    """Paths of the data set and of its split, whose checksums are right.
 
     Args:
         folder: A folder that holds both. Default: ``SGDGP_DATA/dockstring``, else the
@@ -30,6 +34,7 @@ def locate(folder: Path | None = None, *, download: bool = False) -> tuple[Path,
         download: Load what is missing into the folder.
 
     Raises:
+        DamagedFileError: A file is not the published one.
         DataUnavailableError: A file is missing and was not, or could not be, loaded.
     """
     folder = _folder() if folder is None else folder
@@ -41,8 +46,13 @@ def locate(folder: Path | None = None, *, download: bool = False) -> tuple[Path,
             f"{DATASET} and {SPLIT} (--folder), load them from figshare (--download), "
             "or try --generated 10000, which needs no files"
         )
-    for path in missing:
-        _load(path)
+    try:
+        for path in paths:
+            cached_download(path, [_SOURCES[path.name]], CHECKSUMS[path.name])
+    except DataUnavailableError as error:
+        raise DataUnavailableError(
+            f"{error} Or try --generated 10000, which needs no files"
+        ) from error
     return paths
 
 
@@ -51,32 +61,6 @@ def _folder() -> Path:
     if data and (Path(data).expanduser() / "dockstring").is_dir():
         return Path(data).expanduser() / "dockstring"
     return cache_folder() / "dockstring"
-
-
-def _load(path: Path) -> None:
-    """Load one file; it appears under its name when it is complete."""
-    url = _SOURCES[path.name]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name)
-    part = Path(name)
-    try:
-        with (
-            os.fdopen(handle, "wb") as file,
-            urllib.request.urlopen(url, timeout=_TIMEOUT_SECONDS) as response,
-        ):
-            shutil.copyfileobj(response, file)
-            expected = response.headers.get("Content-Length")
-        found = part.stat().st_size
-        if expected is not None and found != int(expected):
-            raise OSError(f"{found} bytes of {expected} arrived")
-        part.replace(path)
-    except (OSError, http.client.HTTPException) as error:
-        raise DataUnavailableError(
-            f"could not load {url}: {error}. Without internet, put {DATASET} and "
-            f"{SPLIT} into {path.parent}, or try --generated 10000"
-        ) from error
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def _names(paths: list[Path]) -> str:

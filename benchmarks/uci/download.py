@@ -34,18 +34,20 @@ def cache_folder() -> Path:
 
 
 def checksum(path: Path, kind: str) -> str:
-    """The checksum of a file as ``kind:hex``; kinds ``sha256`` and ``git-blob``.
+    """The checksum of a file as ``kind:hex``: ``sha256``, ``md5`` or ``git-blob``.
 
     Raises:
         ValueError: An unknown kind.
     """
-    if kind == "sha256":
-        digest = hashlib.sha256()
+    if kind in ("sha256", "md5"):
+        digest = hashlib.new(kind, usedforsecurity=False)
     elif kind == "git-blob":
         digest = hashlib.sha1(usedforsecurity=False)
         digest.update(f"blob {path.stat().st_size}\0".encode())
     else:
-        raise ValueError(f"kind: found {kind!r}, expected 'sha256' or 'git-blob'")
+        raise ValueError(
+            f"kind: found {kind!r}, expected 'sha256', 'md5' or 'git-blob'"
+        )
     with path.open("rb") as file:
         while chunk := file.read(_CHUNK):
             digest.update(chunk)
@@ -97,8 +99,7 @@ def cached_download(path: Path, urls: Sequence[str], expected: str) -> Path:
     raise DataUnavailableError(
         f"could not download {path.name}:\n"
         + "\n".join(failures)
-        + f"\nWithout internet, put the file at {path}, or set SGDGP_DATA to a folder "
-        "that holds uci/."
+        + f"\nWithout internet, put the file at {path}, or into the folder SGDGP_DATA."
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import io
 import json
 import urllib.error
 import urllib.request
@@ -23,7 +24,9 @@ from benchmarks.dockstring.generated import (
 from benchmarks.dockstring.model import build_model, values_of
 from benchmarks.dockstring.run import Problem, Settings, r_squared, run
 from benchmarks.dockstring.targets import TARGETS, target_named
-from benchmarks.uci.download import DamagedFileError, DataUnavailableError
+from benchmarks.uci.download import DamagedFileError, DataUnavailableError, checksum
+
+MD5_OF_SOME_TEXT = "552e21cd4cd9918678e3c1a0df491bc3"
 
 ROWS = [
     ("A", "CCO", "-5.5", "-7.25", "train"),
@@ -106,35 +109,34 @@ def test_a_download_without_internet_says_so_and_leaves_nothing(tmp_path, monkey
         raise urllib.error.URLError("offline")
 
     monkeypatch.setattr(urllib.request, "urlopen", refuse)
-    with pytest.raises(DataUnavailableError, match=r"offline.*--generated"):
+    with pytest.raises(DataUnavailableError, match=r"(?s)offline.*--generated"):
         files.locate(tmp_path / "new", download=True)
     assert list((tmp_path / "new").iterdir()) == []
 
 
-def test_a_download_is_whole_or_refused(tmp_path, monkeypatch):
-    class Response:
+def test_a_download_is_the_published_file_or_refused(tmp_path, monkeypatch):
+    content = b"some text"
+    monkeypatch.setattr(
+        files, "CHECKSUMS", dict.fromkeys(files.CHECKSUMS, f"md5:{MD5_OF_SOME_TEXT}")
+    )
+
+    class Response(io.BytesIO):
         headers: dict = {}  # noqa: RUF012
 
-        def __init__(self):
-            self.left = [b"some text"]
-
-        def read(self, size=-1):
-            return self.left.pop() if self.left else b""
-
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *error):
-            return None
-
-    monkeypatch.setattr(urllib.request, "urlopen", lambda url, **kwargs: Response())
+    monkeypatch.setattr(
+        urllib.request, "urlopen", lambda url, **kwargs: Response(content)
+    )
     paths = files.locate(tmp_path, download=True)
     assert [path.read_bytes() for path in paths] == [b"some text"] * 2
+    assert files.locate(tmp_path) == paths
     paths[1].unlink()
-    monkeypatch.setattr(Response, "headers", {"Content-Length": "99"})
-    with pytest.raises(DataUnavailableError, match="9 bytes of 99"):
+    content = b"some tex"
+    with pytest.raises(DataUnavailableError, match=f"expected md5:{MD5_OF_SOME_TEXT}"):
         files.locate(tmp_path, download=True)
     assert not paths[1].exists()
+    paths[1].write_bytes(content)
+    with pytest.raises(DamagedFileError, match=r"cluster_split.*expected md5"):
+        files.locate(tmp_path)
 
 
 def test_fingerprints_count_fragments_modulo_bins():
@@ -271,8 +273,10 @@ def test_the_exact_posterior_is_that_of_gpytorch():
     torch.testing.assert_close(variance, truth.variance.detach())
 
 
-def test_the_command_reads_a_folder_and_writes_its_figures(folder, capsys):
+def test_the_command_reads_a_folder_and_writes_its_figures(folder, capsys, monkeypatch):
     pytest.importorskip("rdkit")
+    sums = {name: checksum(folder / name, "md5") for name in files.CHECKSUMS}
+    monkeypatch.setattr(files, "CHECKSUMS", sums)
     results = folder / "figures" / "six.json"
     arguments = ["--folder", str(folder), "--targets", "esr2", "PARP1", "--fit"]
     arguments += ["--features", "64", "--samples", "4", "--results", str(results)]
