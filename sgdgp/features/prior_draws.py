@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from gpytorch.kernels import Kernel
@@ -80,6 +80,43 @@ class DrawGroup:
 
     feature_map: FeatureMap
     weights: Float[Tensor, "M g"]
+
+    _drawn_from: ClassVar[Tensor | None] = None
+    """State of the generator before the weights were drawn, where it is known."""
+
+    @classmethod
+    def drawn(
+        cls, feature_map: FeatureMap, count: int, generator: torch.Generator, x: Tensor
+    ) -> DrawGroup:
+        """So many functions, of the dtype and on the device of x."""
+        state = generator.get_state() if generator.device.type == "cpu" else None
+        shape = feature_map.num_features, count
+        group = cls(feature_map, _normal_columns(shape, generator, x))
+        group.__dict__["_drawn_from"] = state
+        return group
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Pickles draw the weights again: they are larger than most data."""
+        state = dict(self.__dict__)
+        if self._drawn_from is not None:
+            # The last row proves that the same was drawn.
+            last = self.weights[-1:].clone()
+            state["weights"] = tuple(self.weights.shape), last
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        if isinstance(state["weights"], tuple):
+            shape, last = state["weights"]
+            generator = torch.Generator()
+            generator.set_state(state["_drawn_from"])
+            weights = _normal_columns(shape, generator, last)
+            if not torch.allclose(weights[-1:], last):
+                raise RuntimeError(
+                    "this PyTorch draws other random numbers than the one that pickled "
+                    "these functions; posterior.save keeps the functions themselves"
+                )
+            state = {**state, "weights": weights}
+        self.__dict__.update(state)
 
     def __call__(self, x: Float[Tensor, "n d"]) -> Float[Tensor, "n g"]:
         """The values of the functions at x."""
@@ -224,8 +261,8 @@ def draw_prior(
             device=device,
         )
         like = torch.empty(0, dtype=dtype, device=device)
-        shape = feature_map.num_features, min(group_size, num_samples - start)
-        groups.append(DrawGroup(feature_map, _normal_columns(shape, generator, like)))
+        count = min(group_size, num_samples - start)
+        groups.append(DrawGroup.drawn(feature_map, count, generator, like))
     return PriorDraws(tuple(groups), dim, dtype, torch.device(device))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -79,6 +80,10 @@ class TiledOperator(KernelOperator):
         self._strip_rows = max(1, min(_TILE_ROWS, self._entries))
         self._column_tiles: dict[int, _ColumnTiles] = {}
         self._spare_workspaces: list[Tensor] = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Pickles hold what the operator is, not what it works in."""
+        return {**self.__dict__, "_column_tiles": {}, "_spare_workspaces": []}
 
     def _tile_entries(self) -> int:
         """Entries of a tile: what fits the cache, less if the budget says so."""
