@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import doctest
+import pickle
 import warnings
 from typing import Any
 
@@ -17,7 +18,7 @@ from gpytorch.priors import GammaPrior
 from scipy.stats import norm
 from sklearn.base import clone
 from sklearn.exceptions import ConvergenceWarning, NotFittedError
-from sklearn.gaussian_process import kernels
+from sklearn.gaussian_process import GaussianProcessRegressor, kernels
 from sklearn.model_selection import GridSearchCV, cross_val_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
@@ -114,10 +115,11 @@ class TestPredict:
         assert model.noise_ == pytest.approx(0.05 * np.var(7 * y))
         np.testing.assert_allclose(noisy**2 - std**2, model.noise_, rtol=1e-9)
 
-    def test_both_std_and_covariance_are_refused(self):
-        model = fixed().fit(*some_data())
-        with pytest.raises(ValueError, match="at most one, found both"):
-            model.predict(some_data()[0], return_std=True, return_cov=True)
+    def test_both_std_and_covariance_are_refused_as_by_scikit_learn(self):
+        X, y = some_data()
+        for model in (fixed(), fixed().fit(X, y), GaussianProcessRegressor()):
+            with pytest.raises(RuntimeError, match=r"^At most one of return_std or"):
+                model.predict(X, return_std=True, return_cov=True)
 
     def test_without_samples_there_are_means_but_no_variances(self):
         X, y = some_data()
@@ -126,11 +128,214 @@ class TestPredict:
         with pytest.raises(ValueError, match="num_samples"):
             model.predict(X, return_std=True)
 
-    def test_all_of_it_needs_a_fit(self):
+    def test_before_fit_there_is_the_prior_as_in_scikit_learn(self):
         X, _ = some_data()
-        for method in ("predict", "predict_quantiles", "sample_y"):
-            with pytest.raises(NotFittedError):
-                getattr(SGDGPRegressor(), method)(X)
+        for kernel in (2.0 * kernels.RBF([0.3, 0.9]), kernels.Matern(nu=0.5)):
+            ours, own = SGDGPRegressor(kernel), GaussianProcessRegressor(kernel)
+            np.testing.assert_array_equal(ours.predict(X), own.predict(X))
+            for wanted in ("return_std", "return_cov"):
+                for found, expected in zip(
+                    ours.predict(X, **{wanted: True}),
+                    own.predict(X, **{wanted: True}),
+                    strict=True,
+                ):
+                    np.testing.assert_allclose(found, expected, atol=1e-12)
+            np.testing.assert_allclose(
+                ours.sample_y(X[:9], 4, random_state=3),
+                own.sample_y(X[:9], 4, random_state=3),
+                atol=1e-6,
+            )
+            noisy = ours.predict(X, return_std=True, observation_noise=True)[1]
+            np.testing.assert_allclose(noisy**2, ours.predict(X, True)[1] ** 2 + 0.1)
+        _, std = SGDGPRegressor("linear + rbf").predict(X, return_std=True)
+        np.testing.assert_allclose(std**2, 1 + 0.25 * (X**2).sum(1))
+        low, high = SGDGPRegressor().predict_quantiles(X, [0.1, 0.9]).T
+        np.testing.assert_allclose(low, -high)
+
+    def test_what_has_no_prior_needs_a_fit(self):
+        with pytest.raises(NotFittedError):
+            SGDGPRegressor().log_marginal_likelihood()
+        assert not hasattr(SGDGPRegressor(), "log_marginal_likelihood_value_")
+        with pytest.raises(AttributeError):
+            GaussianProcessRegressor().log_marginal_likelihood()
+
+
+THEIRS = {
+    "rbf": 2.0 * kernels.RBF([0.3, 0.7]),
+    "matern": kernels.Matern(0.4, nu=2.5) + kernels.RationalQuadratic(0.3, 1.7),
+    "nu": 1.3 * kernels.Matern([0.4, 2.0], nu=1.5) * kernels.Matern(0.8, nu=0.5),
+    "inf": kernels.Matern(0.4, nu=np.inf) + 0.5,
+    "dot": 0.3 * kernels.DotProduct(0.7) + kernels.RBF(0.4, "fixed"),
+    "white": kernels.ConstantKernel(2.0, "fixed") * kernels.RBF(0.4)
+    + kernels.WhiteKernel(0.1),
+    "periodic": 2.0 * kernels.ExpSineSquared(0.7, 1.4) * kernels.RBF(3.0),
+}
+
+
+class TestBesideScikitLearn:
+    """The same call on ``GaussianProcessRegressor`` gives the same numbers."""
+
+    @staticmethod
+    def both(name: str, Y: np.ndarray, noise: Any, normalize_y: bool) -> Any:
+        kernel = THEIRS[name]
+        X = some_data(d=1 if name == "periodic" else 2)[0]
+        ours = fixed(kernel=kernel, noise=noise, normalize_y=normalize_y)
+        own = GaussianProcessRegressor(
+            kernel,
+            alpha=1e-14 if name == "white" else noise,
+            optimizer=None,
+            normalize_y=normalize_y,
+        )
+        return ours.fit(X, Y), own.fit(X, Y), some_data(n=9, d=X.shape[1], seed=1)[0]
+
+    @pytest.mark.parametrize("name", THEIRS)
+    @pytest.mark.parametrize("normalize_y", [False, True])
+    def test_kernels_mean_what_they_mean_there(self, name: str, normalize_y: bool):
+        y = 5 + 3 * some_data()[1]
+        ours, own, new = self.both(name, y, 0.05, normalize_y)
+        seen = {"observation_noise": name == "white"}
+        for wanted in ("return_std", "return_cov"):
+            for found, expected in zip(
+                ours.predict(new, **{wanted: True}, **seen),
+                own.predict(new, **{wanted: True}),
+                strict=True,
+            ):
+                np.testing.assert_allclose(found, expected, rtol=1e-7, atol=1e-9)
+
+    @pytest.mark.parametrize("name", THEIRS)
+    def test_likelihoods_and_gradients_are_the_same(self, name: str):
+        y = 5 + 3 * some_data()[1]
+        ours, own, _ = self.both(name, y, 0.05, True)
+        value = own.log_marginal_likelihood_value_
+        assert ours.log_marginal_likelihood_value_ == pytest.approx(value, rel=1e-9)
+        assert ours.log_marginal_likelihood() == ours.log_marginal_likelihood_value_
+        np.testing.assert_allclose(ours.kernel_.theta, own.kernel_.theta, atol=1e-14)
+        theta = own.kernel_.theta + np.linspace(-0.3, 0.4, len(own.kernel_.theta))
+        expected, slopes = own.log_marginal_likelihood(theta, eval_gradient=True)
+        assert ours.log_marginal_likelihood(theta) == pytest.approx(expected, rel=1e-9)
+        found, gradient = ours.log_marginal_likelihood(theta, eval_gradient=True)
+        assert found == pytest.approx(expected, rel=1e-9)
+        np.testing.assert_allclose(gradient, slopes, rtol=1e-6, atol=1e-8)
+        # Asking changes nothing.
+        np.testing.assert_allclose(ours.kernel_.theta, own.kernel_.theta, atol=1e-14)
+
+    @pytest.mark.parametrize("columns", [None, 1, 2])
+    @pytest.mark.parametrize("per_row", [False, True])
+    @pytest.mark.parametrize("normalize_y", [False, True])
+    def test_shapes_and_noise_of_rows(
+        self, columns: int | None, per_row: bool, normalize_y: bool
+    ):
+        y = some_data()[1]
+        Y = y if columns is None else np.stack([y, 7 - 2 * y**2][:columns], axis=1)
+        noise = np.linspace(0.02, 0.6, 60) if per_row else 0.05
+        ours, own, new = self.both("rbf", Y, noise, normalize_y)
+        for wanted in ({}, {"return_std": True}, {"return_cov": True}):
+            found, expected = ours.predict(new, **wanted), own.predict(new, **wanted)
+            pairs = zip(found, expected, strict=True) if wanted else [(found, expected)]
+            for one, other in pairs:
+                assert one.shape == other.shape
+                np.testing.assert_allclose(one, other, rtol=1e-7, atol=1e-9)
+        for count in (1, 3):
+            found, expected = ours.sample_y(new, count), own.sample_y(new, count)
+            assert found.shape == expected.shape
+        value = own.log_marginal_likelihood_value_
+        assert ours.log_marginal_likelihood_value_ == pytest.approx(value, rel=1e-9)
+        square = np.square(ours.y_scale_) * (noise[:, None] if per_row else noise)
+        np.testing.assert_allclose(np.squeeze(ours.noise_), np.squeeze(square))
+
+    def test_learning_ends_at_their_likelihood(self):
+        X, y = some_data()
+        kernel = 1.0 * kernels.RBF([1.0, 1.0]) + kernels.WhiteKernel(0.1)
+        ours = SGDGPRegressor(kernel, random_state=0, steps=300).fit(X, y)
+        own = GaussianProcessRegressor(kernel, normalize_y=True).fit(X, y)
+        assert ours.kernel == kernel
+        value = own.log_marginal_likelihood_value_
+        assert value - 0.5 < ours.log_marginal_likelihood_value_ < value + 0.5
+        np.testing.assert_allclose(ours.kernel_.theta, own.kernel_.theta, atol=0.5)
+
+    def test_what_is_fixed_stays(self):
+        kernel = kernels.ConstantKernel(2.0, "fixed") * kernels.RBF(0.9)
+        kernel += kernels.WhiteKernel(0.03, "fixed")
+        model = SGDGPRegressor(kernel, random_state=0, steps=5).fit(*some_data())
+        assert model.kernel_.k1.k1.constant_value == 2.0
+        assert model.kernel_.k2.noise_level == 0.03
+        assert model._noise == pytest.approx(0.03)
+        assert model.kernel_.k1.k2.length_scale != 0.9
+        kernel = kernels.RBF(0.9, "fixed") + kernels.WhiteKernel(0.03, "fixed")
+        model = SGDGPRegressor(kernel, normalize_y=False).fit(*some_data())
+        assert model.learning_ is None
+
+    def test_theta_of_other_kernels_is_that_of_the_same_kernel(self):
+        X, y = some_data()
+        ours = fixed(noise=0.05).fit(X, y)
+        own = GaussianProcessRegressor(
+            1.3 * kernels.Matern([0.4, 0.9], nu=1.5),
+            alpha=0.05,
+            optimizer=None,
+            normalize_y=True,
+        ).fit(X, y)
+        value = own.log_marginal_likelihood_value_
+        assert ours.log_marginal_likelihood_value_ == pytest.approx(value, rel=1e-6)
+        theta = own.kernel_.theta + 0.2
+        expected, slopes = own.log_marginal_likelihood(theta, eval_gradient=True)
+        found, gradient = ours.log_marginal_likelihood(theta, eval_gradient=True)
+        assert found == pytest.approx(expected, rel=1e-9)
+        np.testing.assert_allclose(gradient, slopes, rtol=1e-6)
+
+    def test_more_rows_than_are_factorised_are_estimated(self):
+        X, y = some_data(n=1200)
+        kernel = 2.0 * kernels.RBF(0.5) + kernels.WhiteKernel(0.1)
+        ours = fixed(kernel=kernel).fit(X, y)
+        own = GaussianProcessRegressor(kernel, optimizer=None, normalize_y=True)
+        value = own.fit(X, y).log_marginal_likelihood_value_
+        assert ours.log_marginal_likelihood_value_ == pytest.approx(value, abs=3.0)
+
+    def test_refusals_are_in_their_words(self):
+        X, y = some_data()
+        ours = fixed(kernel=kernels.RBF()).fit(X, y)
+        own = GaussianProcessRegressor(kernels.RBF(), alpha=0.05).fit(X, y)
+        for call in (
+            lambda model: model.predict([["a", "b"]]),
+            lambda model: model.predict(X[:, :1]),
+            lambda model: model.predict(X[0]),
+            lambda model: model.predict(X[None]),
+            lambda model: model.predict(np.full((2, 2), np.nan)),
+            lambda model: model.predict(X + 1j),
+            lambda model: model.fit(X, y[:3]),
+            lambda model: model.fit(X, y * np.nan),
+            lambda model: model.fit(X, None),
+            lambda model: model.log_marginal_likelihood(eval_gradient=True),
+        ):
+            words = []
+            for model in (own, ours):
+                with pytest.raises((ValueError, TypeError)) as caught:
+                    call(model)
+                words.append((type(caught.value), str(caught.value)))
+            (kind, theirs), (other, here) = words
+            assert kind is other
+            assert theirs.replace(type(own).__name__, type(ours).__name__) == here
+        with pytest.raises(ValueError, match=r"^noise must be .* \(3 != 60\)$"):
+            fixed(noise=np.ones(3)).fit(X, y)
+        with pytest.raises(ValueError, match=r"alpha must be .* \(3 != 60\)$"):
+            GaussianProcessRegressor(alpha=np.ones(3)).fit(X, y)
+        with pytest.raises(ValueError, match="Should be 1; given are 2"):
+            ours.log_marginal_likelihood([0.0, 1.0])
+
+    def test_noise_of_rows_goes_on_with_more_rows(self):
+        X, y = some_data()
+        noise = np.linspace(0.02, 0.6, 60)
+        w = np.linspace(0.5, 2.0, 60)
+        model = fixed(normalize_y=False, noise=noise[:50])
+        model.fit(X[:50], y[:50], sample_weight=w[:50])
+        model.set_params(noise=noise[50:])
+        model.partial_fit(X[50:], y[50:], sample_weight=w[50:])
+        expected = closed_form(a_kernel(), noise / w, X, y, X)[0]
+        np.testing.assert_allclose(model.predict(X), expected, atol=1e-7)
+        np.testing.assert_allclose(model.noise_, noise)
+        for ask in (model.predict_quantiles, fixed(noise=noise).predict_quantiles):
+            with pytest.raises(ValueError, match=r"observation_noise: .* expected Fal"):
+                ask(X)
+        assert model.predict_quantiles(X, observation_noise=False).shape == (60, 3)
 
 
 class TestQuantiles:
@@ -269,10 +474,16 @@ class TestOutputs:
         assert model.predict_quantiles(new, [0.1, 0.9]).shape == (7, 3, 2)
         assert model.sample_y(new, 5).shape == (7, 3, 5)
 
-    def test_one_column_stays_one_column(self):
+    def test_one_column_is_one_output(self):
         X, y = some_data()
-        found = fixed().fit(X, y[:, None]).predict(X)
-        np.testing.assert_array_equal(found[:, 0], fixed().fit(X, y).predict(X))
+        model = fixed().fit(X[:50], y[:50, None])
+        np.testing.assert_array_equal(
+            model.predict(X), fixed().fit(X[:50], y[:50]).predict(X)
+        )
+        other = fixed().fit(X[:50], y[:50]).partial_fit(X[50:], y[50:, None])
+        np.testing.assert_array_equal(
+            model.partial_fit(X[50:], y[50:]).predict(X), other.predict(X)
+        )
 
     def test_learn_together(self):
         X, y = some_data()
@@ -387,11 +598,35 @@ class TestKernels:
     def test_unknown_ones_are_refused(self):
         with pytest.raises(ValueError, match=r"'matern32'.*found 'matern'"):
             SGDGPRegressor("matern").fit(*some_data())
-        with pytest.raises(TypeError, match="kernel: expected a GPyTorch kernel"):
+        with pytest.raises(TypeError, match="kernel: expected a kernel of GPyTorch"):
             SGDGPRegressor(3).fit(*some_data())
-        for kernel in (kernels.RBF(), kernels.RBF() + kernels.WhiteKernel()):
-            with pytest.raises(TypeError, match=r"scikit-learn's .*RBF is 'rbf'"):
-                SGDGPRegressor(kernel).fit(*some_data())
+
+    @pytest.mark.parametrize(
+        ("kernel", "error", "message"),
+        [
+            (kernels.PairwiseKernel(), TypeError, "scikit-learn's PairwiseKernel has"),
+            (kernels.RBF() ** 2, TypeError, "scikit-learn's Exponentiation has"),
+            (kernels.WhiteKernel() * 2.0, TypeError, "WhiteKernel has .* of a sum"),
+            (kernels.WhiteKernel(), TypeError, "at most one WhiteKernel beside others"),
+            (kernels.Matern(nu=0.7), TypeError, "Matern with nu .* found nu 0.7"),
+            (kernels.ExpSineSquared(), TypeError, "ExpSineSquared of several columns"),
+            (kernels.RBF([1.0] * 3), ValueError, "Anisotropic kernel must .*3!=2"),
+        ],
+    )
+    def test_of_scikit_learn_that_have_no_form_here_are_refused_by_name(
+        self, kernel: Any, error: type[Exception], message: str
+    ):
+        for ask in (
+            lambda model: model.fit(*some_data()),
+            lambda model: model.predict(some_data()[0]),
+        ):
+            with pytest.raises(error, match=message):
+                ask(SGDGPRegressor(kernel))
+
+    def test_a_white_kernel_and_noise_of_rows_are_refused(self):
+        kernel = kernels.RBF() + kernels.WhiteKernel()
+        with pytest.raises(ValueError, match=r"noise: .* beside a WhiteKernel"):
+            SGDGPRegressor(kernel, noise=np.ones(60)).fit(*some_data())
 
 
 class TestLearning:
@@ -449,6 +684,7 @@ class TestLearning:
         ({"dtype": "double precision"}, ValueError, "dtype: expected"),
         ({"noise": -1.0}, ValueError, "noise: expected a positive"),
         ({"noise": "small"}, TypeError, "noise: expected a number"),
+        ({"noise": [0.1] * 59 + [0.0]}, ValueError, "noise: .* first at index 59"),
         ({"optimizer": "lbfgs"}, ValueError, "optimizer: expected 'adam'"),
         ({"steps": 1.5}, TypeError, "steps: expected an int"),
         ({"num_samples": -1}, ValueError, "num_samples: expected at least 0"),
@@ -493,6 +729,19 @@ class TestHabits:
         np.testing.assert_array_equal(
             model.partial_fit(*extra).predict(X), other.partial_fit(*extra).predict(X)
         )
+
+    @pytest.mark.parametrize("kernel", ["matern32", THEIRS["white"]])
+    def test_pickles_are_small(self, kernel: Any):
+        X, y = some_data()
+        model = SGDGPRegressor(kernel, random_state=0, steps=5).fit(X, y)
+        before = model.predict(X, return_std=True)
+        content = pickle.dumps(model)
+        assert len(content) < 1e6
+        other, x = pickle.loads(content), torch.tensor(X)
+        for one, two in zip(before, other.predict(X, return_std=True), strict=True):
+            np.testing.assert_array_equal(one, two)
+        found, expected = (m.posterior_.samples(x) for m in (other, model))
+        assert torch.equal(found, expected)
 
     def test_data_frames_bring_their_names(self):
         X, y = some_data()

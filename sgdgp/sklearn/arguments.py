@@ -15,7 +15,7 @@ import torch
 from sklearn.utils import check_random_state
 from sklearn.utils.validation import _check_sample_weight
 
-from sgdgp.core.checks import check_count, check_positive
+from sgdgp.core.checks import check_count, check_positive, check_variances
 from sgdgp.solvers import Solver
 from sgdgp.solvers.auto import check_solver_name
 
@@ -40,7 +40,7 @@ class Settings:
     """Checked parameters of a regressor.
 
     Attributes:
-        noise: Noise variance to start from.
+        noise: Noise variance to start from, or those of all rows.
         optimiser: Parameters to an optimiser; None to learn nothing.
         steps: Most steps of it.
         num_samples: Posterior samples.
@@ -50,7 +50,7 @@ class Settings:
         progress: Whether to show progress bars.
     """
 
-    noise: float
+    noise: float | np.ndarray
     optimiser: Optimiser | None
     steps: int
     num_samples: int
@@ -81,10 +81,26 @@ def check_whole(name: str, value: Any, minimum: int) -> int:
     return int(value)
 
 
-def check_noise(noise: Any) -> float:
-    """The noise variance as a float."""
+def check_noise(noise: Any) -> float | np.ndarray:
+    """The noise variance as a float, or those of all rows (n,)."""
+    if isinstance(noise, list | tuple | np.ndarray) and np.ndim(noise) == 1:
+        variances = np.asarray(noise, dtype=np.float64)
+        check_variances("noise", torch.from_numpy(variances))
+        if len(variances) != 1:
+            return variances
+        noise = float(variances[0])
     check_positive("noise", noise)
     return float(noise)
+
+
+def noise_of_rows(noise: float | np.ndarray, n: int) -> np.ndarray:
+    """Noise variances of n rows."""
+    if isinstance(noise, np.ndarray) and len(noise) != n:
+        raise ValueError(
+            "noise must be a scalar or an array with same number of entries as y. "
+            f"({len(noise)} != {n})"
+        )
+    return np.broadcast_to(noise, n)
 
 
 def check_device(device: str | torch.device) -> torch.device:

@@ -14,13 +14,13 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, ClassVar
 
 import torch
-from gpytorch.constraints import GreaterThan, Positive
+from gpytorch.constraints import GreaterThan
 from gpytorch.distributions import MultivariateNormal
 from gpytorch.kernels import (
     AdditiveKernel,
@@ -46,16 +46,19 @@ from linear_operator.operators import DiagLinearOperator
 from torch import Tensor
 
 from sgdgp.core.inference import outside_inference_mode
+from sgdgp.posterior import Posterior
 from sgdgp.sklearn.arguments import Settings
-from sgdgp.training import Fitted, Plateau, fit
+from sgdgp.sklearn.kernels import Hyperparameter, Translated, logarithmic
+from sgdgp.training import (
+    Fitted,
+    Plateau,
+    StochasticMarginalLogLikelihood,
+    fit,
+    log_marginal_likelihood,
+)
 
 NOISE_BOUND = 1e-4
 """Smallest noise variance that is learned, over the variance of the targets."""
-
-
-def _logarithmic() -> Positive:
-    """Positive, learned as a logarithm: a step is a factor, in whatever units."""
-    return Positive(transform=torch.exp, inv_transform=torch.log)
 
 
 def _stationary(
@@ -63,8 +66,8 @@ def _stationary(
 ) -> ScaleKernel:
     dim = len(spread)
     kernel = ScaleKernel(
-        base(ard_num_dims=dim, lengthscale_constraint=_logarithmic()),
-        outputscale_constraint=_logarithmic(),
+        base(ard_num_dims=dim, lengthscale_constraint=logarithmic()),
+        outputscale_constraint=logarithmic(),
     ).to(spread)
     # The squared distance of two points is about 2 d in units of the spread.
     kernel.base_kernel.lengthscale = spread * dim**0.5
@@ -74,9 +77,9 @@ def _stationary(
 
 def _linear(spread: Tensor, variance: float) -> AdditiveKernel:
     """With a bias, as in scikit-learn's DotProduct: the prior mean may be zero."""
-    bias = ConstantKernel(constant_constraint=_logarithmic()).to(spread)
+    bias = ConstantKernel(constant_constraint=logarithmic()).to(spread)
     kernel = LinearKernel(
-        ard_num_dims=len(spread), variance_constraint=_logarithmic()
+        ard_num_dims=len(spread), variance_constraint=logarithmic()
     ).to(spread)
     bias.constant = spread.new_tensor([variance])
     kernel.variance = variance / (len(spread) * spread.square())
@@ -97,13 +100,13 @@ KERNEL_NAMES = tuple(_KERNELS)
 
 
 def make_kernel(
-    kernel: Kernel | str, spread: Float[Tensor, " d"], variance: float
+    kernel: Kernel | Translated | str, spread: Float[Tensor, " d"], variance: float
 ) -> Kernel:
     """The kernel to learn: a copy of the one given, or a new one of that name.
 
     Args:
-        kernel: A GPyTorch kernel, which is never changed, or a name or a sum of names
-            such as "linear + matern32".
+        kernel: A GPyTorch kernel, which is never changed; a translated one, which is
+            what is learned; or a name or a sum of names such as "linear + matern32".
         spread: Standard deviation of each input column (d,), where named kernels
             start; its dtype and device are the kernel's.
         variance: Prior variance of named kernels.
@@ -112,17 +115,15 @@ def make_kernel(
         TypeError: Neither a GPyTorch kernel nor a string.
         ValueError: A name is not known, or the kernel does not fit the inputs.
     """
+    if isinstance(kernel, Translated):
+        return kernel.kernel
     if isinstance(kernel, Kernel):
         return _fitting(copy.deepcopy(kernel).to(spread), spread)
     if not isinstance(kernel, str):
-        found = type(kernel).__name__
-        if type(kernel).__module__.startswith("sklearn."):
-            found = (
-                f"scikit-learn's {found}; RBF is 'rbf', Matern 'matern12' to "
-                "'matern52', RationalQuadratic 'rq', DotProduct 'linear', WhiteKernel "
-                "the argument noise, and scales are learned"
-            )
-        raise TypeError(f"kernel: expected a GPyTorch kernel or a name, found {found}")
+        raise TypeError(
+            "kernel: expected a kernel of GPyTorch or scikit-learn, or a name, found "
+            f"{type(kernel).__name__}"
+        )
     names = [name.strip() for name in kernel.split("+")]
     unknown = [name for name in names if name not in _KERNELS]
     if unknown:
@@ -246,33 +247,37 @@ class CountedObservations(Prior):
 
 @outside_inference_mode
 def starting_model(
-    kernel: Kernel | str,
+    kernel: Kernel | Translated | str,
     x: Float[Tensor, "n d"],
     y: Float[Tensor, " n"] | Float[Tensor, "n t"],
     weights: Float[Tensor, " n"] | None,
-    noise: float,
+    noise: float | Float[Tensor, " n"],
     *,
     with_mean: bool,
 ) -> GPModel:
     """A model to learn, which starts where the data are.
 
     Args:
-        kernel: A GPyTorch kernel, which is copied, or a name.
+        kernel: As for ``make_kernel``.
         x: Inputs (n, d); their spread is where named kernels start.
         y: Targets (n,) or (n, t).
         weights: How often each row counts (n,). Default: once.
-        noise: Noise variance to start from.
+        noise: Noise variance to start from, or those of the rows, which stay.
         with_mean: Whether a constant prior mean is learned; else it is zero.
     """
     _, spread = mean_and_spread(x, weights)
     centre, scale = mean_and_spread(y.reshape(len(x), -1), weights)
     variance = float((centre.square() + scale.square()).mean())
     with x.device:  # whatever torch's default device is
-        # A smaller start is an explicit wish for little noise.
-        least = min(NOISE_BOUND * float(scale.square().mean()), 0.1 * noise)
-        bound = GreaterThan(least)
-        likelihood = GaussianLikelihood(noise_constraint=bound).to(x)
-        likelihood.noise = noise
+        if isinstance(noise, Tensor):
+            likelihood = fixed_noise(noise)
+        else:
+            # A smaller start is an explicit wish for little noise.
+            least = min(NOISE_BOUND * float(scale.square().mean()), 0.1 * noise)
+            likelihood = GaussianLikelihood(noise_constraint=GreaterThan(least)).to(x)
+            likelihood.noise = x.new_tensor(noise)
+            if isinstance(kernel, Translated):
+                likelihood.requires_grad_(kernel.learns_noise)
         # About zero, as the prior has them.
         mean = ConstantMean().to(x) if with_mean else ZeroMean()
         return GPModel(mean, make_kernel(kernel, spread, variance), likelihood)
@@ -305,11 +310,68 @@ def conditioned_model(model: GPModel, weights: Float[Tensor, " n"] | None) -> GP
     """The learned model as it is conditioned on rows with these weights."""
     if weights is None:
         return model
-    noise = model.likelihood.noise.detach() / weights
+    likelihood = fixed_noise(model.likelihood.noise.detach() / weights)
+    return GPModel(model.mean_module, model.covar_module, likelihood)
+
+
+def fixed_noise(noise: Float[Tensor, " n"]) -> FixedNoiseGaussianLikelihood:
+    """A likelihood with these noise variances of the rows."""
     likelihood = FixedNoiseGaussianLikelihood(torch.ones_like(noise))
     # Past the constructor, which would round small variances up.
     likelihood.noise_covar.noise = noise
-    return GPModel(model.mean_module, model.covar_module, likelihood)
+    return likelihood
+
+
+def data_of(posterior: Posterior) -> tuple[Tensor, Tensor, Tensor]:
+    """Inputs (n, d), targets about the prior mean (n, t), noise (n,), in float64."""
+    problems = [part.problem for part in posterior.parts]
+    y = torch.stack([problem.targets for problem in problems], dim=1)
+    return problems[0].x.double(), y.double(), problems[0].noise.double()
+
+
+def hyperparameters_of(kernel: Kernel) -> list[Hyperparameter]:
+    """All positive parameters of a GPyTorch kernel."""
+    return [
+        Hyperparameter(raw, constraint)
+        for _, raw, constraint in kernel.named_parameters_and_constraints()
+        if constraint is not None and bool((constraint.lower_bound >= 0).all())
+    ]
+
+
+@outside_inference_mode
+def log_likelihood(
+    kernel: Kernel,
+    x: Float[Tensor, "n d"],
+    y: Float[Tensor, "n t"],
+    noise: Float[Tensor, " n"],
+    variables: Sequence[Tensor] = (),
+) -> tuple[float, list[Tensor]]:
+    """Log p(y | x) of columns with zero mean, and its gradients.
+
+    Exact up to 1,000 rows, and then an estimate, as ``log_marginal_likelihood``.
+
+    Args:
+        kernel: The kernel; its priors do not count.
+        x: Inputs.
+        y: Targets, independent columns.
+        noise: Noise variances of the rows.
+        variables: What the gradients are with respect to.
+    """
+    for module in kernel.modules():
+        getattr(module, "_priors", {}).clear()
+    with x.device:  # whatever torch's default device is
+        model = GPModel(ZeroMean(), kernel, fixed_noise(noise))
+    try:
+        value = log_marginal_likelihood(model, x, y).value
+    except torch.linalg.LinAlgError:
+        return -math.inf, [torch.zeros_like(variable) for variable in variables]
+    if not variables:
+        return value, []
+    objective = StochasticMarginalLogLikelihood(
+        model.likelihood, model, initial_value=value
+    )
+    total = y.numel() * objective(model.forward(x), y, x)
+    return value, list(torch.autograd.grad(total, variables))
 
 
 def learn(
@@ -333,7 +395,8 @@ def learn(
     Returns:
         How it went, or None if nothing was to be learned.
     """
-    if settings.optimiser is None or settings.steps == 0:
+    free = any(parameter.requires_grad for parameter in model.parameters())
+    if settings.optimiser is None or settings.steps == 0 or not free:
         return None
     plateau = Plateau()
     learned = model

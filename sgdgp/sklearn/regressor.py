@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,15 +14,21 @@ from gpytorch.kernels import Kernel
 from scipy.special import ndtri
 from sklearn.base import BaseEstimator, MultiOutputMixin, RegressorMixin
 from sklearn.exceptions import ConvergenceWarning
+from sklearn.gaussian_process import kernels as theirs
 from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor
 
 from sgdgp.posterior import condition
 from sgdgp.sklearn import arguments
+from sgdgp.sklearn.kernels import Hyperparameter, Translated, free_of, translate
 from sgdgp.sklearn.model import (
     conditioned_model,
+    data_of,
+    hyperparameters_of,
     learn,
+    log_likelihood,
+    make_kernel,
     mean_and_spread,
     starting_model,
 )
@@ -41,12 +48,16 @@ class SGDGPRegressor(MultiOutputMixin, RegressorMixin, BaseEstimator):
 
     Args:
         kernel: A name, "matern12", "matern32", "matern52", "rbf", "rq" or "linear",
-            or a sum of names such as "linear + matern32"; or a GPyTorch kernel. Named
-            kernels have a lengthscale for every column (ARD), which starts at the
-            spread of the column, and a learned variance. A kernel object starts as it
-            is and is never changed: a copy is learned.
+            or a sum of names such as "linear + matern32"; or a kernel of GPyTorch or
+            scikit-learn. Named kernels have a lengthscale for every column (ARD), which
+            starts at the spread of the column, and a learned variance. A kernel object
+            starts as it is and is never changed: a copy is learned. Of scikit-learn's,
+            what is "fixed" stays, other bounds do not count, and a ``WhiteKernel`` in a
+            sum is the noise, instead of the argument ``noise``.
         noise: Noise variance to start from, in units of the standardised targets if
-            ``normalize_y``, else of the targets.
+            ``normalize_y``, else of the targets. Or those of all rows (n,), which are
+            not learned, as ``alpha`` in scikit-learn; ``partial_fit`` then takes those
+            of its rows from here (``set_params``).
         normalize_y: Standardise the targets, each output for itself, and learn a
             constant prior mean of them. Else the prior mean of the targets is zero.
         optimizer: "adam", None to keep the hyperparameters as they start, or a
@@ -60,8 +71,12 @@ class SGDGPRegressor(MultiOutputMixin, RegressorMixin, BaseEstimator):
         verbose: Show progress bars.
 
     Attributes:
-        kernel_: Learned kernel, in units of the standardised targets.
-        noise_: Learned noise variance in units of the targets; (T,) for y (n, T).
+        kernel_: Learned kernel, in units of the standardised targets; scikit-learn's if
+            one was given, else GPyTorch's.
+        noise_: Learned noise variance in units of the targets; (T,) for y (n, T). Of
+            given variances (n,), or (n, T).
+        log_marginal_likelihood_value_: Log marginal likelihood of the standardised
+            targets, of all outputs together; found when it is asked for.
         posterior_: The posterior, of the standardised targets
             (y - y_mean_) / y_scale_ and of tensors.
         solver_: Name of the solver that found it.
@@ -88,12 +103,14 @@ class SGDGPRegressor(MultiOutputMixin, RegressorMixin, BaseEstimator):
         1.0
     """
 
+    _likelihood_value: float | None
+
     @arguments.checked_later
     def __init__(
         self,
-        kernel: Kernel | str = "matern32",
+        kernel: Kernel | theirs.Kernel | str = "matern32",
         *,
-        noise: float = 0.1,
+        noise: float | np.ndarray = 0.1,
         normalize_y: bool = True,
         optimizer: str | arguments.Optimiser | None = "adam",
         steps: int = 100,
@@ -121,7 +138,8 @@ class SGDGPRegressor(MultiOutputMixin, RegressorMixin, BaseEstimator):
 
         Args:
             X: Inputs (n, d).
-            y: Targets (n,), or (n, T) for T outputs that share kernel and noise.
+            y: Targets (n,) or (n, 1), or (n, T) for T outputs that share kernel and
+                noise.
             sample_weight: Weights (n,). An observation of weight w counts w times: its
                 noise variance is divided by w. Rows of weight zero are left out.
 
@@ -134,9 +152,10 @@ class SGDGPRegressor(MultiOutputMixin, RegressorMixin, BaseEstimator):
         settings = arguments.Settings.of(self.get_params(deep=False))
         X, y = self._validated(X, y, reset=True)
         weights, rows = arguments.check_weights(sample_weight, X)
-        X, targets = X[rows], y[rows].reshape(-1, 1 if y.ndim == 1 else y.shape[1])
         self.device_, self._dtype = settings.device, settings.dtype
-        self._is_flat = y.ndim == 1
+        kernel, noise = self._start(self._tensor(X[0]), settings)
+        X, targets = X[rows], y[rows].reshape(-1, 1 if y.ndim == 1 else y.shape[1])
+        self._is_flat = targets.shape[1] == 1
         self.y_mean_ = np.zeros(targets.shape[1])
         self.y_scale_ = np.ones(targets.shape[1])
         if self.normalize_y:
@@ -150,18 +169,27 @@ class SGDGPRegressor(MultiOutputMixin, RegressorMixin, BaseEstimator):
 
         x, z = self._tensor(X), self._model_targets(targets)
         w = None if weights is None else self._tensor(weights)
+        start: float | Tensor
+        if isinstance(noise, np.ndarray):
+            given = arguments.noise_of_rows(noise, len(y))[rows]
+            start, w = self._tensor(given if weights is None else given / weights), None
+        else:
+            given, start = None, noise
         random = check_random_state(self.random_state)
-        model = starting_model(
-            self.kernel, x, z, w, settings.noise, with_mean=bool(self.normalize_y)
-        )
+        model = starting_model(kernel, x, z, w, start, with_mean=bool(self.normalize_y))
         seed = arguments.draw_seed(random)
         with _in_other_words():
             self.learning_ = learn(model, x, z, w, settings, seed)
         self.n_iter_ = 0 if self.learning_ is None else self.learning_.steps
+        self._noise: float | None = None
+        if given is None:
+            self._noise = model.likelihood.noise.item()
         self.kernel_ = model.covar_module.eval().requires_grad_(False)
-        self._noise = model.likelihood.noise.item()
-        noises = self._noise * self.y_scale_**2
-        self.noise_ = float(noises[0]) if self._is_flat else noises
+        if isinstance(kernel, Translated):
+            self.kernel_ = kernel.learned(self.kernel, self._noise)
+        self.noise_ = self._variances_of_targets(
+            self._noise if given is None else given
+        )
         with _in_other_words():
             posterior = condition(
                 conditioned_model(model, w),
@@ -196,18 +224,23 @@ class SGDGPRegressor(MultiOutputMixin, RegressorMixin, BaseEstimator):
             return self.fit(X, y, sample_weight)
         X, y = self._validated(X, y, reset=False)
         weights, rows = arguments.check_weights(sample_weight, X)
-        if y.shape[1:] != (() if self._is_flat else self.y_mean_.shape):
+        if y.size != len(y) * len(self.y_mean_):
             known = "(n,)" if self._is_flat else f"(n, {len(self.y_mean_)})"
             raise ValueError(f"y: expected shape {known} as before, found {y.shape}")
+        given = (
+            arguments.check_noise(self.noise) if self._noise is None else self._noise
+        )
+        variances = arguments.noise_of_rows(given, len(y))[rows]
         x = self._tensor(X[rows])
         z = self._model_targets(y[rows].reshape(-1, len(self.y_mean_)))
-        noise = x.new_full((len(x),), self._noise)
-        if weights is not None:
-            noise /= self._tensor(weights)
+        noise = self._tensor(variances if weights is None else variances / weights)
         with _in_other_words():
             posterior = self.posterior_.update(
                 x, z, noise=noise, progress=bool(self.verbose)
             )
+        if self._noise is None:
+            more = self._variances_of_targets(variances)
+            self.noise_ = np.concatenate([self.noise_, more])
         return self._keep(posterior)
 
     def predict(
@@ -218,7 +251,9 @@ class SGDGPRegressor(MultiOutputMixin, RegressorMixin, BaseEstimator):
         *,
         observation_noise: bool = False,
     ) -> np.ndarray | tuple[np.ndarray, np.ndarray]:
-        """Posterior mean at X, and how sure it is.
+        """Posterior mean at X, and how sure it is; before ``fit`` those of the prior.
+
+        The prior of a named kernel is that of columns with spread one.
 
         Args:
             X: Inputs (n', d).
@@ -232,15 +267,22 @@ class SGDGPRegressor(MultiOutputMixin, RegressorMixin, BaseEstimator):
             or with the covariance (n', n') or (n', n', T).
 
         Raises:
-            ValueError: Both were asked for, X does not fit, or there are no samples.
+            RuntimeError: Both were asked for.
+            ValueError: X does not fit, there are no samples, or only the noise of the
+                training rows is known.
         """
         if return_std and return_cov:
-            raise ValueError(
-                "return_std, return_cov: expected at most one, found both; the "
-                "variances are the diagonal of the covariance"
+            raise RuntimeError(
+                "At most one of return_std or return_cov can be requested."
             )
+        if not hasattr(self, "posterior_"):
+            covariance = self._prior_covariance(X, observation_noise)
+            zero = np.zeros(len(covariance))
+            if return_cov:
+                return zero, covariance
+            return (zero, np.sqrt(np.diag(covariance))) if return_std else zero
         x = self._new_inputs(X)
-        noise = self._noise if observation_noise else 0.0
+        noise = self._new_noise(self._noise) if observation_noise else 0.0
         if return_std:
             # Both in one pass over the kernel.
             found = self.posterior_.predict(x, batch_size=_ROWS, progress=False)
@@ -291,7 +333,7 @@ class SGDGPRegressor(MultiOutputMixin, RegressorMixin, BaseEstimator):
         n_samples: int = 1,
         random_state: int | np.random.RandomState | None = 0,
     ) -> np.ndarray:
-        """Values at X of functions drawn from the posterior.
+        """Values at X of functions drawn from the posterior; before ``fit`` the prior.
 
         Every call draws new functions, which costs a solve with ``n_samples`` columns;
         the same ``random_state`` draws the same functions. The ``num_samples``
@@ -310,23 +352,151 @@ class SGDGPRegressor(MultiOutputMixin, RegressorMixin, BaseEstimator):
             ValueError: ``n_samples`` or X does not fit.
         """
         count = arguments.check_whole("n_samples", n_samples, 1)
+        if not hasattr(self, "posterior_"):
+            mean, covariance = self.predict(X, return_cov=True)
+            random = check_random_state(random_state)
+            return random.multivariate_normal(mean, covariance, count).T
         x = self._new_inputs(X)
         functions = self.posterior_.draw(count, seed=arguments.draw_seed(random_state))
         values = function_values(functions, x)
         values = self.y_mean_[:, None] + self.y_scale_[:, None] * values
         return values[:, 0] if self._is_flat else values
 
+    def log_marginal_likelihood(
+        self, theta: Any = None, eval_gradient: bool = False
+    ) -> float | tuple[float, np.ndarray]:
+        """Log marginal likelihood of the standardised targets, of all outputs together.
+
+        Exact up to 1,000 rows, as in scikit-learn. With more it and its gradient are
+        stochastic estimates; ``sgdgp.log_marginal_likelihood`` tells their error.
+
+        Args:
+            theta: Logarithms of the hyperparameters of ``kernel_``: scikit-learn's
+                ``kernel_.theta``, or of a GPyTorch kernel all positive parameters in
+                their order. Default: the learned ones.
+            eval_gradient: Return the gradient with respect to theta as well.
+
+        Returns:
+            The value; or with the gradient (len(theta),).
+
+        Raises:
+            NotFittedError: There are no targets yet.
+            ValueError: theta does not fit, or a gradient is asked for without it.
+        """
+        if theta is None:
+            if eval_gradient:
+                raise ValueError("Gradient can only be evaluated for theta!=None")
+            return self.log_marginal_likelihood_value_
+        check_is_fitted(self, "posterior_")
+        value, gradient = self._likelihood(theta, eval_gradient)
+        return (value, gradient) if eval_gradient else value
+
+    @property
+    def log_marginal_likelihood_value_(self) -> float:
+        """Log marginal likelihood of what was learned."""
+        check_is_fitted(self, "posterior_")
+        if self._likelihood_value is None:
+            theta = None if isinstance(self.kernel_, Kernel) else self.kernel_.theta
+            self._likelihood_value = self._likelihood(theta, False)[0]
+        return self._likelihood_value
+
+    def _likelihood(self, theta: Any, with_gradient: bool) -> tuple[float, np.ndarray]:
+        """Its value, and its gradient if wanted; theta None is what was learned."""
+        x, y, noise = data_of(self.posterior_)
+        found: list[Hyperparameter | None]
+        if isinstance(self.kernel_, Kernel):
+            kernel = copy.deepcopy(self.kernel_).double()
+            found = [*hyperparameters_of(kernel)]
+        else:
+            translated = translate(self.kernel_, x[0])
+            kernel, known = translated.kernel, translated.hyperparameters
+            # None stands for the noise.
+            found = [known.get(each.name) for each in free_of(self.kernel_)]
+        sizes = [1 if each is None else each.raw.numel() for each in found]
+        if theta is not None:
+            theta = torch.from_numpy(np.array(theta, dtype=np.float64))
+            if theta.shape != (sum(sizes),):
+                raise ValueError(
+                    "theta has not the correct number of entries. Should be "
+                    f"{sum(sizes)}; given are {theta.numel()}"
+                )
+            for each, part in zip(found, theta.split(sizes), strict=True):
+                if each is not None:
+                    each.assign(part)
+                elif self._noise is not None:
+                    noise = noise * (float(part.exp()) / self._noise)
+        variables = [noise if each is None else each.raw for each in found]
+        if not with_gradient:
+            return log_likelihood(kernel, x, y, noise)[0], np.zeros(0)
+        for variable in variables:
+            variable.requires_grad_()
+        value, gradients = log_likelihood(kernel, x, y, noise, variables)
+        slopes = [
+            (noise * slope).sum().reshape(1) if each is None else each.slope(slope)
+            for each, slope in zip(found, gradients, strict=True)
+        ]
+        return value, torch.cat([x.new_zeros(0), *slopes]).detach().cpu().numpy()
+
+    def __sklearn_tags__(self) -> Any:
+        """Without ``fit`` there is the prior, as in ``GaussianProcessRegressor``."""
+        tags = super().__sklearn_tags__()
+        tags.requires_fit = False
+        return tags
+
+    def _start(
+        self, like: Tensor, settings: arguments.Settings
+    ) -> tuple[Kernel | Translated | str, float | np.ndarray]:
+        """Kernel and noise to start from, for inputs like this one (d,)."""
+        if not isinstance(self.kernel, theirs.Kernel):
+            return self.kernel, settings.noise
+        kernel = translate(self.kernel, like)
+        if kernel.noise is None:
+            return kernel, settings.noise
+        if isinstance(settings.noise, np.ndarray):
+            raise ValueError(
+                "noise: expected a number beside a WhiteKernel, found one for each row"
+            )
+        return kernel, kernel.noise
+
+    def _prior_covariance(self, X: Any, observation_noise: bool) -> np.ndarray:
+        """Prior covariance (n', n') at X, with noise if wanted."""
+        settings = arguments.Settings.of(self.get_params(deep=False))
+        x = torch.from_numpy(np.array(self._checked(X), dtype=np.float64))
+        start, noise = self._start(x[0], settings)
+        kernel = make_kernel(start, torch.ones_like(x[0]), 1.0)
+        with torch.no_grad():
+            covariance = kernel(x).to_dense().numpy().copy()
+        if observation_noise:
+            covariance += self._new_noise(noise) * np.eye(len(covariance))
+        return covariance
+
+    def _new_noise(self, noise: float | np.ndarray | None) -> float:
+        """The noise variance of new observations."""
+        if not isinstance(noise, float):
+            raise ValueError(
+                "observation_noise: of noise that was given for each row only that of "
+                "the training rows is known; expected False"
+            )
+        return noise
+
+    def _variances_of_targets(self, noise: Any) -> float | np.ndarray:
+        """A noise variance, or those of rows (n,), in the units of the targets."""
+        found = self._shaped(np.multiply.outer(noise, self.y_scale_**2))
+        return found if found.ndim else float(found)
+
     def _validated(
         self, X: Any, y: Any, *, reset: bool
     ) -> tuple[np.ndarray, np.ndarray]:
         x, y = validate_data(
-            self, X, y, reset=reset, dtype=np.float64, multi_output=True, y_numeric=True
+            self, X, y, reset=reset, dtype="numeric", multi_output=True, y_numeric=True
         )
         return x, y.astype(np.float64)
 
+    def _checked(self, X: Any) -> np.ndarray:
+        return validate_data(self, X, reset=False, dtype="numeric")
+
     def _new_inputs(self, X: Any) -> Tensor:
-        check_is_fitted(self)
-        return self._tensor(validate_data(self, X, reset=False, dtype=np.float64))
+        return self._tensor(self._checked(X))
 
     def _tensor(self, array: np.ndarray) -> Tensor:
         # A copy: PyTorch does not know arrays that must not be written to.
@@ -349,6 +519,7 @@ class SGDGPRegressor(MultiOutputMixin, RegressorMixin, BaseEstimator):
         for sentence in earlier_warnings + tuple(posterior.solution.warnings):
             warnings.warn(sentence, ConvergenceWarning, stacklevel=3)
         self.posterior_ = posterior
+        self._likelihood_value = None
         self.solver_ = posterior.solution.solver
         return self
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import pickle
 
 import pytest
 import torch
@@ -96,6 +97,24 @@ def test_same_seed_same_functions_and_other_seed_others():
     a, b, c = (draws(rbf(3), 3, num_features=16, seed=s)(x) for s in (1, 1, 2))
     assert torch.equal(a, b)
     assert not torch.allclose(a, c)
+
+
+def test_pickles_draw_the_weights_again(monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    found = draw_prior(rbf(2), 70, dim=2, num_features=4096, generator=generator)
+    content = pickle.dumps(found)
+    assert len(content) < 0.2 * 70 * 4096 * 4
+    for one, other in zip(found, pickle.loads(content), strict=True):
+        assert torch.equal(one.weights, other.weights)
+    # Of chosen columns no generator knows.
+    some, x = found.subset([3, 66]), points(4, 2).float()
+    assert torch.equal(pickle.loads(pickle.dumps(some))(x), some(x))
+    monkeypatch.setattr(
+        "sgdgp.features.prior_draws._normal_columns",
+        lambda shape, generator, like: torch.zeros(shape).to(like),
+    )
+    with pytest.raises(RuntimeError, match="draws other random numbers"):
+        pickle.loads(content)
 
 
 def test_float32_draws_are_the_float64_draws_rounded():
