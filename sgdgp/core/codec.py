@@ -109,7 +109,7 @@ def encode(
         # Blocks of weights lie as transposes, and come back so.
         turned = value.ndim == 2 and not value.is_contiguous()
         tensors[name] = value.mT if turned else value
-        return {"tensor": name, "turned": turned}
+        return {"tensor": name, "turned": turned, "shape": list(value.shape)}
     if isinstance(value, torch.dtype):
         return {"dtype": str(value).removeprefix("torch.")}
     if isinstance(value, torch.device):
@@ -162,7 +162,12 @@ def decode(
 
     if "tensor" in state:
         value = tensors[state["tensor"]].to(device)
-        return value.mT if state["turned"] else value
+        value = value.mT if state["turned"] else value
+        found = list(value.shape)
+        # Files of version 0.1.0 do not say.
+        if found != (shape := state.get("shape", found)):
+            raise ValueError(f"{state['tensor']} has shape {found}, expected {shape}")
+        return value
     if "given" in state:
         if given is None:
             raise ValueError(f"it needs what is not known here: {state['given']!r}")
