@@ -129,7 +129,7 @@ class Chain:
             generator = derived_generator(options.seed, "functions", step)
             (part,) = before.parts
             part = update_and_redraw(part, x_new, y_new, generator, noise=options.noise)
-            return self._keep(replace(before, parts=(part,)), store=True)
+            return self._keep(replace(before, solved=(part,), later=None), store=True)
         posterior = before.update(x_new, y_new, noise=options.noise, progress=False)
         return self._keep(posterior, store=_is_due(_STORED_EVERY, step))
 

@@ -215,7 +215,7 @@ def _with_recycled(
 ) -> PathwisePosterior:
     (part,) = posterior.parts
     solution = replace(part.solution, recycled=recycled)
-    return replace(posterior, parts=(replace(part, solution=solution),))
+    return replace(posterior, solved=(replace(part, solution=solution),), later=None)
 
 
 def read_posterior(

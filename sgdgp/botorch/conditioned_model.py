@@ -279,7 +279,7 @@ class ConditionedModel(FunctionModel):
             both = Observations(
                 torch.cat([seen.x, here]), torch.cat([seen.y, values]), known
             )
-            outputs = Outputs(posterior, part.columns, part.units, posterior.functions)
+            outputs = Outputs(posterior, part.columns, part.units)
             updated.append((outputs, both))
         return updated
 
@@ -355,7 +355,7 @@ class ModelData:
     def outputs_of(self, posterior: Posterior) -> Outputs:
         """All outputs of the problem's posterior."""
         columns = tuple(range(self.y.shape[1]))
-        return Outputs(posterior, columns, self.units, posterior.functions)
+        return Outputs(posterior, columns, self.units)
 
 
 def _problem(

@@ -206,13 +206,13 @@ class Outputs(Evaluated):
         posterior: The posterior of all of them.
         columns: Which of the posterior's outputs, in this order.
         units: Units on top of those that the posterior knows.
-        functions: Sample functions; the posterior's own, or others drawn from it.
+        functions: Sample functions that were drawn from it. Default: its own.
     """
 
     posterior: Posterior
     columns: tuple[int, ...]
     units: Units
-    functions: SampleFunctions
+    functions: SampleFunctions | None = None
     _subsets: dict[tuple[int, ...], Paths] = field(default_factory=dict, repr=False)
     _inverses: dict[KernelOperator, DifferentiableSolve] = field(
         default_factory=dict, repr=False
@@ -220,12 +220,14 @@ class Outputs(Evaluated):
 
     @property
     def num_paths(self) -> int:
-        return self.functions.num_functions
+        functions = self.functions
+        return functions.num_functions if functions else self.posterior.num_samples
 
     def evaluate(
         self, x: Tensor, index: tuple[int, ...] | None = None
     ) -> tuple[Tensor, Tensor]:
-        paths, wanted = self._paths(index or None), index != ()
+        wanted = index != ()
+        paths = self._paths(index or None) if wanted else self.posterior.exact
         flat, shape = paths.flattened(x)
         mean, deviations = paths.evaluate(flat, deviations=wanted)
         mean = self._columns(paths.units.shift + paths.units.scale * mean, 1)
@@ -237,21 +239,21 @@ class Outputs(Evaluated):
         return self.units.shift + factor * mean, factor * deviations
 
     def variance(self, x: Tensor) -> Tensor:
-        paths = self.posterior.paths
+        paths = self.posterior.exact
         flat, shape = paths.flattened(x)
         variance = self._columns(paths.moments(flat).variance, 1)
         scale = self.units.factor * paths.units.scale
         return scale**2 * variance.reshape(*shape, variance.shape[-1])
 
     def covariances(self, x: Tensor) -> Iterator[tuple[list[int], Tensor]]:
-        paths = self.posterior.paths
+        paths = self.posterior.exact
         flat, shape = paths.flattened(x)
         points = flat.reshape(-1, shape[-1], flat.shape[-1])
         found = [
             block.reshape(*shape[:-1], *block.shape[1:])
             for block in paths.covariances(points)
         ]
-        if isinstance(self.posterior.problem.prior, MultitaskPrior):
+        if isinstance(self.posterior.solved[0].problem.prior, MultitaskPrior):
             (block,) = found
             yield (
                 list(range(len(self.columns))),
@@ -263,12 +265,12 @@ class Outputs(Evaluated):
 
     @property
     def is_small(self) -> bool:
-        parts = self.posterior.parts
+        parts = self.posterior.solved
         return all(are_exact(part.problem.operator) for part in parts)
 
     @property
     def is_independent(self) -> bool:
-        several = isinstance(self.posterior.problem.prior, MultitaskPrior)
+        several = isinstance(self.posterior.solved[0].problem.prior, MultitaskPrior)
         return not several or len(self.columns) == 1
 
     def each(self, x: Tensor, index: tuple[int, ...]) -> Tensor:
@@ -280,8 +282,8 @@ class Outputs(Evaluated):
         return self.units.values(values, x)
 
     def noise(self, x: Tensor) -> Tensor:
-        flat, shape = self._paths(None).flattened(x)
-        parts = self.posterior.parts
+        flat, shape = self.posterior.exact.flattened(x)
+        parts = self.posterior.solved
         prior = parts[0].problem.prior
         with torch.no_grad():
             if has_fixed_noise(prior.model.likelihood):
@@ -292,7 +294,7 @@ class Outputs(Evaluated):
                 ]
                 noise = torch.stack(means).expand(len(flat), self._width)
             else:
-                noise = self.posterior.paths.noise(flat).reshape(len(flat), -1)
+                noise = self.posterior.exact.noise(flat).reshape(len(flat), -1)
         own = noise[:, self._own].reshape(*shape, len(self.columns))
         return self.units.factor**2 * own
 
@@ -304,7 +306,7 @@ class Outputs(Evaluated):
 
     @property
     def scale(self) -> Tensor:
-        prior = self.posterior.problem.prior
+        prior = self.posterior.solved[0].problem.prior
         scales = getattr(prior, "outcome_scales", (prior.outcome_scale,) * self._width)
         factors = self.units.factor.new_tensor([scale.scale for scale in scales])
         return factors[self._own] * self.units.factor
@@ -319,8 +321,8 @@ class Outputs(Evaluated):
 
     def blocks(self) -> tuple[Block, ...]:
         """Groups of these outputs that are correlated, and how to solve for them."""
-        parts, scale = self.posterior.parts, self.scale
-        if isinstance(self.posterior.problem.prior, MultitaskPrior):
+        parts, scale = self.posterior.solved, self.scale
+        if isinstance(parts[0].problem.prior, MultitaskPrior):
             (part,) = parts
             everything = tuple(range(len(self.columns)))
             return (Block(part, self._inverse(part), everything, self.columns, scale),)
@@ -361,8 +363,8 @@ class Outputs(Evaluated):
     def _paths(self, index: tuple[int, ...] | None) -> Paths:
         """All functions, or some; those last asked for are kept."""
         if index is None:
-            return self.functions.paths
+            return (self.functions or self.posterior).paths
         if index not in self._subsets:
             self._subsets.clear()
-            self._subsets[index] = self.functions.paths.subset(index)
+            self._subsets[index] = self._paths(None).subset(index)
         return self._subsets[index]

@@ -6,6 +6,8 @@ f(x) + K(x, X) (K + Sigma)^-1 (y - f(X) - eps),  f a prior function, eps noise
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
+from functools import partial
 
 import torch
 from gpytorch.models import ExactGP
@@ -16,10 +18,12 @@ from sgdgp.core.checks import check_count
 from sgdgp.core.deprecation import renamed_arguments
 from sgdgp.core.inference import outside_inference_mode
 from sgdgp.core.seeds import generator_of
-from sgdgp.gpytorch_adapter import Inputs, prior_of, training_data
+from sgdgp.gpytorch_adapter import Inputs, Prior, prior_of, training_data
 from sgdgp.posterior.checkpoint import SolveCheckpoint
 from sgdgp.posterior.posterior import Posterior, posterior_of
 from sgdgp.posterior.problem import (
+    Observations,
+    Part,
     Settings,
     Stopwatch,
     announce,
@@ -55,18 +59,15 @@ def condition(
     """Condition a GPyTorch model on data by one stochastic linear solve.
 
     The model is read, never changed: mean, kernel, noise and transforms. Its
-    posterior is represented by its mean and ``num_samples`` functions.
+    posterior is represented by its mean and ``num_samples`` functions. Up to 2,000
+    rows a factor knows mean and variances: functions wait until they are asked for.
 
     Args:
-        model: Any ``gpytorch.models.ExactGP`` definition (BoTorch's ``SingleTaskGP``
-            included) without batch shape, with a Gaussian likelihood.
+        model: Any ``ExactGP`` without batch shape, with a Gaussian likelihood.
         x: Training inputs (n, d) before the model's own transforms; a tuple of them
-            for a model of several inputs, such as points and task indices. Default:
-            the model's.
-        y: Training targets (n,); or (n, T), one column for each task of a model with
-            correlated outputs (``MultitaskKernel``) or for independent outputs of a
-            single-output model, which share its kernel and noise. NaN is a
-            target that was not observed. Default: the model's.
+            for a model of several inputs. Default: the model's.
+        y: Targets (n,); or (n, T) of tasks of a ``MultitaskKernel``, or of independent
+            outputs with one kernel and noise, NaN where there is none.
         solver: A solver such as ``SDD(tolerance=1e-2)``, its name, or "auto".
         num_samples: Posterior sample functions; 0 for the mean alone.
         seed: Seed or generator of everything random.
@@ -84,17 +85,10 @@ def condition(
         ``posterior.solution.reason`` says how the solve ended.
 
     Raises:
-        UnsupportedModelError: The prior is not a function of two points.
-        CheckpointError: The checkpoint cannot be written, is damaged, or belongs to
-            another problem (a ValueError).
-        NoRandomFeatures: The kernel has no random features and n is too large for
-            exact prior draws.
+        CheckpointError: The file cannot be written, or belongs to other data.
+        NoRandomFeatures: There are none, and n is too large for exact prior draws.
         TypeError: Data, settings or the likelihood are of the wrong kind.
-        ValueError: Data, parameters or settings do not fit; says which and why.
-
-    Example:
-        >>> posterior = sgdgp.condition(model, num_samples=64, seed=0)
-        >>> posterior.mean(x), posterior.variance(x), posterior.samples(x)
+        ValueError: Data, model or settings do not fit; says which and why.
     """
     check_count("num_samples", num_samples, 0)
     keeper = SolveCheckpoint.at(checkpoint, checkpoint_every)
@@ -104,17 +98,40 @@ def condition(
     settings = Settings.resolve(
         solver, num_features, operator, memory_budget, y, generator, progress, callback
     )
-    parts = {}
-    for index, data in enumerate(observations(prior, x, y)):
+    data = observations(prior, x, y)
+    solve = partial(solved, prior, data, settings, num_samples)
+    watched = keeper or callback or progress or isinstance(seed, torch.Generator)
+    if num_samples and not watched and settings.functions_can_wait(prior, data):
+        means = solve(seed, functions=False)
+        if all(part.needs_no_functions for part in means):
+            return posterior_of(means, later=partial(solve, seed))
+    parts = solve(generator, keeper)
+    announce("condition", parts)
+    return posterior_of(parts)
+
+
+@outside_inference_mode
+def solved(
+    prior: Prior,
+    data: Sequence[Observations],
+    settings: Settings,
+    num_samples: int,
+    seed: int | torch.Generator,
+    keeper: SolveCheckpoint | None = None,
+    functions: bool = True,
+) -> list[Part]:
+    """All outputs, by one solve for each set of rows that they were observed in."""
+    generator, parts = generator_of(seed), {}
+    for index, rows in enumerate(data):
         stream = settings.stream(index, generator)
         if keeper is not None:
-            keeper.open_for(index, prior.model, data, stream, num_samples, num_features)
+            features = settings.num_features
+            keeper.open_for(index, prior.model, rows, stream, num_samples, features)
         clock = Stopwatch()
-        problems = problems_of(prior, data, settings, num_samples, stream)
+        problems = problems_of(prior, rows, settings, num_samples, stream, functions)
         problem = joined(problems)
         clock.end("prior_draws")
         solution = keeper.solve(problem, stream) if keeper else problem.solve(stream)
         clock.end("solve")
-        parts.update(parts_of(data.columns, problems, solution, clock.seconds))
-    announce("condition", parts.values())
-    return posterior_of([parts[column] for column in sorted(parts)])
+        parts.update(parts_of(rows.columns, problems, solution, clock.seconds))
+    return [parts[column] for column in sorted(parts)]

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import repeat
 from typing import Literal, NamedTuple, TypeVar, overload
@@ -32,6 +32,7 @@ from sgdgp.posterior.update import (
     update_parts,
     variances_of,
 )
+from sgdgp.posterior.variances import EXACT_ROWS
 from sgdgp.solvers.base import Callback, Solution, Solver
 from sgdgp.solvers.solutions import merged_solution
 
@@ -61,20 +62,32 @@ class Posterior:
     rows variances are off by some per cent, see ``variance``; they are never negative.
 
     Attributes:
-        parts: What was solved: a problem and its solution for each of independent
+        solved: What was solved: a problem and its solution for each of independent
             outputs, for one output, or for the pairs of input and task of a multitask
             model.
+        later: Gives the parts with their sample functions, where these are zero so
+            far: nobody has asked for one.
     """
 
-    parts: tuple[Part, ...] = field(repr=False)
+    solved: tuple[Part, ...]
+    later: Callable[[], Sequence[Part]] | None = None
 
     def __repr__(self) -> str:
-        points, found = len(self.problem.x), self.solution
+        points, found = len(self.solved[0].problem.x), self.solved[0].solution
         return (
             f"{type(self).__name__}({points=}, num_samples={self.num_samples}, "
             f"num_outputs={self.num_outputs}, solver={found.solver!r}, "
             f"reason={found.reason!r})"
         )
+
+    @cached_property
+    def parts(self) -> tuple[Part, ...]:
+        """What was solved, with the sample functions."""
+        if self.later is None:
+            return self.solved
+        found = self.later()
+        announce("condition", found)
+        return tuple(found)
 
     @cached_property
     def solution(self) -> Solution:
@@ -90,8 +103,11 @@ class Posterior:
 
     @property
     def timings(self) -> dict[str, float]:
-        """Seconds for "prior_draws" and "solve", of all solves together."""
-        first = [self.parts[group[0]].timings for group in groups_of(self.parts)]
+        """Seconds for "prior_draws" and "solve", of all solves so far."""
+        parts = self.solved
+        if self.later is not None:
+            parts += self.__dict__.get("parts", ())
+        first = [parts[group[0]].timings for group in groups_of(parts)]
         return {
             name: sum(timings.get(name, 0.0) for timings in first) for name in first[0]
         }
@@ -104,17 +120,24 @@ class Posterior:
     @cached_property
     def paths(self) -> Paths:
         """The functions of x."""
+        if self.later is None:
+            return self.exact
         return paths_of([part.paths for part in self.parts])
+
+    @cached_property
+    def exact(self) -> Paths:
+        """The functions of x as far as means and variances need them."""
+        return paths_of([part.paths for part in self.solved])
 
     @property
     def num_outputs(self) -> int | None:
         """Number of outputs T; None for values without an axis of outputs."""
-        return self.paths.num_outputs
+        return self.exact.num_outputs
 
     @property
     def num_samples(self) -> int:
         """Number of posterior sample functions, of each output."""
-        return self.paths.num_functions
+        return self.exact.num_functions
 
     @property
     def functions(self) -> SampleFunctions:
@@ -135,9 +158,9 @@ class Posterior:
         Raises:
             ValueError: Shape, dtype, device or values of x do not fit.
         """
-        flat, shape = self.paths.flattened(x)
-        mean, _ = self.paths.evaluate(flat, deviations=False)
-        units = self.paths.units
+        flat, shape = self.exact.flattened(x)
+        mean, _ = self.exact.evaluate(flat, deviations=False)
+        units = self.exact.units
         return (units.shift + units.scale * mean).reshape(*shape, *mean.shape[1:])
 
     @overload
@@ -176,14 +199,14 @@ class Posterior:
             ValueError: There are no samples, or x does not fit.
         """
         self._need_samples("variance")
-        flat, shape = self.paths.flattened(x)
+        flat, shape = self.exact.flattened(x)
         if from_samples:
             _, deviations = self.paths.evaluate(flat)
             variance = deviations.square().mean(-1)
             error = (2 / self.num_samples) ** 0.5 * variance
         else:
-            _, variance, error = self.paths.moments(flat)
-        square = self.paths.units.scale**2
+            _, variance, error = self.exact.moments(flat)
+        square = self.exact.units.scale**2
         variance, error = (
             square * part.reshape(*shape, *part.shape[1:]) for part in (variance, error)
         )
@@ -220,10 +243,12 @@ class Posterior:
             multitask model correlated as the model says.
         """
         check_count("k", k, 1)
-        drawn = draw_functions(self.parts, k, generator_of_draws(seed), progress)
+        drawn = draw_functions(self.solved, k, generator_of_draws(seed), progress)
         return SampleFunctions(
             paths_of([paths for paths, _ in drawn]),
-            merged_solution([solution for _, solution in drawn], groups_of(self.parts)),
+            merged_solution(
+                [solution for _, solution in drawn], groups_of(self.solved)
+            ),
         )
 
     def update(
@@ -274,7 +299,7 @@ class Posterior:
             callback=callback,
         )
         announce("update", parts)
-        return replace(self, parts=parts)
+        return replace(self, solved=parts, later=None)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the posterior into a file; ``sgdgp.load(path, model)`` reads it.
@@ -326,9 +351,10 @@ class Posterior:
                 asked of a likelihood that does not know it.
         """
         self._need_samples("predict")
-        flat, shape = self.paths.flattened(x)
+        paths = self.exact
+        flat, shape = paths.flattened(x)
         noise = self._noise(flat, shape, observation_noise)
-        units = self.paths.units
+        units = paths.units
         if batch_size is None:
             return self._joint(flat, shape, noise)
         check_count("batch_size", batch_size, 1)
@@ -340,7 +366,7 @@ class Posterior:
         hidden = None if progress is None else not progress
         with torch.no_grad():
             for rows in tqdm(batches, desc="predict", disable=hidden):
-                moments = self.paths.moments(flat[rows])
+                moments = paths.moments(flat[rows])
                 mean[rows] = units.shift + units.scale * moments.mean
                 variance[rows] = units.scale**2 * moments.variance
         if noise is not None:
@@ -351,10 +377,13 @@ class Posterior:
         self, x: Tensor, shape: torch.Size, noise: Tensor | None
     ) -> MultivariateNormal:
         """The posterior at points x (n, d), which are joint within each batch."""
+        together = shape[-1] * (self.num_outputs or 1)
+        # Beyond, correlations are those of the functions.
+        paths = self.exact if together <= EXACT_ROWS else self.paths
         if len(shape) == 1:
-            return self.paths.joint(x, noise)
+            return paths.joint(x, noise)
         each = [
-            self.paths.joint(rows, own)
+            paths.joint(rows, own)
             for rows, own in zip(
                 x.split(shape[-1]),
                 repeat(None) if noise is None else noise.split(shape[-1]),
@@ -363,10 +392,9 @@ class Posterior:
         ]
         mean = torch.stack([normal.mean for normal in each])
         covariance = torch.stack([normal.covariance_matrix for normal in each])
-        size = shape[-1] * (self.num_outputs or 1)
         return type(each[0])(
             mean.reshape(*shape, *mean.shape[2:]),
-            covariance.reshape(*shape[:-1], size, size),
+            covariance.reshape(*shape[:-1], together, together),
         )
 
     def _shape(self, x: Tensor) -> tuple[int, ...]:
@@ -383,14 +411,14 @@ class Posterior:
             return variances_of("observation_noise", wanted, self._shape(x), x)
         if not wanted:
             return None
-        if has_fixed_noise(self.problem.prior.model.likelihood):
+        if has_fixed_noise(self.solved[0].problem.prior.model.likelihood):
             raise ValueError(
                 "observation_noise: the likelihood only knows the noise of its training"
                 f" points; pass the {len(x)} noise variances at x as a tensor "
                 f"{self._shape(x)}"
             )
         with torch.no_grad():
-            return self.paths.noise(x)
+            return self.exact.noise(x)
 
     def _need_samples(self, what: str) -> None:
         if self.num_samples == 0:
@@ -408,11 +436,12 @@ class MultiOutputPosterior(Posterior):
     """A posterior of T outputs, correlated or independent: values are (n', T)."""
 
 
-def posterior_of(parts: Sequence[Part]) -> Posterior:
+def posterior_of(
+    parts: Sequence[Part], later: Callable[[], Sequence[Part]] | None = None
+) -> Posterior:
     """The posterior made of these parts, one for each output."""
-    posterior = Posterior(tuple(parts))
-    one = posterior.num_outputs is None
-    return (PathwisePosterior if one else MultiOutputPosterior)(posterior.parts)
+    one = paths_of([part.paths for part in parts]).num_outputs is None
+    return (PathwisePosterior if one else MultiOutputPosterior)(tuple(parts), later)
 
 
 @reads(KIND)

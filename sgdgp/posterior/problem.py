@@ -26,8 +26,10 @@ from sgdgp.features import ExactDraws, PriorDraws, draw_prior, has_features
 from sgdgp.gpytorch_adapter import Inputs, Prior, observed_rows
 from sgdgp.operators import KernelOperator, operator_by_name
 from sgdgp.posterior.paths import ConditionedPaths
-from sgdgp.solvers.auto import choose_solver
+from sgdgp.posterior.variances import are_exact
+from sgdgp.solvers.auto import DIRECT_ROWS, Auto, choose_solver
 from sgdgp.solvers.base import Callback, Solution, Solver, progress_bar
+from sgdgp.solvers.cholesky import Cholesky
 from sgdgp.solvers.prediction_error import (
     ACCEPTED,
     error_of_mean,
@@ -107,6 +109,20 @@ class Settings:
             return self
         stream = derived_generator(self.seed, "output", column)
         return replace(self, seed=seed_of(stream))
+
+    def functions_can_wait(self, prior: Prior, data: Sequence[Observations]) -> bool:
+        """Whether to solve for means alone first, directly: few rows know the rest.
+
+        Raises:
+            ValueError: The functions cannot be drawn.
+        """
+        direct = isinstance(self.solver, Auto | Cholesky)
+        few = all(len(rows.x) <= DIRECT_ROWS for rows in data)
+        if not (direct and few and has_features(prior.kernel)):
+            return False
+        # Whatever there is to refuse is refused now.
+        self.draw_prior(prior.kernel, data[0].inputs, 1, torch.Generator())
+        return True
 
     def operator_over(
         self, kernel: Kernel, inputs: Float[Tensor, "n p"]
@@ -284,6 +300,15 @@ class Part:
         """The posterior functions."""
         return self.problem.paths(self.solution.weights)
 
+    @property
+    def needs_no_functions(self) -> bool:
+        """Whether mean and variances are exact without them, surely."""
+        found = self.solution
+        direct = found.solver == Cholesky.name and found.reason == "converged"
+        # Functions tell in how few directions the error may be: one, at worst.
+        error = (found.prediction_error or 0.0) * len(found.weights) ** 0.5
+        return direct and error <= ACCEPTED and are_exact(self.problem.operator)
+
 
 def groups_of(parts: Sequence[Part]) -> list[list[int]]:
     """Numbers of the parts that share a system, hence a solve."""
@@ -343,7 +368,7 @@ def observations(prior: Prior, x: Inputs, y: Tensor) -> tuple[Observations, ...]
         ValueError: y does not have the model's outputs, is missing altogether, or the
             noise does not fit.
     """
-    points = prior.joined(x)
+    points = prior.joined(x).clone()  # the user may write into x
     tasks, n = prior.num_outputs, len(points)
     if tasks > 1 and y.shape != (n, tasks):
         raise ValueError(
@@ -374,13 +399,21 @@ def problems_of(
     settings: Settings,
     num_samples: int,
     generator: torch.Generator,
+    functions: bool = True,
 ) -> list[Problem]:
-    """The problems of these outputs, their prior functions and noise newly drawn."""
+    """The problems of these outputs, their prior functions and noise newly drawn.
+
+    Without functions their columns are zero: the mean's is rounded as beside them.
+    """
+    count = num_samples if functions else 0
     operator = settings.operator_over(prior.kernel, data.inputs)
     problems = []
     for column, targets in zip(data.columns, data.targets.mT, strict=True):
-        draws = settings.draw_prior(prior.kernel, data.inputs, num_samples, generator)
+        draws = settings.draw_prior(prior.kernel, data.inputs, count, generator)
         sides = right_hand_sides(targets, draws, data.inputs, data.noise, generator)
+        if count < num_samples:
+            rhs, noise_draws = (pad(side, (0, num_samples)) for side in sides)
+            sides = rhs, noise_draws
         own = settings.of_output(column)
         problems.append(
             Problem(prior, operator, data.x, data.noise, draws, *sides, own)

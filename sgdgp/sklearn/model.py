@@ -324,7 +324,7 @@ def fixed_noise(noise: Float[Tensor, " n"]) -> FixedNoiseGaussianLikelihood:
 
 def data_of(posterior: Posterior) -> tuple[Tensor, Tensor, Tensor]:
     """Inputs (n, d), targets about the prior mean (n, t), noise (n,), in float64."""
-    problems = [part.problem for part in posterior.parts]
+    problems = [part.problem for part in posterior.solved]
     y = torch.stack([problem.targets for problem in problems], dim=1)
     return problems[0].x.double(), y.double(), problems[0].noise.double()
 

@@ -516,11 +516,13 @@ class SGDGPRegressor(MultiOutputMixin, RegressorMixin, BaseEstimator):
     def _keep(
         self, posterior: Any, earlier_warnings: tuple[str, ...] = ()
     ) -> SGDGPRegressor:
-        for sentence in earlier_warnings + tuple(posterior.solution.warnings):
+        found = [part.solution for part in posterior.solved]
+        told = [sentence for solution in found for sentence in solution.warnings]
+        for sentence in dict.fromkeys((*earlier_warnings, *told)):
             warnings.warn(sentence, ConvergenceWarning, stacklevel=3)
         self.posterior_ = posterior
         self._likelihood_value = None
-        self.solver_ = posterior.solution.solver
+        self.solver_ = found[0].solver
         return self
 
 

@@ -62,7 +62,7 @@ def test_a_preconditioner_that_cannot_be_stored_is_left_out(tmp_path):
     part = replace(
         posterior.parts[0], solution=replace(posterior.solution, recycled=recycled)
     )
-    kept = store_posterior(replace(posterior, parts=(part,)), tmp_path / "one")
+    kept = store_posterior(replace(posterior, solved=(part,)), tmp_path / "one")
     assert kept.solution.recycled is None
     loaded = read_posterior(tmp_path / "one", model, "auto")
     assert loaded.solution.recycled is None

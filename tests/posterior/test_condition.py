@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+
 import pytest
 import torch
-from gpytorch.kernels import MaternKernel, RBFKernel, ScaleKernel
+from gpytorch.kernels import LinearKernel, MaternKernel, RBFKernel, ScaleKernel
 
 import sgdgp
+from sgdgp.features import NoRandomFeatures
 from sgdgp.posterior import PathwisePosterior
+from sgdgp.posterior.problem import Settings
 from tests.models import GP, gp, own_posterior, toy_data
 
 SOLVERS = {
@@ -215,3 +220,47 @@ def test_one_dimensional_inputs_and_column_targets_are_taken_as_gpytorch_takes_t
     found = sgdgp.condition(model, x[:, 0], y[:, None], num_samples=3)
     assert torch.equal(found.samples(new), expected)
     assert found.mean(new).shape == found.variance(new).shape == (7,)
+
+
+@pytest.mark.parametrize("verb", ["mean", "variance", "predict", "draw"])
+def test_few_rows_know_mean_and_variance_before_any_function(verb, monkeypatch):
+    x, asked, draw = new_points(), [], Settings.draw_prior
+    monkeypatch.setattr(
+        Settings, "draw_prior", lambda *given: asked.append(given[3]) or draw(*given)
+    )
+    posterior = sgdgp.condition(gp(), num_samples=5)
+    assert "num_samples=5" in repr(posterior)
+    getattr(posterior, verb)(3 if verb == "draw" else x)
+    assert 5 not in asked
+    posterior.samples(x)
+    posterior.samples(x)
+    assert asked.count(5) == 1
+
+
+def test_functions_that_waited_are_those_of_the_moment_of_conditioning():
+    x, seed = new_points(), torch.Generator().manual_seed(0)
+    data = toy_data(40)
+    model = model_on(*data)
+    at_once = sgdgp.condition(model, *data, num_samples=5, seed=seed)
+    posterior = sgdgp.condition(model, *data, num_samples=5)
+    expected = at_once.samples(x), at_once.mean(x), at_once.variance(x)
+    several = posterior, copy.deepcopy(posterior), pickle.loads(pickle.dumps(posterior))
+    for tensor in data:
+        tensor.zero_()
+    model.likelihood.noise = 3.0
+    model.kernel.outputscale = 7.0
+    for each in several:
+        before = each.mean(x), each.variance(x), each.predict(x).mean
+        assert torch.equal(each.samples(x), expected[0])
+        after = each.mean(x), each.variance(x), each.predict(x).mean
+        assert all(map(torch.equal, before, after))
+        assert torch.equal(before[0], expected[1])
+        assert torch.equal(before[1], expected[2])
+    assert torch.equal(posterior.solution.weights, at_once.solution.weights)
+    assert posterior.timings["solve"] > posterior.parts[0].timings["solve"]
+
+
+def test_what_cannot_be_drawn_is_refused_before_it_is_asked_for():
+    model = gp(ScaleKernel(RBFKernel()) * LinearKernel())
+    with pytest.raises(NoRandomFeatures, match="tensor product"):
+        sgdgp.condition(model, num_samples=2, num_features=2**20)

@@ -154,7 +154,7 @@ def test_columns_that_are_new_start_with_the_old_preconditioner():
     for data in ((x_new, y_new), (x_new[:0], y_new[:0])):
         (part,) = posterior.parts
         part = update_and_redraw(part, *data, generator)
-        posterior = replace(posterior, parts=(part,))
+        posterior = replace(posterior, solved=(part,))
         assert posterior.solution.solver == "renewed+cg"
         assert posterior.solution.passes < 0.75 * cold
         assert largest_residual(posterior) < 1.02e-3
