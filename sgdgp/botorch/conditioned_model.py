@@ -178,8 +178,8 @@ class ConditionedModel(FunctionModel):
 
     def _conditioned(self, problem: ModelData) -> Outputs:
         # Outputs that were seeded alike would have the same prior draws.
-        generator = derived_generator(self.seed, digest(problem.y))
-        settings = {**vars(self.settings), "seed": generator}
+        seed = derived_generator(self.seed, digest(problem.y)).initial_seed()
+        settings = {**vars(self.settings), "seed": seed}
         posterior = condition(problem.model, problem.x, problem.y, **settings)
         return problem.outputs_of(posterior)
 
