@@ -42,7 +42,7 @@ from sgdgp.posterior.variances import (
     variance_of,
     variances_given,
 )
-from sgdgp.solvers.base import Solution
+from sgdgp.solvers.base import Factor, Solution
 from sgdgp.solvers.system import rounding_of_products
 
 Points: TypeAlias = (
@@ -161,6 +161,7 @@ class ConditionedPaths(Paths):
         weights: Representer weights [v_y | v_1 ... v_s] (n, 1 + s).
         training_noise: The diagonal of Sigma (n,).
         dim: Columns of the user's inputs.
+        factor: Of K + Sigma, where there is one already.
     """
 
     prior: Prior
@@ -169,11 +170,14 @@ class ConditionedPaths(Paths):
     weights: Float[Tensor, "n k"] = field(repr=False)
     training_noise: Float[Tensor, " n"] = field(repr=False)
     dim: int
+    factor: Factor | None = field(default=None, repr=False)
 
     @cached_property
     def variances(self) -> Variances:
         """What is known of variances beside the weights; costs a pass or a factor."""
-        return variances_given(self.operator, self.training_noise, self.weights)
+        return variances_given(
+            self.operator, self.training_noise, self.weights, self.factor
+        )
 
     @cached_property
     def _wide(self) -> KernelOperator | None:
@@ -506,6 +510,7 @@ class ParallelPaths(Paths):
                 self.paths[outputs[0]].operator,
                 self.paths[outputs[0]].training_noise,
                 torch.cat([self.paths[output].weights for output in outputs], dim=1),
+                self.paths[outputs[0]].factor,
             )
             for outputs in self._groups
         ]

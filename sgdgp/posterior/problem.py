@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
-from gpytorch.kernels import Kernel
+from gpytorch.kernels import Kernel, ProductKernel
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import pad
@@ -28,7 +28,7 @@ from sgdgp.operators import KernelOperator, operator_by_name
 from sgdgp.posterior.paths import ConditionedPaths
 from sgdgp.posterior.variances import are_exact
 from sgdgp.solvers.auto import DIRECT_ROWS, Auto, choose_solver
-from sgdgp.solvers.base import Callback, Solution, Solver, progress_bar
+from sgdgp.solvers.base import Callback, Factor, Solution, Solver, progress_bar
 from sgdgp.solvers.cholesky import Cholesky
 from sgdgp.solvers.prediction_error import (
     ACCEPTED,
@@ -120,8 +120,10 @@ class Settings:
         few = all(len(rows.x) <= DIRECT_ROWS for rows in data)
         if not (direct and few and has_features(prior.kernel)):
             return False
-        # Whatever there is to refuse is refused now.
-        self.draw_prior(prior.kernel, data[0].inputs, 1, torch.Generator())
+        # Whatever there is to refuse is refused now: of products a number of features.
+        products = any(isinstance(k, ProductKernel) for k in prior.kernel.modules())
+        some = self if products else replace(self, num_features=1)
+        some.draw_prior(prior.kernel, data[0].inputs, 1, torch.Generator())
         return True
 
     def operator_over(
@@ -219,11 +221,13 @@ class Problem:
         """f_s(X) + eps_s."""
         return self.rhs[:, 1:]
 
-    def paths(self, weights: Float[Tensor, "n k"]) -> ConditionedPaths:
+    def paths(
+        self, weights: Float[Tensor, "n k"], factor: Factor | None = None
+    ) -> ConditionedPaths:
         """The posterior functions with these weights."""
         dim = self.x.shape[1]
         return ConditionedPaths(
-            self.prior, self.operator, self.draws, weights, self.noise, dim
+            self.prior, self.operator, self.draws, weights, self.noise, dim, factor
         )
 
     def solve(
@@ -298,7 +302,7 @@ class Part:
     @property
     def paths(self) -> ConditionedPaths:
         """The posterior functions."""
-        return self.problem.paths(self.solution.weights)
+        return self.problem.paths(self.solution.weights, self.solution.factor)
 
     @property
     def needs_no_functions(self) -> bool:

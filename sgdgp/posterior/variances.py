@@ -46,6 +46,7 @@ from sgdgp.operators.evaluation import (
     differentiable_block,
     evaluated_blocks,
 )
+from sgdgp.solvers.base import Factor
 
 EXACT_ROWS = 2_000
 """Rows up to which variances are exact: a factor of H takes a fraction of a second."""
@@ -115,6 +116,7 @@ def variances_given(
     operator: KernelOperator,
     noise: Float[Tensor, " n"],
     weights: Float[Tensor, "n k"],
+    factor: Factor | None = None,
 ) -> Variances:
     """Exact variances where a factor of H is cheap, and else what comes close.
 
@@ -122,7 +124,10 @@ def variances_given(
         operator: K (n, n).
         noise: The diagonal of Sigma (n,).
         weights: W = H^-1 U, as well as they were solved for.
+        factor: Of H in float64, where there is one already.
     """
+    if factor is not None and are_exact(operator):
+        return ExactVariances(factor.operator, weights, factor.lower)
     given = ExactVariances if are_exact(operator) else PartialVariances
     with torch.no_grad():
         return given.prepare(operator, noise, weights)

@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Literal, TypeAlias, TypeVar, get_args
+from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar, get_args
 
 import torch
 from jaxtyping import Float
@@ -158,6 +158,18 @@ class HistoryEntry:
     exact: bool
 
 
+class Factor(NamedTuple):
+    """K + Sigma = L L^T.
+
+    Attributes:
+        operator: K (n, n), streaming.
+        lower: L (n, n), whose strict upper triangle is not to be read.
+    """
+
+    operator: KernelOperator
+    lower: Tensor
+
+
 @register_stored_class
 @dataclass(frozen=True)
 class Solution:
@@ -178,6 +190,7 @@ class Solution:
             in memory only.
         prediction_error: Estimated error of the mean in posterior standard deviations
             of a target (see ``solvers/prediction_error.py``), where there is a mean.
+        factor: In float64, of few rows that were solved directly; held in memory only.
     """
 
     solver: str
@@ -192,6 +205,7 @@ class Solution:
     settings: Mapping[str, Any] = field(default_factory=dict)
     recycled: Recycled | None = field(default=None, repr=False, compare=False)
     prediction_error: float | None = None
+    factor: Factor | None = field(default=None, repr=False, compare=False)
 
     @property
     def carried(self) -> Recycled | None:
@@ -210,7 +224,7 @@ class Solution:
         norms = [entry.residuals for entry in self.history]
         wide = torch.float64
         return {
-            **{part.name: getattr(self, part.name) for part in fields(self)},
+            **{part.name: getattr(self, part.name) for part in fields(self)[:-1]},
             "history": {
                 "clock": torch.tensor(clock, dtype=wide, device="cpu").reshape(-1, 3),
                 "residuals": torch.tensor(norms, dtype=wide, device="cpu").reshape(

@@ -31,6 +31,7 @@ from sgdgp.core.memory import named_if_too_large
 from sgdgp.core.slices import slices
 from sgdgp.solvers.base import (
     Callback,
+    Factor,
     Limits,
     Progress,
     Reason,
@@ -43,6 +44,7 @@ from sgdgp.solvers.conjugate_gradients import CG
 from sgdgp.solvers.preconditioners import Inverse, Preconditioner
 from sgdgp.solvers.system import System
 
+_KEPT_ROWS = 2_000  # of a factor that goes with the solution: 32 MB
 _BLOCK = 512  # columns: wide enough for fast products, and Ctrl-C gets in between
 # Times the kernel's diagonal, the smallest that does: from about its rounding on.
 _JITTERS = {
@@ -203,6 +205,9 @@ class Cholesky(Solver):
                 "refinements": refinements,
                 "factor_dtype": str(self.factor_dtype),
             },
+            factor=Factor(system.operator, factor)
+            if system.n <= _KEPT_ROWS and (factor.dtype, jitter) == (torch.float64, 0.0)
+            else None,
         )
 
 
