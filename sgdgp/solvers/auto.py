@@ -34,7 +34,7 @@ from sgdgp.solvers.base import (
 )
 from sgdgp.solvers.cholesky import Cholesky
 from sgdgp.solvers.conjugate_gradients import CG
-from sgdgp.solvers.costs import CANDIDATE, FACTOR, REGRESSION, entry_cost
+from sgdgp.solvers.costs import FACTOR, entry_cost
 from sgdgp.solvers.inducing_sgd import InducingSGD
 from sgdgp.solvers.preconditioners import PivotedCholesky, default_rank
 from sgdgp.solvers.prediction_error import settle_means
@@ -42,7 +42,13 @@ from sgdgp.solvers.sdd import SDD
 from sgdgp.solvers.sgd import SGD
 from sgdgp.solvers.solutions import continued
 from sgdgp.solvers.system import System, as_system
-from sgdgp.solvers.two_level import TwoLevel, default_neighbours, far_field_rank
+from sgdgp.solvers.two_level import (
+    TwoLevel,
+    default_neighbours,
+    far_field_rank,
+    neighbours_pay,
+    noise_ratio,
+)
 
 DIRECT_ROWS = 2_000
 """Up to here a Cholesky factor takes less than a tenth of a second."""
@@ -50,11 +56,9 @@ DIRECT_ROWS = 2_000
 SMALLEST_RANK = 100
 """A preconditioner of a lower rank is not worth choosing CG for."""
 
-_WORTH_PASSES = 25.0  # that neighbours save where they tell: what their setup may cost
 # With less noise CG takes more than these passes (4,000 rows: 25 to 35, 2.2 s against
 # 1.1 s of the factor): a factor that costs no more comes first.
 _SMALL_NOISE, _SURE_PASSES = 1e-3, 20.0
-_LARGE_NOISE = 0.1  # of the prior variance: above, neighbours tell what low rank does
 # With fewer, what SDD has by then predicts better than the first iterates of CG
 # (``benchmarks/thompson_sampling``).
 _FEW_PASSES = 15.0
@@ -118,12 +122,11 @@ def plan(
     if passes < _FEW_PASSES and operator.outputs_per_input == 1:
         return (Stage(SDD()),)
     entry = entry_cost(columns, streamed=operator.streaming() is operator)
-    setup = REGRESSION / (n * entry) + CANDIDATE / entry
     factorisation = FACTOR * n / entry
     if (
         factor_fits
         and factorisation <= min(passes, _SURE_PASSES)
-        and _noise_ratio(operator, noise) < _SMALL_NOISE
+        and noise_ratio(operator, noise) < _SMALL_NOISE
     ):
         return (Stage(Cholesky()),)
     stages: list[Stage] = []
@@ -131,10 +134,7 @@ def plan(
     if factor_fits:
         share = max(_LEAST_SHARE, _FACTORISATIONS * factorisation)
     if (
-        operator.outputs_per_input == 1
-        and not operator.streaming().has_features  # neighbours tell nothing there
-        and setup <= _WORTH_PASSES
-        and _noise_ratio(operator, noise) < _LARGE_NOISE
+        neighbours_pay(operator, noise, columns)
         and n
         * (
             _BYTES_PER_RANK * far_field_rank(n)
@@ -162,14 +162,6 @@ def _seconds_of_a_pass(system: System) -> float:
     start = time.perf_counter()
     system.operator.rows(slice(0, rows)).matmul(system.rhs)
     return max(1e-9, (time.perf_counter() - start) * system.n / rows)
-
-
-def _noise_ratio(operator: KernelOperator, noise: Tensor | float) -> float:
-    """Mean noise variance over mean prior variance."""
-    prior = float(operator.diagonal().mean())
-    return float(torch.as_tensor(noise, device=operator.device).mean()) / max(
-        prior, 1e-300
-    )
 
 
 @register_stored_class

@@ -39,6 +39,8 @@ from torch import Tensor
 from sgdgp.core.checks import check_count
 from sgdgp.core.codec import register_stored_class
 from sgdgp.core.slices import slices
+from sgdgp.operators.base import KernelOperator
+from sgdgp.solvers.costs import CANDIDATE, REGRESSION, entry_cost
 from sgdgp.solvers.preconditioners import (
     Inverse,
     LowRank,
@@ -48,6 +50,9 @@ from sgdgp.solvers.preconditioners import (
 )
 from sgdgp.solvers.system import System
 
+_WORTH_PASSES = 25.0  # that neighbours save where they tell: what their setup may cost
+_LARGE_NOISE = 0.1  # of the prior variance: above, neighbours tell what low rank does
+_MANY_ROWS = 2_000  # from which a setup takes a while
 # Memory of one step: entries of a tile of correlations, and of regressions' blocks.
 _TILE_ENTRIES = 2**22
 _BLOCK_ENTRIES = 2**24
@@ -62,7 +67,9 @@ class TwoLevel(Preconditioner):
         low_rank: Recipe of the far field. Default: pivoted Cholesky of rank n / 45,
             at least 100 and at most 500: the neighbours carry most of the work.
         neighbours: Rows that each row is regressed on. Default: 40, for small n
-            sqrt(n), so that their blocks cost no more than a pass over K.
+            sqrt(n), so that their blocks cost no more than a pass over K. If both are
+            default, no neighbours, but pivoted Cholesky of its own default rank, where
+            ``neighbours_pay`` says no.
     """
 
     low_rank: LowRank | None = None
@@ -81,7 +88,13 @@ class TwoLevel(Preconditioner):
     def cost(self, n: int) -> float:
         return self._low_rank(n).cost(n) + 1.0 + (self._count(n) + 1) ** 2 / n
 
-    def prepare(self, system: System, generator: torch.Generator) -> TwoLevelInverse:
+    def prepare(self, system: System, generator: torch.Generator) -> Inverse:
+        if (
+            self == TwoLevel()
+            and system.n > _MANY_ROWS
+            and not neighbours_pay(system.operator, system.noise, system.rhs.shape[1])
+        ):
+            return PivotedCholesky().prepare(system, generator)
         factor, passes = self._low_rank(system.n).factor(system, generator)
         count = self._count(system.n)
         nearest = nearest_earlier(system, count, generator)
@@ -115,6 +128,29 @@ class TwoLevelInverse(Inverse):
         inner = self.sparse.rows @ r
         inner -= self.basis @ (self.shrinkage * (self.basis.mT @ inner))
         return self.sparse.transposed @ inner
+
+
+def neighbours_pay(
+    operator: KernelOperator, noise: Tensor | float, columns: int
+) -> bool:
+    """Whether neighbours of n rows save more than it takes to find them.
+
+    They tell something where the noise is less than a tenth of the prior variance and
+    rows are not made of features; that is worth 25 passes, which with few columns or
+    rows take less time than the setup.
+    """
+    if operator.outputs_per_input > 1 or operator.streaming().has_features:
+        return False
+    entry = entry_cost(columns, streamed=operator.streaming() is operator)
+    setup = REGRESSION / (operator.shape[0] * entry) + CANDIDATE / entry
+    return setup <= _WORTH_PASSES and noise_ratio(operator, noise) < _LARGE_NOISE
+
+
+def noise_ratio(operator: KernelOperator, noise: Tensor | float) -> float:
+    """Mean noise variance over mean prior variance."""
+    prior = float(operator.diagonal().mean())
+    given = torch.as_tensor(noise, device=operator.device)
+    return float(given.mean()) / max(prior, 1e-300)
 
 
 def default_neighbours(n: int) -> int:

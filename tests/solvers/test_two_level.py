@@ -301,3 +301,19 @@ def test_small_batches_of_regressions_change_nothing(generator, monkeypatch):
     parts = sparse_factor(system_of(p), no_factor(50), nearest)
     torch.testing.assert_close(parts.rows.to_dense(), whole.rows.to_dense())
     assert parts.explained == pytest.approx(whole.explained)
+
+
+@pytest.mark.parametrize(
+    ("noise", "columns", "pay"), [(0.01, 65, True), (0.3, 65, False), (0.01, 1, False)]
+)
+def test_neighbours_are_left_out_where_they_do_not_pay(
+    noise, columns, pay, generator, monkeypatch
+):
+    monkeypatch.setattr(two_level, "_MANY_ROWS", 100)
+    monkeypatch.setattr(two_level, "REGRESSION", 6e-5 * 300 / 4000)
+    case = CASES["matern12"]
+    operator = DenseOperator(case.kernel(), case.x(300))
+    scale = float(operator.diagonal().mean())
+    system = as_system(operator, noise * scale, torch.ones(300, columns).double())
+    assert ("neighbours" in TwoLevel().prepare(system, generator).settings) == pay
+    assert "neighbours" in TwoLevel(neighbours=5).prepare(system, generator).settings
