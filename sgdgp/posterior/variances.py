@@ -47,6 +47,7 @@ from sgdgp.operators.evaluation import (
     evaluated_blocks,
 )
 from sgdgp.solvers.base import Factor
+from sgdgp.solvers.cholesky import factorise_
 
 EXACT_ROWS = 2_000
 """Rows up to which variances are exact: a factor of H takes a fraction of a second."""
@@ -192,7 +193,9 @@ class ExactVariances(Variances):
         # Noise below rounding would decide nothing but whether there is a factor.
         floor = len(noise) * torch.finfo(torch.float64).eps * matrix.diagonal().max()
         matrix.diagonal().add_(noise.double().clamp_min(floor))
-        return cls(wide, weights, torch.linalg.cholesky(matrix))
+        if not factorise_(matrix):
+            raise RuntimeError("K + Sigma is not positive definite in float64")
+        return cls(wide, weights, matrix)
 
     def explain(self, x: Float[Tensor, "m p"]) -> Explained:
         parts = [self._explain(rows) for rows in x.split(_rows(len(self.factor)))]
