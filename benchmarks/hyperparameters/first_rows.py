@@ -36,13 +36,13 @@ def measured(dataset: str, rows: int, steps: int) -> list[dict[str, Any]]:
     split = load_split(dataset, 0, dtype=torch.float32)
     order = torch.randperm(len(split.x), generator=torch.Generator().manual_seed(0))
     x, y = split.x[order[:rows]], split.y[order[:rows]]
-    found = []
+    found: list[dict[str, Any]] = []
     for start, above in (("some rows", 3_000), ("all rows", len(x))):
         model = default_model(x, y)
         began, used = time.perf_counter(), time.process_time()
         with patch.object(_FIT, "_MANY_ROWS", above):
             fitted = sgdgp.fit(model, x, y, steps=steps, progress=False)
-        row = {
+        row: dict[str, Any] = {
             "dataset": dataset,
             "rows": len(x),
             "starts on": start,
