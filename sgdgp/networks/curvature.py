@@ -21,6 +21,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sgdgp.core.memory import resolve_budget
+from sgdgp.core.slices import slices
 from sgdgp.networks.likelihoods import Gaussian, Likelihood
 from sgdgp.networks.priors import WeightPrior
 from sgdgp.networks.stream import Batch, Stream
@@ -68,6 +69,10 @@ class KeptJacobian:
 
     matrix: Float[Tensor, "b C D"]
 
+    def take(self, rows: Tensor | slice) -> KeptJacobian:
+        """That of some examples."""
+        return KeptJacobian(self.matrix[rows])
+
     def jvp(self, w: Float[Tensor, "D k"]) -> Float[Tensor, "b C k"]:
         """J w."""
         return self.matrix @ w
@@ -82,6 +87,52 @@ class KeptJacobian:
     def jacobian(self) -> Float[Tensor, "b C D"]:
         """J itself."""
         return self.matrix
+
+
+@dataclass(frozen=True)
+class LinearJacobian:
+    """J in the weight (C, d) of a linear layer that gives the outputs, and its bias.
+
+    Attributes:
+        inputs: What the layer gets at each position (b, P, d).
+        num_outputs: C at each position.
+        has_bias: Whether there is one, after the weight.
+    """
+
+    inputs: Float[Tensor, "b P d"]
+    num_outputs: int
+    has_bias: bool
+
+    def take(self, rows: Tensor | slice) -> LinearJacobian:
+        """That of some examples."""
+        return replace(self, inputs=self.inputs[rows])
+
+    def jvp(self, w: Float[Tensor, "D k"]) -> Float[Tensor, "b C k"]:
+        """J w."""
+        rows, size = w.mT, self.num_outputs * self.inputs.shape[2]
+        weights = rows[:, :size].unflatten(1, (self.num_outputs, -1))
+        found = torch.einsum("bpd,kcd->bpck", self.inputs, weights)
+        found = found + rows[:, size:].mT if self.has_bias else found
+        return found.flatten(1, 2)
+
+    def vjp(
+        self, u: Float[Tensor, "b C k"], out: Float[Tensor, "D k"] | None = None
+    ) -> Float[Tensor, "D k"]:
+        """J^T u, summed over the examples; added to ``out`` in place if given."""
+        u = u.unflatten(1, (-1, self.num_outputs))
+        rows = torch.einsum("bpck,bpd->kcd", u, self.inputs).flatten(1)
+        if self.has_bias:
+            rows = torch.cat([rows, u.sum((0, 1)).mT], 1)
+        return rows.mT if out is None else out.add_(rows.mT)
+
+    def jacobian(self) -> Float[Tensor, "b C D"]:
+        """J itself."""
+        one = torch.eye(self.num_outputs).to(self.inputs)
+        found = torch.einsum("bpd,ce->bpced", self.inputs, one).flatten(3)
+        if self.has_bias:
+            bias = one.expand(*found.shape[:2], -1, -1)
+            found = torch.cat([found, bias], 3)
+        return found.flatten(1, 2)
 
 
 @dataclass(frozen=True)
@@ -157,44 +208,87 @@ class TangentData:
 
     @functools.cached_property
     @torch.no_grad()
-    def _kept(self) -> tuple[Batch, KeptJacobian] | None:
-        """All examples of this process as one batch, where their Jacobian is small."""
-        tangent = self.tangent
-        numbers = self.network_outputs.numel() * tangent.num_weights
-        budget = resolve_budget(tangent.memory_budget, tangent.device)
-        if numbers > _KEPT_NUMBERS or 2 * numbers * tangent.dtype.itemsize > budget:
+    def _kept(self) -> KeptJacobian | LinearJacobian | None:
+        """The Jacobian of all examples of this process, where it is small."""
+        linear = self._linear()
+        if linear is not None:
+            return linear
+        if not self._is_kept(self._numbers):
             return None
-        jacobian = self._table((b, self._jacobian_of(b)) for b in self.stream)
-        examples = self._table((b, b.examples) for b in self.stream)
-        rows = torch.arange(len(examples), device=examples.device)
-        return Batch(rows, examples, None, self.targets), KeptJacobian(jacobian)
+        return KeptJacobian(self._table((b, self._jacobian_of(b)) for b in self.stream))
 
-    @property
-    def keeps_jacobian(self) -> bool:
-        """Whether the Jacobian is small enough to be kept."""
-        return self._kept is not None
+    def _is_kept(self, numbers: int) -> bool:
+        tangent = self.tangent
+        budget = resolve_budget(tangent.memory_budget, tangent.device)
+        most = min(_KEPT_NUMBERS, budget // (2 * tangent.dtype.itemsize))
+        return numbers <= most
 
     def _jacobian_of(self, batch: Batch) -> Float[Tensor, "b C D"]:
-        at = self._jacobian_at(batch)
+        at = self.tangent.at(batch.x)
         at.jvp(self.zeros(1))  # refuses networks that no prediction could be made for
         return at.jacobian()
 
+    def _linear(self) -> LinearJacobian | None:
+        """The inputs of the one linear layer that all of this is about, if it is so."""
+        tangent = self.tangent
+        direction = torch.randn(
+            tangent.num_weights, 1, generator=torch.Generator().manual_seed(0)
+        ).to(self.network_outputs)
+        found = []
+        for batch in self.stream:
+            x = tangent.linear_inputs(batch.x)
+            if x is None or x.ndim < 2 or len(x) != len(batch.rows):
+                return None
+            x = x.reshape(len(x), -1, x.shape[-1])
+            if not self._is_kept(x[0].numel() * self.stream.num_rows):
+                return None
+            has_bias = len(tangent.names) > 1
+            linear = LinearJacobian(x, tangent.shapes[0][0], has_bias)
+            # Whatever the network does after the layer shows in a random direction.
+            one, two = tangent.at(batch.x).jvp(direction), linear.jvp(direction)
+            if one.shape != two.shape or not torch.allclose(
+                one, two, rtol=1e-3, atol=1e-4 * float(one.abs().max())
+            ):
+                return None
+            found.append((batch, x))
+        return replace(linear, inputs=self._table(iter(found)))
+
+    @property
+    def keeps_jacobian(self) -> bool:
+        """Whether J is small, and at hand."""
+        return self._kept is not None and self._is_kept(self._numbers)
+
+    @property
+    def _numbers(self) -> int:
+        """Of the Jacobian of this process's examples."""
+        return self.network_outputs.numel() * self.tangent.num_weights
+
+    @functools.cached_property
+    def _everything(self) -> Batch:
+        """All examples of this process as one batch, without inputs."""
+        examples = self._table((b, b.examples) for b in self.stream)
+        rows = torch.arange(len(examples), device=examples.device)
+        return Batch(rows, examples, None, self.targets)
+
     def batches(self) -> Iterator[tuple[Batch, Jacobian]]:
         """The examples of this process with their Jacobians."""
-        if self._kept is not None:
-            yield self._kept
+        if self._kept is None:
+            for batch in self.stream:
+                yield batch, self.at(batch)
             return
-        for batch in self.stream:
-            yield batch, self._jacobian_at(batch)
+        whole = self._everything
+        each = self.network_outputs.shape[1] * self.tangent.num_weights
+        for some in slices(len(whole.rows), max(1, _KEPT_NUMBERS // each)):
+            batch = Batch(whole.rows[some], whole.examples[some], None, whole.y[some])
+            yield batch, self._masked(batch, self._kept.take(some))
 
     def at(self, batch: Batch) -> Jacobian:
         """The Jacobian of one batch of this process."""
-        if self._kept is not None:
-            return KeptJacobian(self._kept[1].matrix[batch.rows])
-        return self._jacobian_at(batch)
+        kept = self._kept
+        at = self.tangent.at(batch.x) if kept is None else kept.take(batch.rows)
+        return self._masked(batch, at)
 
-    def _jacobian_at(self, batch: Batch) -> Jacobian:
-        at = self.tangent.at(batch.x)
+    def _masked(self, batch: Batch, at: Jacobian) -> Jacobian:
         counted = None if self.likelihood is None else self.likelihood.counted(batch.y)
         if counted is None or bool(counted.all()):
             return at

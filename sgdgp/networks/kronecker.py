@@ -135,7 +135,8 @@ def _rows(system: WeightSystem, seed: int) -> Iterator[Float[Tensor, "m D"]]:
     """Rows whose second moment is phi^T phi: those of phi, or random mixtures."""
     data = system.data
     if data.keeps_jacobian:
-        yield system.features(*next(data.batches()))
+        for batch, at in data.batches():
+            yield system.features(batch, at)
         return
     each = system.num_weights * data.tangent.dtype.itemsize
     count = -(-_PROBES // max(1, data.stream.num_batches))

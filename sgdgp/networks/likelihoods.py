@@ -145,7 +145,9 @@ class Categorical(Likelihood):
         return tensor.unflatten(1, (-1, self.classes)).flatten(0, 1)
 
     def counted(self, y: Tensor) -> Tensor | None:
-        return None if self.ignore_index is None else y.flatten(1) != self.ignore_index
+        if self.ignore_index is None:
+            return None
+        return y.reshape(len(y), -1) != self.ignore_index
 
     def hessian_root(self, outputs: Tensor, v: Tensor) -> Tensor:
         root, flat = self._root(outputs), self.by_position(v)

@@ -36,6 +36,7 @@ from sgdgp.tangent.network import (
     check_evaluation_mode,
     check_network,
     chosen_weights,
+    inputs_of_linear,
     used_last,
 )
 
@@ -140,6 +141,23 @@ class Tangent:
         out = self.function(x)(self._theta)
         check_finite("network outputs", out)
         return out
+
+    @torch.no_grad()
+    def linear_inputs(self, x: Any) -> Tensor | None:
+        """What the one linear layer gets (b, ..., d) that all chosen weights are of.
+
+        None where they are not its weight, or that and its bias, or it is used again.
+        """
+        weight, *others = self.names
+        owner = weight.rpartition(".")[0]
+        layer = self.network.get_submodule(owner)
+        bias = f"{owner}.bias".removeprefix(".")
+        if type(layer) is not nn.Linear or others not in ([], [bias]):
+            return None
+        if self._theta[weight].ndim != 2:
+            return None
+        run = functools.partial(self._outputs_at, arguments(x), self._theta)
+        return inputs_of_linear(self._theta[weight], run)
 
     def weights_of(self, rows: Float[Tensor, "k D"]) -> dict[str, Tensor]:
         """Rows of weights as tensors (k, *shape) by name."""

@@ -7,6 +7,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
@@ -153,6 +154,39 @@ def used_last(names: Mapping[int, str], run: Callable[[], object]) -> str | None
     with _Uses(names) as uses:
         run()
     return uses.last
+
+
+def inputs_of_linear(weight: Tensor, run: Callable[[], object]) -> Tensor | None:
+    """What a linear layer gets that is called once in a run; None if it is not.
+
+    Args:
+        weight: The layer's.
+        run: Runs the network.
+    """
+    with _LinearInputs(weight) as found:
+        run()
+    return found.inputs[0] if len(found.inputs) == 1 else None
+
+
+class _LinearInputs(TorchFunctionMode):
+    """Notes inputs of linear layers with a weight."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self._weight = weight
+        self.inputs: list[Tensor] = []
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """The function's value."""
+        if func is F.linear and len(args) > 1 and args[1] is self._weight:
+            self.inputs.append(args[0])
+        return func(*args, **(kwargs or {}))
 
 
 class _Uses(TorchFunctionMode):

@@ -4,9 +4,18 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
-from sgdgp.networks.curvature import TangentData, curvature_probes, example_noise
+from sgdgp.networks import Categorical, curvature
+from sgdgp.networks.curvature import (
+    LinearJacobian,
+    TangentData,
+    curvature_probes,
+    example_noise,
+)
 from sgdgp.networks.stream import stream_of
+from sgdgp.tangent import Tangent
 from tests.networks.dense import CLASSES, EXAMPLES, columns, tiny_system
 
 
@@ -118,3 +127,61 @@ def test_targets_that_do_not_match_the_inputs_are_refused():
     )
     with pytest.raises(ValueError, match=r"5 targets.* 7 outputs"):
         _ = data.network_outputs
+
+
+class Scaled(nn.Sequential):
+    """Says more than its last layer does."""
+
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class Twice(nn.Module):
+    """Uses its layer twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.layer(self.layer(x))
+
+
+def last_layer_of(network, x, y, likelihood=None):
+    tangent = Tangent(network.double().eval(), weights="last_layer")
+    loader = DataLoader(TensorDataset(x, y), batch_size=3)
+    return TangentData(tangent, stream_of(loader, tangent.device), likelihood)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(8, 4), (8, 5, 4)], ids=["rows", "positions"])
+def test_a_last_layer_is_known_by_its_inputs(monkeypatch, bias, shape):
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3, bias=bias))
+    x = torch.randn(shape, dtype=torch.float64)
+    y = torch.randint(3, shape[:-1])
+    y[2] = -100
+    likelihood = Categorical(ignore_index=-100)
+    data = last_layer_of(network, x, y, likelihood)
+    assert isinstance(data._kept, LinearJacobian)
+    monkeypatch.setattr(curvature, "_KEPT_NUMBERS", 0)
+    other = last_layer_of(network, x, y, likelihood)
+    assert other._kept is None
+    w = columns(data.tangent.num_weights, 3)
+    torch.testing.assert_close(data.forward(w), other.forward(w))
+    u = torch.randn(*data.network_outputs.shape, 2, dtype=torch.float64)
+    one, two = (d.adjoint(lambda b, at: u[b.rows], 2) for d in (data, other))
+    torch.testing.assert_close(one, two)
+    for batch in data.stream:
+        torch.testing.assert_close(
+            data.at(batch).jacobian(), other.at(batch).jacobian()
+        )
+
+
+@pytest.mark.parametrize(
+    "network",
+    [Scaled(nn.Linear(4, 4)), Twice(), nn.Sequential(nn.Linear(4, 4), nn.Tanh())],
+)
+def test_what_is_more_than_a_last_layer_is_noticed(network):
+    data = last_layer_of(network, torch.randn(8, 4).double(), torch.arange(8) % 4)
+    assert not isinstance(data._kept, LinearJacobian)

@@ -74,6 +74,20 @@ def test_ignored_positions_are_as_if_they_were_not_there(network, data, solver):
         assert found.scores[name] == pytest.approx(scores, nan_ok=True)
 
 
+@pytest.mark.filterwarnings("ignore:Learning has not settled")
+def test_examples_with_one_label_may_be_without_it(network, data):
+    x, y, counted = data
+    settings = {**SETTINGS, "solver": "cholesky"}
+    whole = linearise(network, Categorical(ignore_index=IGNORED), Isotropic()).fit(
+        TensorDataset(x.flatten(0, 1), y.flatten()), **settings
+    )
+    fewer = linearise(network, Categorical(), Isotropic()).fit(
+        TensorDataset(x[counted], y[counted]), **settings
+    )
+    torch.testing.assert_close(whole.precisions, fewer.precisions)
+    torch.testing.assert_close(whole.weight_mean, fewer.weight_mean)
+
+
 def test_scores_add_up_over_positions(network, data):
     x, y, _ = data
     likelihood = Categorical(ignore_index=IGNORED)

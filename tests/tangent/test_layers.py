@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import faulthandler
 import multiprocessing
 from concurrent.futures import ThreadPoolExecutor
 
@@ -309,6 +310,9 @@ def test_threads_that_share_a_network_find_what_one_finds(kind):
 
 
 def _in_a_child(tangent, x, w, queue):
+    # OpenMP's threads are not in a fork, and torch would wait for them.
+    torch.set_num_threads(1)
+    faulthandler.dump_traceback_later(50, exit=True)
     queue.put(tangent.at(x).jvp(w).numpy())
 
 
@@ -324,11 +328,34 @@ def test_a_forked_process_goes_on_whatever_other_threads_do():
         busy = [thread.submit(lambda: tangent.at(x).jvp(w)) for _ in range(50)]
         child = context.Process(target=_in_a_child, args=(tangent, x, w, queue))
         child.start()
-        found = queue.get()
+        # A child that dies puts nothing into the queue.
         child.join(60)
         assert child.exitcode == 0
         assert all(torch.allclose(one.result(), expected) for one in busy)
-    assert torch.allclose(torch.from_numpy(found), expected)
+    assert torch.allclose(torch.from_numpy(queue.get()), expected)
+
+
+def test_a_thread_that_forks_amid_a_pass_goes_on_in_both_processes():
+    class Forking(nn.Linear):
+        def forward(self, x):
+            nonlocal child
+            if child is None:
+                child = context.Process(target=_in_a_child, args=(tangent, x, w, queue))
+                child.start()
+            return super().forward(x)
+
+    child = None
+    context = multiprocessing.get_context("fork")
+    queue = context.SimpleQueue()
+    tangent = Tangent(Forking(3, 2).double().eval())
+    x, w = normal(4, 3), normal(tangent.num_weights, 2)
+    found = tangent.at(x).jvp(w)
+    child.join(60)
+    assert child.exitcode == 0
+    assert torch.allclose(torch.from_numpy(queue.get()), found)
+    with ThreadPoolExecutor(1) as thread:
+        again = thread.submit(lambda: tangent.at(x).jvp(w)).result(60)
+    assert torch.allclose(again, found)
 
 
 def test_a_network_that_was_moved_is_noticed():
