@@ -114,8 +114,15 @@ def operator_by_name(
     """The square operator of that name, or the chooser's for "auto".
 
     Raises:
-        ValueError: No operator has that name, or it cannot take this kernel.
+        ValueError: No operator has that name, or it cannot take this kernel; or the
+            budget is less than a row of K, which would take hours.
     """
+    row = x.shape[0] * x.element_size()
+    if memory_budget is not None and memory_budget < row:
+        raise ValueError(
+            f"memory_budget: expected at least {row} bytes, one row of the kernel "
+            f"matrix, found {memory_budget}"
+        )
     if name == "auto":
         return choose_operator(kernel, x, memory_budget=memory_budget)
     if name not in _OPERATORS:

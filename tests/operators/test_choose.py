@@ -64,6 +64,17 @@ def test_docstrings_list_every_name(function):
     assert set(re.findall(r'"(\w+)"', names)) == {"auto", *get_args(OperatorName)}
 
 
+@pytest.mark.parametrize("name", ["auto", "tiled", "dense"])
+def test_a_budget_of_less_than_a_row_is_refused_and_a_row_is_enough(name):
+    x = torch.rand(300, 2, generator=torch.Generator().manual_seed(0))
+    operator = operator_by_name(name, RBFKernel(), x, memory_budget=1200)
+    v = x[:, :1]
+    truth = RBFKernel()(x).to_dense().detach() @ v
+    torch.testing.assert_close(operator.matmul(v), truth)
+    with pytest.raises(ValueError, match="memory_budget: expected at least 1200 bytes"):
+        operator_by_name(name, RBFKernel(), x, memory_budget=1199)
+
+
 def test_a_budget_that_is_not_positive_is_refused():
     with pytest.raises(ValueError, match="memory_budget must be a positive"):
         choose_operator(RBFKernel(), torch.zeros(5, 2), memory_budget=0)
