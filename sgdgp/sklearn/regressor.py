@@ -363,7 +363,7 @@ class SGDGPRegressor(MultiOutputMixin, RegressorMixin, BaseEstimator):
         return values[:, 0] if self._is_flat else values
 
     def log_marginal_likelihood(
-        self, theta: Any = None, eval_gradient: bool = False
+        self, theta: Any = None, eval_gradient: bool = False, clone_kernel: bool = True
     ) -> float | tuple[float, np.ndarray]:
         """Log marginal likelihood of the standardised targets, of all outputs together.
 
@@ -375,6 +375,8 @@ class SGDGPRegressor(MultiOutputMixin, RegressorMixin, BaseEstimator):
                 ``kernel_.theta``, or of a GPyTorch kernel all positive parameters in
                 their order. Default: the learned ones.
             eval_gradient: Return the gradient with respect to theta as well.
+            clone_kernel: As in scikit-learn, where False saves a copy; ``kernel_`` is
+                never changed here.
 
         Returns:
             The value; or with the gradient (len(theta),).
