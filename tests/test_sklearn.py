@@ -75,6 +75,17 @@ def fixed(**parameters: Any) -> SGDGPRegressor:
     return SGDGPRegressor(**{**settings, "random_state": 0, **parameters})
 
 
+def test_without_normalisation_the_mean_is_zero_and_outputs_do_not_move_each_other():
+    X, y = some_data()
+    new, far = some_data(9, seed=1)[0], np.full((1, 2), 1e3)
+    model = fixed(normalize_y=False).fit(X, y + 5.0)
+    mean, _ = closed_form(a_kernel(), 0.05, X, y + 5.0, new)
+    np.testing.assert_allclose(model.predict(new), mean, rtol=1e-5)
+    assert abs(model.predict(far)[0]) < 1e-12
+    both = fixed(normalize_y=False).fit(X, np.stack([y + 5.0, 1e3 * y], 1))
+    np.testing.assert_allclose(both.predict(new)[:, 0], mean, rtol=1e-5)
+
+
 class TestPredict:
     def test_mean_is_the_closed_form_in_the_units_of_the_targets(self):
         X, y = some_data()
