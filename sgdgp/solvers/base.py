@@ -493,9 +493,9 @@ class Recorder:
         """Wall time since the solve began."""
         return time.perf_counter() - self._start
 
-    def is_past(self, max_seconds: float | None) -> bool:
-        """Whether a budget in seconds, if there is one, is used up."""
-        return max_seconds is not None and self.seconds >= max_seconds
+    def is_past(self, max_seconds: float | None, ahead: float = 0.0) -> bool:
+        """Whether a budget in seconds is used up, or will be by what is ahead."""
+        return max_seconds is not None and self.seconds + ahead >= max_seconds
 
     def __call__(
         self,

@@ -17,6 +17,7 @@ way is an estimate of the residual for nothing. What they all have in common is 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, TypeVar
@@ -279,9 +280,16 @@ def run(algorithm: Algorithm[Any], record: Recorder) -> Reason:
     def weights() -> Tensor:
         return algorithm.data.unshuffled(algorithm.current()) * system.scale
 
+    paces: deque[float] = deque(maxlen=16)  # seconds of a pass, by the last blocks
+
     def is_out_of_budget() -> bool:
-        needed = algorithm.passes + algorithm.reserve
-        return needed >= solver.max_passes or record.is_past(solver.max_seconds)
+        reserve = algorithm.reserve
+        if algorithm.passes + reserve >= solver.max_passes:
+            return True
+        # The first block alone says nothing: it may have filled a matrix.
+        pace = min(paces) if len(paces) > 1 else 0.0
+        ahead = pace * (reserve + algorithm.whole_passes)
+        return record.is_past(solver.max_seconds, ahead)
 
     reason: Reason | None = None
     if algorithm.checked.is_within(solver.tolerance):
@@ -292,10 +300,12 @@ def run(algorithm: Algorithm[Any], record: Recorder) -> Reason:
         algorithm.is_verified, exact = False, False
         diverged = False
         for block in algorithm.blocks():
+            began = record.seconds
             diverged = algorithm.is_diverging(algorithm.visit(block))
             if diverged or (not algorithm.whole_passes and is_out_of_budget()):
                 break
             algorithm.step(block)
+            paces.append((record.seconds - began) * algorithm.num_blocks)
         algorithm.end_pass()
         if diverged or algorithm.has_grown():
             algorithm.restarts += 1

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import fields, replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -262,6 +263,32 @@ def test_a_budget_in_seconds_ends_a_solve(name):
         assert found.reason == "budget"
         few = seconds < 1e-5 and name in STOCHASTIC
         assert found.passes < (4.0 if few else 20.0)
+
+
+class Clocked(RowBlocksOperator):
+    """A pass over K takes one second, of which it tells."""
+
+    seconds = 0.0
+
+    def _rows_matmul(self, index, v):
+        found = super()._rows_matmul(index, v)
+        Clocked.seconds += len(found) / self.shape[0]
+        return found
+
+
+@pytest.mark.parametrize(
+    "name", ["cg", "sdd", "sgd", "adasap", "alternating_projections"]
+)
+def test_a_budget_in_seconds_is_kept_with_the_check_at_the_end(name, monkeypatch):
+    p = problem("rbf", 300, noise=1e-6)
+    monkeypatch.setattr(Clocked, "seconds", 0.0)
+    clock = SimpleNamespace(perf_counter=lambda: Clocked.seconds)
+    monkeypatch.setattr("sgdgp.solvers.base.time", clock)
+    operator = Clocked(p.operator.kernel, p.operator.x)
+    solver = stopped(name, tolerance=1e-13, max_passes=1e6, max_seconds=6.0)
+    found = solver.solve(operator, p.noise, p.rhs)
+    assert found.reason == "budget"
+    assert 3.0 < found.seconds <= Clocked.seconds <= 6.1
 
 
 @every_iterative
