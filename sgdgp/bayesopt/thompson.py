@@ -39,7 +39,7 @@ from sgdgp.core.hashes import digest
 from sgdgp.core.inference import outside_inference_mode
 from sgdgp.core.seeds import derived_generator, number_of
 from sgdgp.posterior import PathwisePosterior
-from sgdgp.posterior.condition import DEFAULT_FEATURES
+from sgdgp.posterior.problem import DEFAULT_FEATURES
 from sgdgp.solvers.auto import check_solver_name
 from sgdgp.solvers.base import Solver
 

@@ -27,7 +27,7 @@ from sgdgp.core.checkpoint import Checkpoint
 from sgdgp.core.files import FileKind
 from sgdgp.core.hashes import digest, former_structure_of, structure_of
 from sgdgp.operators.base import KernelOperator
-from sgdgp.posterior.problem import Observations, Problem
+from sgdgp.posterior.problem import Observations, Problem, Settings
 from sgdgp.solvers.base import HistoryEntry, Progress, Solution, Solver
 
 KIND = FileKind("sgdgp.checkpoint", 2, "checkpoint", format_1.solve)
@@ -64,7 +64,7 @@ class SolveCheckpoint(Checkpoint):
         data: Observations,
         generator: torch.Generator,
         num_samples: int,
-        num_features: int,
+        settings: Settings,
     ) -> None:
         """Read the file of a system, if there is one.
 
@@ -74,7 +74,7 @@ class SolveCheckpoint(Checkpoint):
             data: What was observed.
             generator: Source of the prior draws, before the first of them.
             num_samples: Posterior sample functions.
-            num_features: Random features of each group of draws.
+            settings: How they are drawn.
 
         Raises:
             CheckpointError: The file is damaged, foreign, of a newer format or of
@@ -87,7 +87,7 @@ class SolveCheckpoint(Checkpoint):
             "the training targets y": digest(data.y.flatten()),
             "dtype": str(data.x.dtype),
             "num_samples": str(num_samples),
-            "num_features": str(num_features),
+            "num_features": str(settings.num_features),
             "the seed, or the state of the generator that was passed": digest(
                 generator.get_state()
             ),

@@ -6,7 +6,6 @@ f(x) + K(x, X) (K + Sigma)^-1 (y - f(X) - eps),  f a prior function, eps noise
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -14,7 +13,6 @@ from gpytorch.models import ExactGP
 from jaxtyping import Float
 from torch import Tensor
 
-from sgdgp.core.checks import check_count
 from sgdgp.core.deprecation import renamed_arguments
 from sgdgp.core.inference import outside_inference_mode
 from sgdgp.core.seeds import generator_of
@@ -22,6 +20,7 @@ from sgdgp.gpytorch_adapter import Inputs, Prior, prior_of, training_data
 from sgdgp.posterior.checkpoint import SolveCheckpoint
 from sgdgp.posterior.posterior import Posterior, posterior_of
 from sgdgp.posterior.problem import (
+    DEFAULT_FEATURES,
     Observations,
     Part,
     Settings,
@@ -33,9 +32,6 @@ from sgdgp.posterior.problem import (
     problems_of,
 )
 from sgdgp.solvers.base import Callback, Solver
-
-DEFAULT_FEATURES = 16_384
-"""Random features per group of samples; about one kernel row's worth of work."""
 
 
 @renamed_arguments(every="checkpoint_every")
@@ -58,16 +54,14 @@ def condition(
 ) -> Posterior:
     """Condition a GPyTorch model on data by one stochastic linear solve.
 
-    The model is read, never changed: mean, kernel, noise and transforms. Its
-    posterior is represented by its mean and ``num_samples`` functions. Up to 2,000
-    rows a factor knows mean and variances: functions wait until they are asked for.
+    The model is read, never changed. Its posterior is its mean and ``num_samples``
+    functions, which up to 2,000 rows wait until they are asked for.
 
     Args:
         model: Any ``ExactGP`` without batch shape, with a Gaussian likelihood.
-        x: Training inputs (n, d) before the model's own transforms; a tuple of them
-            for a model of several inputs. Default: the model's.
+        x: Inputs (n, d), or a tuple of several. Default: x and y are the model's.
         y: Targets (n,); or (n, T) of tasks of a ``MultitaskKernel``, or of independent
-            outputs with one kernel and noise, NaN where there is none.
+            outputs with one kernel and noise. NaN where there is none.
         solver: A solver such as ``SDD(tolerance=1e-2)``, its name, or "auto".
         num_samples: Posterior sample functions; 0 for the mean alone.
         seed: Seed or generator of everything random.
@@ -76,44 +70,34 @@ def condition(
         memory_budget: Bytes for operator and solver. Default: half of what is free.
         progress: Show a progress bar. Default: on a terminal.
         callback: Called as the solve advances; returning True stops it.
-        checkpoint: File that keeps the solve; calling again goes on from there. Further
-            solves have ``checkpoint.1`` and on. See docs/checkpoints.md.
+        checkpoint: File that keeps the solve; calling again goes on from there.
         checkpoint_every: Seconds between two writes of it, at least.
 
     Returns:
         A ``PathwisePosterior``; where y has several columns a ``MultiOutputPosterior``.
-        ``posterior.solution.reason`` says how the solve ended.
 
     Raises:
-        CheckpointError: The file cannot be written, or belongs to other data.
         NoRandomFeatures: There are none, and n is too large for exact prior draws.
-        TypeError: Data, settings or the likelihood are of the wrong kind.
-        ValueError: Data, model or settings do not fit; says which and why.
+        ValueError: Data, model or settings do not fit (TypeError: in kind); says why.
     """
-    check_count("num_samples", num_samples, 0)
     keeper = SolveCheckpoint.at(checkpoint, checkpoint_every)
-    generator = generator_of(seed)
     x, y = training_data(model, x, y)
     prior = prior_of(model, x)
     settings = Settings.resolve(
-        solver, num_features, operator, memory_budget, y, generator, progress, callback
+        solver, num_features, operator, memory_budget, y, seed, progress, callback
     )
     data = observations(prior, x, y)
     solve = partial(solved, prior, data, settings, num_samples)
-    watched = keeper or callback or progress or isinstance(seed, torch.Generator)
-    if num_samples and not watched and settings.functions_can_wait(prior, data):
+    if keeper is None and settings.functions_can_wait(prior, data, num_samples, seed):
         means = solve(seed, functions=False)
         if all(part.needs_no_functions for part in means):
             return posterior_of(means, later=partial(solve, seed))
-    parts = solve(generator, keeper)
-    announce("condition", parts)
-    return posterior_of(parts)
+    return posterior_of(announce("condition", solve(seed, keeper)))
 
 
-@outside_inference_mode
 def solved(
     prior: Prior,
-    data: Sequence[Observations],
+    data: tuple[Observations, ...],
     settings: Settings,
     num_samples: int,
     seed: int | torch.Generator,
@@ -125,8 +109,7 @@ def solved(
     for index, rows in enumerate(data):
         stream = settings.stream(index, generator)
         if keeper is not None:
-            features = settings.num_features
-            keeper.open_for(index, prior.model, rows, stream, num_samples, features)
+            keeper.open_for(index, prior.model, rows, stream, num_samples, settings)
         clock = Stopwatch()
         problems = problems_of(prior, rows, settings, num_samples, stream, functions)
         problem = joined(problems)

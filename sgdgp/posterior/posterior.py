@@ -85,9 +85,8 @@ class Posterior:
         """What was solved, with the sample functions."""
         if self.later is None:
             return self.solved
-        found = self.later()
-        announce("condition", found)
-        return tuple(found)
+        found = outside_inference_mode(self.later)()
+        return tuple(announce("condition", found))
 
     @cached_property
     def solution(self) -> Solution:

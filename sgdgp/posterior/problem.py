@@ -9,7 +9,7 @@ their right-hand sides meet every kernel entry together.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -21,7 +21,12 @@ from torch.nn.functional import pad
 from sgdgp.core.checks import check_count, check_followers
 from sgdgp.core.errors import warn_user
 from sgdgp.core.memory import resolve_budget
-from sgdgp.core.seeds import derived_generator, seed_of, standard_normal
+from sgdgp.core.seeds import (
+    derived_generator,
+    generator_of,
+    seed_of,
+    standard_normal,
+)
 from sgdgp.features import ExactDraws, PriorDraws, draw_prior, has_features
 from sgdgp.gpytorch_adapter import Inputs, Prior, observed_rows
 from sgdgp.operators import KernelOperator, operator_by_name
@@ -36,6 +41,9 @@ from sgdgp.solvers.prediction_error import (
 )
 from sgdgp.solvers.recycling import directions_to_keep
 from sgdgp.solvers.solutions import continued, split_solution
+
+DEFAULT_FEATURES = 16_384
+"""Random features per group of samples; about one kernel row's worth of work."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +79,7 @@ class Settings:
         operator: str,
         memory_budget: int | None,
         like: Tensor,
-        generator: torch.Generator,
+        seed: int | torch.Generator,
         progress: bool | None,
         callback: Callback | None,
     ) -> Settings:
@@ -90,7 +98,7 @@ class Settings:
             num_features,
             operator,
             budget,
-            seed_of(generator),
+            seed_of(generator_of(seed)),
             progress,
             callback,
         )
@@ -110,12 +118,24 @@ class Settings:
         stream = derived_generator(self.seed, "output", column)
         return replace(self, seed=seed_of(stream))
 
-    def functions_can_wait(self, prior: Prior, data: Sequence[Observations]) -> bool:
+    def functions_can_wait(
+        self,
+        prior: Prior,
+        data: Sequence[Observations],
+        num_samples: int,
+        seed: int | torch.Generator,
+    ) -> bool:
         """Whether to solve for means alone first, directly: few rows know the rest.
+
+        Not if somebody looks on, nor with a generator, which others go on with.
 
         Raises:
             ValueError: The functions cannot be drawn.
         """
+        if num_samples == 0 or self.callback or self.progress:
+            return False
+        if isinstance(seed, torch.Generator):
+            return False
         direct = isinstance(self.solver, Auto | Cholesky)
         few = all(len(rows.x) <= DIRECT_ROWS for rows in data)
         if not (direct and few and has_features(prior.kernel)):
@@ -409,6 +429,7 @@ def problems_of(
 
     Without functions their columns are zero: the mean's is rounded as beside them.
     """
+    check_count("num_samples", num_samples, 0)
     count = num_samples if functions else 0
     operator = settings.operator_over(prior.kernel, data.inputs)
     problems = []
@@ -452,8 +473,8 @@ def right_hand_sides(
     return rhs, pad(noise_draws, (1, 0))
 
 
-def announce(verb: str, parts: Iterable[Part]) -> None:
-    """Warn, once, of solves that ended short of what they were to reach."""
+def announce(verb: str, parts: Sequence[Part]) -> Sequence[Part]:
+    """The parts; warns, once, of solves that ended short of what they were to reach."""
     told: dict[str, None] = {}
     for part in parts:
         solution = part.solution
@@ -468,6 +489,7 @@ def announce(verb: str, parts: Iterable[Part]) -> None:
             ] = None
     for sentence in told:
         warn_user(f"sgdgp.{verb}: {sentence}")
+    return parts
 
 
 class Stopwatch:

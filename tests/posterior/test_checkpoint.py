@@ -316,7 +316,7 @@ def change_weights(change):
 
 
 CHANGES = {
-    "rows": (change_weights(lambda w: w[:-1]), "of shape"),
+    "rows": (change_weights(lambda w: w[:-1]), "shape"),
     "columns": (change_weights(lambda w: w[:, 1:]), "shape"),
     "dtype": (change_weights(lambda w: w.float()), "float32"),
     "nan": (change_weights(lambda w: w.fill_(torch.nan)), "NaN"),
