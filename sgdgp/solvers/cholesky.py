@@ -29,6 +29,7 @@ from sgdgp.core.checks import check_count, check_positive
 from sgdgp.core.codec import register_stored_class
 from sgdgp.core.memory import named_if_too_large
 from sgdgp.core.slices import slices
+from sgdgp.operators.dense import DenseOperator
 from sgdgp.solvers.base import (
     Callback,
     Factor,
@@ -44,7 +45,7 @@ from sgdgp.solvers.conjugate_gradients import CG
 from sgdgp.solvers.preconditioners import Inverse, Preconditioner
 from sgdgp.solvers.system import System
 
-_KEPT_ROWS = 2_000  # of a factor that goes with the solution: 32 MB
+_KEPT_ROWS = 2_000  # of a factor, or of K, that is kept: 32 MB each
 _BLOCK = 512  # columns: wide enough for fast products, and Ctrl-C gets in between
 # Times the kernel's diagonal, the smallest that does: from about its rounding on.
 _JITTERS = {
@@ -97,6 +98,11 @@ class Cholesky(Solver):
     def _solve(self, task: Task) -> Solution:
         record = Recorder(task.callback)
         system, rhs = task.system.to(torch.float64), task.system.rhs
+        factored = system.to(self.factor_dtype)
+        if system.n <= _KEPT_ROWS and self.factor_dtype == torch.float64:
+            # One evaluation of K for the factor and all residuals.
+            kept = DenseOperator.filled_by(system.operator)
+            factored = system = replace(system, operator=kept)
         untouched = torch.ones_like(task.system.scale)
 
         def advance() -> None:
@@ -105,7 +111,7 @@ class Cholesky(Solver):
                 raise _Stopped
 
         try:
-            factor, jitter, passes = factorise(system.to(self.factor_dtype), advance)
+            factor, jitter, passes = factorise(factored, advance)
         except _Stopped:
             return Solution(
                 solver=self.name,
@@ -205,7 +211,7 @@ class Cholesky(Solver):
                 "refinements": refinements,
                 "factor_dtype": str(self.factor_dtype),
             },
-            factor=Factor(system.operator, factor)
+            factor=Factor(system.operator.streaming(), factor)
             if system.n <= _KEPT_ROWS and (factor.dtype, jitter) == (torch.float64, 0.0)
             else None,
         )
