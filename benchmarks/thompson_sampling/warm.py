@@ -84,18 +84,27 @@ def measured(request: Request, tolerance: float) -> list[dict[str, Any]]:
                 "tolerance": tolerance,
                 "step": steps,
                 "known": known,
-                "cold_passes": cold.solution.passes,
+                "cold_passes": passes_to(cold, tolerance),
                 "cold_seconds": cold.timings["solve"],
                 "cold_residual": true_residual(cold),
                 "warm_solver": warm.solution.solver,
-                "warm_passes": warm.solution.passes,
+                "warm_passes": passes_to(warm, tolerance),
                 "warm_seconds": warm.timings["solve"],
                 "warm_residual": true_residual(warm),
-                "ratio": warm.solution.passes / cold.solution.passes,
+                "ratio": passes_to(warm, tolerance) / passes_to(cold, tolerance),
             }
         )
         print(line(table[-1]), flush=True)
     return table
+
+
+def passes_to(posterior: PathwisePosterior, tolerance: float) -> float:
+    """Passes to the tolerance; means go on from there until they are right."""
+    solution = posterior.solution
+    for entry in solution.history:
+        if entry.exact and max(entry.residuals) <= tolerance:
+            return entry.passes
+    return solution.passes
 
 
 def line(row: dict[str, Any]) -> str:

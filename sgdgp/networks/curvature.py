@@ -127,7 +127,9 @@ class LinearJacobian:
 
     def jacobian(self) -> Float[Tensor, "b C D"]:
         """J itself."""
-        one = torch.eye(self.num_outputs).to(self.inputs)
+        one = torch.eye(
+            self.num_outputs, dtype=self.inputs.dtype, device=self.inputs.device
+        )
         found = torch.einsum("bpd,ce->bpced", self.inputs, one).flatten(3)
         if self.has_bias:
             bias = one.expand(*found.shape[:2], -1, -1)
@@ -232,7 +234,10 @@ class TangentData:
         """The inputs of the one linear layer that all of this is about, if it is so."""
         tangent = self.tangent
         direction = torch.randn(
-            tangent.num_weights, 1, generator=torch.Generator().manual_seed(0)
+            tangent.num_weights,
+            1,
+            generator=torch.Generator().manual_seed(0),
+            device="cpu",
         ).to(self.network_outputs)
         found = []
         for batch in self.stream:

@@ -65,6 +65,13 @@ def largest_residual(posterior):
     return float((left.norm(dim=0) / rhs.norm(dim=0)).max())
 
 
+def passes_to_tolerance(posterior):
+    """Passes after which all residuals were below the default tolerance."""
+    history = posterior.solution.history
+    reached = [e.passes for e in history if e.exact and max(e.residuals) <= 1e-3]
+    return min(reached)
+
+
 @pytest.mark.parametrize("lengthscale", [0.1, 0.3, 0.5])
 def test_new_data_cost_less_than_a_third_of_a_cold_solve_at_the_same_residual(
     lengthscale,
@@ -78,7 +85,8 @@ def test_new_data_cost_less_than_a_third_of_a_cold_solve_at_the_same_residual(
     for _ in range(3):
         posterior = posterior.update(x_new, y_new, progress=False)
         assert posterior.solution.reason == "converged"
-        assert posterior.solution.passes < cold.solution.passes / 3
+        # Means of either go on from there until they are right.
+        assert passes_to_tolerance(posterior) < passes_to_tolerance(cold) / 3
         assert largest_residual(posterior) < 1.02e-3
         x_new = (x_new + 0.03).clamp(0, 1)
         y_new = y_new + 0.01

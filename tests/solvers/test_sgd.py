@@ -64,6 +64,7 @@ def test_a_kernel_without_features_uses_blocks_and_says_so():
 
 def test_several_outputs_per_input_are_solved():
     kernel = MultitaskKernel(MaternKernel(0.5), num_tasks=2, rank=1).double()
+    kernel.task_covar_module.covar_factor.data = torch.tensor([[0.8], [-0.6]]).double()
     x = torch.randn(40, 3, generator=_generator(), dtype=torch.float64)
     rhs = torch.randn(80, 2, generator=_generator(1), dtype=torch.float64)
     p = Problem(RowBlocksOperator(kernel, x), torch.tensor(1.0).double(), rhs)
