@@ -69,6 +69,7 @@ STREAMS = {
     "noise of fantasies": "imagined observations",
     "observation noise": "observation noise of a BoTorch posterior's samples",
     "output": "later data of one of several outputs",
+    "precisions": "probes of a long sum of precisions",
     "prior weights": "prior weights of one sample of a network",
     "restart": "one of the starts of a fit",
     "system": "a further solve of a posterior, of rows of its own",

@@ -6,9 +6,7 @@ likelihood is
     log p(y) = log p(y | J R vbar) - |vbar|^2 / 2 - log det(phi^T phi + I) / 2,
 
 exact where the likelihood is Gaussian. The determinant is found by stochastic Lanczos
-quadrature (Ubaru, Chen and Saad, SIAM J. Matrix Anal. Appl. 38, 2017) without
-reorthogonalisation, which repeats eigenvalues and splits their weights: quadratures
-stay true, and three blocks of weights are all that is kept.
+quadrature (``lanczos.py``).
 
 The network itself is a point of the same model, with its trained weights theta in place
 of R vbar and its own outputs. Its evidence is taken at the precision and the noise that
@@ -26,6 +24,7 @@ from torch import Tensor
 
 from sgdgp.core.seeds import derived_generator
 from sgdgp.networks.curvature import WeightSystem
+from sgdgp.networks.lanczos import Lanczos, random_signs
 from sgdgp.networks.likelihoods import Gaussian
 
 EXACT_WEIGHTS = 512
@@ -93,39 +92,17 @@ def spectrum_of(system: WeightSystem, num_probes: int, seed: int) -> Spectrum:
     if size <= EXACT_WEIGHTS or system.data.has_cheap_gram(system.likelihood):
         values = torch.linalg.eigvalsh(system.gram).clamp_min(0.0).unsqueeze(0)
         return Spectrum(values, torch.ones_like(values), 1.0)
-    rows = torch.empty(num_probes, size, dtype=like.dtype, device="cpu")
-    for i, row in enumerate(rows):
-        row.bernoulli_(generator=derived_generator(seed, "evidence", i))
-    vector = (2 * rows - 1).to(like.device).mT / math.sqrt(size)
-    before, length = torch.zeros_like(vector), like.new_zeros(num_probes)
-    diagonal: list[Tensor] = []
-    off_diagonal: list[Tensor] = []
-    estimate = -math.inf
+    streams = [derived_generator(seed, "evidence", i) for i in range(num_probes)]
+    start = random_signs(size, streams, like)
+    run, estimate = Lanczos(system.product, start / math.sqrt(size)), -math.inf
     while True:
-        image = system.product(vector).sub_(length * before)
-        diagonal.append((vector * image).sum(0))
-        image -= diagonal[-1] * vector
-        found = _quadrature(diagonal, off_diagonal, size)
+        run.step()
+        nodes, weights = run.quadrature()
+        found = Spectrum(nodes.clamp_min(0.0), weights, float(run.steps))
         last, estimate = estimate, float(found.log_determinants().mean())
         settled = abs(estimate - last) <= _SETTLED * abs(estimate)
-        length = image.norm(dim=0)
-        if settled or len(diagonal) == _MOST_STEPS or not bool(length.all()):
+        if settled or run.steps == _MOST_STEPS or run.has_ended:
             return found
-        off_diagonal.append(length)
-        before, vector = vector, image / length
-
-
-def _quadrature(
-    diagonal: list[Tensor], off_diagonal: list[Tensor], size: int
-) -> Spectrum:
-    """Gauss quadrature of each run's tridiagonal matrix."""
-    matrix = torch.diag_embed(torch.stack(diagonal, 1).double())
-    if off_diagonal:
-        beside = torch.stack(off_diagonal, 1).double()
-        matrix += torch.diag_embed(beside, 1) + torch.diag_embed(beside, -1)
-    values, vectors = torch.linalg.eigh(matrix)
-    weights = size * vectors[:, 0].square()
-    return Spectrum(values.clamp_min(0.0), weights, float(len(diagonal)))
 
 
 def linear_evidence(

@@ -27,6 +27,7 @@ a Kronecker product.
 from __future__ import annotations
 
 import copy
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -38,7 +39,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sgdgp.core.checks import check_count, check_positive
+from sgdgp.core.codec import encode
+from sgdgp.core.hashes import digest
+from sgdgp.core.seeds import standard_normal
 from sgdgp.core.slices import check_product
+from sgdgp.networks.priors.blocks import Block, Estimate, MatrixRoot
 from sgdgp.tangent import NORMS, Tangent
 
 Probes: TypeAlias = Callable[[int], Iterator[Tensor]]
@@ -51,12 +56,35 @@ Grouping: TypeAlias = str | Callable[[str], str]
 """Which weights share a precision: "all", "tensors", "layers", or name -> label."""
 
 
+class PriorSettings(ABC):
+    """What ``linearise(prior=...)`` takes."""
+
+    @abstractmethod
+    def build(self, tangent: Tangent, probes: Probes) -> WeightPrior:
+        """The operator for a network and its data, at precision one.
+
+        In a group of processes all of them must call this; they get the same prior.
+
+        Args:
+            tangent: The tangent model.
+            probes: Passes over this process's share of the data, see ``Probes``.
+        """
+
+    def identity(self) -> str:
+        """Text that is the same for the same settings, tensors included."""
+        return repr(self)
+
+
 @dataclass(eq=False, repr=False)
-class WeightPrior(ABC):
-    """N(0, R R^T) over the weights, R = R_1 with group g scaled by alpha_g^-1/2.
+class WeightPrior(PriorSettings):
+    """N(0, P^-1) over the weights, P^-1 = R R^T, R = R_1 with group g by alpha_g^-1/2.
+
+    P is block-diagonal (``blocks.py``). Scaled precisions are ``with_precisions``, sums
+    ``precision_sum``. As settings for ``linearise`` it stands for itself: learning
+    then moves precisions that begin at one on top of its own.
 
     A subclass has the product with R and its transpose (``_apply``), and keeps the
-    arguments of its constructor as attributes of their names.
+    arguments of its constructor as attributes of their names; by those it is stored.
 
     Attributes:
         num_weights: D.
@@ -123,6 +151,113 @@ class WeightPrior(ABC):
         """Sigma_0 w = R R^T w."""
         return self.root(self.root_adjoint(w))
 
+    def matmul(self, w: Float[Tensor, "D k"]) -> Float[Tensor, "D k"]:
+        """P w."""
+        rows = self._rows(w)
+        return self._by_pieces(rows, lambda b, a, x: b.matmul(x).mul_(a)).mT
+
+    def solve(self, w: Float[Tensor, "D k"]) -> Float[Tensor, "D k"]:
+        """P^-1 w; where R is not in closed form by conjugate gradients."""
+        rows = self._rows(w)
+        return self._by_pieces(rows, lambda b, a, x: b.solve(x).div_(a)).mT
+
+    def sample(self, k: int, generator: torch.Generator) -> Float[Tensor, "D k"]:
+        """Weights w ~ N(0, P^-1)."""
+        like = self.precisions
+        z = standard_normal(k, self.num_weights, like=like, generator=generator)
+        return self.root(z.mT)
+
+    def logdet(self) -> Estimate:
+        """Log det P, an estimate where a block's sum is long."""
+        parts = [
+            b.logdet() + Estimate(b.num_weights * math.log(a)) for b, a in self.pieces()
+        ]
+        return sum(parts, Estimate(0.0))
+
+    def trace_solve(self, other: WeightPrior) -> Estimate:
+        """tr(P^-1 Q) for the precision Q of another prior over the same weights.
+
+        Raises:
+            ValueError: Its blocks are others.
+        """
+        shapes = other.shapes if self.is_diagonal else self.shapes
+        pairs = zip(self.pieces_of(shapes), other.pieces_of(shapes), strict=True)
+        parts = [p.trace_solve(q).times(b / a) for (p, a), (q, b) in pairs]
+        return sum(parts, Estimate(0.0))
+
+    def marginal_variance(self) -> Float[Tensor, " D"]:
+        """The diagonal of P^-1."""
+        return torch.cat([b.variances().flatten() / a for b, a in self.pieces()])
+
+    @abstractmethod
+    def pieces(self) -> list[tuple[Block, float]]:
+        """Blocks in order, and the precision that each is multiplied by."""
+
+    @abstractmethod
+    def folded(self) -> WeightPrior:
+        """The same prior at precisions of one: what they were is in the blocks."""
+
+    @property
+    def shapes(self) -> list[tuple[int, int]]:
+        """(out, rest) of each block."""
+        return [b.shape for b, _ in self.pieces()]
+
+    @property
+    def is_diagonal(self) -> bool:
+        """Whether all weights are independent."""
+        return all(
+            isinstance(b, MatrixRoot) and b.is_diagonal for b, _ in self.pieces()
+        )
+
+    def pieces_of(self, shapes: Sequence[tuple[int, int]]) -> list[tuple[Block, float]]:
+        """The prior in blocks of these shapes; one of independent weights has any.
+
+        Raises:
+            ValueError: It has others; names the first that differs.
+        """
+        own = self.shapes
+        if own == list(shapes):
+            return self.pieces()
+        sizes = [math.prod(shape) for shape in shapes]
+        if self.is_diagonal and sum(sizes) == self.num_weights:
+            parts = self.marginal_variance().sqrt().split(sizes)
+            return [
+                (MatrixRoot(s.new_ones(m), s.new_ones(n), s.view(m, n)), 1.0)
+                for s, (m, n) in zip(parts, shapes, strict=True)
+            ]
+        i = next(
+            (i for i, (a, b) in enumerate(zip(own, shapes, strict=False)) if a != b),
+            min(len(own), len(shapes)),
+        )
+        raise ValueError(
+            f"prior: expected blocks of shapes {list(shapes)[i : i + 3]} from number "
+            f"{i} on, found {own[i : i + 3]}"
+        )
+
+    def build(self, tangent: Tangent, probes: Probes) -> WeightPrior:
+        """Itself, for a network that it fits.
+
+        Raises:
+            ValueError: It is over other weights; names the first that differs.
+        """
+        if tangent.num_weights != self.num_weights:
+            raise ValueError(
+                f"prior: expected one of {tangent.num_weights} weights, found one of "
+                f"{self.num_weights}"
+            )
+        like = self.precisions
+        if like.dtype != tangent.dtype or like.device != tangent.device:
+            raise ValueError(
+                f"prior: expected {tangent.dtype} on {tangent.device} as the network's "
+                f"weights, found {like.dtype} on {like.device}"
+            )
+        return self.folded()
+
+    def identity(self) -> str:
+        tensors: dict[str, Tensor] = {}
+        state = encode(self, "prior", tensors)
+        return f"{state} {[digest(tensor) for tensor in tensors.values()]}"
+
     def group_sums(
         self, a: Float[Tensor, "D k"], b: Float[Tensor, "D k"]
     ) -> Float[Tensor, "G k"]:
@@ -177,6 +312,7 @@ class WeightPrior(ABC):
                 f"{precisions.tolist()[:8]}"
             )
         self.precisions = precisions
+        self._alphas: list[float] = precisions.tolist()
         self._factor = precisions.rsqrt()
         if self.num_groups == 1:
             self._factor = self._factor[0]
@@ -187,28 +323,21 @@ class WeightPrior(ABC):
             index = torch.tensor(self.group_of, device="cpu").repeat_interleave(lengths)
             self._factor = self._factor[index.to(precisions.device)]
 
+    def _by_pieces(
+        self, rows: Tensor, product: Callable[[Block, float, Tensor], Tensor]
+    ) -> Tensor:
+        """A product with each block's part of the rows (k, D), as rows."""
+        found = torch.empty_like(rows, memory_format=torch.contiguous_format)
+        at = 0
+        for block, alpha in self.pieces():
+            s = slice(at, at := at + block.num_weights)
+            x = rows[:, s].reshape(-1, *block.shape)
+            found[:, s] = product(block, alpha, x).flatten(1)
+        return found
+
     def _rows(self, w: Tensor) -> Tensor:
         check_product("weights", w, self.num_weights)
         return w.mT
-
-
-class PriorSettings(ABC):
-    """What ``linearise(prior=...)`` takes."""
-
-    @abstractmethod
-    def build(self, tangent: Tangent, probes: Probes) -> WeightPrior:
-        """The operator for a network and its data, at precision one.
-
-        In a group of processes all of them must call this; they get the same prior.
-
-        Args:
-            tangent: The tangent model.
-            probes: Passes over this process's share of the data, see ``Probes``.
-        """
-
-    def identity(self) -> str:
-        """Text that is the same for the same settings, tensors included."""
-        return repr(self)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from jaxtyping import Float
@@ -22,6 +22,7 @@ from sgdgp.networks.priors.base import (
     median_of,
     own_levels,
 )
+from sgdgp.networks.priors.blocks import Block, MatrixRoot
 from sgdgp.tangent import Tangent
 
 
@@ -47,6 +48,13 @@ class DiagonalPrior(WeightPrior):
 
     def whiten(self, w: Float[Tensor, "D k"]) -> Float[Tensor, "D k"]:
         return (self._rows(w) / self._factor).mT
+
+    def pieces(self) -> list[tuple[Block, float]]:
+        return [(MatrixRoot.independent(self._factor.expand(self.num_weights)), 1.0)]
+
+    def folded(self) -> DiagonalPrior:
+        scales = self._factor.expand(self.num_weights).contiguous()
+        return replace(self, precisions=torch.ones_like(self.precisions), scales=scales)
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import reduce
 from itertools import accumulate, pairwise, starmap
 from typing import TypeAlias
 
@@ -24,6 +25,13 @@ from sgdgp.networks.priors.base import (
     median_of,
     own_levels,
 )
+from sgdgp.networks.priors.blocks import (
+    Block,
+    KroneckerSum,
+    MatrixRoot,
+    root_and_inverse,
+    root_of_sum,
+)
 from sgdgp.tangent import Tangent
 
 Factors: TypeAlias = tuple[Tensor, Tensor] | Sequence[tuple[Tensor, Tensor]]
@@ -35,96 +43,115 @@ LARGEST_FACTOR = 4096
 
 
 @register_stored_class
-@dataclass(frozen=True)
-class MatrixRoot:
-    """Root over one weight matrix: X -> left (inner * X) right^T.
-
-    A Kronecker product, when there is no ``inner``; with it also the sum of two, or
-    any other covariance with Kronecker-factored eigenvectors.
-
-    Attributes:
-        left: (out, out), or the diagonal of one (out,).
-        right: (rest, rest), or the diagonal of one (rest,).
-        inner: Entrywise factors (out, rest), or none.
-    """
-
-    left: Tensor
-    right: Tensor
-    inner: Tensor | None = None
-
-    def apply(self, x: Float[Tensor, "k out rest"]) -> Float[Tensor, "k out rest"]:
-        """R x for each of k matrices."""
-        x = x if self.inner is None else self.inner * x
-        x = self.left[:, None] * x if self.left.ndim == 1 else self.left @ x
-        return x * self.right if self.right.ndim == 1 else x @ self.right.mT
-
-    def adjoint(self, x: Float[Tensor, "k out rest"]) -> Float[Tensor, "k out rest"]:
-        """R^T x for each of k matrices."""
-        x = self.left[:, None] * x if self.left.ndim == 1 else self.left.mT @ x
-        x = x * self.right if self.right.ndim == 1 else x @ self.right
-        return x if self.inner is None else self.inner * x
-
-    def inverse(self) -> MatrixRoot:
-        """The root whose adjoint is the pseudo-inverse of this one."""
-        left, right = (
-            _reciprocal(side) if side.ndim == 1 else torch.linalg.pinv(side).mT
-            for side in (self.left, self.right)
-        )
-        inner = None if self.inner is None else _reciprocal(self.inner)
-        return MatrixRoot(left, right, inner)
-
-
-@register_stored_class
 @dataclass(eq=False, repr=False)
 class KroneckerPrior(WeightPrior):
-    """Each parameter tensor has a root of its own; R is block-diagonal.
+    """Each block of weights has a precision of its own; P and R are block-diagonal.
 
-    Parameter tensors are never split between groups.
+    A block is a parameter tensor, or several in a row. Groups never split one.
 
     Attributes:
-        blocks: For each parameter tensor, in order, its standard deviations (m,) or
-            the root over its matrix.
+        blocks: In order: standard deviations of independent weights (m,), or a block.
     """
 
-    blocks: Sequence[Tensor | MatrixRoot] = field(kw_only=True)
+    blocks: Sequence[Tensor | Block] = field(kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.blocks = tuple(self.blocks)
-        sizes = [
-            b.shape[0] if isinstance(b, Tensor) else b.left.shape[0] * b.right.shape[0]
+        blocks = [
+            MatrixRoot.independent(b) if isinstance(b, Tensor) else b
             for b in self.blocks
         ]
+        self.blocks = blocks
+        self._own = blocks
+        sizes = [b.num_weights for b in blocks]
         if sum(sizes) != self.num_weights:
             raise ValueError(
                 f"blocks: expected {self.num_weights} weights in all, found "
                 f"{sum(sizes)}"
             )
         self._slices = list(starmap(slice, pairwise(accumulate(sizes, initial=0))))
+        self._group_of_block = _groups_of(self._slices, self.groups, self.group_of)
 
     def _apply(self, rows: Tensor, adjoint: bool) -> Tensor:
-        found = torch.empty_like(rows, memory_format=torch.contiguous_format)
-        for s, block in zip(self._slices, self.blocks, strict=True):
-            x = rows[:, s]
-            if isinstance(block, Tensor):
-                found[:, s] = x * block
-                continue
-            x = x.reshape(-1, block.left.shape[0], block.right.shape[0])
-            x = block.adjoint(x) if adjoint else block.apply(x)
-            found[:, s] = x.reshape(rows.shape[0], -1)
+        found = self._by_pieces(
+            rows, lambda b, _, x: b.adjoint(x) if adjoint else b.apply(x)
+        )
         # Precisions are constant within a block, so they commute with its root.
         return found.mul_(self._factor)
 
     def whiten(self, w: Float[Tensor, "D k"]) -> Float[Tensor, "D k"]:
-        inverse = replace(
+        found = self._by_pieces(self._rows(w), lambda b, _, x: b.whiten(x))
+        return found.div_(self._factor).mT
+
+    def pieces(self) -> list[tuple[Block, float]]:
+        return [
+            (b, self._alphas[g])
+            for b, g in zip(self._own, self._group_of_block, strict=True)
+        ]
+
+    def folded(self) -> KroneckerPrior:
+        return replace(
             self,
-            precisions=self.precisions.reciprocal(),
-            blocks=[
-                _reciprocal(b) if isinstance(b, Tensor) else b.inverse()
-                for b in self.blocks
-            ],
+            precisions=torch.ones_like(self.precisions),
+            blocks=[b if a == 1.0 else b.scaled(a) for b, a in self.pieces()],
         )
-        return inverse.root_adjoint(w)
+
+    def compressed(self) -> KroneckerPrior:
+        """The best single Kronecker product in place of those of a block.
+
+        Multiples of the identity stay as they are.
+        """
+        blocks = [
+            b.compressed() if isinstance(b, KroneckerSum) else b for b in self._own
+        ]
+        return replace(self, blocks=blocks)
+
+
+def precision_sum(*priors: WeightPrior) -> KroneckerPrior:
+    """The prior whose precision is the sum of those of several: P = sum_k P_k.
+
+    That is how knowledge adds up: the precision of a prior and the curvature of a
+    task's loss are that of its posterior. Its groups are those of the first, or one
+    where these would split a block.
+
+    Raises:
+        ValueError: They are not over the same weights, in the same blocks, or one has
+            no precision of few terms.
+    """
+    first = priors[0]
+    shapes = next((p.shapes for p in priors if not p.is_diagonal), first.shapes)
+    sums = [[b.scaled(a).as_sum() for b, a in p.pieces_of(shapes)] for p in priors]
+    blocks = [reduce(KroneckerSum.plus, parts) for parts in zip(*sums, strict=True)]
+    sizes = [math.prod(shape) for shape in shapes]
+    slices = list(starmap(slice, pairwise(accumulate(sizes, initial=0))))
+    try:
+        _groups_of(slices, first.groups, first.group_of)
+        groups, group_of = first.groups, first.group_of
+    except ValueError:
+        groups, group_of = (), ()
+    ones = first.precisions.new_ones(max(group_of, default=0) + 1)
+    return KroneckerPrior(first.num_weights, ones, groups, group_of, blocks=blocks)
+
+
+def _groups_of(
+    blocks: Sequence[slice], groups: Sequence[slice], group_of: Sequence[int]
+) -> list[int]:
+    """The group that each block stands in.
+
+    Raises:
+        ValueError: A group splits one.
+    """
+    found = []
+    for s in blocks:
+        inside = [
+            number
+            for group, number in zip(groups, group_of, strict=True)
+            if group.start <= s.start and s.stop <= group.stop
+        ]
+        if not inside:
+            raise ValueError(f"groups: expected none to split the block {s}")
+        found += inside
+    return found
 
 
 @dataclass(frozen=True)
@@ -250,9 +277,9 @@ def _given_blocks(
         pairs = _checked_pairs(name, factors[name], _matrix_shape(shape))
         pairs = [(left.to(like), right.to(like)) for left, right in pairs]
         if len(pairs) == 2:
-            blocks.append(_root_of_sum(*pairs))
+            blocks.append(root_of_sum(*pairs))
         else:
-            blocks.append(MatrixRoot(*(_root_and_inverse(s)[0] for s in pairs[0])))
+            blocks.append(MatrixRoot(*(root_and_inverse(s)[0] for s in pairs[0])))
     return blocks
 
 
@@ -278,10 +305,6 @@ def _inverse_root(moment: Tensor, floor: float) -> Tensor:
         return (moment / moment.mean()).clamp_min(floor).rsqrt()
     values, vectors = torch.linalg.eigh(moment / moment.diagonal().mean())
     return (vectors * values.clamp_min(floor).rsqrt()) @ vectors.mT
-
-
-def _reciprocal(x: Tensor) -> Tensor:
-    return torch.where(x != 0, 1 / x, 0.0)
 
 
 def _mean_square(moment: Tensor, shape: tuple[int, ...]) -> float:
@@ -319,29 +342,3 @@ def _checked_pairs(
                 f"{name}: expected covariances, found eigenvalue {float(values[0]):.3g}"
             )
     return list(zip(sides[::2], sides[1::2], strict=True))
-
-
-def _root_of_sum(one: tuple[Tensor, Tensor], two: tuple[Tensor, Tensor]) -> MatrixRoot:
-    """A root of one (x) one' + two (x) two'.
-
-    On each side, with S the sum of both factors, S = F F^T, and F^-1 one F^-T =
-    U diag(a) U^T, the second factor is I - a in the basis F U: the sum is
-    (F U (x) F' U') diag(a a' + (1 - a)(1 - a')) (F U (x) F' U')^T.
-    """
-    sides = []
-    for first, second in zip(one, two, strict=True):
-        factor, inverse = _root_and_inverse(first + second)
-        values, vectors = torch.linalg.eigh(inverse @ first @ inverse)
-        sides.append((factor @ vectors, values.clamp(0, 1)))
-    (left, a), (right, b) = sides
-    inner = torch.outer(a, b) + torch.outer(1 - a, 1 - b)
-    return MatrixRoot(left, right, inner.sqrt())
-
-
-def _root_and_inverse(covariance: Tensor) -> tuple[Tensor, Tensor]:
-    """Symmetric root and its pseudo-inverse."""
-    values, vectors = torch.linalg.eigh(covariance)
-    smallest = values[-1] * len(values) * torch.finfo(values.dtype).eps
-    roots = values.clamp_min(0).sqrt()
-    inverse = torch.where(values > smallest, 1 / roots, 0)
-    return (vectors * roots) @ vectors.mT, (vectors * inverse) @ vectors.mT

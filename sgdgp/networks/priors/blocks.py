@@ -1,0 +1,764 @@
+"""Precisions over the weights of one matrix, and their roots: the algebra of priors.
+
+A block is a precision P (n, n) over the n entries of a matrix (out, rest), row by row;
+a Kronecker product A (x) B takes X to A X B^T. Three products say all of it: P x, R x
+and R^T x, with any root R R^T = P^-1. Then
+
+    P^-1 = R R^T,    R^-1 = R^T P,    R^-T = P R.
+
+What is not a matrix has out or rest = 1, and a full precision of n weights is a block
+(1, n) of one product.
+
+``MatrixRoot`` has R in closed form, R = (L (x) Q) diag(inner), and with it everything
+else. ``KroneckerSum`` is P = sum_k A_k (x) B_k + diag(d), and has
+
+- P x by its terms, always: the identity is never folded into factors. A product that
+  is close to all of P may be far off where P is small, and there P^-1 is large;
+- a ``MatrixRoot`` of A (x) B + d I by the eigenvectors of A and B, of two products by
+  those of both in the inner product of their sum (neither needs to be regular), of
+  anything with out = 1, rest = 1 or few weights by Cholesky;
+- of longer sums a root R_2 of the nearest P_2 of two terms, R = R_2 M^-1/2 and
+  M = R_2^T P R_2 near the identity: M^-1/2 x by Lanczos runs, P^-1 x by conjugate
+  gradients that R_2 preconditions, and traces as those of P_2, in closed form, plus an
+  estimate of the difference with its standard error.
+
+The best single product of a sum is that of Van Loan and Pitsianis (1993): the factors,
+flattened, are columns of two matrices, and sum_k a_k b_k^T is a matrix of rank one at
+best, by QR and a small singular value decomposition.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TypeAlias
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from sgdgp.core.checks import check_finite
+from sgdgp.core.codec import register_stored_class
+from sgdgp.core.seeds import derived_generator
+from sgdgp.networks.lanczos import Lanczos, inverse_root, random_signs
+from sgdgp.solvers.conjugate_gradients import BlockRecurrence
+from sgdgp.solvers.preconditioners import Inverse
+
+Term: TypeAlias = tuple[Tensor, Tensor]
+"""Factors A (out, out) and B (rest, rest) of A (x) B, or their diagonals."""
+
+EXACT_WEIGHTS = 512
+"""A sum over so few weights is a dense matrix: its root is a Cholesky factor."""
+
+_PROBES = 64
+"""Of the difference between a long sum and its nearest of two terms."""
+
+_MOST_STEPS = 60
+"""Lanczos steps of a log determinant; a matrix near the identity takes a few."""
+
+_SETTLED = 1e-6
+"""Change of a log determinant over n that ends them."""
+
+_MOST_ITERATIONS = 2000
+"""Of conjugate gradients."""
+
+_INDEFINITE = -1e-5
+"""An eigenvalue below this, relative to the largest, is no rounding of float32."""
+
+
+_INVERSE = 1e-3
+"""Relative error of R^T P R z beyond which R is no root; rounding leaves 1e-8 of a
+condition number of 1e8."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A number that is exact or an average over probes.
+
+    Attributes:
+        value: The number.
+        standard_error: From the scatter over the probes; 0 if exact.
+    """
+
+    value: float
+    standard_error: float = 0.0
+
+    def __add__(self, other: Estimate) -> Estimate:
+        """The sum of two independent ones."""
+        error = math.hypot(self.standard_error, other.standard_error)
+        return Estimate(self.value + other.value, error)
+
+    def times(self, factor: float) -> Estimate:
+        """A multiple."""
+        return Estimate(factor * self.value, abs(factor) * self.standard_error)
+
+
+class Block(ABC):
+    """A precision P over the weights of one matrix, and a root of its inverse."""
+
+    @property
+    @abstractmethod
+    def shape(self) -> tuple[int, int]:
+        """(out, rest)."""
+
+    @property
+    def num_weights(self) -> int:
+        """Their product n."""
+        return math.prod(self.shape)
+
+    @abstractmethod
+    def apply(self, x: Float[Tensor, "k out rest"]) -> Float[Tensor, "k out rest"]:
+        """R x for each of k matrices."""
+
+    @abstractmethod
+    def adjoint(self, x: Float[Tensor, "k out rest"]) -> Float[Tensor, "k out rest"]:
+        """R^T x for each of k matrices."""
+
+    @abstractmethod
+    def matmul(self, x: Float[Tensor, "k out rest"]) -> Float[Tensor, "k out rest"]:
+        """P x for each of k matrices."""
+
+    def whiten(self, x: Float[Tensor, "k out rest"]) -> Float[Tensor, "k out rest"]:
+        """R^-1 x for each of k matrices."""
+        return self.adjoint(self.matmul(x))
+
+    def solve(self, x: Float[Tensor, "k out rest"]) -> Float[Tensor, "k out rest"]:
+        """P^-1 x for each of k matrices."""
+        return self.apply(self.adjoint(x))
+
+    @abstractmethod
+    def logdet(self) -> Estimate:
+        """Log det P."""
+
+    @abstractmethod
+    def variances(self) -> Float[Tensor, "out rest"]:
+        """The diagonal of P^-1."""
+
+    @abstractmethod
+    def trace_solve(self, other: Block) -> Estimate:
+        """tr(P^-1 Q) for the precision Q of another block of that shape."""
+
+    @abstractmethod
+    def trace_within(self, root: MatrixRoot) -> float:
+        """tr(R^T P R) for a root R of another precision."""
+
+    @abstractmethod
+    def scaled(self, factor: float) -> Block:
+        """Precision times a positive number."""
+
+    @abstractmethod
+    def as_sum(self) -> KroneckerSum:
+        """The precision by its terms.
+
+        Raises:
+            ValueError: It has none.
+        """
+
+
+@register_stored_class
+@dataclass(frozen=True)
+class MatrixRoot(Block):
+    """Root over one weight matrix: X -> left (inner * X) right^T.
+
+    The inverse of a Kronecker product, when there is no ``inner``; with it also that
+    of the sum of two, or any other covariance with Kronecker-factored eigenvectors.
+    With diagonal sides the weights are independent.
+
+    Attributes:
+        left: (out, out), or the diagonal of one (out,).
+        right: (rest, rest), or the diagonal of one (rest,).
+        inner: Entrywise factors (out, rest), or none.
+    """
+
+    left: Tensor
+    right: Tensor
+    inner: Tensor | None = None
+
+    @classmethod
+    def independent(cls, scales: Float[Tensor, " n"]) -> MatrixRoot:
+        """Of weights with these standard deviations."""
+        return cls(scales, scales.new_ones(1))
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.left.shape[0], self.right.shape[0]
+
+    @property
+    def is_diagonal(self) -> bool:
+        """Whether the weights are independent."""
+        return self.left.ndim == self.right.ndim == 1
+
+    def apply(self, x: Float[Tensor, "k out rest"]) -> Float[Tensor, "k out rest"]:
+        x = x if self.inner is None else self.inner * x
+        return _times(self.left, x, self.right)
+
+    def adjoint(self, x: Float[Tensor, "k out rest"]) -> Float[Tensor, "k out rest"]:
+        x = _times(self.left.mT if self.left.ndim == 2 else self.left, x, None)
+        x = x * self.right if self.right.ndim == 1 else x @ self.right
+        return x if self.inner is None else self.inner * x
+
+    @cached_property
+    def inverse(self) -> MatrixRoot:
+        """The root whose adjoint is the pseudo-inverse of this one."""
+        left, right = (
+            reciprocal(side) if side.ndim == 1 else torch.linalg.pinv(side).mT
+            for side in (self.left, self.right)
+        )
+        inner = None if self.inner is None else reciprocal(self.inner)
+        return MatrixRoot(left, right, inner)
+
+    def matmul(self, x: Float[Tensor, "k out rest"]) -> Float[Tensor, "k out rest"]:
+        return self.inverse.apply(self.inverse.adjoint(x))
+
+    def whiten(self, x: Float[Tensor, "k out rest"]) -> Float[Tensor, "k out rest"]:
+        """R^-1 x for each of k matrices; none in directions that R lacks."""
+        return self.inverse.adjoint(x)
+
+    def logdet(self) -> Estimate:
+        out, rest = self.shape
+        sides = rest * _log_abs_det(self.left) + out * _log_abs_det(self.right)
+        inner = 0.0 if self.inner is None else _log_abs_det(self.inner.flatten())
+        return Estimate(-2.0 * (sides + inner))
+
+    def variances(self) -> Float[Tensor, "out rest"]:
+        return _times(self.left.square(), self._inner_squares, self.right.square())
+
+    def trace_solve(self, other: Block) -> Estimate:
+        return Estimate(other.trace_within(self))
+
+    def trace_within(self, root: MatrixRoot) -> float:
+        # |R_P^-1 R|^2 by the entries of both sides.
+        inverse = self.inverse
+        left = _gram(inverse.left, root.left).square()
+        right = _gram(inverse.right, root.right).square()
+        squares = _times(left, root._inner_squares, right)
+        return float((inverse._inner_squares * squares).sum(dtype=torch.float64))
+
+    def scaled(self, factor: float) -> MatrixRoot:
+        return MatrixRoot(self.left / math.sqrt(factor), self.right, self.inner)
+
+    def as_sum(self) -> KroneckerSum:
+        if self.is_diagonal:
+            return KroneckerSum((), self.variances().reciprocal())
+        if self.inner is not None:
+            raise ValueError(
+                "prior: a covariance that is a sum has no precision of few terms; give "
+                "its precision as KroneckerSum(terms)"
+            )
+        left, right = (
+            side.square() if side.ndim == 1 else side @ side.mT
+            for side in (self.inverse.left, self.inverse.right)
+        )
+        return KroneckerSum([(left, right)])
+
+    @property
+    def _inner_squares(self) -> Tensor:
+        if self.inner is None:
+            return self.left.new_ones(()).expand(self.shape)
+        return self.inner.square()
+
+
+@register_stored_class
+@dataclass(frozen=True)
+class KroneckerSum(Block):
+    """P = sum_k A_k (x) B_k + diag(d) over one weight matrix.
+
+    Attributes:
+        terms: Positive semi-definite factors A_k (out, out) and B_k (rest, rest), or
+            diagonals of such.
+        diagonal: d: a number (), or one for each weight (out, rest). Default: 0.
+
+    Raises:
+        ValueError: Factors of different shapes, not symmetric or not finite, or
+            something negative.
+    """
+
+    terms: Sequence[Term]
+    diagonal: Tensor | float = 0.0
+
+    def __post_init__(self) -> None:
+        terms = tuple((left, right) for left, right in self.terms)
+        like = terms[0][0] if terms else torch.as_tensor(self.diagonal)
+        diagonal = torch.as_tensor(self.diagonal, dtype=like.dtype, device=like.device)
+        object.__setattr__(self, "terms", terms)
+        object.__setattr__(self, "diagonal", diagonal)
+        if not terms and diagonal.ndim != 2:
+            raise ValueError("terms: expected at least one, or a diagonal (out, rest)")
+        check_finite("diagonal", diagonal)
+        if bool((diagonal < 0).any()):
+            raise ValueError(
+                f"diagonal: expected no negative precision, found {diagonal.min():.3g}"
+            )
+        if diagonal.ndim and diagonal.shape != self.shape:
+            raise ValueError(
+                f"diagonal: expected shape () or {self.shape}, found "
+                f"{tuple(diagonal.shape)}"
+            )
+        for k, term in enumerate(terms):
+            for side, n in zip(term, self.shape, strict=True):
+                check_factor(f"terms[{k}]", side, n)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        if not self.terms:
+            assert isinstance(self.diagonal, Tensor)
+            return self.diagonal.shape[0], self.diagonal.shape[1]
+        left, right = self.terms[0]
+        return left.shape[0], right.shape[0]
+
+    def matmul(self, x: Float[Tensor, "k out rest"]) -> Float[Tensor, "k out rest"]:
+        found = self.diagonal * x
+        for left, right in self.terms:
+            found = found + _times(left, x, right)
+        return found
+
+    def apply(self, x: Float[Tensor, "k out rest"]) -> Float[Tensor, "k out rest"]:
+        return self._by_near(x if self.is_exact else self._corrected(x), adjoint=False)
+
+    def adjoint(self, x: Float[Tensor, "k out rest"]) -> Float[Tensor, "k out rest"]:
+        x = self._by_near(x, adjoint=True)
+        return x if self.is_exact else self._corrected(x)
+
+    def solve(self, x: Float[Tensor, "k out rest"]) -> Float[Tensor, "k out rest"]:
+        """P^-1 x, refined by products with P until its residual falls no more.
+
+        Raises:
+            ValueError: It does not fall.
+        """
+        rhs = x.flatten(1).mT
+        run = BlockRecurrence(
+            self._product,
+            torch.zeros_like(rhs),
+            rhs.clone(),
+            _Near(self),
+            torch.ones(len(x), dtype=torch.bool, device=x.device),
+        )
+        every = torch.arange(len(x), device=x.device)
+        smallest = torch.finfo(x.dtype).eps ** 0.75 * rhs.norm(dim=0)
+        best, weights = rhs.norm(dim=0), run.weights
+        for _ in range(_MOST_ITERATIONS):
+            run.release(run.norms > smallest)
+            if not run.is_done:
+                run.step()
+                continue
+            residual = rhs - self._product(run.weights)
+            norms = residual.norm(dim=0)
+            better = norms < best
+            weights = torch.where(better, run.weights, weights)
+            unsolved = (norms > smallest) & (norms < 0.5 * best)
+            best = torch.where(better, norms, best)
+            if not bool(unsolved.any()):
+                break
+            run.adopt(every, residual)
+            run.resume(unsolved)
+        # A residual of the rounding of P x is all that a large P lets one reach.
+        rounding = math.sqrt(torch.finfo(x.dtype).eps)
+        bound = rounding * (self._largest * weights.norm(dim=0) + rhs.norm(dim=0))
+        if not bool((best <= bound).all()):
+            raise ValueError(
+                "precision: conjugate gradients left a residual of "
+                f"{float((best / rhs.norm(dim=0)).max()):.2e}; add a larger multiple "
+                "of the identity"
+            )
+        return weights.mT.reshape(x.shape)
+
+    @torch.no_grad()
+    def logdet(self) -> Estimate:
+        """Log det P; of a long sum by stochastic Lanczos quadrature beside P_2's."""
+        known = self._near.logdet()
+        if self.is_exact:
+            return known
+        signs = self._signs()
+        run, last = Lanczos(self._whitened, signs / math.sqrt(len(signs))), math.inf
+        while True:
+            run.step()
+            nodes, weights = run.quadrature()
+            tiny = torch.finfo(nodes.dtype).tiny
+            logs = (weights * nodes.clamp_min(tiny).log()).sum(1)
+            settled = abs(float(logs.mean()) - last) <= _SETTLED * len(signs)
+            if settled or run.steps == _MOST_STEPS or run.has_ended:
+                return known + _mean(logs)
+            last = float(logs.mean())
+
+    @torch.no_grad()
+    def variances(self) -> Float[Tensor, "out rest"]:
+        """The diagonal of P^-1; of a long sum P_2's, with differences of probes."""
+        known = self._near.variances().reshape(self.shape)
+        if self.is_exact:
+            return known
+        near, own = self._probes()
+        difference = (own.square() - near.square()).mean(0)
+        # An estimate may leave what is possible where the variance is smallest.
+        return torch.where(known + difference > 0, known + difference, known)
+
+    @torch.no_grad()
+    def trace_solve(self, other: Block) -> Estimate:
+        """tr(P^-1 Q); of a long sum P_2's, with differences of probes."""
+        if self._near.shape != self.shape:
+            eye = torch.eye(self.num_weights, dtype=self._dtype, device=self._device)
+            roots = self.apply(eye.view(-1, *self.shape))
+            value = (roots * other.matmul(roots)).sum(dtype=torch.float64)
+            return Estimate(float(value))
+        known = Estimate(other.trace_within(self._near))
+        if self.is_exact:
+            return known
+        each = [(x * other.matmul(x)).double().sum((1, 2)) for x in self._probes()]
+        return known + _mean(each[1] - each[0])
+
+    def trace_within(self, root: MatrixRoot) -> float:
+        found = (root.variances() * self.diagonal).sum(dtype=torch.float64)
+        for left, right in self.terms:
+            a, b = _quadratic(left, root.left), _quadratic(right, root.right)
+            found = found + (a @ root._inner_squares @ b).double()
+        return float(found)
+
+    def scaled(self, factor: float) -> KroneckerSum:
+        terms = [(left * factor, right) for left, right in self.terms]
+        return KroneckerSum(terms, self.diagonal * factor)
+
+    def as_sum(self) -> KroneckerSum:
+        return self
+
+    def plus(self, other: KroneckerSum) -> KroneckerSum:
+        """The sum of two precisions."""
+        return KroneckerSum([*self.terms, *other.terms], self.diagonal + other.diagonal)
+
+    def compressed(self) -> KroneckerSum:
+        """The best single Kronecker product in place of all, and the diagonal as is."""
+        if len(self.terms) < 2:
+            return self
+        left, right = nearest_product([_wide(term) for term in self.terms])
+        like = self.terms[0][0]
+        return KroneckerSum([(left.to(like), right.to(like))], self.diagonal)
+
+    @cached_property
+    def is_exact(self) -> bool:
+        """Whether there is a root in closed form."""
+        return self._reduced[2] or self.num_weights <= EXACT_WEIGHTS
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return self._like.dtype
+
+    @property
+    def _device(self) -> torch.device:
+        return self._like.device
+
+    @property
+    def _like(self) -> Tensor:
+        assert isinstance(self.diagonal, Tensor)
+        return self.diagonal
+
+    @cached_property
+    def _largest(self) -> float:
+        """A bound on the norm of P."""
+        bounds = [_bound(left) * _bound(right) for left, right in self.terms]
+        return sum(bounds) + float(self._like.max())
+
+    @cached_property
+    def _reduced(self) -> tuple[list[Term], Tensor, bool]:
+        """Terms and diagonal in float64, as few as there are; whether two at most."""
+        terms = [_wide(term) for term in self.terms]
+        diagonal = self._like.double()
+        if diagonal.ndim and bool((diagonal == diagonal[0, 0]).all()):
+            diagonal = diagonal[0, 0]
+        if terms and min(self.shape) == 1:
+            # One side is a number: all is one matrix.
+            side = int(self.shape[0] == 1)
+            full = sum(term[side] * term[1 - side].sum() for term in terms)
+            assert isinstance(full, Tensor)
+            own = diagonal.expand(self.shape).flatten()
+            full = full + (torch.diag(own) if full.ndim == 2 else own)
+            pair = (full, full.new_ones(1)) if side == 0 else (full.new_ones(1), full)
+            return [pair], torch.zeros_like(full[..., 0].sum()), True
+        if diagonal.ndim:
+            return terms, diagonal, not terms
+        return terms, diagonal, len(terms) + int(bool(diagonal > 0)) <= 2
+
+    @cached_property
+    def _near(self) -> MatrixRoot:
+        """R, or R_2 where R is not in closed form.
+
+        Raises:
+            ValueError: P is singular, or has a negative eigenvalue.
+        """
+        terms, diagonal, few = self._reduced
+        if not terms:
+            _check_regular(diagonal)
+            found = MatrixRoot(
+                *(diagonal.new_ones(n) for n in self.shape), diagonal.rsqrt()
+            )
+        elif few and len(terms) == 2:
+            found = root_of_sum(*terms).inverse
+            _check_root(found, terms)
+        elif few:
+            found = _root_beside_identity(*terms[0], diagonal)
+        elif self.is_exact:
+            found = _dense_root(terms, diagonal, self.shape)
+        else:
+            # The upper product is regular wherever P is, the nearest may not be.
+            product = nearest_product if bool((diagonal > 0).all()) else _upper_product
+            found = _root_beside_identity(*product(terms), diagonal.mean())
+        kind = (self._dtype, self._device)
+        inner = None if found.inner is None else found.inner.to(*kind)
+        return MatrixRoot(found.left.to(*kind), found.right.to(*kind), inner)
+
+    def _by_near(self, x: Tensor, adjoint: bool) -> Tensor:
+        near = self._near
+        y = x.reshape(-1, *near.shape)
+        return (near.adjoint(y) if adjoint else near.apply(y)).reshape(x.shape)
+
+    def _product(self, w: Tensor) -> Tensor:
+        """P w for columns (n, k)."""
+        return self.matmul(w.mT.reshape(-1, *self.shape)).flatten(1).mT
+
+    def _whitened(self, w: Tensor) -> Tensor:
+        """M w = R_2^T P R_2 w for columns (n, k)."""
+        x = self._by_near(w.mT.reshape(-1, *self.shape), adjoint=False)
+        return self._by_near(self.matmul(x), adjoint=True).flatten(1).mT
+
+    def _corrected(self, x: Tensor) -> Tensor:
+        """M^-1/2 x for each of k matrices."""
+        found = inverse_root(self._whitened, x.flatten(1).mT)
+        return found.mT.reshape(x.shape)
+
+    def _signs(self) -> Tensor:
+        streams = [derived_generator(0, "precisions", i) for i in range(_PROBES)]
+        return random_signs(self.num_weights, streams, self._like)
+
+    def _probes(self) -> tuple[Tensor, Tensor]:
+        """R_2 z and R z for the same signs z."""
+        z = self._signs().mT.reshape(-1, *self.shape)
+        return self._by_near(z, adjoint=False), self.apply(z)
+
+
+class _Near(Inverse):
+    """P_2^-1 on columns."""
+
+    passes, settings = 0.0, {}
+
+    def __init__(self, block: KroneckerSum) -> None:
+        self._near = block._near
+
+    def __call__(self, r: Float[Tensor, "n k"]) -> Float[Tensor, "n k"]:
+        near = self._near
+        return near.solve(r.mT.reshape(-1, *near.shape)).flatten(1).mT
+
+
+def nearest_product(terms: Sequence[Term]) -> Term:
+    """A and B with the smallest |sum_k A_k (x) B_k - A (x) B|, Frobenius."""
+    sides = []
+    for factors in zip(*terms, strict=True):
+        full = any(factor.ndim == 2 for factor in factors)
+        same = [torch.diag(f) if full and f.ndim == 1 else f for f in factors]
+        sides.append((same[0].shape, torch.stack([f.flatten() for f in same], 1)))
+    (left_shape, lefts), (right_shape, rights) = sides
+    q, r = torch.linalg.qr(lefts)
+    p, s = torch.linalg.qr(rights)
+    u, sizes, vh = torch.linalg.svd(r @ s.mT)
+    left = (q @ u[:, 0]).reshape(left_shape) * sizes[0].sqrt()
+    right = (p @ vh[0]).reshape(right_shape) * sizes[0].sqrt()
+    trace = left.trace() if left.ndim == 2 else left.sum()
+    return _symmetric(left * trace.sign()), _symmetric(right * trace.sign())
+
+
+def root_of_sum(one: Term, two: Term) -> MatrixRoot:
+    """A root C of one (x) one' + two (x) two', the sum itself: C C^T.
+
+    On each side, with S the sum of both factors at unit size, S = F F^T, and
+    F^-1 one F^-T = U diag(a) U^T, the second factor is I - a in the basis F U: the sum
+    is (F U (x) F' U') diag(c a a' + d (1 - a)(1 - a')) (F U (x) F' U')^T.
+    """
+    sides, sizes = [], [1.0, 1.0]
+    for pair in zip(one, two, strict=True):
+        full = any(factor.ndim == 2 for factor in pair)
+        factors = []
+        for i, factor in enumerate(pair):
+            size = float(factor.norm())
+            sizes[i] *= size
+            unit = factor / (size or 1.0)
+            factors.append(_full(unit) if full else unit)
+        if not full:
+            total = factors[0] + factors[1]
+            sides.append((total.sqrt(), factors[0] * reciprocal(total)))
+            continue
+        factor, inverse = root_and_inverse(factors[0] + factors[1])
+        values, vectors = torch.linalg.eigh(inverse @ factors[0] @ inverse)
+        sides.append((factor @ vectors, values.clamp(0, 1)))
+    (left, a), (right, b) = sides
+    inner = sizes[0] * torch.outer(a, b) + sizes[1] * torch.outer(1 - a, 1 - b)
+    return MatrixRoot(left, right, inner.sqrt())
+
+
+def root_and_inverse(covariance: Tensor) -> tuple[Tensor, Tensor]:
+    """Symmetric root and its pseudo-inverse."""
+    values, vectors = torch.linalg.eigh(covariance)
+    smallest = values[-1] * len(values) * torch.finfo(values.dtype).eps
+    roots = values.clamp_min(0).sqrt()
+    inverse = torch.where(values > smallest, 1 / roots, 0)
+    return (vectors * roots) @ vectors.mT, (vectors * inverse) @ vectors.mT
+
+
+def reciprocal(x: Tensor) -> Tensor:
+    """1 / x, and 0 where x is."""
+    return torch.where(x != 0, 1 / x, 0.0)
+
+
+def check_factor(name: str, side: Tensor, n: int) -> None:
+    """Refuse what is no factor of a precision; its eigenvalues are not looked at.
+
+    Raises:
+        ValueError: Says what was expected.
+    """
+    if side.shape not in ((n, n), (n,)):
+        raise ValueError(
+            f"{name}: expected factors of shape {(n, n)} or {(n,)}, found "
+            f"{tuple(side.shape)}"
+        )
+    check_finite(name, side)
+    if side.ndim == 2 and not torch.allclose(
+        side, side.mT, atol=1e-6 * float(side.abs().max())
+    ):
+        raise ValueError(f"{name}: expected symmetric matrices")
+    diagonal = side if side.ndim == 1 else side.diagonal()
+    if bool((diagonal < 0).any()):
+        raise ValueError(
+            f"{name}: expected positive semi-definite factors, found "
+            f"{float(diagonal.min()):.3g} on a diagonal"
+        )
+
+
+def _times(left: Tensor, x: Tensor, right: Tensor | None) -> Tensor:
+    """Left x right^T, sides that may be diagonals."""
+    x = left[:, None] * x if left.ndim == 1 else left @ x
+    if right is None:
+        return x
+    return x * right if right.ndim == 1 else x @ right.mT
+
+
+def _gram(a: Tensor, b: Tensor) -> Tensor:
+    """a^T b, a diagonal if both are."""
+    if a.ndim == b.ndim == 1:
+        return a * b
+    if b.ndim == 1:
+        return a.mT * b
+    return a[:, None] * b if a.ndim == 1 else a.mT @ b
+
+
+def _quadratic(a: Tensor, root: Tensor) -> Tensor:
+    """The diagonal of root^T a root."""
+    if root.ndim == 1:
+        return root.square() * (a if a.ndim == 1 else a.diagonal())
+    return (root * _times(a, root, None)).sum(0)
+
+
+def _wide(term: Term) -> Term:
+    return term[0].double(), term[1].double()
+
+
+def _symmetric(side: Tensor) -> Tensor:
+    return side if side.ndim == 1 else (side + side.mT) / 2
+
+
+def _bound(side: Tensor) -> float:
+    """No less than the largest eigenvalue: the largest sum of a row."""
+    return float(side.abs().reshape(len(side), -1).sum(1).max())
+
+
+def _log_abs_det(side: Tensor) -> float:
+    side = side.double()
+    if side.ndim == 1:
+        return float(side.abs().log().sum())
+    return float(torch.linalg.slogdet(side)[1])
+
+
+def _mean(values: Tensor) -> Estimate:
+    return Estimate(float(values.mean()), float(values.std()) / math.sqrt(len(values)))
+
+
+def _eigen(side: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues, not negative, and eigenvectors; of a diagonal a diagonal of ones.
+
+    Raises:
+        ValueError: An eigenvalue is negative beyond rounding.
+    """
+    if side.ndim == 1:
+        return side, torch.ones_like(side)
+    values, vectors = torch.linalg.eigh(side)
+    if float(values[0]) < _INDEFINITE * float(values[-1].abs()):
+        raise ValueError(
+            "terms: expected positive semi-definite factors, found eigenvalue "
+            f"{float(values[0]):.3g} beside {float(values[-1]):.3g}"
+        )
+    return values.clamp_min(0.0), vectors
+
+
+def _root_beside_identity(left: Tensor, right: Tensor, delta: Tensor) -> MatrixRoot:
+    """R of left (x) right + delta I, by the eigenvectors of both."""
+    (a, u), (b, v) = _eigen(left), _eigen(right)
+    precisions = torch.outer(a, b) + delta
+    _check_regular(precisions)
+    return MatrixRoot(u, v, precisions.rsqrt())
+
+
+def _check_root(root: MatrixRoot, terms: Sequence[Term]) -> None:
+    """Refuse a root of a sum that is singular: R^T P R z would not be z.
+
+    Raises:
+        ValueError: It is, or a factor has a negative eigenvalue.
+    """
+    z = torch.ones(1, *root.shape, dtype=root.left.dtype, device=root.left.device)
+    z.view(-1)[::2] *= -1
+    x = root.apply(z)
+    back = root.adjoint(sum(_times(a, x, b) for a, b in terms) + torch.zeros_like(x))
+    if not float((back - z).norm()) <= _INVERSE * float(z.norm()):
+        raise ValueError(
+            "precision: singular, or with a negative eigenvalue; add a multiple of "
+            "the identity"
+        )
+
+
+def _dense_root(
+    terms: Sequence[Term], diagonal: Tensor, shape: tuple[int, int]
+) -> MatrixRoot:
+    """R = C^-T with the Cholesky factor C of the whole precision, as one row."""
+    own = diagonal.expand(shape).flatten()
+    matrix = torch.diag(own)
+    for left, right in terms:
+        matrix = matrix + torch.kron(*(_full(side) for side in (left, right)))
+    factor, info = torch.linalg.cholesky_ex(matrix)
+    if int(info) or not bool(torch.isfinite(factor).all()):
+        _check_regular(torch.linalg.eigvalsh(matrix))
+        raise ValueError("precision: singular; add a multiple of the identity")
+    eye = torch.eye(len(own), dtype=own.dtype, device=own.device)
+    inverse = torch.linalg.solve_triangular(factor, eye, upper=False)
+    return MatrixRoot(own.new_ones(1), inverse.mT.contiguous())
+
+
+def _full(side: Tensor) -> Tensor:
+    return torch.diag(side) if side.ndim == 1 else side
+
+
+def _upper_product(terms: Sequence[Term]) -> Term:
+    """(sum_k A_k) (x) (sum_k B_k) with balanced factors: above sum_k A_k (x) B_k."""
+    sides = []
+    for k in (0, 1):
+        own = [term[k] * (term[1 - k].norm() / term[k].norm()).sqrt() for term in terms]
+        full = any(side.ndim == 2 for side in own)
+        sides.append(sum(_full(side) if full else side for side in own))
+    left, right = sides
+    assert isinstance(left, Tensor)
+    assert isinstance(right, Tensor)
+    return left, right
+
+
+def _check_regular(values: Tensor) -> None:
+    smallest, largest = float(values.min()), float(values.max())
+    if not smallest > torch.finfo(torch.float64).eps * largest:
+        raise ValueError(
+            f"precision: singular, its eigenvalues go from {smallest:.3g} to "
+            f"{largest:.3g}; add a multiple of the identity"
+        )
