@@ -22,8 +22,9 @@ from torch import Tensor
 _MOST_STEPS = 2000
 """Of an inverse root; one takes about the root of the condition number, times ten."""
 
-_EVERY = 5
-"""Steps between two looks at whether an inverse root has converged."""
+_FIRST_LOOK, _LATER = 5, 1.2
+"""Steps before the first look at whether an inverse root has converged, and how many
+times as many before the next: a look takes the cube of the steps."""
 
 
 class Lanczos:
@@ -96,32 +97,40 @@ def random_signs(
 
 
 def inverse_root(
-    product: Callable[[Tensor], Tensor], z: Float[Tensor, "n k"]
+    product: Callable[[Tensor], Tensor], z: Float[Tensor, "n k"], tolerance: float
 ) -> Float[Tensor, "n k"]:
-    """M^-1/2 z to eps^.75, relative to |z|.
+    """M^-1/2 z.
 
     Args:
         product: M times a matrix, M symmetric and positive definite.
         z: Vectors (n, k).
+        tolerance: Relative change between two looks that is small enough.
 
     Raises:
         ValueError: M has an eigenvalue below zero, or it did not converge.
     """
-    tolerance = torch.finfo(z.dtype).eps ** 0.75
     lengths = z.norm(dim=0)
     start = z / lengths.clamp_min(torch.finfo(z.dtype).tiny)
     run, last = Lanczos(product, start), z.new_zeros(z.shape[1], 0).double()
+    look = _FIRST_LOOK
     for step in count(1):
         run.step()
-        if step % _EVERY and not run.has_ended:
+        if step < look:
             continue
+        look = int(_LATER * look) + 1
         values, vectors = run.eigen()
         # What has no weight is behind the end of a run.
         seen = vectors[:, 0].abs() > torch.finfo(torch.float64).eps
-        if step > _MOST_STEPS or bool((values[seen] <= 0).any()):
+        seen &= lengths.unsqueeze(1) > 0
+        if bool((values[seen] <= 0).any()):
             raise ValueError(
-                "precision: expected a positive definite one, found eigenvalue "
-                f"{float(values[seen].min()):.3g} after {step} products"
+                "precision: expected a positive definite one, found eigenvalues from "
+                f"{float(values[seen].min()):.3g} to {float(values.max()):.3g}"
+            )
+        if step > _MOST_STEPS:
+            raise ValueError(
+                f"precision: its root has not converged after {step} products; add a "
+                "larger multiple of the identity, or compress it"
             )
         roots = torch.where(seen, values.abs(), 1.0).rsqrt()
         found = (vectors * (vectors[:, 0] * roots).unsqueeze(1)).sum(2)

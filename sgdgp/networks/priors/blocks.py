@@ -16,11 +16,14 @@ else. ``KroneckerSum`` is P = sum_k A_k (x) B_k + diag(d), and has
   is close to all of P may be far off where P is small, and there P^-1 is large;
 - a ``MatrixRoot`` of A (x) B + d I by the eigenvectors of A and B, of two products by
   those of both in the inner product of their sum (neither needs to be regular), of
-  anything with out = 1, rest = 1 or few weights by Cholesky;
-- of longer sums a root R_2 of the nearest P_2 of two terms, R = R_2 M^-1/2 and
-  M = R_2^T P R_2 near the identity: M^-1/2 x by Lanczos runs, P^-1 x by conjugate
-  gradients that R_2 preconditions, and traces as those of P_2, in closed form, plus an
-  estimate of the difference with its standard error.
+  anything with out = 1, rest = 1 or few weights by that of the whole matrix;
+- of longer sums a root R_2 of P_2 = (sum_k A_k) (x) (sum_k B_k) + d I with balanced
+  factors, which is above P but for a d that is no number. (Of 24 random sums this had
+  the smallest condition number in 10, and none of the others a much smaller one: the
+  nearest product, and the first term, are far off where other terms have their own
+  directions.) R = R_2 M^-1/2 with M = R_2^T P R_2: M^-1/2 x by Lanczos runs, P^-1 x by
+  conjugate gradients that R_2 preconditions, and traces as those of P_2, in closed
+  form, plus an estimate of the difference with its standard error. In float64.
 
 The best single product of a sum is that of Van Loan and Pitsianis (1993): the factors,
 flattened, are columns of two matrices, and sum_k a_k b_k^T is a matrix of rank one at
@@ -54,7 +57,7 @@ EXACT_WEIGHTS = 512
 """A sum over so few weights is a dense matrix: its root is a Cholesky factor."""
 
 _PROBES = 64
-"""Of the difference between a long sum and its nearest of two terms."""
+"""Of the difference between a long sum and its stand-in of two terms."""
 
 _MOST_STEPS = 60
 """Lanczos steps of a log determinant; a matrix near the identity takes a few."""
@@ -316,11 +319,17 @@ class KroneckerSum(Block):
         return found
 
     def apply(self, x: Float[Tensor, "k out rest"]) -> Float[Tensor, "k out rest"]:
-        return self._by_near(x if self.is_exact else self._corrected(x), adjoint=False)
+        if self.is_exact:
+            return self._by_near(x, adjoint=False)
+        wide = self._wide
+        return wide._by_near(wide._corrected(x), adjoint=False).to(x)
 
     def adjoint(self, x: Float[Tensor, "k out rest"]) -> Float[Tensor, "k out rest"]:
-        x = self._by_near(x, adjoint=True)
-        return x if self.is_exact else self._corrected(x)
+        if self.is_exact:
+            return self._by_near(x, adjoint=True)
+        wide = self._wide
+        back = wide._by_near(x.double(), adjoint=True)
+        return wide._corrected(back.to(x)).to(x)
 
     def solve(self, x: Float[Tensor, "k out rest"]) -> Float[Tensor, "k out rest"]:
         """P^-1 x, refined by products with P until its residual falls no more.
@@ -328,6 +337,8 @@ class KroneckerSum(Block):
         Raises:
             ValueError: It does not fall.
         """
+        if x.dtype != torch.float64:
+            return self._wide.solve(x.double()).to(x)
         rhs = x.flatten(1).mT
         run = BlockRecurrence(
             self._product,
@@ -368,6 +379,8 @@ class KroneckerSum(Block):
     @torch.no_grad()
     def logdet(self) -> Estimate:
         """Log det P; of a long sum by stochastic Lanczos quadrature beside P_2's."""
+        if self._like.dtype != torch.float64:
+            return self._wide.logdet()
         known = self._near.logdet()
         if self.is_exact:
             return known
@@ -398,7 +411,7 @@ class KroneckerSum(Block):
     def trace_solve(self, other: Block) -> Estimate:
         """tr(P^-1 Q); of a long sum P_2's, with differences of probes."""
         if self._near.shape != self.shape:
-            eye = torch.eye(self.num_weights, dtype=self._dtype, device=self._device)
+            eye = torch.eye(self.num_weights).to(self._like)
             roots = self.apply(eye.view(-1, *self.shape))
             value = (roots * other.matmul(roots)).sum(dtype=torch.float64)
             return Estimate(float(value))
@@ -439,13 +452,15 @@ class KroneckerSum(Block):
         """Whether there is a root in closed form."""
         return self._reduced[2] or self.num_weights <= EXACT_WEIGHTS
 
-    @property
-    def _dtype(self) -> torch.dtype:
-        return self._like.dtype
+    @cached_property
+    def _wide(self) -> KroneckerSum:
+        """The same in float64.
 
-    @property
-    def _device(self) -> torch.device:
-        return self._like.device
+        M in float32 has errors of rounding times the condition number of P, not of M.
+        """
+        if self._like.dtype == torch.float64:
+            return self
+        return KroneckerSum([_wide(term) for term in self.terms], self._like.double())
 
     @property
     def _like(self) -> Tensor:
@@ -488,8 +503,9 @@ class KroneckerSum(Block):
         terms, diagonal, few = self._reduced
         if not terms:
             _check_regular(diagonal)
+            out, rest = self.shape
             found = MatrixRoot(
-                *(diagonal.new_ones(n) for n in self.shape), diagonal.rsqrt()
+                diagonal.new_ones(out), diagonal.new_ones(rest), diagonal.rsqrt()
             )
         elif few and len(terms) == 2:
             found = root_of_sum(*terms).inverse
@@ -499,12 +515,10 @@ class KroneckerSum(Block):
         elif self.is_exact:
             found = _dense_root(terms, diagonal, self.shape)
         else:
-            # The upper product is regular wherever P is, the nearest may not be.
-            product = nearest_product if bool((diagonal > 0).all()) else _upper_product
-            found = _root_beside_identity(*product(terms), diagonal.mean())
-        kind = (self._dtype, self._device)
-        inner = None if found.inner is None else found.inner.to(*kind)
-        return MatrixRoot(found.left.to(*kind), found.right.to(*kind), inner)
+            found = _root_beside_identity(*_upper_product(terms), diagonal.mean())
+        like = self._like
+        inner = None if found.inner is None else found.inner.to(like)
+        return MatrixRoot(found.left.to(like), found.right.to(like), inner)
 
     def _by_near(self, x: Tensor, adjoint: bool) -> Tensor:
         near = self._near
@@ -521,8 +535,9 @@ class KroneckerSum(Block):
         return self._by_near(self.matmul(x), adjoint=True).flatten(1).mT
 
     def _corrected(self, x: Tensor) -> Tensor:
-        """M^-1/2 x for each of k matrices."""
-        found = inverse_root(self._whitened, x.flatten(1).mT)
+        """M^-1/2 x in float64 for each of k matrices, to what the dtype of x needs."""
+        tolerance = torch.finfo(x.dtype).eps ** 0.75
+        found = inverse_root(self._whitened, x.double().flatten(1).mT, tolerance)
         return found.mT.reshape(x.shape)
 
     def _signs(self) -> Tensor:
