@@ -36,8 +36,6 @@ class Lanczos:
 
     Attributes:
         vector: The latest vectors (n, k).
-        steps: How many there have been.
-        has_ended: Whether a run has found all that its start can.
     """
 
     def __init__(
@@ -53,10 +51,12 @@ class Lanczos:
 
     @property
     def steps(self) -> int:
+        """Products so far."""
         return len(self._diagonal)
 
     @property
     def has_ended(self) -> bool:
+        """Whether a run has found all that its start can."""
         return not bool(self._length.all())
 
     def step(self) -> None:
