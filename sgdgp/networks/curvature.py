@@ -294,12 +294,17 @@ class TangentData:
         return self._masked(batch, at)
 
     def _masked(self, batch: Batch, at: Jacobian) -> Jacobian:
+        mask = self.mask(batch)
+        return at if mask is None else MaskedJacobian(at, mask)
+
+    def mask(self, batch: Batch) -> Float[Tensor, "b C 1"] | None:
+        """One where an output counts, else zero; None where all do."""
         counted = None if self.likelihood is None else self.likelihood.counted(batch.y)
         if counted is None or bool(counted.all()):
-            return at
+            return None
         classes = self.network_outputs.shape[1] // counted.shape[1]
         mask = counted.repeat_interleave(classes, 1).to(self.network_outputs)
-        return MaskedJacobian(at, mask.unsqueeze(-1))
+        return mask.unsqueeze(-1)
 
     @torch.no_grad()
     def forward(self, w: Float[Tensor, "D k"]) -> Float[Tensor, "r C k"]:

@@ -93,6 +93,8 @@ def kronecker_curvature(
         f = outputs[batch.rows]
         eye = torch.eye(f.shape[1], dtype=f.dtype, device=f.device)
         roots = likelihood.hessian_root(f, eye.expand(len(f), -1, -1))
+        mask = data.mask(batch)
+        roots = roots if mask is None else roots * mask
         _add_batch(tangent, owners, found, batch.x, roots)
     blocks = []
     for name, shape in zip(tangent.names, tangent.shapes, strict=True):
@@ -129,7 +131,7 @@ def _owners(tangent: Tangent) -> dict[str, tuple[nn.Module, str]]:
     kinds = (nn.Linear, nn.Embedding, *_CONVOLUTIONS, *_NORMS)
     network = tangent.network
     uses = [id(p) for m in network.modules() for p in m._parameters.values()]
-    found = {}
+    found: dict[str, tuple[nn.Module, str]] = {}
     for name in tangent.names:
         path, _, own = name.rpartition(".")
         module = network.get_submodule(path)

@@ -84,7 +84,7 @@ def curvature_of(
     data: TangentData, x: Tensor, likelihood: Likelihood
 ) -> tuple[KroneckerPrior, Tensor]:
     """The factors, and J^T H J itself."""
-    outputs = data.network_outputs()
+    outputs = data.network_outputs
     jacobian = data.tangent.at(x).jacobian()
     hessian = likelihood.hessian(outputs, jacobian)
     matrix = torch.einsum("bci,bcj->ij", jacobian, hessian)
@@ -143,11 +143,26 @@ def test_a_source_task_is_a_prior_with_an_identity():
     torch.testing.assert_close(prior.matmul(w) - 0.3 * w, found.matmul(w))
 
 
+def test_outputs_without_a_target_have_no_curvature():
+    data, x = problem("mlp", 8)
+    likelihood = Categorical(ignore_index=-100)
+    y = torch.zeros(8, 1, dtype=torch.long)
+    y[3:] = -100
+    pairs = [(x, y)]
+    stream = stream_of(pairs, data.tangent.device)
+    masked = TangentData(data.tangent, stream, likelihood)
+    found = kronecker_curvature(masked, likelihood, masked.network_outputs)
+    few = TangentData(data.tangent, stream_of([(x[:3], y[:3])], data.tangent.device))
+    truth = kronecker_curvature(few, Categorical(), few.network_outputs)
+    for a, b in zip(found.blocks, truth.blocks, strict=True):
+        torch.testing.assert_close(a.terms[0][0], b.terms[0][0])
+
+
 def test_networks_are_as_before():
     data, x = problem("convolutions", 6)
-    before = data.network_outputs()
+    before = data.tangent.network(x)
     curvature_of(data, x, Categorical())
-    assert torch.equal(before, data.network_outputs())
+    assert torch.equal(before, data.tangent.network(x))
     assert not any(m._forward_hooks for m in data.tangent.network.modules())
     assert all(p.grad is None for p in data.tangent.network.parameters())
 
