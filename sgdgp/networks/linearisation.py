@@ -80,8 +80,9 @@ def linearise(
             changed or copied, and has to stay as it is; buffers are constants.
         likelihood: ``Categorical()``, ``Bernoulli()`` or ``Gaussian(noise=...)``; for
             several labels an example, some without, ``Categorical(ignore_index=-100)``.
-        prior: ``GPrior()`` (default), ``Isotropic()``, ``Layerwise()`` or
-            ``Kronecker()``.
+        prior: ``GPrior()`` (default), ``Isotropic()``, ``Layerwise()``,
+            ``Kronecker()``, or a precision of ``sgdgp.networks.priors`` itself, whose
+            scale is learned.
         weights: Which weights are uncertain: None or "all", "last_layer", "no_norms",
             patterns such as "layer4.*", or a function of name and parameter.
         output: Takes what the network returns to a tensor (b, ...).
