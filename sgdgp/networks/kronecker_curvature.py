@@ -60,6 +60,7 @@ class _Factors:
     )
 
     def add(self, first: Tensor, second: Tensor | None, positions: int) -> None:
+        """Add the sums of a batch."""
         self.first = first.double() if self.first is None else self.first + first
         if second is not None:
             wide = second.double()
