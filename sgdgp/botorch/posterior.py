@@ -279,9 +279,9 @@ class PathPosterior(Posterior):
                 columns = [start + place for place in places]
                 if self._noise is not None:
                     noise = self._noise.variances[..., columns].flatten(-2)
-                    root = psd_safe_cholesky(covariance + torch.diag_embed(noise))
+                    root = _root(covariance + torch.diag_embed(noise))
                 else:
-                    root = psd_safe_cholesky(covariance)
+                    root = _root(covariance)
                 own = normals[..., columns].flatten(-2).unsqueeze(-1)
                 drawn = (root @ own).squeeze(-1)
                 parts.append(drawn.unflatten(-1, (-1, len(columns))))
@@ -349,6 +349,17 @@ _NO_DISTRIBUTION = (
     "form, which qMaxValueEntropy and qJointEntropySearch ask for; give "
     "them the model's definition"
 )
+
+
+def _root(covariance: Tensor) -> Tensor:
+    """Lower root (..., r, r), of the correlations in float64: free of units."""
+    wide = covariance.double()
+    variances = wide.diagonal(dim1=-2, dim2=-1)
+    tiny = torch.finfo(wide.dtype).tiny
+    deviations = variances.clamp_min(tiny).sqrt()
+    scales = deviations.unsqueeze(-1) * deviations.unsqueeze(-2)
+    root = psd_safe_cholesky(wide / scales)
+    return (deviations.unsqueeze(-1) * root).to(covariance.dtype)
 
 
 def is_affine(transform: PosteriorTransform) -> bool:

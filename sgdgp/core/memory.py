@@ -100,19 +100,19 @@ def named_if_too_large(what: str) -> Iterator[None]:
     """Say what did not fit in memory, and which argument helps.
 
     Raises:
-        torch.OutOfMemoryError: In the place of torch's own errors.
+        torch.cuda.OutOfMemoryError: In the place of torch's own errors.
     """
     try:
         yield
     except (MemoryError, RuntimeError) as error:
         # On the CPU torch has no class of its own for it.
-        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and (
+        if not isinstance(error, MemoryError | torch.cuda.OutOfMemoryError) and (
             "allocate memory" not in str(error)
         ):
             raise
-        raise torch.OutOfMemoryError(
+        raise torch.cuda.OutOfMemoryError(
             f"{what} does not fit in memory; give a smaller memory_budget (bytes), "
-            "so that it is streamed or another solver is chosen"
+            'and leave operator and solver to "auto", which keep to it'
         ) from error
 
 

@@ -54,7 +54,9 @@ def gaussian_kl(
     square = 0.0
     if shift is not None:
         square = float((shift * p.matmul(shift)).double().sum())
-    return (known + Estimate(square - q.num_weights)).times(0.5)
+    found = (known + Estimate(square - q.num_weights)).times(0.5)
+    # Rounding may leave less than nothing of the divergence of equal ones.
+    return Estimate(max(found.value, 0.0), found.standard_error)
 
 
 def binary_kl(r: float, p: float) -> float:

@@ -32,7 +32,7 @@ _EXAMPLES, _SAMPLES = 32, 8
 for 256 C numbers. Other blocks are other numbers, so files of fits depend on them."""
 
 _KEPT_NUMBERS = 2**23
-"""A Jacobian of so many numbers is kept, 128 MiB of float32: reading it takes as long
+"""A Jacobian of so many numbers is kept, 32 MiB of float32: reading it takes as long
 as the overhead of some hundred calls of layers, which a pass without it has."""
 
 _MOST_WEIGHTS, _MOST_WORK = 2048, 2**31

@@ -10,8 +10,10 @@ Its block of G is taken to be (Martens and Grosse, 2015; Grosse and Martens, 201
 
 exact for a linear layer where either does not depend on the other. Biases, and scales
 and shifts of normalisation layers, have no second side: their blocks are exact,
-sum_n (sum_t g_t xhat_t)(...)^T, as long as they are. The a_t of an embedding are rows
-of an identity, so that its second factor is a diagonal of frequencies.
+sum_n (sum_t g_t xhat_t)(...)^T, as long as they are, where the first dimension that a
+layer sees is the examples', or examples' positions one after another. The a_t of an
+embedding are rows of an identity, so that its second factor is a diagonal of
+frequencies.
 
 Outer products of a batch are in the network's dtype, their sums over batches in
 float64: what is lost of definiteness is the rounding of one batch.
@@ -96,7 +98,7 @@ def kronecker_curvature(
         roots = likelihood.hessian_root(f, eye.expand(len(f), -1, -1))
         mask = data.mask(batch)
         roots = roots if mask is None else roots * mask
-        _add_batch(tangent, owners, found, batch.x, roots)
+        _add_batch(tangent, owners, found, batch.x, roots, mask is not None)
     blocks = []
     for name, shape in zip(tangent.names, tangent.shapes, strict=True):
         factors = found[name]
@@ -157,6 +159,7 @@ def _add_batch(
     found: dict[str, _Factors],
     x: Any,
     roots: Float[Tensor, "b C C"],
+    masked: bool,
 ) -> None:
     calls: dict[nn.Module, list[Call]] = {m: [] for m, _ in owners.values()}
     hooks = [module.register_forward_hook(_noted(calls[module])) for module in calls]
@@ -182,7 +185,9 @@ def _add_batch(
     }
     for name, (module, own) in owners.items():
         for given, zero in calls[module]:
-            found[name].add(*_sums(module, own, given, stacked[id(zero)]))
+            found[name].add(
+                *_sums(module, own, given, stacked[id(zero)], len(roots), masked)
+            )
 
 
 def _noted(calls: list[Call]) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]:
@@ -197,7 +202,7 @@ def _noted(calls: list[Call]) -> Callable[[nn.Module, tuple[Any, ...], Tensor], 
 
 
 def _sums(
-    module: nn.Module, own: str, a: Tensor, g: Tensor
+    module: nn.Module, own: str, a: Tensor, g: Tensor, examples: int, masked: bool
 ) -> tuple[Tensor, Tensor | None, int]:
     """Sums over a batch of g g^T and a a^T, and the number of positions.
 
@@ -205,7 +210,10 @@ def _sums(
         module: The layer.
         own: "weight" or "bias".
         a: What it was given (b, ...).
-        g: Columns c of its output's gradients (c, b, ...).
+        g: Columns c of its output's gradients (c, b, ...), or (c, b t, ...) where
+            positions are rows.
+        examples: b.
+        masked: Some outputs count for nothing: nor do positions that only reach those.
     """
     channels_last = not isinstance(module, (*_CONVOLUTIONS, *_CHANNEL_NORMS))
     if isinstance(module, _NORMS):
@@ -213,22 +221,29 @@ def _sums(
         g = g if own == "bias" else g * _normalised(module, a)
     else:
         size = g.shape[-1] if channels_last else g.shape[2]
-    columns, examples = g.shape[:2]
+    columns, rows = g.shape[:2]
     if channels_last:
+        examples = rows if rows % examples else examples
         g = g.reshape(columns, examples, -1, size)
     else:
-        g = g.reshape(columns, examples, size, -1).mT
+        g = g.reshape(columns, rows, size, -1).mT
     if own == "bias" or isinstance(module, _NORMS):
         return _moment(g.sum(2).flatten(0, 1)), None, 0
     if isinstance(module, nn.Embedding):
         words = a.round().long().flatten()
         # Padding is a constant.
         keep = words != (-1 if module.padding_idx is None else module.padding_idx)
-        words, g = words[keep], g.reshape(columns, -1, size)[:, keep]
+        g = g.reshape(columns, -1, size)
+        if masked:
+            keep &= g.any(2).any(0)
+        words, g = words[keep], g[:, keep]
         count = torch.bincount(words, minlength=module.num_embeddings)
         return _moment(g.reshape(-1, size)), count.to(g), len(words)
     linear = isinstance(module, nn.Linear)
     inputs = a.reshape(-1, a.shape[-1]) if linear else _patches(module, a)
+    if masked:
+        g = g.reshape(columns, -1, size)
+        inputs = inputs[g.any(2).any(0)]
     return _moment(g.reshape(-1, size)), _moment(inputs), len(inputs)
 
 

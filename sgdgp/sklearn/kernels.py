@@ -29,6 +29,8 @@ from gpytorch.kernels import (
 from sklearn.gaussian_process import kernels as theirs
 from torch import Tensor
 
+from sgdgp.core.checks import check_positive
+
 
 def logarithmic() -> Positive:
     """Positive, learned as a logarithm: a step is a factor, in whatever units."""
@@ -131,8 +133,9 @@ def translate(kernel: theirs.Kernel, like: Tensor) -> Translated:
         each.raw.requires_grad_(name not in fixed)
     if not white:
         return Translated(whole, found, None, None, True)
-    name = f"{white[0][0]}noise_level"
-    return Translated(whole, found, name, white[0][1].noise_level, name not in fixed)
+    name, level = f"{white[0][0]}noise_level", white[0][1].noise_level
+    check_positive(f"kernel: {name}", level)
+    return Translated(whole, found, name, level, name not in fixed)
 
 
 def _terms(kernel: theirs.Kernel, prefix: str) -> Iterator[tuple[str, theirs.Kernel]]:

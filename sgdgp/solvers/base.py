@@ -207,6 +207,10 @@ class Solution:
     prediction_error: float | None = None
     factor: Factor | None = field(default=None, repr=False, compare=False)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """All but the factor, which is soon made again and as large as the problem."""
+        return {**self.__dict__, "factor": None}
+
     @property
     def carried(self) -> Recycled | None:
         """``recycled`` by its name in version 0.1.0."""

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from botorch.models import SingleTaskGP
 from botorch.models.model import ModelList
+from botorch.models.transforms import Standardize
 from botorch.posteriors.ensemble import EnsemblePosterior
 from botorch.sampling.get_sampler import get_sampler
 from botorch.sampling.list_sampler import ListSampler
@@ -252,6 +254,22 @@ def test_fantasies_of_few_rows_are_sampled_as_botorch_samples_its_own(name):
         sampler = SobolQMCNormalSampler(torch.Size([8]), seed=5)
         found.append(sampler(fantasies.posterior(X)))
     torch.testing.assert_close(*found, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("scale", [1e-5, 1.0, 1e5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_near_duplicates_are_sampled_in_any_units(scale, dtype):
+    definition = problems.single()
+    x, y = definition.train_inputs[0] * 4, problems.targets(inputs(25))
+    definition = SingleTaskGP(
+        x.to(dtype), (scale * y).to(dtype), outcome_transform=Standardize(1)
+    )
+    points = inputs(1, 7).repeat(4, 1).to(dtype)
+    points[3] += 1e-6
+    posterior = pathwise(definition).posterior(points)
+    samples = SobolQMCNormalSampler(torch.Size([512]), seed=3)(posterior)
+    ratio = samples.std(0) / posterior.variance.sqrt()
+    torch.testing.assert_close(ratio, torch.ones_like(ratio), rtol=0.02, atol=0)
 
 
 def test_normals_of_another_shape_are_refused(model):

@@ -155,7 +155,33 @@ def test_outputs_without_a_target_have_no_curvature():
     few = TangentData(data.tangent, stream_of([(x[:3], y[:3])], data.tangent.device))
     truth = kronecker_curvature(few, Categorical(), few.network_outputs)
     for a, b in zip(found.blocks, truth.blocks, strict=True):
-        torch.testing.assert_close(a.terms[0][0], b.terms[0][0])
+        torch.testing.assert_close(a.terms[0], b.terms[0])
+
+
+def test_positions_may_be_rows():
+    torch.manual_seed(0)
+    layer = nn.Linear(3, 4).double()
+
+    class Rows(nn.Module):
+        def __init__(self, flat):
+            super().__init__()
+            self.layer, self.flat = layer, flat
+
+        def forward(self, x):
+            if not self.flat:
+                return self.layer(x).tanh().sum(1)
+            return self.layer(x.flatten(0, 1)).unflatten(0, x.shape[:2]).tanh().sum(1)
+
+    x = torch.randn(5, 6, 3, generator=torch.Generator().manual_seed(1)).double()
+    y = torch.zeros(5, dtype=torch.long)
+    blocks = []
+    for flat in (False, True):
+        tangent = Tangent(Rows(flat).eval())
+        data = TangentData(tangent, stream_of([(x, y)], tangent.device))
+        found = kronecker_curvature(data, Categorical(), data.network_outputs)
+        blocks.append(found.blocks)
+    for one, other in zip(*blocks, strict=True):
+        torch.testing.assert_close(one.terms[0], other.terms[0])
 
 
 def test_networks_are_as_before():

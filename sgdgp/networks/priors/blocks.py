@@ -477,14 +477,19 @@ class KroneckerSum(Block):
     def _reduced(self) -> tuple[list[Term], Tensor, bool]:
         """Terms and diagonal in float64, as few as there are; whether two at most."""
         terms = [_wide(term) for term in self.terms]
+        # A layer that the data never reach says nothing.
+        heard = [term for term in terms if all(bool(side.any()) for side in term)]
+        terms = heard or terms[:1]
         diagonal = self._like.double()
         if diagonal.ndim and bool((diagonal == diagonal[0, 0]).all()):
             diagonal = diagonal[0, 0]
         if terms and min(self.shape) == 1:
             # One side is a number: all is one matrix.
             side = int(self.shape[0] == 1)
-            full = sum(term[side] * term[1 - side].sum() for term in terms)
-            assert isinstance(full, Tensor)
+            sides = [term[side] * term[1 - side].sum() for term in terms]
+            if any(own.ndim == 2 for own in sides):
+                sides = [_full(own) for own in sides]
+            full = torch.stack(sides).sum(0)
             own = diagonal.expand(self.shape).flatten()
             full = full + (torch.diag(own) if full.ndim == 2 else own)
             pair = (full, full.new_ones(1)) if side == 0 else (full.new_ones(1), full)

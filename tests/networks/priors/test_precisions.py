@@ -457,3 +457,28 @@ def _by_power_iteration(pairs: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Ten
         size = right.norm()
         right = right / size
     return size * left, right
+
+
+def test_a_term_may_be_diagonal_beside_a_full_one():
+    one = torch.ones(1, dtype=torch.float64)
+    own = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)
+    full = torch.ones(3, 3, dtype=torch.float64) + 2 * torch.eye(3).double()
+    for pairs in ([(own, one), (full, one)], [(one, full), (one, own)]):
+        block = KroneckerSum(pairs)
+        dense = torch.diag(own) + full
+        torch.testing.assert_close(
+            block.variances().flatten(), torch.linalg.inv(dense).diagonal()
+        )
+        assert math.isclose(block.logdet().value, float(dense.logdet()))
+
+
+def test_a_term_without_effect_changes_nothing():
+    generator = torch.Generator().manual_seed(0)
+    factors = [torch.randn(30, 30, generator=generator).double() for _ in range(4)]
+    a, b, c, d = (factor @ factor.mT for factor in factors)
+    zero = torch.zeros(30, 30).double()
+    pairs = [(a, b), (zero, c), (d, zero)]
+    silent, plain = KroneckerSum(pairs, 1.0), KroneckerSum([(a, b)], 1.0)
+    assert silent.is_exact
+    assert math.isclose(silent.logdet().value, plain.logdet().value, rel_tol=1e-12)
+    torch.testing.assert_close(silent.variances(), plain.variances())
