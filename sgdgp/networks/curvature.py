@@ -397,6 +397,14 @@ class WeightSystem:
             total.addmm_(features.mT, features)
         return self.data.total(total)
 
+    @functools.cached_property
+    @torch.no_grad()
+    def factor(self) -> Float[Tensor, "D D"]:
+        """Lower Cholesky factor of phi^T phi + I in float64."""
+        matrix = self.gram.clone()
+        matrix.diagonal().add_(1.0)
+        return torch.linalg.cholesky(matrix)
+
     def features(self, batch: Batch, at: Jacobian) -> Float[Tensor, "bC D"]:
         """Phi of some examples itself."""
         rows = at.jacobian()

@@ -312,24 +312,19 @@ class WeightCholesky(WeightSolver):
     ) -> WeightSolution:
         """Posterior samples of these numbers, and what the data determine."""
         found = super().draw(system, columns, initial, seed=seed, callback=callback)
-        variances = torch.cholesky_inverse(self._factor(system)).diagonal()
+        variances = torch.cholesky_inverse(system.factor).diagonal()
         found.shares = (1 - variances).clamp_min(0).to(found.weights)
         return found
 
     def _advance(self, found: WeightSolution, generator: torch.Generator) -> Reason:
         system, wide = found.system, found.rhs.double()
         found.passes += 0.0 if "gram" in vars(system) else 1.0
-        weights = torch.cholesky_solve(wide, self._factor(system))
+        weights = torch.cholesky_solve(wide, system.factor)
         residuals = wide - weights - system.gram @ weights
         found.move_to(
             *(x.to(found.rhs).mT.contiguous().mT for x in (weights, residuals))
         )
         return "interrupted" if found.report() else "converged"
-
-    def _factor(self, system: WeightSystem) -> Float[Tensor, "D D"]:
-        size = system.num_weights
-        one = torch.eye(size, dtype=torch.float64, device=system.outputs.device)
-        return torch.linalg.cholesky(system.gram + one)
 
 
 @dataclass(frozen=True)
