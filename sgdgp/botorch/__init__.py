@@ -1,4 +1,4 @@
-"""BoTorch around sgdgp: ``PathwiseModel``, a model whose samples are functions."""
+"""BoTorch around sgdgp: ``PathwiseModel``, a model made of functions."""
 
 try:
     import botorch as _botorch  # noqa: F401

@@ -289,8 +289,8 @@ def chosen_solver(
         return solver
     if not isinstance(solver, str):
         raise TypeError(
-            "solver: expected WeightCG(), WeightSGD(), Dual() or a name, found "
-            f"{_what(solver)}"
+            "solver: expected WeightCholesky(), WeightCG(), WeightSGD(), Dual(), "
+            f"WeightKronecker() or a name, found {_what(solver)}"
         )
     if solver == "auto":
         if data.has_cheap_gram(likelihood):

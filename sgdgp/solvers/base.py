@@ -190,7 +190,7 @@ class Solution:
             in memory only.
         prediction_error: Estimated error of the mean in posterior standard deviations
             of a target (see ``solvers/prediction_error.py``), where there is a mean.
-        factor: In float64, of few rows that were solved directly; held in memory only.
+        factor: In float64, of few rows that were solved directly; in no file or pickle.
     """
 
     solver: str
