@@ -15,22 +15,30 @@ layer sees is the examples', or examples' positions one after another. The a_t o
 embedding are rows of an identity, so that its second factor is a diagonal of
 frequencies.
 
-Outer products of a batch are in the network's dtype, their sums over batches in
-float64: what is lost of definiteness is the rounding of one batch.
+L_n has as many columns as the network has outputs, each a pass back through a batch.
+Where these are many, random sums of them stand for all, L_n e with independent signs e:
+their second moments are H_n in expectation, and those of examples that are drawn at
+random scatter more than those of a few signs for each.
+
+Sums of a layer are taken while the network runs forwards and back: no gradient of one
+column is kept for the next, nor of one layer for another. Outer products are in the
+network's dtype, their sums in float64: what is lost of definiteness is the rounding of
+one batch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from sgdgp.networks.curvature import TangentData
+from sgdgp.core.memory import resolve_budget
+from sgdgp.core.processes import Processes
+from sgdgp.networks.curvature import TangentData, example_noise
 from sgdgp.networks.likelihoods import Likelihood
 from sgdgp.networks.priors import KroneckerPrior, KroneckerSum
 from sgdgp.networks.priors.kronecker import LARGEST_FACTOR
@@ -41,37 +49,62 @@ _CHANNEL_NORMS = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm)
 _NORMS = (*_CHANNEL_NORMS, nn.LayerNorm, nn.RMSNorm)
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d)
 
-Call: TypeAlias = tuple[Tensor, Tensor]
-"""What a layer was given, and a tensor of zeros that was added to what it returned."""
+MOST_COLUMNS = 32
+"""Passes back through a batch, unless one asks for more."""
+
+_SHARE = 16
+"""A convolution's patches take this part of the memory budget at most."""
 
 
-@dataclass
 class _Factors:
-    """Sums over the data of one parameter tensor.
+    """Sums over the data of one parameter tensor, in float64.
+
+    Args:
+        module: Its layer.
+        own: Its name there.
 
     Attributes:
         first: Of g g^T, or of the whole vector's outer products.
         second: Of a a^T; none of a vector.
         positions: How many a were added up.
+        called: Whether the layer was.
     """
 
-    first: Tensor | None = None
-    second: Tensor | None = None
-    positions: Tensor = field(
-        default_factory=lambda: torch.zeros((), dtype=torch.float64)
-    )
+    def __init__(self, module: nn.Module, own: str) -> None:
+        weight = module.get_parameter(own)
+        self.is_vector = own == "bias" or isinstance(module, _NORMS)
+        self.is_embedding = isinstance(module, nn.Embedding)
+        wide = weight.detach().double()
+        out = weight.numel() if self.is_vector else weight.shape[0]
+        sides = [_moment(wide.new_zeros(1, n)) for n in (out, weight.numel() // out)]
+        if self.is_embedding:
+            sides = [sides[1], wide.new_zeros(out)]
+        self.first, self.second = sides[0], None if self.is_vector else sides[1]
+        self.positions, self.called = wide.new_zeros(()), False
 
-    def add(self, first: Tensor, second: Tensor | None, positions: int) -> None:
-        """Add the sums of a batch."""
-        self.first = first.double() if self.first is None else self.first + first
-        if second is not None:
-            wide = second.double()
-            self.second = wide if self.second is None else self.second + wide
+    def add_inputs(self, moment: Tensor, positions: int) -> None:
+        """Add moments of inputs, or how often each word was met."""
+        assert self.second is not None
+        self.second += moment
         self.positions += positions
+
+    def pair(self, processes: Processes) -> tuple[Tensor, Tensor]:
+        """Both sides of the weight's block, from the sums of all processes."""
+        if self.second is None:
+            processes.sum_(self.first)
+            return self.first, self.first.new_ones(1)
+        processes.sum_(self.first, self.second, self.positions)
+        second = self.second / self.positions.clamp_min(1)
+        return (second, self.first) if self.is_embedding else (self.first, second)
 
 
 def kronecker_curvature(
-    data: TangentData, likelihood: Likelihood, outputs: Float[Tensor, "r C"]
+    data: TangentData,
+    likelihood: Likelihood,
+    outputs: Float[Tensor, "r C"],
+    *,
+    columns: int = MOST_COLUMNS,
+    seed: int = 0,
 ) -> KroneckerPrior:
     """The curvature of the loss as a precision, to be added to one that is regular.
 
@@ -81,6 +114,8 @@ def kronecker_curvature(
         data: The data set seen through a tangent model.
         likelihood: H.
         outputs: Where H is evaluated (r, C), a table.
+        columns: Of L_n: all C if they are no more, else as many random sums of them.
+        seed: Of their signs, which are a function of the example.
 
     Returns:
         A block for each parameter tensor. It is singular where the data are silent: a
@@ -91,36 +126,34 @@ def kronecker_curvature(
     """
     tangent = data.tangent
     owners = _owners(tangent)
-    found = {name: _Factors() for name in tangent.names}
+    layers: dict[nn.Module, dict[str, _Factors]] = {}
+    for module, own in owners.values():
+        layers.setdefault(module, {})[own] = _Factors(module, own)
+    most = resolve_budget(tangent.memory_budget, tangent.device) // _SHARE
     for batch in data.stream:
         f = outputs[batch.rows]
-        eye = torch.eye(f.shape[1], dtype=f.dtype, device=f.device)
-        roots = likelihood.hessian_root(f, eye.expand(len(f), -1, -1))
+        if f.shape[1] <= columns:
+            signs = torch.eye(f.shape[1]).expand(len(f), -1, -1)
+        else:
+            noise = example_noise(batch.examples, f.shape[1], range(columns), seed)
+            signs = noise.sign() / columns**0.5
+        roots = likelihood.hessian_root(f, signs.to(f))
         mask = data.mask(batch)
         roots = roots if mask is None else roots * mask
-        _add_batch(tangent, owners, found, batch.x, roots, mask is not None)
+        _add_batch(tangent, layers, batch.x, roots, mask is not None, most)
     blocks = []
-    for name, shape in zip(tangent.names, tangent.shapes, strict=True):
-        factors = found[name]
-        if factors.first is None:
+    like = torch.empty(0, dtype=tangent.dtype, device=tangent.device)
+    for name, (module, own) in owners.items():
+        factors = layers[module].pop(own)
+        if not factors.called:
             raise ValueError(
                 f"weights: {name!r} is used otherwise than by calling its layer, which "
                 "has no Kronecker factors; leave it out (weights=...)"
             )
-        sums = [factors.first, factors.positions.to(factors.first)]
-        sums += [] if factors.second is None else [factors.second]
-        data.stream.processes.sum_(*sums)
-        second = (
-            torch.ones_like(sums[1]).view(1) if len(sums) < 3 else sums[2] / sums[1]
+        left, right = factors.pair(data.stream.processes)
+        blocks.append(
+            KroneckerSum([(_symmetric(left).to(like), _symmetric(right).to(like))])
         )
-        first = sums[0]
-        if isinstance(owners[name][0], nn.Embedding):
-            first, second = second, first
-        like = torch.empty(0, dtype=tangent.dtype, device=tangent.device)
-        pair = (_symmetric(first).to(like), _symmetric(second).to(like))
-        block = KroneckerSum([pair])
-        assert block.num_weights == shape.numel()
-        blocks.append(block)
     ones = torch.ones(1, dtype=tangent.dtype, device=tangent.device)
     return KroneckerPrior(tangent.num_weights, ones, blocks=blocks)
 
@@ -155,96 +188,159 @@ def _owners(tangent: Tangent) -> dict[str, tuple[nn.Module, str]]:
 
 def _add_batch(
     tangent: Tangent,
-    owners: dict[str, tuple[nn.Module, str]],
-    found: dict[str, _Factors],
+    layers: dict[nn.Module, dict[str, _Factors]],
     x: Any,
-    roots: Float[Tensor, "b C C"],
+    roots: Float[Tensor, "b C k"],
     masked: bool,
+    most: int,
 ) -> None:
-    calls: dict[nn.Module, list[Call]] = {m: [] for m, _ in owners.values()}
-    hooks = [module.register_forward_hook(_noted(calls[module])) for module in calls]
+    """Add the sums of a batch, whose L_n (or random sums of its columns) are given.
+
+    Args:
+        tangent: The network.
+        layers: Whose sums, by parameters' names in their layers.
+        x: Inputs.
+        roots: Columns that are pulled back.
+        masked: Whether some outputs count for nothing.
+        most: Bytes that patches of inputs may take.
+    """
+    # All that is added depends on it, so that gradients reach what follows a layer.
+    anchor = torch.zeros((), dtype=tangent.dtype, device=tangent.device)
+    anchor.requires_grad_()
+    calls: list[_Call] = []
+
+    def noted(module: nn.Module, given: tuple[Any, ...], returned: Tensor) -> Tensor:
+        a = given[0].detach()
+        call = _Call(module, layers[module], a, len(roots), masked, most)
+        calls.append(call)
+        returned = returned + anchor
+        if returned.requires_grad:
+            returned.register_hook(call.add_gradients)
+        return returned
+
+    function = tangent.function(x)  # which may run the network, to learn about it
+    hooks = [module.register_forward_hook(noted) for module in layers]
     try:
         with torch.enable_grad(), differentiable_layers(tangent.network):
             rows = tangent.weights_of(tangent.theta.mT)
-            f = tangent.function(x)({name: row[0] for name, row in rows.items()})
+            f = function({name: row[0] for name, row in rows.items()})
     finally:
         for hook in hooks:
             hook.remove()
-    added = [zero for own in calls.values() for _, zero in own]
-    gradients = [
-        torch.autograd.grad(
-            f, added, roots[..., c], retain_graph=True, allow_unused=True
-        )
-        for c in range(roots.shape[2])
-    ]
-    stacked = {
-        id(zero): torch.stack(
-            [torch.zeros_like(zero) if g is None else g for g in each]
-        )
-        for zero, each in zip(added, zip(*gradients, strict=True), strict=True)
-    }
-    for name, (module, own) in owners.items():
-        for given, zero in calls[module]:
-            found[name].add(
-                *_sums(module, own, given, stacked[id(zero)], len(roots), masked)
-            )
+    for column in roots.unbind(-1) if f.requires_grad else ():
+        torch.autograd.grad(f, anchor, column, retain_graph=True)
+    for call in calls:
+        call.end()
 
 
-def _noted(calls: list[Call]) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]:
-    """A hook that keeps a layer's inputs and lets its outputs be differentiated by."""
+class _Call:
+    """One call of a layer, whose sums are added to when they are known.
 
-    def hook(module: nn.Module, given: tuple[Any, ...], returned: Tensor) -> Tensor:
-        zero = torch.zeros_like(returned).requires_grad_()
-        calls.append((given[0].detach(), zero))
-        return returned + zero
-
-    return hook
-
-
-def _sums(
-    module: nn.Module, own: str, a: Tensor, g: Tensor, examples: int, masked: bool
-) -> tuple[Tensor, Tensor | None, int]:
-    """Sums over a batch of g g^T and a a^T, and the number of positions.
+    Inputs that no gradient needs are not kept.
 
     Args:
         module: The layer.
-        own: "weight" or "bias".
+        factors: Sums of its parameters, by their names in it.
         a: What it was given (b, ...).
-        g: Columns c of its output's gradients (c, b, ...), or (c, b t, ...) where
-            positions are rows.
         examples: b.
         masked: Some outputs count for nothing: nor do positions that only reach those.
+        most: Bytes that patches of inputs may take.
     """
-    channels_last = not isinstance(module, (*_CONVOLUTIONS, *_CHANNEL_NORMS))
-    if isinstance(module, _NORMS):
-        size = module.get_parameter(own).numel()
-        g = g if own == "bias" else g * _normalised(module, a)
-    else:
-        size = g.shape[-1] if channels_last else g.shape[2]
-    columns, rows = g.shape[:2]
-    if channels_last:
-        examples = rows if rows % examples else examples
-        g = g.reshape(columns, examples, -1, size)
-    else:
-        g = g.reshape(columns, rows, size, -1).mT
-    if own == "bias" or isinstance(module, _NORMS):
-        return _moment(g.sum(2).flatten(0, 1)), None, 0
-    if isinstance(module, nn.Embedding):
-        words = a.round().long().flatten()
-        # Padding is a constant.
-        keep = words != (-1 if module.padding_idx is None else module.padding_idx)
-        g = g.reshape(columns, -1, size)
-        if masked:
-            keep &= g.any(2).any(0)
-        words, g = words[keep], g[:, keep]
-        count = torch.bincount(words, minlength=module.num_embeddings)
-        return _moment(g.reshape(-1, size)), count.to(g), len(words)
-    linear = isinstance(module, nn.Linear)
-    inputs = a.reshape(-1, a.shape[-1]) if linear else _patches(module, a)
-    if masked:
-        g = g.reshape(columns, -1, size)
-        inputs = inputs[g.any(2).any(0)]
-    return _moment(g.reshape(-1, size)), _moment(inputs), len(inputs)
+
+    def __init__(
+        self,
+        module: nn.Module,
+        factors: dict[str, _Factors],
+        a: Tensor,
+        examples: int,
+        masked: bool,
+        most: int,
+    ) -> None:
+        self._module, self._factors, self._most = module, factors, most
+        self._examples, self._masked = examples, masked
+        self._reached: Tensor | None = None
+        self._a: Tensor | None = a
+        if isinstance(module, nn.Embedding):
+            words = a.round().long().flatten()
+            # Padding is a constant.
+            padding = -1 if module.padding_idx is None else module.padding_idx
+            self._a, self._keep = words, words != padding
+        for sums in factors.values():
+            sums.called = True
+        if not masked:
+            self._add_inputs()
+            if not isinstance(module, (*_NORMS, nn.Embedding)):
+                self._a = None
+
+    def end(self) -> None:
+        """All gradients have been here."""
+        if self._masked:
+            self._add_inputs()
+
+    @torch.no_grad()
+    def add_gradients(self, g: Tensor) -> None:
+        """Add the moments of one column of the output's gradients (b, ...).
+
+        They may be (b t, ...) where positions are rows.
+        """
+        for own, sums in self._factors.items():
+            rows = self._rows(own, g)
+            if sums.is_vector:
+                sums.first += _moment(rows.sum(1))
+                continue
+            if self._masked:
+                reached, old = rows.any(2), self._reached
+                self._reached = reached if old is None else old | reached
+            rows = rows.flatten(0, 1)
+            sums.first += _moment(rows[self._keep] if sums.is_embedding else rows)
+
+    def _rows(self, own: str, g: Tensor) -> Float[Tensor, "b t n"]:
+        """Gradients of one example's positions one after another."""
+        module = self._module
+        if isinstance(module, _NORMS) and own == "weight":
+            assert self._a is not None
+            g = g * _normalised(module, self._a)
+        if isinstance(module, (*_CONVOLUTIONS, *_CHANNEL_NORMS)):
+            return g.flatten(2).mT if g.ndim > 2 else g.unsqueeze(1)
+        norm = isinstance(module, _NORMS)
+        size = module.get_parameter(own).numel() if norm else g.shape[-1]
+        examples = len(g) if len(g) % self._examples else self._examples
+        return g.reshape(examples, -1, size)
+
+    @torch.no_grad()
+    def _add_inputs(self) -> None:
+        module, sums = self._module, self._factors.get("weight")
+        if sums is None or sums.is_vector:
+            return
+        a, reached = self._a, self._reached
+        assert a is not None
+        if isinstance(module, nn.Embedding):
+            keep = self._keep if reached is None else self._keep & reached.flatten()
+            count = torch.bincount(a[keep], minlength=module.num_embeddings)
+            sums.add_inputs(count, int(keep.sum()))
+        elif isinstance(module, nn.Linear):
+            inputs = a.reshape(-1, a.shape[-1])
+            inputs = inputs if reached is None else inputs[reached.flatten()]
+            sums.add_inputs(_moment(inputs), len(inputs))
+        else:
+            for inputs in self._patches(a):
+                sums.add_inputs(_moment(inputs), len(inputs))
+
+    def _patches(self, a: Tensor) -> Iterator[Float[Tensor, "m rest"]]:
+        """Rows of a convolution's inputs, one for each position that counts, and group.
+
+        They come in parts, a few examples at a time.
+        """
+        start, step = 0, 1
+        while start < len(a):
+            found = _patches(self._module, a[start : start + step])
+            # Patches, and a copy of them in another order.
+            bytes_each = max(1, 2 * found.nbytes // len(found))
+            if self._reached is not None:
+                rows = self._reached[start : start + step].unsqueeze(1)
+                found = found[rows.expand(found.shape[:3])]
+            yield found.reshape(-1, found.shape[-1])
+            start, step = start + step, max(1, self._most // bytes_each)
 
 
 def _moment(rows: Float[Tensor, "m n"]) -> Tensor:
@@ -266,8 +362,8 @@ def _normalised(module: nn.Module, a: Tensor) -> Tensor:
     return F.batch_norm(a, module.running_mean, module.running_var, eps=module.eps)
 
 
-def _patches(module: nn.Module, a: Tensor) -> Float[Tensor, "m rest"]:
-    """Rows of a convolution's inputs, one for each position, and group."""
+def _patches(module: nn.Module, a: Tensor) -> Float[Tensor, "b groups t rest"]:
+    """What a convolution sees at each position, in each group of channels."""
     assert isinstance(module, nn.Conv1d | nn.Conv2d)
     flat = isinstance(module, nn.Conv1d)
     padding = module._reversed_padding_repeated_twice
@@ -283,7 +379,7 @@ def _patches(module: nn.Module, a: Tensor) -> Float[Tensor, "m rest"]:
     kernel, dilation, pad, stride = sizes
     found = F.unfold(a, kernel, dilation=dilation, padding=pad, stride=stride)
     found = found.unflatten(1, (module.groups, -1))  # (b, groups, rest, t)
-    return found.transpose(2, 3).flatten(0, 2)
+    return found.transpose(2, 3)
 
 
 def _symmetric(side: Tensor) -> Tensor:

@@ -26,6 +26,10 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from sgdgp.networks import Categorical, WeightCG, linearise
+from sgdgp.networks.curvature import TangentData
+from sgdgp.networks.kronecker_curvature import kronecker_curvature
+from sgdgp.networks.stream import stream_of
+from sgdgp.tangent import Tangent
 
 def fitted():
     g = torch.Generator().manual_seed(0)
@@ -42,14 +46,27 @@ def fitted():
         solver=WeightCG(tolerance=1e-6),
         progress=False,
     )
+
+def curved():
+    # A product with the Kronecker factors of eleven examples.
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(11, 2, 5, generator=g).double()
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv1d(2, 3, 2), nn.Tanh(), nn.Flatten())
+    network.append(nn.Linear(12, 4)).double().eval()
+    tangent = Tangent(network)
+    loader = DataLoader(TensorDataset(x, torch.zeros(11)), batch_size=2)
+    data = TangentData(tangent, stream_of(loader, tangent.device))
+    outputs = data.network_outputs
+    found = kronecker_curvature(data, Categorical(), outputs, columns=3)
+    w = torch.arange(67.0).double().sin().view(-1, 1)
+    return found.matmul(w)[:, 0].tolist()
 """
 
 CHILD = (
     FIT
     + """
 import json
-from torch import nn
-from sgdgp.tangent import Tangent
 from sgdgp.core import processes as room
 from sgdgp.networks.priors import GPrior, Kronecker
 
@@ -83,6 +100,7 @@ with room.process_group() as processes:
         prior = setting.build(tangent, lambda count: (b.mT for b in mine))
         root = prior.root(torch.eye(8).double())
         found["priors"].append(root.tolist())
+    found["curvature"] = curved()
     posterior = fitted()
     found["fit"] = posterior.predict(torch.ones(4, 3).double().cumsum(0)).tolist()
     found["precisions"] = posterior.precisions.tolist()
@@ -177,6 +195,15 @@ def test_a_fit_of_shared_data_is_that_of_one_process(pair):
         there = torch.tensor(found["fit"], dtype=torch.float64)
         torch.testing.assert_close(there, predictions, rtol=1e-7, atol=1e-9)
         assert found["precisions"] == pytest.approx(alone.precisions.tolist())
+
+
+def test_the_curvature_of_shared_data_is_that_of_one_process(pair):
+    namespace: dict = {}
+    exec(FIT, namespace)
+    alone = namespace["curved"]()
+    assert len(alone) == 67
+    for found in pair:
+        assert found["curvature"] == pytest.approx(alone, rel=1e-9, abs=1e-12)
 
 
 @given(st.integers(0, 1000), st.integers(1, 50))

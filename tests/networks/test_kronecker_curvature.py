@@ -132,6 +132,35 @@ def test_factors_do_not_depend_on_batches_and_are_definite(name):
             assert float(torch.linalg.eigvalsh(matrix)[0]) >= -1e-12 * matrix.norm()
 
 
+def test_random_sums_of_columns_have_the_moments_of_all():
+    data, x = problem("mlp", 3)
+    many = [(x.repeat(500, 1), torch.zeros(1500, dtype=torch.long))]
+    data = TangentData(data.tangent, stream_of(many, data.tangent.device))
+    every = kronecker_curvature(data, Categorical(), data.network_outputs)
+    for seed in (0, 1):
+        some = kronecker_curvature(
+            data, Categorical(), data.network_outputs, columns=2, seed=seed
+        )
+        for one, other in zip(every.blocks, some.blocks, strict=True):
+            (left, right), (sampled, same) = one.terms[0], other.terms[0]
+            torch.testing.assert_close(right, same)
+            assert 1e-6 < float((left - sampled).norm() / left.norm()) < 0.06
+
+
+def test_a_small_memory_budget_changes_nothing():
+    data, _ = problem("convolutions", 7)
+    batches = list(data.stream)
+    pairs = [(batch.x, batch.y) for batch in batches]
+    tangent = Tangent(data.tangent.network, memory_budget=1)
+    small = TangentData(tangent, stream_of(pairs, tangent.device))
+    one, other = (
+        kronecker_curvature(d, Gaussian(noise=1.0), d.network_outputs)
+        for d in (data, small)
+    )
+    for a, b in zip(one.blocks, other.blocks, strict=True):
+        torch.testing.assert_close(a.terms[0], b.terms[0])
+
+
 def test_a_source_task_is_a_prior_with_an_identity():
     data, x = problem("convolutions", 6)
     found, _ = curvature_of(data, x, Categorical())
