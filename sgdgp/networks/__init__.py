@@ -6,6 +6,7 @@ from sgdgp.core.processes import process_group, started
 from sgdgp.networks import priors
 from sgdgp.networks.calibration import Comparison
 from sgdgp.networks.dual import Dual
+from sgdgp.networks.learned_prior import LearnedPrior
 from sgdgp.networks.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
 from sgdgp.networks.linearisation import LinearisedNetwork, linearise, linearize
 from sgdgp.networks.posterior import LinearisedPosterior, load
@@ -33,6 +34,7 @@ __all__ = [
     "Isotropic",
     "Kronecker",
     "Layerwise",
+    "LearnedPrior",
     "Likelihood",
     "LinearisedNetwork",
     "LinearisedPosterior",

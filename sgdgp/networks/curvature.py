@@ -175,11 +175,14 @@ class TangentData:
         stream: The examples.
         likelihood: Of their targets, which says what outputs have one. All others have
             neither Hessian nor gradient: here, no Jacobian. Default: all have one.
+        centre: The prior's mean minus the network's weights (D, 1), about which the
+            model is f(x) + J(x) (centre + w). Default: it is J(x) w, about zero.
     """
 
     tangent: Tangent
     stream: Stream
     likelihood: Likelihood | None = None
+    centre: Float[Tensor, "D 1"] | None = None
 
     @functools.cached_property
     def targets(self) -> Tensor:
@@ -199,6 +202,21 @@ class TangentData:
     def network_outputs(self) -> Float[Tensor, "r C"]:
         """What the network itself says; one pass at first."""
         return self._table((b, self.tangent.outputs(b.x)) for b in self.stream)
+
+    @functools.cached_property
+    @torch.no_grad()
+    def offset(self) -> Float[Tensor, "r C"] | None:
+        """What the model says at the prior's mean; None where that is nothing."""
+        if self.centre is None:
+            return None
+        if not bool(self.centre.any()):
+            return self.network_outputs
+        return self.network_outputs + self.forward(self.centre)[..., 0]
+
+    def outputs_of(self, w: Float[Tensor, "D 1"]) -> Float[Tensor, "r C"]:
+        """What the model says with weights w beyond the prior's mean, one pass."""
+        found = self.forward(w)[..., 0]
+        return found if self.offset is None else self.offset + found
 
     def has_cheap_gram(self, likelihood: Likelihood) -> bool:
         """Whether phi^T phi costs less to form than a solve by products would."""

@@ -24,6 +24,7 @@ Deviations from the paper:
 from __future__ import annotations
 
 import functools
+import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -41,7 +42,12 @@ from sgdgp.networks.curvature import (
     curvature_probes,
     largest_eigenvalue,
 )
-from sgdgp.networks.evidence import linear_evidence, network_evidence, spectrum_of
+from sgdgp.networks.evidence import (
+    Spectrum,
+    linear_evidence,
+    network_evidence,
+    spectrum_of,
+)
 from sgdgp.networks.expectation_maximisation import (
     EffectiveDimension,
     EMStep,
@@ -117,6 +123,7 @@ class RunState:
         seconds: Wall time so far.
         warnings: Sentences a user can act on.
         mean_of: Whose outputs the posterior's mean is, None until that is chosen.
+        candidate: Which of several settings the prior is of.
     """
 
     prior: WeightPrior
@@ -132,6 +139,7 @@ class RunState:
     seconds: float = 0.0
     warnings: list[str] = field(default_factory=list)
     mean_of: Mean | None = "network"
+    candidate: int = 0
 
     def warn(self, sentence: str) -> None:
         """Keep the last sentence of each kind only."""
@@ -206,17 +214,31 @@ class Run:
             self._learn()
             yield self.state
 
-    def _more_evident(self) -> Mean:
-        """The mean that the evidence speaks for, with what has been learned."""
-        state, data = self.state, self.data
+    def learn(self) -> float:
+        """Learn as ``stages`` does, and no more; the evidence of what is found.
+
+        Raises:
+            Interrupted: The callback asked for it.
+        """
+        for _ in self._steps(self.schedule.steps):
+            pass
+        optimum, spectrum = self._spectrum()
+        return linear_evidence(optimum.mean, optimum.loss, spectrum).value
+
+    def _spectrum(self) -> tuple[LinearOptimum, Spectrum]:
         optimum = self._optimum()
         self._stop_if_asked()
         spectrum = spectrum_of(
             optimum.system, self.schedule.num_samples, self.schedule.seed
         )
-        state.passes += spectrum.passes
+        self.state.passes += spectrum.passes
+        return optimum, spectrum
+
+    def _more_evident(self) -> Mean:
+        """The mean that the evidence speaks for, with what has been learned."""
+        optimum, spectrum = self._spectrum()
         linear = linear_evidence(optimum.mean, optimum.loss, spectrum).value
-        outputs, theta = self._network_outputs, data.tangent.theta
+        outputs, theta = self._network_outputs, self.data.tangent.theta
         network = network_evidence(optimum.system, theta, outputs, spectrum)
         return "linear" if linear >= network else "network"
 
@@ -385,8 +407,11 @@ def start(
     likelihood.check_targets(data.targets, outputs.shape[1])
     likelihood = likelihood.with_targets(data.targets, outputs.shape[1])
     if isinstance(likelihood, Gaussian) and likelihood.learns_noise:
-        likelihood = _first_noise(data, likelihood, outputs)
-    if schedule.curvature_at == "linear":
+        at = outputs if data.offset is None else data.offset
+        likelihood = first_noise(data, likelihood, at)
+    if data.offset is not None:
+        outputs = data.offset
+    elif schedule.curvature_at == "linear":
         outputs = torch.zeros_like(outputs)
     seed = schedule.seed
     prior = settings.build(
@@ -412,10 +437,53 @@ def start(
     )
 
 
-def _first_noise(
+def most_evident(
+    data: TangentData,
+    likelihood: Likelihood,
+    candidates: Sequence[PriorSettings],
+    schedule: Schedule,
+    callback: Callback | None,
+) -> tuple[RunState, str]:
+    """The state that a fit starts from, of several priors that with the most evidence.
+
+    Args:
+        data: The data set.
+        likelihood: Of the targets.
+        candidates: Priors; one alone is taken as it is.
+        schedule: How each of several learns its precision first.
+        callback: As of ``Run``.
+
+    Returns:
+        The state, and "finished" or "interrupted".
+    """
+    best, found, passes = -math.inf, None, 0.0
+    for number, settings in enumerate(candidates):
+        state = start(data, likelihood, settings, schedule)
+        state.candidate = number
+        state.passes += passes
+        if len(candidates) == 1:
+            return state, "finished"
+        try:
+            evidence = Run(data, schedule, state, callback).learn()
+        except Interrupted:
+            return found or state, "interrupted"
+        passes = state.passes
+        if found is None or evidence > best:
+            best, found = evidence, state
+    if found is None:
+        raise ValueError("prior: expected at least one candidate, found none")
+    found.passes = passes
+    return found, "finished"
+
+
+def first_noise(
     data: TangentData, likelihood: Gaussian, outputs: Float[Tensor, "r C"]
 ) -> Gaussian:
-    """The noise the network itself leaves, not too small beside the targets' own."""
+    """The noise that outputs leave, not too small beside the targets' own.
+
+    Raises:
+        ValueError: They leave none, and the targets are all the same.
+    """
     count = data.stream.num_examples
     errors = data.total(likelihood.squared_error(outputs, data.targets))
     squares = count * data.target_variance

@@ -1,6 +1,9 @@
 """The mean of the linear model: its loss minimised by Newton's method.
 
-    vbar = argmin  sum_n l(J_n R v, y_n) + 1/2 |v|^2
+    vbar = argmin  sum_n l(o_n + J_n R v, y_n) + 1/2 |v|^2,
+
+with the offset o_n = f(x_n) + J_n c of a prior that is centred at c from the network's
+weights, or none.
 
 Each step solves (phi^T phi + I) d = -slope - v, the same system as posterior samples
 (``WeightSystem``), with the likelihood linearised at the current outputs, as exactly as
@@ -76,7 +79,7 @@ def optimise(
         callback: Told of the solver's advance.
     """
     loose = replace(solver, tolerance=max(solver.tolerance, _FORCING))
-    outputs = data.forward(prior.root(mean))[..., 0]
+    outputs = data.outputs_of(prior.root(mean))
     system = WeightSystem(data, prior, likelihood, outputs)
     loss = float(system.loss(outputs.unsqueeze(-1))[0])
     objective = loss + 0.5 * float(mean.double().square().sum())

@@ -24,7 +24,7 @@ from sgdgp.networks.fitting import (
     Run,
     RunState,
     Schedule,
-    start,
+    most_evident,
 )
 from sgdgp.networks.likelihoods import Gaussian, Likelihood
 from sgdgp.networks.posterior import LinearisedPosterior
@@ -81,8 +81,8 @@ def linearise(
         likelihood: ``Categorical()``, ``Bernoulli()`` or ``Gaussian(noise=...)``; for
             several labels an example, some without, ``Categorical(ignore_index=-100)``.
         prior: ``GPrior()`` (default), ``Isotropic()``, ``Layerwise()``,
-            ``Kronecker()``, or a precision of ``sgdgp.networks.priors`` itself, whose
-            scale is learned.
+            ``Kronecker()``, a ``LearnedPrior`` of another task, or a precision of
+            ``sgdgp.networks.priors`` itself, whose scale is learned.
         weights: Which weights are uncertain: None or "all", "last_layer", "no_norms",
             patterns such as "layer4.*", or a function of name and parameter.
         output: Takes what the network returns to a tensor (b, ...).
@@ -90,7 +90,8 @@ def linearise(
             "linear" model, or of the "network" as in Antoran et al. (2023).
         mean: Whose outputs the posterior's mean is: the "network"'s, or the "linear"
             model's. A regression's noise is learned for it. Default: the network's
-            for classes; for regression that with the larger evidence.
+            for classes; for regression that with the larger evidence; with a
+            ``LearnedPrior`` the linear model's.
         memory_budget: Bytes for temporaries. Default: half of what is free.
 
     Returns:
@@ -212,7 +213,8 @@ class LinearisedNetwork:
             raise ValueError("precision: needed where steps=0 leaves it as it is")
         tangent = self.tangent
         stream = stream_of(loader, tangent.device, split)
-        data = TangentData(tangent, stream, self.likelihood)
+        centre = self.prior.centre(tangent)
+        data = TangentData(tangent, stream, self.likelihood, centre)
         budget = resolve_budget(tangent.memory_budget, tangent.device)
         column = tangent.num_weights * tangent.dtype.itemsize
         schedule = Schedule(
@@ -224,7 +226,7 @@ class LinearisedNetwork:
             seed=seed_of(generator_of(seed)),
             columns=max(1, min(_MOST_COLUMNS, budget // (_LIVE_COLUMNS * column))),
             curvature_at=self.curvature_at,
-            mean=self._mean,
+            mean=self._mean(centre),
         )
         keeper, state = None, None
         if checkpoint is not None:
@@ -232,28 +234,32 @@ class LinearisedNetwork:
                 checkpoint, checkpoint_every, tangent, self._identity(schedule, data)
             )
             state = keeper.load()
-        if state is None:
-            state = start(data, self.likelihood, self.prior, schedule)
-        reason = "finished"
+        candidates, reason = self.prior.candidates(), "finished"
         with progress_bar(progress, "linearised Laplace", callback) as listener:
-            run = Run(data, schedule, state, listener)
+            if state is None:
+                state, reason = most_evident(
+                    data, self.likelihood, candidates, schedule, listener
+                )
+            run, is_chosen = Run(data, schedule, state, listener), reason == "finished"
             try:
-                for reached in run.stages():
+                for reached in run.stages() if is_chosen else ():
                     if keeper is not None:
                         keeper.keep(reached)
             except Interrupted:
                 reason = "interrupted"
             finally:
-                if keeper is not None:
+                if keeper is not None and is_chosen:
                     keeper.keep(run.state, now=True)
         if keeper is not None and keeper.problem is not None:
             run.state.warnings.append(keeper.problem)
-        return posterior_of(tangent, run.state, stream.num_examples, reason)
+        settings = candidates[run.state.candidate]
+        return posterior_of(data, run.state, reason, settings)
 
-    @property
-    def _mean(self) -> Mean | None:
-        is_regression = isinstance(self.likelihood, Gaussian)
-        return self.mean or (None if is_regression else "network")
+    def _mean(self, centre: Tensor | None) -> Mean | None:
+        if self.mean is not None or centre is not None:
+            # The network at the mean of a learned prior has not seen these data.
+            return self.mean or "linear"
+        return None if isinstance(self.likelihood, Gaussian) else "network"
 
     def _identity(self, schedule: Schedule, data: TangentData) -> dict[str, object]:
         """What makes two fits the same one, by the names that users know."""
@@ -310,7 +316,7 @@ def _what(found: object) -> str:
 
 
 def posterior_of(
-    tangent: Tangent, state: RunState, num_examples: int, reason: str
+    data: TangentData, state: RunState, reason: str, settings: PriorSettings
 ) -> LinearisedPosterior:
     """What a run has found, in weights."""
     warnings = list(state.warnings)
@@ -327,16 +333,19 @@ def posterior_of(
     if 0 < state.finished < samples.shape[1]:
         samples = samples[:, : state.finished]
     return LinearisedPosterior(
-        tangent=tangent,
+        tangent=data.tangent,
         likelihood=state.likelihood,
         prior=state.prior,
         weight_samples=state.prior.root(samples),
         weight_mean=state.prior.root(state.mean),
-        num_examples=num_examples,
+        num_examples=data.stream.num_examples,
         mean_of=state.mean_of or "linear",
         reason=reason,
         history=tuple(state.history),
         passes=state.passes,
         seconds=state.seconds,
         warnings=tuple(warnings),
+        centre=data.centre,
+        settings=settings,
+        stream=data.stream,
     )

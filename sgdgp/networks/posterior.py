@@ -36,9 +36,9 @@ from sgdgp.networks.predictive import (
     probit,
     variance_of,
 )
-from sgdgp.networks.priors import WeightPrior
+from sgdgp.networks.priors import PriorSettings, WeightPrior
 from sgdgp.networks.storage import KIND, load_fields, save_fields
-from sgdgp.networks.stream import Split, stream_of
+from sgdgp.networks.stream import Split, Stream, stream_of
 from sgdgp.tangent import Tangent, TangentBatch
 
 _KEPT_NUMBERS = 2**28
@@ -47,6 +47,9 @@ calibration does by variances, but has no joint log-likelihood of the posterior.
 
 Score: TypeAlias = Literal["entropy", "mutual_information", "variance"]
 """What tells strange inputs from usual ones."""
+
+_OF_THIS_PROCESS = ("settings", "stream")
+"""Attributes that know how the posterior came about, by what no file can hold."""
 
 PREDICTED_TOGETHER = 256
 """Examples predicted at a time unless told otherwise: what a tangent takes at once."""
@@ -65,7 +68,7 @@ class LinearisedPosterior:
         likelihood: Of the targets, with the noise learned.
         prior: Of the weights, with the precisions learned.
         weight_samples: w_k (D, K).
-        weight_mean: Optimum of the linear model without offset (D, 1).
+        weight_mean: Optimum of the linear model (D, 1).
         num_examples: Training examples.
         mean_of: Whose outputs the mean is, "network" or "linear".
         reason: "finished" or "interrupted".
@@ -74,6 +77,11 @@ class LinearisedPosterior:
         seconds: Wall time of the fit.
         warnings: Sentences that say what a user may want to do.
         scale: Factor on all variances; ``calibrate`` sets it.
+        centre: Prior mean minus the network's weights (D, 1), of which the linear model
+            is about: f(x) + J(x) (centre + w). None: it is J(x) w.
+        settings: The prior as it was given, with what the evidence chose. Like
+            ``stream`` it is not in files and pickles.
+        stream: The training data.
     """
 
     tangent: Tangent
@@ -89,6 +97,12 @@ class LinearisedPosterior:
     seconds: float = 0.0
     warnings: tuple[str, ...] = ()
     scale: float = 1.0
+    centre: Float[Tensor, "D 1"] | None = field(default=None, repr=False)
+    settings: PriorSettings | None = field(default=None, repr=False)
+    stream: Stream | None = field(default=None, repr=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), **dict.fromkeys(_OF_THIS_PROCESS)}
 
     @property
     def num_samples(self) -> int:
@@ -117,9 +131,8 @@ class LinearisedPosterior:
 
     @torch.no_grad()
     def linear_mean(self, x: Any) -> Float[Tensor, "b C"]:
-        """The mean of the linear model without offset, J(x) w (b, C)."""
-        found = [self.tangent.at(part).jvp(self.weight_mean) for part in _parts(x)]
-        return torch.cat(found)[..., 0]
+        """The mean of the linear model (b, C): J(x) w, or f(x) + J(x) (centre + w)."""
+        return torch.cat([self._linear_at(self.tangent.at(p)) for p in _parts(x)])
 
     def fluctuations(
         self, x: Any, *, batch_size: int = PREDICTED_TOGETHER
@@ -138,7 +151,12 @@ class LinearisedPosterior:
     def _mean_at(self, at: TangentBatch) -> Float[Tensor, "b C"]:
         if self.mean_of == "network":
             return at.outputs
-        return at.jvp(self.weight_mean)[..., 0]
+        return self._linear_at(at)
+
+    def _linear_at(self, at: TangentBatch) -> Float[Tensor, "b C"]:
+        if self.centre is None:
+            return at.jvp(self.weight_mean)[..., 0]
+        return at.outputs + at.jvp(self.centre + self.weight_mean)[..., 0]
 
     def samples(
         self, x: Any, *, batch_size: int = PREDICTED_TOGETHER
@@ -212,8 +230,8 @@ class LinearisedPosterior:
         """
         check_count("num_probes", num_probes, 2)
         stream = stream_of(loader, self.tangent.device, split)
-        data = TangentData(self.tangent, stream, self.likelihood)
-        outputs = data.forward(self.weight_mean)[..., 0]
+        data = TangentData(self.tangent, stream, self.likelihood, self.centre)
+        outputs = data.outputs_of(self.weight_mean)
         self.likelihood.check_targets(data.targets, outputs.shape[1])
         system = WeightSystem(data, self.prior, self.likelihood, outputs)
         spectrum = spectrum_of(system, num_probes, seed_of(generator_of(seed)))
@@ -371,7 +389,7 @@ class LinearisedPosterior:
         own = {
             field.name: getattr(self, field.name)
             for field in fields(self)
-            if field.name != "tangent"
+            if field.name not in ("tangent", *_OF_THIS_PROCESS)
         }
         save_fields(path, self.tangent, own)
 

@@ -29,6 +29,7 @@ from torch.utils.data.distributed import DistributedSampler
 
 from sgdgp.core.checks import check_finite
 from sgdgp.core.processes import Processes, current_processes
+from sgdgp.core.seeds import derived_generator
 from sgdgp.tangent.network import arguments
 
 DEFAULT_BATCH = 128
@@ -68,6 +69,7 @@ class Stream(ABC):
         num_rows: Examples of this process.
         num_batches: Batches of this process in a pass.
         processes: Who shares the data.
+        device: Where batches are.
     """
 
     num_examples: int
@@ -79,7 +81,7 @@ class Stream(ABC):
     ) -> None:
         self.processes = processes
         self._source = source
-        self._device = device
+        self.device = device
         self._split = split
         self._sums: dict[int, tuple[float, ...]] = {}
         self._count()
@@ -115,7 +117,7 @@ class Stream(ABC):
     def _inputs_and_targets(self, loaded: Any) -> tuple[Any, Tensor]:
         return tree_map_only(
             Tensor,
-            lambda tensor: tensor.to(self._device, non_blocking=True),
+            lambda tensor: tensor.to(self.device, non_blocking=True),
             arguments(self._split(loaded)),
         )
 
@@ -258,7 +260,7 @@ class IndexedStream(Stream):
             raise ValueError(
                 f"loader: a batch of {len(rows)} examples has {len(y)} targets"
             )
-        rows = rows.to(self._device)
+        rows = rows.to(self.device)
         return Batch(rows, rows + self._first, x, y)
 
 
@@ -285,7 +287,7 @@ class RepeatedStream(Stream):
             first, seen = seen, seen + len(y)
             if turn % self.processes.size != self.processes.rank:
                 continue
-            numbers = torch.arange(len(y), device=self._device)
+            numbers = torch.arange(len(y), device=self.device)
             batch = Batch(mine + numbers, first + numbers, x, y)
             self._check(batch)
             mine += len(y)
@@ -320,6 +322,28 @@ def _examples_of(loader: DataLoader[Any]) -> Sequence[int]:
             "examples more than once; the posterior counts each example once"
         )
     return sorted(found)
+
+
+def example_hashes(stream: Stream) -> Tensor:
+    """A number of 64 bits for the inputs of each example (n,), sorted; one pass.
+
+    The same inputs have the same number, whatever their dtype of floating point; others
+    have another but for one chance in 10^19. In a group of processes all call this.
+    """
+    found = torch.zeros(stream.num_examples, dtype=torch.int64, device=stream.device)
+    for batch in stream:
+        for i, leaf in enumerate(_leaves_of(batch.x)):
+            rows = leaf.reshape(len(batch.y), -1)
+            floats = rows.is_floating_point()
+            bits = rows.float().view(torch.int32) if floats else rows
+            generator = derived_generator(0, "hashes of examples", i)
+            odd = torch.randint(
+                -(2**62), 2**62, (rows.shape[1],), generator=generator, device="cpu"
+            )
+            words = (2 * odd + 1).to(rows.device)
+            found[batch.examples] += (bits.long() * words).sum(1)
+    stream.processes.sum_(found)
+    return found.sort().values
 
 
 def _pair(batch: Any) -> tuple[Any, Tensor]:

@@ -17,7 +17,7 @@ import sgdgp
 from sgdgp.bayesopt import maximise, thompson_sampling
 from sgdgp.botorch import PathwiseModel
 from sgdgp.core.errors import CheckpointError, StorageError
-from sgdgp.networks import Categorical, linearise
+from sgdgp.networks import Categorical, LearnedPrior, linearise
 from tests.models import gp, toy_data
 
 CG = sgdgp.CG(tolerance=1e-6, preconditioner=None)
@@ -110,6 +110,22 @@ def _write_network(path: Path) -> dict[str, Any]:
 
 def _load_network(path: Path) -> dict[str, Any]:
     return _network_predictions(sgdgp.load(path, _network()))
+
+
+def _target(prior: LearnedPrior) -> dict[str, Any]:
+    fit = linearise(_network(), Categorical(), prior=prior).fit
+    found = fit(_loader(), precision=1.0, steps=0, final_samples=3, progress=False)
+    return {**_network_predictions(found), "seen": prior.seen}
+
+
+def _write_prior(path: Path) -> dict[str, Any]:
+    prior = LearnedPrior.from_data(_network(), Categorical(), _loader(), strength=1.0)
+    prior.save(path)
+    return _target(prior)
+
+
+def _load_prior(path: Path) -> dict[str, Any]:
+    return _target(sgdgp.load(path))
 
 
 def _definition() -> SingleTaskGP:
@@ -210,6 +226,9 @@ KINDS: dict[str, Kind] = {
         "posterior of a network",
         True,
         lambda path: sgdgp.networks.load(path, _network()),
+    ),
+    "sgdgp.networks.prior": Kind(
+        _write_prior, _load_prior, "learned prior", True, LearnedPrior.load
     ),
     "sgdgp.botorch": Kind(
         _write_botorch,

@@ -70,6 +70,14 @@ class PriorSettings(ABC):
             probes: Passes over this process's share of the data, see ``Probes``.
         """
 
+    def centre(self, tangent: Tangent) -> Float[Tensor, "D 1"] | None:
+        """The prior's mean minus the network's weights; None: no mean but zero."""
+        return None
+
+    def candidates(self) -> Sequence[PriorSettings]:
+        """The settings that there are to choose from, by the evidence."""
+        return (self,)
+
     def identity(self) -> str:
         """Text that is the same for the same settings, tensors included."""
         return repr(self)
@@ -205,9 +213,7 @@ class WeightPrior(PriorSettings):
     @property
     def is_diagonal(self) -> bool:
         """Whether all weights are independent."""
-        return all(
-            isinstance(b, MatrixRoot) and b.is_diagonal for b, _ in self.pieces()
-        )
+        return all(_is_diagonal(b) for b, _ in self.pieces())
 
     def pieces_of(self, shapes: Sequence[tuple[int, int]]) -> list[tuple[Block, float]]:
         """The prior in blocks of these shapes; one of independent weights has any.
@@ -215,24 +221,32 @@ class WeightPrior(PriorSettings):
         Raises:
             ValueError: It has others; names the first that differs.
         """
-        own = self.shapes
-        if own == list(shapes):
-            return self.pieces()
-        sizes = [math.prod(shape) for shape in shapes]
-        if self.is_diagonal and sum(sizes) == self.num_weights:
-            parts = self.marginal_variance().sqrt().split(sizes)
-            return [
-                (MatrixRoot(s.new_ones(m), s.new_ones(n), s.view(m, n)), 1.0)
-                for s, (m, n) in zip(parts, shapes, strict=True)
-            ]
-        i = next(
-            (i for i, (a, b) in enumerate(zip(own, shapes, strict=False)) if a != b),
-            min(len(own), len(shapes)),
-        )
-        raise ValueError(
-            f"prior: expected blocks of shapes {list(shapes)[i : i + 3]} from number "
-            f"{i} on, found {own[i : i + 3]}"
-        )
+        left = self.pieces()[::-1]
+        found: list[tuple[Block, float]] = []
+        # Variances of independent weights, which are cut as is asked for.
+        cut = self.precisions.new_empty(0)
+        for i, shape in enumerate(shapes):
+            if left and left[-1][0].shape == shape and not len(cut):
+                found.append(left.pop())
+                continue
+            while left and _is_diagonal(left[-1][0]) and len(cut) < math.prod(shape):
+                block, alpha = left.pop()
+                cut = torch.cat([cut, block.variances().flatten() / alpha])
+            if len(cut) < math.prod(shape):
+                raise ValueError(
+                    f"prior: expected blocks of shapes {list(shapes)[i : i + 3]} from "
+                    f"number {i} on, found {[b.shape for b, _ in left[:-4:-1]]}"
+                )
+            own, cut = cut.tensor_split([math.prod(shape)])
+            left_side, right_side = (own.new_ones(n) for n in shape)
+            root = MatrixRoot(left_side, right_side, own.sqrt().view(shape))
+            found.append((root, 1.0))
+        if left or len(cut):
+            raise ValueError(
+                f"prior: expected {sum(map(math.prod, shapes))} weights, found "
+                f"{self.num_weights}"
+            )
+        return found
 
     def build(self, tangent: Tangent, probes: Probes) -> WeightPrior:
         """Itself, for a network that it fits.
@@ -430,6 +444,10 @@ def check_grouping(grouping: Grouping) -> None:
             'groups: expected "all", "tensors", "layers" or a function from a '
             f"parameter's name to the label of its group, found {grouping!r}"
         )
+
+
+def _is_diagonal(block: Block) -> bool:
+    return isinstance(block, MatrixRoot) and block.is_diagonal
 
 
 def _label(tangent: Tangent, grouping: Grouping, name: str) -> str:

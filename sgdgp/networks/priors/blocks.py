@@ -153,6 +153,10 @@ class Block(ABC):
         """Precision times a positive number."""
 
     @abstractmethod
+    def to(self, like: Tensor) -> Block:
+        """The same in the dtype and on the device of a tensor."""
+
+    @abstractmethod
     def as_sum(self) -> KroneckerSum:
         """The precision by its terms.
 
@@ -242,6 +246,10 @@ class MatrixRoot(Block):
 
     def scaled(self, factor: float) -> MatrixRoot:
         return MatrixRoot(self.left / math.sqrt(factor), self.right, self.inner)
+
+    def to(self, like: Tensor) -> MatrixRoot:
+        inner = None if self.inner is None else self.inner.to(like)
+        return MatrixRoot(self.left.to(like), self.right.to(like), inner)
 
     def as_sum(self) -> KroneckerSum:
         if self.is_diagonal:
@@ -432,8 +440,40 @@ class KroneckerSum(Block):
         terms = [(left * factor, right) for left, right in self.terms]
         return KroneckerSum(terms, self.diagonal * factor)
 
+    def to(self, like: Tensor) -> KroneckerSum:
+        terms = [(left.to(like), right.to(like)) for left, right in self.terms]
+        return KroneckerSum(terms, self._like.to(like))
+
     def as_sum(self) -> KroneckerSum:
         return self
+
+    def trace(self) -> float:
+        """The trace of P."""
+        found = self._like.double().expand(self.shape).sum()
+        for left, right in self.terms:
+            found = found + _trace(left) * _trace(right)
+        return float(found)
+
+    def grown(self, out: int, level: float) -> KroneckerSum:
+        """The same for a matrix with more rows, independent of those it has.
+
+        Args:
+            out: Rows.
+            level: Precision of new weights; a curvature knows nothing of them, 0.
+        """
+        have, rest = self.shape
+        more = out - have
+        terms = [
+            (torch.block_diag(left, left.new_zeros(more, more)), right)
+            if left.ndim == 2
+            else (torch.cat([left, left.new_zeros(more)]), right)
+            for left, right in self.terms
+        ]
+        own = self._like.expand(self.shape)
+        diagonal = torch.cat([own, own.new_full((more, rest), level)])
+        # A number again if it is one: only beside that is a root in closed form.
+        is_number = bool(terms) and bool((diagonal == diagonal[0, 0]).all())
+        return KroneckerSum(terms, diagonal[0, 0] if is_number else diagonal)
 
     def plus(self, other: KroneckerSum) -> KroneckerSum:
         """The sum of two precisions."""
@@ -681,6 +721,10 @@ def _wide(term: Term) -> Term:
 
 def _symmetric(side: Tensor) -> Tensor:
     return side if side.ndim == 1 else (side + side.mT) / 2
+
+
+def _trace(side: Tensor) -> Tensor:
+    return (side if side.ndim == 1 else side.diagonal()).double().sum()
 
 
 def _bound(side: Tensor) -> float:
