@@ -6,14 +6,19 @@ whitened features. In whitened weights v (prior N(0, I), weights w = R v) the po
 precision is phi^T phi + I, and every question about the posterior is ridge regression
 with unit noise on them. phi is never stored: a product is one Jacobian-vector and one
 vector-Jacobian product a batch. The Jacobian itself is kept where it is small, and the
-matrix phi^T phi is formed where it is cheap.
+matrix phi^T phi is formed where it is cheap, or phi phi^T where there are fewer rows
+than weights: the posterior is the same in either (``WeightSystem.is_wide``).
+
+Only precisions and the likelihood's Hessian change as a fit goes on, so phi phi^T costs
+its pass once: with K_g the kernel J R R^T J^T of the weights of group g at precision
+one, it is L^T (sum_g K_g / alpha_g) L.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -38,6 +43,9 @@ as the overhead of some hundred calls of layers, which a pass without it has."""
 _MOST_WEIGHTS, _MOST_WORK = 2048, 2**31
 """Columns of phi, and products of numbers, up to which phi^T phi is formed for each
 linearisation: a factorisation takes a tenth of a second, a Gram matrix three."""
+
+_MOST_ROWS = 2048
+"""Rows of phi up to which phi phi^T is formed."""
 
 _LINEARISATIONS = 8
 """Of a likelihood that is not Gaussian, for one of a Gaussian: Newton's steps."""
@@ -183,6 +191,9 @@ class TangentData:
     stream: Stream
     likelihood: Likelihood | None = None
     centre: Float[Tensor, "D 1"] | None = None
+    _kernels: dict[object, Tensor] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     @functools.cached_property
     def targets(self) -> Tensor:
@@ -219,12 +230,84 @@ class TangentData:
         return found if self.offset is None else self.offset + found
 
     def has_cheap_gram(self, likelihood: Likelihood) -> bool:
-        """Whether phi^T phi costs less to form than a solve by products would."""
+        """Whether the smaller Gram matrix costs less than a solve by products would."""
         size = self.tangent.num_weights
+        if self.is_wide and self.num_rows <= _MOST_ROWS:
+            # Every parameter tensor may have a precision, and a kernel.
+            needed = 8 * len(self.tangent.names) * self.num_rows**2
+            budget = resolve_budget(self.tangent.memory_budget, self.tangent.device)
+            return needed <= budget
         work = self.stream.num_examples * self.network_outputs.shape[1] * size**2
         if not isinstance(likelihood, Gaussian):
             work *= _LINEARISATIONS
         return size <= _MOST_WEIGHTS and work <= _MOST_WORK
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of phi that are this process's."""
+        return self.network_outputs.numel()
+
+    @property
+    def is_wide(self) -> bool:
+        """Whether phi has fewer rows than columns, all of them in this process."""
+        return self.stream.processes.size == 1 and (
+            self.num_rows < self.tangent.num_weights
+        )
+
+    def has_kernels(self, prior: WeightPrior) -> bool:
+        """Whether those of a prior are at hand, whatever its precisions."""
+        return prior.root_at_one in self._kernels
+
+    @torch.no_grad()
+    def kernels(self, prior: WeightPrior) -> Float[Tensor, "G N N"]:
+        """J R R^T J^T of each group of weights at precision one, float64.
+
+        One pass at first; more where half of the memory budget does not hold J R, which
+        is then made again for each part of it that fits.
+        """
+        if not self.has_kernels(prior):
+            self._kernels.clear()
+            self._kernels[prior.root_at_one] = self._formed_kernels(
+                prior.with_precisions(torch.ones_like(prior.precisions))
+            )
+        return self._kernels[prior.root_at_one]
+
+    def _formed_kernels(self, prior: WeightPrior) -> Float[Tensor, "G N N"]:
+        size, wide = self.num_rows, torch.float64
+        budget = resolve_budget(self.tangent.memory_budget, self.tangent.device)
+        most = budget // (2 * wide.itemsize * prior.num_weights)
+        found = self.network_outputs.new_zeros(prior.num_groups, size, size, dtype=wide)
+        done = 0
+        while done < size:
+            held: list[tuple[slice, Tensor]] = []
+            stop, is_full = done, False
+            for rows, some in self._rows_from(done, prior):
+                is_full = is_full or (bool(held) and rows.stop - done > most)
+                if not is_full:
+                    held.append((rows, some))
+                    stop = rows.stop
+                for others, more in held:
+                    for s, g in zip(prior.groups, prior.group_of, strict=True):
+                        found[g, others, rows].addmm_(more[:, s], some[:, s].mT)
+            for rows, _ in held:
+                found[:, rows, : rows.start] = found[:, : rows.start, rows].mT
+            done = stop
+        return found
+
+    def _rows_from(
+        self, first: int, prior: WeightPrior
+    ) -> Iterator[tuple[slice, Float[Tensor, "m D"]]]:
+        """J R in float64 from a row on, some examples at a time."""
+        outputs = self.network_outputs.shape[1]
+        together = max(1, _KEPT_NUMBERS // (outputs * prior.num_weights))
+        for batch in self.stream:
+            for part in batch.parts(together):
+                start = int(part.rows[0]) * outputs
+                if start < first:
+                    continue
+                rows = self.at(part).jacobian().flatten(0, 1)
+                rows = prior.root_adjoint(rows.mT).mT.double()
+                yield slice(start, start + len(rows)), rows
 
     @functools.cached_property
     @torch.no_grad()
@@ -417,11 +500,84 @@ class WeightSystem:
 
     @functools.cached_property
     @torch.no_grad()
-    def factor(self) -> Float[Tensor, "D D"]:
-        """Lower Cholesky factor of phi^T phi + I in float64."""
-        matrix = self.gram.clone()
+    def row_gram(self) -> Float[Tensor, "N N"]:
+        """Phi phi^T in float64, of a single process; rows are (example, output).
+
+        One pass at first, none for other precisions or linearisations of the same data.
+        """
+        scales = self.prior.precisions.double().reciprocal()
+        kernels = self.data.kernels(self.prior)
+        return self._between_roots(torch.tensordot(scales, kernels, 1))
+
+    @functools.cached_property
+    @torch.no_grad()
+    def _roots(self) -> Float[Tensor, "r C C"]:
+        """L_n^T itself, as products have it in their dtype; few rows have few of it."""
+        unit = torch.eye(self.outputs.shape[1]).to(self.outputs)
+        unit = unit.expand(len(self.outputs), -1, -1)
+        return self.likelihood.hessian_root_transpose(self.outputs, unit).double()
+
+    def _between_roots(self, kernel: Float[Tensor, "N N"]) -> Float[Tensor, "N N"]:
+        """L^T K L of a symmetric matrix over all rows."""
+        for _ in range(2):
+            rows = kernel.mT.unflatten(0, self.outputs.shape)
+            kernel = (self._roots @ rows).flatten(0, 1)
+        return kernel
+
+    @property
+    def is_wide(self) -> bool:
+        """Whether phi phi^T is what is formed, being smaller than phi^T phi."""
+        return self.data.is_wide
+
+    @property
+    def smaller_gram(self) -> Float[Tensor, "m m"]:
+        """Phi phi^T or phi^T phi in float64: the same but for eigenvalues of zero."""
+        return self.row_gram if self.is_wide else self.gram
+
+    @property
+    def is_formed(self) -> bool:
+        """Whether the smaller of them needs no pass over the data any more."""
+        if self.is_wide:
+            return self.data.has_kernels(self.prior)
+        return "gram" in vars(self)
+
+    @functools.cached_property
+    @torch.no_grad()
+    def factor(self) -> Float[Tensor, "m m"]:
+        """Lower Cholesky factor of phi phi^T + I or phi^T phi + I in float64."""
+        matrix = self.smaller_gram.clone()
         matrix.diagonal().add_(1.0)
         return torch.linalg.cholesky(matrix)
+
+    @torch.no_grad()
+    def solve(self, b: Float[Tensor, "D k"]) -> Float[Tensor, "D k"]:
+        """(phi^T phi + I)^-1 b by the factor; where it is that of rows, in one pass."""
+        if not self.is_wide:
+            return torch.cholesky_solve(b.double(), self.factor).to(b)
+        images = self.data.forward(self.prior.root(b))
+        images = self.likelihood.hessian_root_transpose(self.outputs, images)
+        u = torch.cholesky_solve(images.flatten(0, 1).double(), self.factor)
+        u = u.to(b).unflatten(0, self.outputs.shape)
+        pulled = self.data.adjoint(
+            lambda batch, at: self.likelihood.hessian_root(
+                self.outputs[batch.rows], u[batch.rows]
+            ),
+            b.shape[1],
+        )
+        return b - self.prior.root_adjoint(pulled)
+
+    @torch.no_grad()
+    def dimensions(self) -> Float[Tensor, " G"]:
+        """How many weights of each group the data determine, in float64."""
+        inverse, prior = torch.cholesky_inverse(self.factor), self.prior
+        if not self.is_wide:
+            shares = (1 - inverse.diagonal()).clamp_min(0.0).unsqueeze(1)
+            return prior.group_sums(shares, torch.ones_like(shares))[:, 0]
+        traces = [
+            (inverse * self._between_roots(kernel)).sum()
+            for kernel in self.data.kernels(prior)
+        ]
+        return torch.stack(traces) / prior.precisions.double()
 
     def features(self, batch: Batch, at: Jacobian) -> Float[Tensor, "bC D"]:
         """Phi of some examples itself."""
@@ -485,9 +641,10 @@ class WeightSystem:
     def at(self, outputs: Float[Tensor, "r C"]) -> WeightSystem:
         """The system with the likelihood linearised elsewhere."""
         other = replace(self, outputs=outputs)
-        if isinstance(self.likelihood, Gaussian) and "gram" in vars(self):
+        if isinstance(self.likelihood, Gaussian):
             # The Hessian is the same everywhere.
-            vars(other)["gram"] = self.gram
+            for name in {"gram", "row_gram", "factor"} & vars(self).keys():
+                vars(other)[name] = vars(self)[name]
         return other
 
 

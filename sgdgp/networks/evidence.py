@@ -27,8 +27,9 @@ from sgdgp.networks.curvature import WeightSystem
 from sgdgp.networks.lanczos import Lanczos, random_signs
 from sgdgp.networks.likelihoods import Gaussian
 
-EXACT_WEIGHTS = 512
-"""Up to so many weights phi^T phi is formed, by one pass, and its determinant exact."""
+EXACT_SIZE = 512
+"""Up to so many weights or rows the smaller of phi^T phi and phi phi^T is formed, by
+one pass, and its determinant exact."""
 
 _MOST_STEPS = 60
 """Lanczos steps, each a pass over the data."""
@@ -81,7 +82,7 @@ class Spectrum:
 
 @torch.no_grad()
 def spectrum_of(system: WeightSystem, num_probes: int, seed: int) -> Spectrum:
-    """The eigenvalues themselves for few weights, else by Lanczos runs.
+    """The eigenvalues themselves for few weights or rows, else by Lanczos runs.
 
     Args:
         system: phi.
@@ -89,8 +90,9 @@ def spectrum_of(system: WeightSystem, num_probes: int, seed: int) -> Spectrum:
         seed: Of their starts, signs.
     """
     size, like = system.num_weights, system.outputs
-    if size <= EXACT_WEIGHTS or system.data.has_cheap_gram(system.likelihood):
-        values = torch.linalg.eigvalsh(system.gram).clamp_min(0.0).unsqueeze(0)
+    smaller = system.data.num_rows if system.is_wide else size
+    if smaller <= EXACT_SIZE or system.data.has_cheap_gram(system.likelihood):
+        values = torch.linalg.eigvalsh(system.smaller_gram).clamp_min(0.0).unsqueeze(0)
         return Spectrum(values, torch.ones_like(values), 1.0)
     streams = [derived_generator(seed, "evidence", i) for i in range(num_probes)]
     start = random_signs(size, streams, like)

@@ -123,8 +123,8 @@ class PrecisionUpdate:
     downwards none is longer than a factor of 30: a precision that is too small makes
     the next systems ill-conditioned, one that is too large costs nothing.
 
-    A group the data say next to nothing about has its fixed point at infinity. Its
-    precision stops where it no longer matters.
+    A group the data say next to nothing about has its fixed point at infinity, be it
+    the only one. Its precision stops where it no longer matters.
 
     Attributes:
         steps: Last s (G,), from an earlier run.
@@ -149,7 +149,8 @@ class PrecisionUpdate:
         """
         gamma, squares = gamma.double(), squares.double()
         steps = (gamma / squares.clamp_min(1e-30)).log()
-        switched_off = (gamma < _NEGLIGIBLE * gamma.sum()) & (steps > 0)
+        least = (_NEGLIGIBLE * gamma.sum()).clamp_min(SMALLEST_DIMENSION)
+        switched_off = (gamma <= least) & (steps > 0)
         steps = torch.where(switched_off, torch.zeros_like(steps), steps)
         moves = steps
         if self.steps is not None and self.moves is not None:

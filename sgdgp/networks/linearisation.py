@@ -184,7 +184,7 @@ class LinearisedNetwork:
                 of the curvature.
             solver: ``WeightCholesky()``, ``WeightCG()``, ``WeightSGD()``,
                 ``Dual(...)``, ``WeightKronecker()``, or "auto": Cholesky for few
-                weights, else CG, and SGD from 200,000 examples.
+                weights or few examples, else CG, and SGD from 200,000 examples.
             seed: Seed or generator of everything random.
             split: From what the loader yields to (inputs, targets).
             progress: Show a progress bar. Default: on a terminal.

@@ -9,6 +9,7 @@ and its first batch is compared from pass to pass.
 from __future__ import annotations
 
 import math
+import operator
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ from torch.utils.data.distributed import DistributedSampler
 from sgdgp.core.checks import check_finite
 from sgdgp.core.processes import Processes, current_processes
 from sgdgp.core.seeds import derived_generator
+from sgdgp.core.slices import slices
 from sgdgp.tangent.network import arguments
 
 DEFAULT_BATCH = 128
@@ -59,6 +61,15 @@ class Batch:
     examples: Tensor
     x: Any
     y: Tensor
+
+    def parts(self, most: int) -> Iterator[Batch]:
+        """At most so many examples at a time; all where inputs do not divide."""
+        count = len(self.rows)
+        if any(leaf.ndim == 0 or len(leaf) != count for leaf in _leaves_of(self.x)):
+            most = count
+        for some in slices(count, most):
+            x = tree_map_only(Tensor, operator.itemgetter(some), self.x)
+            yield Batch(self.rows[some], self.examples[some], x, self.y[some])
 
 
 class Stream(ABC):

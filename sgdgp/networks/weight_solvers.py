@@ -88,12 +88,12 @@ class WeightSolution:
         errors: The bounds that the tolerance is compared with (k,).
         passes: Products with the data set so far.
         reason: Why the solver stopped.
-        shares: How far the data determine each whitened weight, one minus its posterior
-            variance (D,), where a solver knows; or None.
+        dimensions: How many weights of each group the data determine (G,), where a
+            solver knows; or None.
     """
 
     reason: Reason
-    shares: Float[Tensor, " D"] | None = None
+    dimensions: Float[Tensor, " G"] | None = None
 
     def __init__(
         self,
@@ -116,12 +116,10 @@ class WeightSolution:
     def dimension(self) -> EffectiveDimension:
         """How many weights the data determine, by what samples these are."""
         prior = self.system.prior
-        if self.shares is None:
+        if self.dimensions is None:
             products = prior.group_sums(self.weights, self.images())
             return effective_dimension(products, prior.group_sizes)
-        shares = self.shares.unsqueeze(1)
-        groups = prior.group_sums(shares, torch.ones_like(shares))[:, 0]
-        return EffectiveDimension(groups.clamp_min(SMALLEST_DIMENSION), 0.0)
+        return EffectiveDimension(self.dimensions.clamp_min(SMALLEST_DIMENSION), 0.0)
 
     def move_to(
         self, weights: Float[Tensor, "D k"], residuals: Float[Tensor, "D k"]
@@ -275,10 +273,17 @@ class WeightCG(WeightSolver):
 
 @dataclass(frozen=True)
 class WeightCholesky(WeightSolver):
-    """The matrix phi^T phi + I is formed and factorised, in float64: an exact solve.
+    """The smaller of two matrices is factorised, in float64: an exact solve.
 
-    For few weights: it costs a pass for the Jacobian and D^2 numbers, and a solve D^3.
-    Effective dimensions are exact, too, without samples.
+    For few weights, phi^T phi + I, which costs a pass for the Jacobian and D^2 numbers.
+    For few examples, N rows of phi with all their outputs, phi phi^T + I by
+
+        (phi^T phi + I)^-1 B = B - phi^T (phi phi^T + I)^-1 phi B.
+
+    It costs N^2 D operations once, N^3 each time that precisions or the likelihood's
+    Hessian change, and a pass for each solve. Effective dimensions are exact, too,
+    without samples. Rows of several processes are with none of them: they share the
+    matrix of the weights.
 
     Attributes:
         tolerance: Relative error of the linear model's mean, by Newton's method.
@@ -312,18 +317,23 @@ class WeightCholesky(WeightSolver):
     ) -> WeightSolution:
         """Posterior samples of these numbers, and what the data determine."""
         found = super().draw(system, columns, initial, seed=seed, callback=callback)
-        variances = torch.cholesky_inverse(system.factor).diagonal()
-        found.shares = (1 - variances).clamp_min(0).to(found.weights)
+        found.dimensions = system.dimensions()
         return found
 
     def _advance(self, found: WeightSolution, generator: torch.Generator) -> Reason:
-        system, wide = found.system, found.rhs.double()
-        found.passes += 0.0 if "gram" in vars(system) else 1.0
-        weights = torch.cholesky_solve(wide, system.factor)
-        residuals = wide - weights - system.gram @ weights
-        found.move_to(
-            *(x.to(found.rhs).mT.contiguous().mT for x in (weights, residuals))
-        )
+        system = found.system
+        found.passes += 0.0 if system.is_formed else 1.0
+        if system.is_wide:
+            weights = system.solve(found.rhs)
+            found.passes += 1.0
+            found.move_to(weights, found.residuals_of(weights))
+        else:
+            wide = found.rhs.double()
+            exact = system.solve(wide)
+            residuals = wide - exact - system.gram @ exact
+            found.move_to(
+                *(x.to(found.rhs).mT.contiguous().mT for x in (exact, residuals))
+            )
         return "interrupted" if found.report() else "converged"
 
 
@@ -358,7 +368,10 @@ class WeightKronecker(WeightCG):
             layer = block.layer
             layer.put(block.inverse_root(layer.take(draws)), samples)
             layer.put(block.shares().unsqueeze(0), shares)
-        found.weights, found.shares = samples.mT, shares[0]
+        found.weights = samples.mT
+        found.dimensions = system.prior.group_sums(
+            shares.mT, torch.ones_like(shares).mT
+        )[:, 0]
         found.reason = "interrupted" if found.report() else "converged"
         return found
 

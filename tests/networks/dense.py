@@ -15,13 +15,16 @@ from sgdgp.tangent import Tangent
 EXAMPLES, CLASSES = 23, 3
 
 
-def tiny_system(batch: int = 7, precision: float = 0.3):
-    """A system over 23 examples, and its features phi (N C, D) at its outputs."""
+def tiny_system(batch: int = 7, precision: float = 0.3, hidden: int = 5):
+    """A system over 23 examples, and its features phi (N C, D) at its outputs.
+
+    There are more rows than weights with 5 hidden units, fewer with 12.
+    """
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(EXAMPLES, 4, generator=generator, dtype=torch.float64)
     y = torch.randint(CLASSES, (EXAMPLES,), generator=generator)
     torch.manual_seed(0)
-    network = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, CLASSES))
+    network = nn.Sequential(nn.Linear(4, hidden), nn.Tanh(), nn.Linear(hidden, CLASSES))
     tangent = Tangent(network.double().eval())
     loader = DataLoader(TensorDataset(x, y), batch_size=batch)
     data = TangentData(tangent, stream_of(loader, tangent.device))

@@ -7,7 +7,11 @@ import math
 import pytest
 import torch
 
-from sgdgp.networks.expectation_maximisation import PrecisionUpdate, effective_dimension
+from sgdgp.networks.expectation_maximisation import (
+    SMALLEST_DIMENSION,
+    PrecisionUpdate,
+    effective_dimension,
+)
 
 
 def ridge(alpha: float, features: torch.Tensor, y: torch.Tensor):
@@ -76,6 +80,15 @@ def test_groups_without_evidence_do_not_keep_it_from_settling():
         alpha = update(alpha, gamma, squares)
     assert update.has_settled
     assert bool(torch.isfinite(alpha).all())
+
+
+def test_data_that_determine_nothing_settle_at_a_finite_precision():
+    update, alpha = PrecisionUpdate(), torch.ones(1, dtype=torch.float64)
+    for _ in range(12):
+        gamma = (1.0 / alpha).clamp_min(SMALLEST_DIMENSION)
+        alpha = update(alpha, gamma, 0.5 / alpha)
+    assert update.has_settled
+    assert 1e3 <= float(alpha) < 1e6
 
 
 def test_effective_dimension_of_exact_samples(regression):

@@ -100,6 +100,7 @@ class WeightPrior(PriorSettings):
         groups: Slices that partition 0..D in order. Default: one.
         group_of: Which precision each slice has; slices may share one. Default: each
             slice its own.
+        root_at_one: The same for priors that differ in their precisions only.
 
     Raises:
         ValueError: The slices are no partition, or the precisions do not fit them.
@@ -132,6 +133,7 @@ class WeightPrior(PriorSettings):
                 f"group_of: expected the numbers 0..G-1 for {len(self.groups)} slices, "
                 f"found {self.group_of}"
             )
+        self.root_at_one = object()
         self._set_precisions(self.precisions)
 
     @property
