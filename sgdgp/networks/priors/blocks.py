@@ -623,7 +623,11 @@ def nearest_product(terms: Sequence[Term]) -> Term:
     left = (q @ u[:, 0]).reshape(left_shape) * sizes[0].sqrt()
     right = (p @ vh[0]).reshape(right_shape) * sizes[0].sqrt()
     trace = left.trace() if left.ndim == 2 else left.sum()
-    return _symmetric(left * trace.sign()), _symmetric(right * trace.sign())
+    for side in (left, right):
+        side.mul_(trace.sign())
+        # Rounding leaves less than nothing of an input that is always zero.
+        (side.diagonal() if side.ndim == 2 else side).clamp_(min=0.0)
+    return _symmetric(left), _symmetric(right)
 
 
 def root_of_sum(one: Term, two: Term) -> MatrixRoot:

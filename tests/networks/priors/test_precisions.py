@@ -268,6 +268,17 @@ def test_compression_with_the_identity_in_it_would_lose_the_identity():
     assert float(torch.linalg.eigvalsh(torch.kron(left, right))[0]) < 0.5
 
 
+def test_compression_takes_inputs_that_are_always_zero():
+    for seed in range(20):
+        g = torch.Generator().manual_seed(seed)
+        pairs = terms((6, 12), 3, g, 1e2)
+        silent = torch.ones(12).double()
+        silent[:5] = 0.0
+        pairs = [(left, silent[:, None] * right * silent) for left, right in pairs]
+        ((_, right),) = KroneckerSum(pairs, 1.0).compressed().terms
+        near(right, silent[:, None] * right * silent, 1e-12)
+
+
 def test_compressed_priors_and_their_groups():
     prior, _ = MEMBERS["three products"]()
     found = prior.compressed()
