@@ -8,6 +8,10 @@ and torchvision's pre-trained weights:
 
 Half of the validation images calibrates, the other half scores. To see it run without
 ImageNet or weights: ``python -m examples.imagenet --random 24 --size 64``.
+
+``--learn FILE`` keeps what the network knows from the training images, its weights and
+the curvature of its loss in them, as the prior of other tasks, which ``--prior FILE``
+starts from.
 """
 
 from __future__ import annotations
@@ -25,18 +29,28 @@ from benchmarks.networks.resnet import resnet50, torchvision_resnet50
 from examples.image_folder import ImageFolder
 from sgdgp.core.processes import Processes, local_device, process_group
 from sgdgp.metrics import accuracy, expected_calibration_error, negative_log_likelihood
-from sgdgp.networks import Categorical, GPrior, LinearisedPosterior, WeightSGD
+from sgdgp.networks import (
+    Categorical,
+    GPrior,
+    LearnedPrior,
+    LinearisedPosterior,
+    WeightSGD,
+)
 
 
-def main(arguments: Sequence[str] | None = None) -> LinearisedPosterior:
-    """The command line."""
+def main(
+    arguments: Sequence[str] | None = None,
+) -> LinearisedPosterior | LearnedPrior:
+    """The command line: a posterior, or with ``--learn`` a prior."""
     options = _parser().parse_args(arguments)
     with process_group() as processes:
         return run(options, processes)
 
 
-def run(options: argparse.Namespace, processes: Processes) -> LinearisedPosterior:
-    """Fit, save, calibrate and score; process 0 speaks."""
+def run(
+    options: argparse.Namespace, processes: Processes
+) -> LinearisedPosterior | LearnedPrior:
+    """Fit, save, calibrate and score, or learn a prior; process 0 speaks."""
 
     def say(text: object) -> None:
         if processes.rank == 0:
@@ -49,11 +63,21 @@ def run(options: argparse.Namespace, processes: Processes) -> LinearisedPosterio
         f"{len(train)} training, {len(calibration)} calibration and {len(test)} test "
         f"images; {processes.size} processes, {device}"
     )
+    weights = options.uncertain or None
+    prior: GPrior | LearnedPrior = GPrior(probes=options.probes)
+    if options.learn is not None:
+        prior = LearnedPrior.from_data(
+            network, Categorical(), _loader(train, options), weights=weights
+        )
+        if processes.rank == 0:
+            prior.save(options.learn)
+            megabytes = options.learn.stat().st_size / 1e6
+            say(f"{prior}: {megabytes:.0f} MB in {options.learn}")
+        return prior
+    if options.prior is not None:
+        prior = LearnedPrior.load(options.prior)
     posterior = sgdgp.networks.linearise(
-        network,
-        Categorical(),
-        GPrior(probes=options.probes),
-        weights=options.uncertain or None,
+        network, Categorical(), prior, weights=weights
     ).fit(
         _loader(train, options),
         num_samples=options.samples,
@@ -195,6 +219,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--sgd", action="store_true", help="primal SGD whatever the number of images")
     add("--passes", type=float, default=12.0, help="most passes of an SGD solve")
     add("--seed", type=int, default=0)
+    add("--learn", type=Path, metavar="FILE", help="of the prior of other tasks")
+    add("--prior", type=Path, metavar="FILE", help="learned from another task")
     add("--checkpoint", type=Path, help="file to go on from after an interruption")
     add("--save", type=Path, help="file of the posterior")
     return parser

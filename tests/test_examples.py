@@ -79,6 +79,17 @@ def test_imagenet_runs_on_a_folder_with_trained_weights(folder, tmp_path, capsys
     assert "precision [100000.0], effective dimension not learned of 8196" in said
 
 
+@pytest.mark.filterwarnings("ignore:Learning has not settled")
+def test_what_imagenet_taught_is_a_prior_in_a_file(tmp_path, capsys):
+    path = tmp_path / "prior.safetensors"
+    prior = main(f"--random 8 --learn {path} {QUICK} 0".split())
+    assert "LearnedPrior(8196 weights in 2 tensors, from 8 examples)" in (
+        capsys.readouterr().out
+    )
+    posterior = main(f"--random 8 --prior {path} {QUICK} 1".split())
+    torch.testing.assert_close(posterior.settings.mean, prior.mean)
+
+
 def test_imagenet_says_what_is_missing(folder):
     with pytest.raises(SystemExit, match="give the folder"):
         main([])
