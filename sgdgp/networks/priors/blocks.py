@@ -42,6 +42,7 @@ from typing import TypeAlias
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from sgdgp.core.checks import check_finite
 from sgdgp.core.codec import register_stored_class
@@ -439,7 +440,7 @@ class KroneckerSum(Block):
     def scaled(self, factor: float) -> KroneckerSum:
         if factor == 1.0:
             return self
-        terms = [(left * factor, right) for left, right in self.terms]
+        terms = [(_multiple(left, factor), right) for left, right in self.terms]
         return KroneckerSum(terms, self.diagonal * factor)
 
     def to(self, like: Tensor) -> KroneckerSum:
@@ -518,17 +519,16 @@ class KroneckerSum(Block):
         return sum(bounds) + float(self._like.max())
 
     def _reduced(self) -> tuple[list[Term], Tensor, bool]:
-        """Terms and diagonal in float64, as few as there are; whether two at most."""
-        terms = [_wide(term) for term in self.terms]
+        """Terms and diagonal, as few as there are; whether two at most."""
         # A layer that the data never reach says nothing.
-        heard = [term for term in terms if all(bool(side.any()) for side in term)]
-        terms = heard or terms[:1]
+        heard = [term for term in self.terms if all(bool(side.any()) for side in term)]
+        terms = heard or list(self.terms[:1])
         diagonal = self._like.double()
         if diagonal.ndim and bool((diagonal == diagonal[0, 0]).all()):
             diagonal = diagonal[0, 0]
-        if terms and min(self.shape) == 1:
+        if min(self.shape) == 1 and len(terms) > (0 if diagonal.ndim else 1):
             # One side is a number: all is one matrix.
-            side = int(self.shape[0] == 1)
+            side, terms = int(self.shape[0] == 1), [_wide(term) for term in terms]
             sides = [term[side] * term[1 - side].sum() for term in terms]
             if any(own.ndim == 2 for own in sides):
                 sides = [_full(own) for own in sides]
@@ -555,16 +555,22 @@ class KroneckerSum(Block):
             found = MatrixRoot(
                 diagonal.new_ones(out), diagonal.new_ones(rest), diagonal.rsqrt()
             )
-        elif few and len(terms) == 2:
+        elif few and len(terms) == 1:
+            found = _root_beside_identity(*terms[0], diagonal)
+        else:
+            found = self._root_of_many([_wide(term) for term in terms], diagonal, few)
+        return found.to(self._like)
+
+    def _root_of_many(
+        self, terms: Sequence[Term], diagonal: Tensor, few: bool
+    ) -> MatrixRoot:
+        if few:
             found = root_of_sum(*terms).inverse
             _check_root(found, terms)
-        elif few:
-            found = _root_beside_identity(*terms[0], diagonal)
-        elif self.is_exact:
-            found = _dense_root(terms, diagonal, self.shape)
-        else:
-            found = _root_beside_identity(*_upper_product(terms), diagonal.mean())
-        return found.to(self._like)
+            return found
+        if self.is_exact:
+            return _dense_root(terms, diagonal, self.shape)
+        return _root_beside_identity(*_upper_product(terms), diagonal.mean())
 
     def _by_near(self, x: Tensor, adjoint: bool) -> Tensor:
         near = self._near
@@ -751,21 +757,38 @@ def _mean(values: Tensor) -> Estimate:
     return Estimate(float(values.mean()), float(values.std()) / math.sqrt(len(values)))
 
 
+_EIGEN, _MULTIPLES = WeakTensorKeyDictionary(), WeakTensorKeyDictionary()
+"""Eigenvalues and eigenvectors of factors as long as these live, and the factor and
+number that another is the product of: all strengths of a prior share what is long."""
+
+
+def _multiple(side: Tensor, factor: float) -> Tensor:
+    """The side times a number, whose eigenvectors are the side's."""
+    found = side * factor
+    origin, before = _MULTIPLES.get(side, (side, 1.0))
+    _MULTIPLES[found] = origin, before * factor
+    return found
+
+
 def _eigen(side: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues, not negative, and eigenvectors; of a diagonal a diagonal of ones.
+    """Eigenvalues in float64, not negative, and eigenvectors; of a diagonal ones.
 
     Raises:
         ValueError: An eigenvalue is negative beyond rounding.
     """
     if side.ndim == 1:
-        return side, torch.ones_like(side)
-    values, vectors = torch.linalg.eigh(side)
+        return side.double(), torch.ones_like(side)
+    side, factor = _MULTIPLES.get(side, (side, 1.0))
+    if side not in _EIGEN:
+        values, vectors = torch.linalg.eigh(side.double())
+        _EIGEN[side] = values, vectors.to(side)
+    values, vectors = _EIGEN[side]
     if float(values[0]) < _INDEFINITE * float(values[-1].abs()):
         raise ValueError(
             "terms: expected positive semi-definite factors, found eigenvalue "
             f"{float(values[0]):.3g} beside {float(values[-1]):.3g}"
         )
-    return values.clamp_min(0.0), vectors
+    return factor * values.clamp_min(0.0), vectors
 
 
 def _root_beside_identity(left: Tensor, right: Tensor, delta: Tensor) -> MatrixRoot:

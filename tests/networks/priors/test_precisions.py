@@ -454,6 +454,27 @@ def test_float32_sums_stay_definite():
         assert float(block.variances().min()) > 0
 
 
+def test_multiples_share_eigenvectors(monkeypatch):
+    eigh, seen = torch.linalg.eigh, []
+
+    def counted(side):
+        seen.append(len(side))
+        return eigh(side)
+
+    monkeypatch.setattr(torch.linalg, "eigh", counted)
+    ((left, right),) = terms((20, 30), 1, torch.Generator().manual_seed(0))
+    x = columns(600, 2).mT.view(2, 20, 30)
+    for strength in (1.0, 0.1, 10.0):
+        block = KroneckerSum([(left, right)]).scaled(strength).scaled(2.0)
+        block = block.plus(KroneckerSum((), torch.full((20, 30), 0.5).double()))
+        truth = 2.0 * strength * torch.kron(left, right) + 0.5 * torch.eye(600)
+        near(
+            block.apply(block.adjoint(x)).flatten(1).mT,
+            torch.linalg.solve(truth, x.flatten(1).mT),
+        )
+    assert seen == [20, 30]
+
+
 def test_a_root_without_full_rank_has_an_infinite_determinant():
     root = MatrixRoot(torch.diag(torch.arange(3.0)).double(), torch.eye(2).double())
     assert root.logdet().value == math.inf
