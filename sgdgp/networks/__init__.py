@@ -5,6 +5,7 @@ from sgdgp.core.deprecation import also_importable_as
 from sgdgp.core.processes import process_group, started
 from sgdgp.networks import priors
 from sgdgp.networks.calibration import Comparison
+from sgdgp.networks.certificate import Certificate, certify
 from sgdgp.networks.dual import Dual
 from sgdgp.networks.learned_prior import LearnedPrior
 from sgdgp.networks.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
@@ -26,6 +27,7 @@ also_importable_as("sgdgp.networks.weight_priors", priors)
 __all__ = [
     "Bernoulli",
     "Categorical",
+    "Certificate",
     "Comparison",
     "Dual",
     "GPrior",
@@ -42,6 +44,7 @@ __all__ = [
     "WeightCholesky",
     "WeightKronecker",
     "WeightSGD",
+    "certify",
     "linearise",
     "linearize",
     "load",

@@ -13,6 +13,10 @@ once, the expected loss R of Q is below each of
   chosen beforehand. The smallest over several c holds with delta shared out to them.
 
 A choice among m priors by the same examples has delta / m in the place of delta.
+
+Where r itself is known by draws of Q only, a bound on it takes its place (Langford and
+Caruana 2002): kl(mean || r) <= log(1 / delta') / k for k draws, or, better where draws
+hardly differ, the empirical Bernstein inequality (Maurer and Pontil 2009).
 """
 
 from __future__ import annotations
@@ -28,8 +32,11 @@ from sgdgp.networks.priors import Estimate, WeightPrior
 CATONI = tuple(2.0**i for i in range(-4, 5))
 """Values of c that are tried: a bound's best is flat in it, so powers of two do."""
 
-_HALVINGS = 100
-"""Of the interval with an inverse kl: to the last bit of a double."""
+_MOST_STEPS = 100
+"""Of Newton's method for an inverse kl; some five are needed."""
+
+_ROUNDING = 1e-14
+"""Relative, by which an inverse kl is put up: more than its last steps may be off."""
 
 
 def gaussian_kl(
@@ -75,14 +82,21 @@ def inverse_kl(r: float, budget: float) -> float:
         ValueError: r is outside [0, 1] or the budget is negative.
     """
     _check(r, budget)
-    low, high = r, 1.0
-    for _ in range(_HALVINGS):
-        middle = (low + high) / 2
-        if binary_kl(r, middle) <= budget:
-            low = middle
-        else:
-            high = middle
-    return high
+    if r == 1:
+        return 1.0
+    # Newton's method from above the root of a convex function stays there. Above are
+    # Pinsker's p, and that of kl(r || p) without r log(1 / p).
+    entropy = -r * math.log(r) if r > 0 else 0.0
+    entropy -= (1 - r) * math.log1p(-r)
+    p = min(r + math.sqrt(budget / 2), -math.expm1(-(budget + entropy) / (1 - r)))
+    for _ in range(_MOST_STEPS):
+        if not r < p < 1:
+            break
+        step = (binary_kl(r, p) - budget) * p * (1 - p) / (p - r)
+        if not step > 0 or p - step == p:
+            break
+        p -= step
+    return min(max(p, r) * (1 + _ROUNDING), 1.0)
 
 
 def inverse_kl_bound(risk: float, kl: float, n: int, delta: float) -> float:
@@ -126,6 +140,23 @@ def catoni_bound(
     budget = (kl + math.log(len(c) / delta)) / n
     found = (math.expm1(-k * risk - budget) / math.expm1(-k) for k in c)
     return min(1.0, *found)
+
+
+def mean_bound(values: Float[Tensor, " k"], delta: float) -> float:
+    """Of the expectation of a number in [0, 1], by independent draws of it.
+
+    The smaller of kl's and Bernstein's, each with half of delta.
+
+    Raises:
+        ValueError: Fewer than two draws, or some outside [0, 1].
+    """
+    k, values = len(values), values.double()
+    if k < 2:
+        raise ValueError(f"values: expected at least two draws, found {k}")
+    _check(float(values.max()), float(values.min()))
+    mean, log = float(values.mean()), math.log(4 / delta)
+    spread = math.sqrt(2 * float(values.var()) * log / k) + 7 * log / (3 * (k - 1))
+    return min(inverse_kl(mean, math.log(2 / delta) / k), mean + spread)
 
 
 def _budget(risk: float, kl: float, n: int, delta: float) -> float:
