@@ -63,12 +63,12 @@ _SHARE_OF_DRAWS = 0.1
 """Of delta, where the risk is by draws."""
 
 _SEARCH_DRAWS = 128
-"""Draws that tell posteriors apart, the same for all."""
+"""Draws that tell posteriors apart where nothing else does, the same for all."""
 
 _DEVIATIONS = 2.0
 """Of the source's noise: what a regression may be off by."""
 
-_TABLES = 6
+_TABLES = 8
 """Matrices (N, N) that a certificate needs at a time, beside those of the groups."""
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -231,7 +231,7 @@ def certify(
     search = _Search(data, posterior, settings, bounded, delta, seed)
     best, (place, share) = search.smallest(), search.chosen
     draws, upper, risk = 0, best.risk, best.risk
-    if bounded.expected is None:
+    if not bounded.is_exact:
         generator = derived_generator(seed, "risk of a certificate")
         fresh = normal_draws(best.posterior.prior, num_draws, generator)
         risks = best.posterior.drawn_risks(bounded, data.targets, fresh)
@@ -286,7 +286,7 @@ class _Search:
         self.grids = [_OTHER_SCALES] * len(sizes)
         self.main = sizes.index(max(sizes))
         self.grids[self.main] = _SCALES
-        share = 1.0 if loss.expected is not None else 1 - _SHARE_OF_DRAWS
+        share = 1.0 if loss.is_exact else 1 - _SHARE_OF_DRAWS
         self._share = share * delta / self.num_priors
         self._draws: Tensor | None = None
         if loss.expected is None:

@@ -8,13 +8,14 @@ t ~ N(c, diag(s^2)) in these has
 
     KL(Q || P) = 1/2 sum_i (s_i^2 - 1 - log s_i^2 + c_i^2),
 
-exactly, and outputs that take one product to draw. Those of one output are Gaussian
-with variances (B o B) s^2, so that a loss of each output by itself has a Gibbs risk in
-closed form.
+exactly, and outputs that take one product to draw. Single outputs, and differences of
+two, are Gaussian with variances that take another: the errors of regressions, of labels
+and of two classes have a Gibbs risk in closed form. With more classes it has one if the
+margins from the others were independent, which is near enough to look for a posterior.
 
 Of these posteriors those are tried that a likelihood to the power beta leaves: c the
-most probable under it, s^2 = 1 / (1 + beta' h l) with its mean Hessian h. Where the
-risk has a closed form, all of c and s are then moved down the bound itself.
+most probable under it, s^2 = 1 / (1 + beta' h l) with its mean Hessian h. Then all of c
+and s are moved down the bound itself. Nothing of this is more than a choice of Q.
 """
 
 from __future__ import annotations
@@ -52,14 +53,19 @@ class BoundedLoss:
     Attributes:
         name: In words.
         of: From outputs (b, C, k) and targets to losses (b, k).
-        expected: From means and variances of Gaussian outputs (b, C) and targets to
-            expected losses (b,), where there is a closed form.
+        expected: From means and variances of Gaussian margins (b, M) and targets to
+            expected losses (b,), if there is such a formula.
+        margins: From outputs and targets to what the loss depends on, linear in the
+            outputs (b, M, k). Default: the outputs.
+        is_exact: Whether the formula is exact.
         chance: What a guess has; a bound that is not below says nothing.
     """
 
     name: str
     of: Callable[[Tensor, Tensor], Tensor]
     expected: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
+    margins: Callable[[Tensor, Tensor], Tensor] | None = None
+    is_exact: bool = False
     chance: float = 1.0
 
     def __call__(self, outputs: Float[Tensor, "b C k"], y: Tensor) -> Tensor:
@@ -85,21 +91,35 @@ class BoundedLoss:
 def error_rate(likelihood: Categorical, classes: int) -> BoundedLoss:
     """Whether the largest output is another class's; of several positions, how many."""
 
-    def of(outputs: Tensor, y: Tensor) -> Tensor:
+    def margins(outputs: Tensor, y: Tensor) -> Tensor:
         flat = likelihood.by_position(outputs)
         counted = likelihood.counted(y)
         labels = y.flatten() if counted is None else y.flatten() * counted.flatten()
-        columns = labels.view(-1, 1, 1).expand(-1, 1, flat.shape[2])
-        own = flat.gather(1, columns)[:, 0]
-        # A tie is an error, and so is NaN.
-        wrong = ~(own > flat.scatter(1, columns, -math.inf).amax(1))
-        wrong = wrong.double().view(len(outputs), -1, flat.shape[2])
+        others = torch.arange(1, classes, device=labels.device)
+        others = (labels.unsqueeze(1) + others) % classes
+        rows = torch.arange(len(flat), device=labels.device)
+        found = flat[rows, labels].unsqueeze(1) - flat[rows.unsqueeze(1), others]
+        return found.view(len(outputs), -1, outputs.shape[2])
+
+    def mean(wrong: Tensor, y: Tensor) -> Tensor:
+        """Over the positions (b, P, ...) that have a label."""
+        counted = likelihood.counted(y)
         if counted is None:
             return wrong.mean(1)
         shares = counted / counted.sum(1, keepdim=True).clamp_min(1)
-        return (wrong * shares.unsqueeze(-1)).sum(1)
+        return torch.einsum("bp...,bp->b...", wrong, shares.to(wrong))
 
-    return BoundedLoss("classification error", of, chance=1 - 1 / classes)
+    def of(outputs: Tensor, y: Tensor) -> Tensor:
+        least = margins(outputs, y).unflatten(1, (-1, classes - 1)).amin(2)
+        # A tie is an error, and so is NaN.
+        return mean((~(least > 0)).double(), y)
+
+    def expected(m: Tensor, variance: Tensor, y: Tensor) -> Tensor:
+        each = torch.special.log_ndtr(m / _deviation(variance))
+        return mean(-torch.expm1(each.unflatten(1, (-1, classes - 1)).sum(2)), y)
+
+    exact, chance = classes == 2, 1 - 1 / classes
+    return BoundedLoss("classification error", of, expected, margins, exact, chance)
 
 
 def label_error() -> BoundedLoss:
@@ -113,7 +133,7 @@ def label_error() -> BoundedLoss:
         signs = 2 * y.reshape(mean.shape).to(mean) - 1
         return torch.special.ndtr(-signs * mean / _deviation(variance)).mean(1)
 
-    return BoundedLoss("label error", of, expected, chance=0.5)
+    return BoundedLoss("label error", of, expected, is_exact=True, chance=0.5)
 
 
 def out_of_tolerance(tolerance: Tensor) -> BoundedLoss:
@@ -132,7 +152,7 @@ def out_of_tolerance(tolerance: Tensor) -> BoundedLoss:
         sides = [(sign * error - limit) / deviation for sign in (1.0, -1.0)]
         return sum(map(torch.special.ndtr, sides), torch.zeros_like(mean)).mean(1)
 
-    return BoundedLoss("error above the tolerance", of, expected)
+    return BoundedLoss("error above the tolerance", of, expected, is_exact=True)
 
 
 @dataclass(frozen=True)
@@ -166,11 +186,6 @@ class OutputPrior:
         """B."""
         return self.vectors * self.values.sqrt()
 
-    @functools.cached_property
-    def squares(self) -> Float[Tensor, "nC r"]:
-        """B o B."""
-        return self.basis.square()
-
     def at(self, t: Float[Tensor, "r k"]) -> Float[Tensor, "n C k"]:
         """Outputs offset + B t."""
         added = (self.basis @ t).view(*self.offset.shape, -1)
@@ -197,29 +212,13 @@ class OutputPosterior:
         v = self.variance
         return 0.5 * (v - 1 - v.log() + self.mean.square()).sum().clamp_min(0.0)
 
-    def spread(self, z: Float[Tensor, "r k"] | None) -> Tensor:
-        """What draws of N(0, I) add to the mean outputs (n, C, k), or the variances."""
-        shape = self.prior.offset.shape
-        if z is None:
-            return (self.prior.squares @ self.variance).view(shape)
-        moved = self.variance.sqrt().unsqueeze(1) * z
-        return (self.prior.basis @ moved).view(*shape, -1)
-
-    def risk(self, loss: BoundedLoss, y: Tensor, spread: Tensor) -> Tensor:
-        """The Gibbs risk, in closed form or by draws (), with what ``spread`` gives."""
-        prior = self.prior
-        mean = prior.offset + (prior.basis @ self.mean).view_as(prior.offset)
-        if spread.ndim == 3:
-            return loss(mean.unsqueeze(-1) + spread, y).mean()
-        assert loss.expected is not None
-        return loss.expected(mean, spread, y).mean()
-
     def drawn_risks(
         self, loss: BoundedLoss, y: Tensor, draws: Iterator[Tensor]
     ) -> Float[Tensor, " k"]:
         """The mean loss of each draw (k,)."""
-        at = self.prior.at(self.mean.unsqueeze(1))
-        return torch.cat([loss(at + self.spread(z), y).mean(0) for z in draws])
+        mean, deviation = self.mean.unsqueeze(1), self.variance.sqrt().unsqueeze(1)
+        outputs = (self.prior.at(mean + deviation * z) for z in draws)
+        return torch.cat([loss(each, y).mean(0) for each in outputs])
 
 
 def normal_draws(
@@ -234,12 +233,54 @@ def normal_draws(
 
 
 @dataclass(frozen=True)
+class Risk:
+    """The Gibbs risk of posteriors about one prior, as a function of c and s^2.
+
+    Attributes:
+        loss: With a formula for it; or else by draws.
+        y: Targets.
+        offset: Margins at t = 0 (n, M).
+        basis: What t adds to them (n M, r).
+        squares: What s^2 adds to their variances (n M, r).
+    """
+
+    loss: BoundedLoss
+    y: Tensor
+    offset: Float[Tensor, "n M"]
+    basis: Float[Tensor, "nM r"]
+    squares: Float[Tensor, "nM r"]
+
+    @classmethod
+    def of(cls, loss: BoundedLoss, y: Tensor, prior: OutputPrior) -> Risk:
+        """For the posteriors about a prior."""
+        offset, basis = prior.offset.unsqueeze(-1), prior.basis
+        if loss.margins is not None:
+            basis = basis.view(*prior.offset.shape, -1)
+            offset, basis = (loss.margins(part, y) for part in (offset, basis))
+            basis = basis.flatten(0, 1)
+        return cls(loss, y, offset[..., 0], basis, basis.square())
+
+    def at(self, mean: Tensor, variance: Tensor) -> Tensor:
+        """The risk (), by means of the margins and their variances (n, M)."""
+        assert self.loss.expected is not None
+        return self.loss.expected(mean, variance, self.y).mean()
+
+    def means(self, c: Float[Tensor, " r"]) -> Float[Tensor, "n M"]:
+        """Means of the margins."""
+        return self.offset + (self.basis @ c).view_as(self.offset)
+
+    def variances(self, s2: Float[Tensor, " r"]) -> Float[Tensor, "n M"]:
+        """Variances of the margins."""
+        return (self.squares @ s2).view_as(self.offset)
+
+
+@dataclass(frozen=True)
 class Found:
     """A posterior and what it is worth.
 
     Attributes:
         posterior: Q.
-        risk: Its Gibbs risk on the examples, by the draws of the search if any.
+        risk: Its Gibbs risk on the examples, by the formula or the draws of the search.
         bound: By inverse kl.
     """
 
@@ -265,26 +306,29 @@ def smallest_bound(
         y: Targets of the examples.
         loss: Of the risk.
         delta: Probability with which the bound may fail.
-        draws: Of N(0, I), where the risk has no closed form.
+        draws: Of N(0, I), where there is no formula for the risk.
     """
     curvature = _mean_hessian(likelihood, prior.offset)
     means = [torch.zeros_like(prior.values)]
     for power in _POWERS:
         means.append(_most_probable(prior, likelihood, y, power, curvature, means[-1]))
-    itself = best = Found(OutputPosterior(prior, means[0], means[0] + 1), 1.0, 1.0)
-    for power in (0.0, *_POWERS):
-        variance = 1 / (1 + power * curvature * prior.values)
-        about = OutputPosterior(prior, means[0], variance)
-        spread = about.spread(draws)
-        for mean in means:
-            posterior = replace(about, mean=mean)
-            found = _valued(posterior, posterior.risk(loss, y, spread), delta)
-            best = min(best, found, key=lambda each: each.bound)
-            itself = itself if power or mean is not means[0] else found
+    tried = [
+        OutputPosterior(prior, mean, 1 / (1 + power * curvature * prior.values))
+        for power in (0.0, *_POWERS)
+        for mean in means
+    ]
     if draws is not None:
-        return best
+        risks = [q.drawn_risks(loss, y, iter([draws])).mean() for q in tried]
+        found = [_valued(q, r, delta) for q, r in zip(tried, risks, strict=True)]
+        return min(found, key=lambda each: each.bound)
+    risk = Risk.of(loss, y, prior)
+    centres = [risk.means(mean) for mean in means]
+    spreads = [risk.variances(q.variance) for q in tried[:: len(means)]]
+    risks = [risk.at(mean, variance) for variance in spreads for mean in centres]
+    found = [_valued(q, r, delta) for q, r in zip(tried, risks, strict=True)]
+    best = min(found, key=lambda each: each.bound)
     # The bound has several minima: the least is mostly found from either side.
-    ends = [_polished(found.posterior, loss, y, delta) for found in (best, itself)]
+    ends = [_polished(start.posterior, risk, delta) for start in (best, found[0])]
     return min(best, *ends, key=lambda each: each.bound)
 
 
@@ -325,25 +369,23 @@ def _most_probable(
     return scale * u
 
 
-def _polished(
-    start: OutputPosterior, loss: BoundedLoss, y: Tensor, delta: float
-) -> Found:
+def _polished(start: OutputPosterior, risk: Risk, delta: float) -> Found:
     """Down the bound in all of c and log s^2."""
     r = len(start.mean)
     u = torch.cat([start.mean, start.variance.log()])
 
     def at(point: Tensor) -> tuple[OutputPosterior, Tensor]:
         found = replace(start, mean=point[:r], variance=point[r:].clamp(-40, 5).exp())
-        return found, found.risk(loss, y, found.spread(None))
+        return found, risk.at(risk.means(found.mean), risk.variances(found.variance))
 
     def slope() -> Tensor:
         with torch.enable_grad():
             point = u.detach().requires_grad_()
-            posterior, risk = at(point)
-            found = _valued(posterior, risk, delta)
+            posterior, value = at(point)
+            found = _valued(posterior, value, delta)
             by_risk, by_kl = _slopes(found.risk, found.bound)
             n = len(start.prior.offset)
-            (by_risk * risk + by_kl / n * posterior.kl).backward()
+            (by_risk * value + by_kl / n * posterior.kl).backward()
         u.grad = point.grad
         return u.new_tensor(found.bound)
 
@@ -369,4 +411,5 @@ def _descend(u: Tensor, slope: Callable[[], Tensor]) -> None:
 
 
 def _deviation(variance: Tensor) -> Tensor:
-    return variance.clamp_min(torch.finfo(variance.dtype).tiny).sqrt()
+    """Not so small that slopes overflow."""
+    return variance.clamp_min(1e-60).sqrt()
