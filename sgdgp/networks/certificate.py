@@ -396,7 +396,7 @@ def _data_free(posterior: LinearisedPosterior) -> LearnedPrior:
             f"nor set its scales, found {what}; about a network's own weights it is "
             "LearnedPrior.from_data(..., strength=0) of the data that trained it"
         )
-    if posterior.centre is None or bool(posterior.centre.any()):
+    if not settings.is_about(posterior.tangent):
         raise ValueError(
             "posterior: the network's weights are not those of the prior's source, so "
             "the examples may have trained them; linearise the source's network"

@@ -89,6 +89,7 @@ class LearnedPrior(PriorSettings):
         new: Patterns of tensors that a target has in place of the source's.
         grown: Patterns of those that have more rows there.
         tried: Strengths that ``strength`` was chosen from by a target's evidence.
+        about: Hashes of the weights about which its tasks were linear, of each tensor.
     """
 
     names: Sequence[str]
@@ -103,6 +104,7 @@ class LearnedPrior(PriorSettings):
     new: Sequence[str] = ()
     grown: Sequence[str] = ()
     tried: Sequence[float] = ()
+    about: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         if self.strength is not None and not 0 <= self.strength < float("inf"):
@@ -176,6 +178,7 @@ class LearnedPrior(PriorSettings):
             num_examples=stream.num_examples,
             seen=example_hashes(stream),
             noise=likelihood.variance,
+            about=_hashes(tangent),
         )
 
     @classmethod
@@ -209,6 +212,7 @@ class LearnedPrior(PriorSettings):
             num_examples=stream.num_examples,
             seen=example_hashes(stream),
             noise=posterior.noise,
+            about=_hashes(tangent),
         )
 
     def updated(
@@ -270,6 +274,7 @@ class LearnedPrior(PriorSettings):
             num_examples=self.num_examples + stream.num_examples,
             seen=seen.unique(),
             noise=posterior.noise,
+            about=_hashes(tangent),
         )
 
     def plus(self, other: LearnedPrior) -> LearnedPrior:
@@ -333,6 +338,21 @@ class LearnedPrior(PriorSettings):
                 to = slice(s.start, s.start + len(known))
                 found[to, 0] = known - tangent.theta[to, 0]
         return found
+
+    def is_about(self, tangent: Tangent) -> bool:
+        """Whether a network has the weights of the source, of which it may be linear.
+
+        They are the prior's mean, or those about which the tasks before were linear.
+        """
+        moved = self.centre(tangent)[:, 0]
+        for place, s in zip(
+            self._places(tangent), tangent.slices.values(), strict=True
+        ):
+            if place is not None and bool(moved[s].any()):
+                known = tangent.theta[s, 0][: _size(self.shapes[place])]
+                if list(self.about[place : place + 1]) != [digest(known)]:
+                    return False
+        return True
 
     def build(self, tangent: Tangent, probes: Probes) -> KroneckerPrior:
         """P, with a precision alpha for what the source knows and one for what is new.
@@ -475,6 +495,10 @@ def load_prior(
     found.device = torch.device(device)
     with fitting(place, "prior"):
         return LearnedPrior(**{f.name: found[f.name] for f in fields(LearnedPrior)})
+
+
+def _hashes(tangent: Tangent) -> list[str]:
+    return [digest(tangent.theta[s, 0]) for s in tangent.slices.values()]
 
 
 def _any(patterns: Sequence[str], name: str) -> bool:

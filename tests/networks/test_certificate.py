@@ -179,6 +179,22 @@ class TestCertificate:
         assert len(found.precisions) == 2
         assert "2.*" in str(found)
 
+    def test_a_task_after_another(self, tmp_path):
+        """The mean has moved, but the network is linear where it was."""
+        model, prior = learned("regression")
+        first, second = (task("regression", 10, seed) for seed in (0, 1))
+        likelihood = LIKELIHOODS["regression"]
+        posterior = linearise(model, likelihood, prior=prior).fit(first, **FIT)
+        later = prior.updated(posterior)
+        later.save(tmp_path / "prior.safetensors")
+        later = LearnedPrior.load(tmp_path / "prior.safetensors")
+        posterior = linearise(model, likelihood, prior=later).fit(second, **FIT)
+        assert bool(posterior.centre.any())
+        found = certify(posterior, second)
+        assert found.gibbs_risk(task("regression", 100, 2)) <= found.bound
+        with pytest.raises(ValueError, match="10 of 10"):
+            certify(posterior, first)
+
     def test_a_loss_of_the_users(self):
         def far(outputs: Tensor, y: Tensor) -> Tensor:
             return (outputs - y.unsqueeze(-1)).abs().clamp(max=1).mean(1)
