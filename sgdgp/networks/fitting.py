@@ -77,6 +77,9 @@ _LARGEST_RISE = 3.0
 """Factor by which the noise variance rises at most in one step beyond the variance of
 the targets."""
 
+_SAME_EVIDENCE = 1.0
+"""Nats: odds of less than three to one are no evidence against a prior."""
+
 _SETTLED_NOISE = 0.05
 """Change of the log noise variance that ends learning, about that of the precision."""
 
@@ -444,36 +447,37 @@ def most_evident(
     schedule: Schedule,
     callback: Callback | None,
 ) -> tuple[RunState, str]:
-    """The state that a fit starts from, of several priors that with the most evidence.
+    """The state that a fit starts from, of several priors that the evidence speaks for.
 
     Args:
         data: The data set.
         likelihood: Of the targets.
-        candidates: Priors; one alone is taken as it is.
-        schedule: How each of several learns its precision first.
+        candidates: Priors, the one to prefer last; one alone is taken as it is.
+        schedule: How each of several learns its precision, to be judged by.
         callback: As of ``Run``.
 
     Returns:
-        The state, and "finished" or "interrupted".
+        That of the last candidate against which there is no evidence, and "finished"
+        or "interrupted".
     """
-    best, found, passes = -math.inf, None, 0.0
-    for number, settings in enumerate(candidates):
+    evidence: list[float] = []
+    passes = 0.0
+    for settings in candidates if len(candidates) > 1 else ():
         state = start(data, likelihood, settings, schedule)
-        state.candidate = number
+        state.candidate = len(evidence)
         state.passes += passes
-        if len(candidates) == 1:
-            return state, "finished"
         try:
-            evidence = Run(data, schedule, state, callback).learn()
+            found = Run(data, schedule, state, callback).learn()
         except Interrupted:
-            return found or state, "interrupted"
+            return state, "interrupted"
+        evidence.append(found if math.isfinite(found) else -math.inf)
         passes = state.passes
-        if found is None or evidence > best:
-            best, found = evidence, state
-    if found is None:
-        raise ValueError("prior: expected at least one candidate, found none")
-    found.passes = passes
-    return found, "finished"
+    least = max(evidence, default=0.0) - _SAME_EVIDENCE
+    chosen = max((i for i, found in enumerate(evidence) if found >= least), default=0)
+    state = start(data, likelihood, candidates[chosen], schedule)
+    state.candidate = chosen
+    state.passes += passes
+    return state, "finished"
 
 
 def first_noise(

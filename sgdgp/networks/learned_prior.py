@@ -65,10 +65,13 @@ from sgdgp.tangent import Tangent, Weights
 
 KIND = FileKind("sgdgp.networks.prior", 1, "learned prior")
 
-STRENGTHS = (0.0, 1e-1, 1.0, 1e1, 1e2, 1e3, 1e4)
+STRENGTHS = (0.0, 1.0, 1e1, 1e2, 1e3, 1e4, 1e5, 1e6)
 """Of the curvature over the inverse of its mean eigenvalue: from the prior that knows
-the source's weights alone to one in which all but the flattest directions are held.
-Powers of ten, as the evidence is flat in it; alpha is learned for each."""
+the source's weights alone to one in which all but the flattest directions are held;
+float32 has no digits for more. Powers of ten, as the evidence is flat in it, and alpha
+is learned for each. What the target's examples do not see, such as inputs that only the
+source has, has no evidence at all: so that the largest strength is taken against which
+there is none."""
 
 
 @register_stored_class
@@ -82,7 +85,7 @@ class LearnedPrior(PriorSettings):
         mean: Where the prior is (D,).
         base: B.
         curvature: F, a block for each tensor.
-        strength: tau. None: that of ``candidates`` with the largest evidence.
+        strength: tau. None: the largest of ``candidates`` that the evidence allows.
         num_examples: Examples that it was learned from.
         seen: Hashes of their inputs (n,), by which ``certify`` knows them.
         noise: Noise variance of the source, if it was a regression.

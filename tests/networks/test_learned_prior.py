@@ -116,7 +116,7 @@ class TestTransfer:
             found.variance[:, 0], variance.diagonal(), rtol=4 * 2**0.5 / 64, atol=1e-12
         )
 
-    def test_evidence_chooses_the_strength(self):
+    def test_the_largest_strength_that_the_evidence_allows_is_taken(self):
         model, data = network(), task(15, 3)
         prior = LearnedPrior.from_data(model, GAUSSIAN, task(40, 1))
         chosen = linearise(model, GAUSSIAN, prior=prior).fit(data, progress=False)
@@ -127,7 +127,10 @@ class TestTransfer:
             )
             value = posterior.log_marginal_likelihood(data).value
             evidence[candidate.strength] = value
-        assert chosen.settings.strength == max(evidence, key=evidence.get)
+        best = max(evidence.values())
+        allowed = [s for s, value in evidence.items() if value >= best - 1.0]
+        assert chosen.settings.strength == max(allowed)
+        assert 0 < chosen.settings.strength < max(evidence)
         assert list(chosen.settings.tried) == list(evidence)
 
     def test_strength_zero_is_isotropic_about_the_source(self):

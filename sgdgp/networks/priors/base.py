@@ -75,7 +75,7 @@ class PriorSettings(ABC):
         return None
 
     def candidates(self) -> Sequence[PriorSettings]:
-        """The settings that there are to choose from, by the evidence."""
+        """Settings to choose from by the evidence, what to prefer last."""
         return (self,)
 
     def identity(self) -> str:
