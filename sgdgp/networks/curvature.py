@@ -198,7 +198,7 @@ class TangentData:
     @functools.cached_property
     def targets(self) -> Tensor:
         """Targets of this process's examples (r, ...), a table; one pass at first."""
-        return self._table((b, b.y) for b in self.stream)
+        return self.table((b, b.y) for b in self.stream)
 
     @functools.cached_property
     def target_variance(self) -> Float[Tensor, " C"]:
@@ -212,7 +212,7 @@ class TangentData:
     @torch.no_grad()
     def network_outputs(self) -> Float[Tensor, "r C"]:
         """What the network itself says; one pass at first."""
-        return self._table((b, self.tangent.outputs(b.x)) for b in self.stream)
+        return self.table((b, self.tangent.outputs(b.x)) for b in self.stream)
 
     @functools.cached_property
     @torch.no_grad()
@@ -318,7 +318,7 @@ class TangentData:
             return linear
         if not self._is_kept(self._numbers):
             return None
-        return KeptJacobian(self._table((b, self._jacobian_of(b)) for b in self.stream))
+        return KeptJacobian(self.table((b, self._jacobian_of(b)) for b in self.stream))
 
     def _is_kept(self, numbers: int) -> bool:
         tangent = self.tangent
@@ -357,7 +357,7 @@ class TangentData:
             ):
                 return None
             found.append((batch, x))
-        return replace(linear, inputs=self._table(iter(found)))
+        return replace(linear, inputs=self.table(iter(found)))
 
     @property
     def keeps_jacobian(self) -> bool:
@@ -372,7 +372,7 @@ class TangentData:
     @functools.cached_property
     def _everything(self) -> Batch:
         """All examples of this process as one batch, without inputs."""
-        examples = self._table((b, b.examples) for b in self.stream)
+        examples = self.table((b, b.examples) for b in self.stream)
         rows = torch.arange(len(examples), device=examples.device)
         return Batch(rows, examples, None, self.targets)
 
@@ -410,7 +410,7 @@ class TangentData:
     @torch.no_grad()
     def forward(self, w: Float[Tensor, "D k"]) -> Float[Tensor, "r C k"]:
         """J w for all examples, one pass."""
-        return self._table((batch, at.jvp(w)) for batch, at in self.batches())
+        return self.table((batch, at.jvp(w)) for batch, at in self.batches())
 
     @torch.no_grad()
     def adjoint(
@@ -432,7 +432,8 @@ class TangentData:
             columns, tangent.num_weights, dtype=tangent.dtype, device=tangent.device
         ).mT
 
-    def _table(self, parts: Iterator[tuple[Batch, Tensor]]) -> Tensor:
+    def table(self, parts: Iterator[tuple[Batch, Tensor]]) -> Tensor:
+        """A table (r, ...) from its values (b, ...) at each batch."""
         table: Tensor | None = None
         for batch, values in parts:
             if len(values) != len(batch.rows):
@@ -499,15 +500,19 @@ class WeightSystem:
         return self.data.total(total)
 
     @functools.cached_property
-    @torch.no_grad()
-    def row_gram(self) -> Float[Tensor, "N N"]:
-        """Phi phi^T in float64, of a single process; rows are (example, output).
+    def kernel(self) -> Float[Tensor, "N N"]:
+        """J R R^T J^T in float64, of a single process; rows are (example, output).
 
-        One pass at first, none for other precisions or linearisations of the same data.
+        One pass at first, none for other precisions.
         """
         scales = self.prior.precisions.double().reciprocal()
-        kernels = self.data.kernels(self.prior)
-        return self._between_roots(torch.tensordot(scales, kernels, 1))
+        return torch.tensordot(scales, self.data.kernels(self.prior), 1)
+
+    @functools.cached_property
+    @torch.no_grad()
+    def row_gram(self) -> Float[Tensor, "N N"]:
+        """Phi phi^T = L^T J R R^T J^T L in float64, see ``kernel``."""
+        return self._between_roots(self.kernel)
 
     @functools.cached_property
     @torch.no_grad()
@@ -550,21 +555,44 @@ class WeightSystem:
         return torch.linalg.cholesky(matrix)
 
     @torch.no_grad()
-    def solve(self, b: Float[Tensor, "D k"]) -> Float[Tensor, "D k"]:
-        """(phi^T phi + I)^-1 b by the factor; where it is that of rows, in one pass."""
-        if not self.is_wide:
-            return torch.cholesky_solve(b.double(), self.factor).to(b)
+    def solve(
+        self, b: Float[Tensor, "D k"], noise: Float[Tensor, "r C k"] | None = None
+    ) -> Float[Tensor, "D k"]:
+        """(phi^T phi + I)^-1 (b + phi^T noise) by the factor of few rows, in one pass.
+
+        That is b + phi^T (phi phi^T + I)^-1 (noise - phi b), Matheron's rule where b
+        and the noise are standard normal.
+        """
         images = self.data.forward(self.prior.root(b))
         images = self.likelihood.hessian_root_transpose(self.outputs, images)
-        u = torch.cholesky_solve(images.flatten(0, 1).double(), self.factor)
-        u = u.to(b).unflatten(0, self.outputs.shape)
-        pulled = self.data.adjoint(
-            lambda batch, at: self.likelihood.hessian_root(
+        missing = -images if noise is None else noise - images
+        u = torch.cholesky_solve(missing.flatten(0, 1).double(), self.factor)
+        u = u.to(b).view_as(missing)
+        return b + self._adjoint(
+            lambda batch: self.likelihood.hessian_root(
                 self.outputs[batch.rows], u[batch.rows]
             ),
             b.shape[1],
         )
-        return b - self.prior.root_adjoint(pulled)
+
+    def weights_of(self, a: Float[Tensor, "N 1"]) -> Float[Tensor, "D 1"]:
+        """V = R^T J^T a, as the optimum of the linear model is one; one pass."""
+        table = a.to(self.outputs).view(*self.outputs.shape, 1)
+        return self._adjoint(lambda batch: table[batch.rows], 1)
+
+    @torch.no_grad()
+    def newton_step(self, a: Float[Tensor, "N 1"]) -> Float[Tensor, "N 1"]:
+        """Of the linear model's loss at v = R^T J^T a with ``outputs``, without a pass.
+
+        The step in v is (phi^T phi + I)^-1 R^T J^T c with c = -g - a, g the gradient in
+        the outputs. It is R^T J^T of c - L (phi phi^T + I)^-1 L^T J R R^T J^T c.
+        """
+        shape = *self.outputs.shape, 1
+        gradient = self.likelihood.gradient(self.outputs, self.data.targets)
+        c = -(gradient.reshape(-1, 1).double() + a)
+        images = (self._roots @ (self.kernel @ c).view(shape)).flatten(0, 1)
+        u = torch.cholesky_solve(images, self.factor)
+        return c - (self._roots.mT @ u.view(shape)).flatten(0, 1)
 
     @torch.no_grad()
     def dimensions(self) -> Float[Tensor, " G"]:
@@ -612,23 +640,38 @@ class WeightSystem:
         An example's draws depend on the seed, its number and the sample's only: not
         on batches or processes, nor on where the likelihood is linearised.
         """
+        return self._adjoint(
+            lambda batch: self.likelihood.hessian_root(
+                self.outputs[batch.rows], self._noise_at(batch, samples, seed)
+            ),
+            len(samples),
+        )
 
-        def noise_at(batch: Batch, at: Jacobian) -> Tensor:
-            outputs = self.outputs[batch.rows]
-            noise = example_noise(batch.examples, outputs.shape[1], samples, seed)
-            return self.likelihood.hessian_root(outputs, noise.to(outputs))
+    def noise_table(self, samples: range, seed: int) -> Float[Tensor, "r C s"]:
+        """The same eps themselves."""
+        stream = self.data.stream
+        return self.data.table((b, self._noise_at(b, samples, seed)) for b in stream)
 
-        return self.prior.root_adjoint(self.data.adjoint(noise_at, len(samples)))
+    def _noise_at(self, batch: Batch, samples: range, seed: int) -> Tensor:
+        outputs = self.outputs
+        noise = example_noise(batch.examples, outputs.shape[1], samples, seed)
+        return noise.to(outputs)
 
     def slope(self) -> Float[Tensor, "D 1"]:
         """R^T J^T g with g the gradient of the loss at ``outputs``, one pass."""
-        images = self.data.adjoint(
-            lambda batch, at: self.likelihood.gradient(
+        return self._adjoint(
+            lambda batch: self.likelihood.gradient(
                 self.outputs[batch.rows], batch.y
             ).unsqueeze(-1),
             1,
         )
-        return self.prior.root_adjoint(images)
+
+    def _adjoint(
+        self, pull: Callable[[Batch], Float[Tensor, "b C k"]], columns: int
+    ) -> Float[Tensor, "D k"]:
+        """R^T J^T u, one pass; ``pull`` gives u for a batch."""
+        found = self.data.adjoint(lambda batch, at: pull(batch), columns)
+        return self.prior.root_adjoint(found)
 
     def loss(self, outputs: Float[Tensor, "r C m"]) -> Float[Tensor, " m"]:
         """Negative log-likelihood of the targets at m tables of outputs."""
@@ -640,11 +683,12 @@ class WeightSystem:
 
     def at(self, outputs: Float[Tensor, "r C"]) -> WeightSystem:
         """The system with the likelihood linearised elsewhere."""
-        other = replace(self, outputs=outputs)
+        other, same = replace(self, outputs=outputs), {"kernel"}
         if isinstance(self.likelihood, Gaussian):
             # The Hessian is the same everywhere.
-            for name in {"gram", "row_gram", "factor"} & vars(self).keys():
-                vars(other)[name] = vars(self)[name]
+            same |= {"gram", "row_gram", "_roots", "factor"}
+        for name in same & vars(self).keys():
+            vars(other)[name] = vars(self)[name]
         return other
 
 

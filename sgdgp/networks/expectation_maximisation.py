@@ -95,7 +95,7 @@ class EMStep:
         standard_error: Of gamma's sum.
         noise: Noise variance before the step; None for other likelihoods.
         loss: Negative log-likelihood of the linear model, summed over the data.
-        errors: Bounds on the relative errors of mean and samples.
+        errors: Bounds on the relative errors of the samples; none where none are drawn.
         passes: Passes over the data so far.
         seconds: Wall time so far.
     """

@@ -287,10 +287,14 @@ class Run:
         optimum = self._optimum()
         self._stop_if_asked()
         system = self._curvature(optimum)
-        solution = self._solve(system, range(schedule.num_samples), state.samples)
-        self._stop_if_asked()
-        prior, samples = state.prior, solution.weights
-        gamma = solution.dimension()
+        prior, samples, errors = state.prior, state.samples, ()
+        gamma = self._exact_dimension(system)
+        if gamma is None or _learns_by_output(state.likelihood):
+            solution = self._solve(system, range(schedule.num_samples), samples)
+            self._stop_if_asked()
+            samples, errors = solution.weights, tuple(solution.errors.tolist())
+            gamma = gamma or solution.dimension()
+            self._warn_unless_solved(solution, f"step {state.step + 1}")
         squares = prior.group_sums(state.mean, state.mean)[:, 0]
         likelihood = self._learned_noise(optimum, gamma, samples)
         entry = EMStep(
@@ -299,7 +303,7 @@ class Run:
             standard_error=gamma.standard_error,
             noise=state.likelihood.variance,
             loss=optimum.loss,
-            errors=tuple(solution.errors.tolist()),
+            errors=errors,
             passes=state.passes,
             seconds=self.seconds,
         )
@@ -317,7 +321,13 @@ class Run:
         state.step += 1
         state.is_learned = state.update.has_settled and quiet
         state.seconds = self.seconds
-        self._warn_unless_solved(solution, f"step {state.step}")
+
+    def _exact_dimension(self, system: WeightSystem) -> EffectiveDimension | None:
+        """How many weights the data determine, where the solver needs no samples."""
+        is_formed = system.is_formed
+        found = self.schedule.solver.dimension(system, self.schedule.seed)
+        self.state.passes += 0.0 if is_formed or found is None else 1.0
+        return found
 
     def _learned_noise(
         self, optimum: LinearOptimum, gamma: EffectiveDimension, samples: Tensor
@@ -333,7 +343,7 @@ class Run:
         errors = likelihood.squared_error(outputs, self.data.targets)
         errors = self.data.total(errors)
         dimension: float | Tensor = gamma.total
-        if likelihood.per_output:
+        if _learns_by_output(likelihood):
             fluctuations = self.data.forward(state.prior.root(samples))
             squares = self.data.total(fluctuations.double().square().mean(2).sum(0))
             dimension = squares / squares.new_tensor(likelihood.variance)
@@ -498,6 +508,11 @@ def first_noise(
         )
     floor = _LEAST_NOISE * squares.clamp_min(torch.finfo(outputs.dtype).tiny)
     return likelihood.update_noise(errors.maximum(floor), count, 0.0)
+
+
+def _learns_by_output(likelihood: Likelihood) -> bool:
+    """Whether each output has a noise to learn, for which there have to be samples."""
+    return isinstance(likelihood, Gaussian) and likelihood.per_output
 
 
 def _numbers(likelihood: Gaussian) -> Tensor:

@@ -9,12 +9,17 @@ Each step solves (phi^T phi + I) d = -slope - v, the same system as posterior sa
 (``WeightSystem``), with the likelihood linearised at the current outputs, as exactly as
 the step is worth (Dembo, Eisenstat and Steihaug, SIAM J. Numer. Anal. 19, 1982): to a
 fifth of d, so that what is left shrinks fivefold a step. Its length is found by trying
-a few. The network's trained weights never stand in for vbar:
-they optimise another function (Antoran et al., ICML 2022).
+a few. The network's trained weights never stand in for vbar: they optimise another
+function (Antoran et al., ICML 2022).
+
+At the optimum v = R^T J^T a with a = -g, g the gradient in the outputs. Where there are
+fewer outputs than weights and their kernel is formed, a is what is searched for, as in
+Gaussian process classification, without passes over the data.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -24,8 +29,8 @@ from torch import Tensor
 from sgdgp.networks.curvature import TangentData, WeightSystem
 from sgdgp.networks.likelihoods import Likelihood
 from sgdgp.networks.priors import WeightPrior
-from sgdgp.networks.weight_solvers import WeightSolver
-from sgdgp.solvers.base import Callback
+from sgdgp.networks.weight_solvers import WeightCholesky, WeightSolver
+from sgdgp.solvers.base import Callback, Reason, Recorder
 
 _LENGTHS = (1.0, 0.5, 0.25, 0.1, 0.02)
 """Lengths of a step that are tried, all in one sweep over tables of outputs."""
@@ -35,6 +40,9 @@ _SOLVES = 5.0
 
 _FORCING = 0.2
 """A step's own relative error, at most: see the module's text."""
+
+_MOST_STEPS = 100
+"""Newton's steps, should they cost no pass: a dozen do from anywhere."""
 
 
 @dataclass(frozen=True)
@@ -78,44 +86,129 @@ def optimise(
         seed: Seed of everything random in the solver.
         callback: Told of the solver's advance.
     """
-    loose = replace(solver, tolerance=max(solver.tolerance, _FORCING))
-    outputs = data.outputs_of(prior.root(mean))
-    system = WeightSystem(data, prior, likelihood, outputs)
+    rows = isinstance(solver, WeightCholesky) and data.is_wide
+    space = (_Rows if rows else _Weights)(data, prior, solver, seed, callback)
+    point, system = space.start(likelihood, mean)
+    outputs = system.outputs
     loss = float(system.loss(outputs.unsqueeze(-1))[0])
-    objective = loss + 0.5 * float(mean.double().square().sum())
-    passes, steps, converged = 1.0, 0, False
-    while not converged and passes < _SOLVES * solver.max_passes:
-        descent = -(system.slope() + mean)
-        solved = loose.solve(
-            system,
-            descent,
-            torch.zeros_like(mean),
-            seed=seed + steps,
-            callback=callback,
-        )
+    objective = loss + 0.5 * space.square(system, point)
+    steps, converged = 0, False
+    while (
+        not converged
+        and space.passes < _SOLVES * solver.max_passes
+        and steps < _MOST_STEPS
+    ):
+        change, moved, reason = space.step(system, point, steps)
         steps += 1
-        passes += solved.passes + 2.0
-        change = solved.weights
-        moved = data.forward(prior.root(change))[..., 0]
         lengths = torch.tensor(_LENGTHS, dtype=outputs.dtype, device=outputs.device)
         losses = system.loss(outputs.unsqueeze(-1) + moved.unsqueeze(-1) * lengths)
-        squares = torch.stack(
-            [(mean + length * change).double().square().sum() for length in lengths]
+        squares = losses.new_tensor(
+            [space.square(system, point + length * change) for length in lengths]
         )
         objectives = (losses + 0.5 * squares).nan_to_num(torch.inf)
         best = int(objectives.argmin())
         gained = objective - float(objectives[best])
         if not gained > 0:
             # No length helps: the solver's error or rounding is all that is left.
-            converged = solved.reason == "converged"
+            converged = reason == "converged"
             break
         length = float(lengths[best])
-        mean = mean + length * change
+        point = point + length * change
         outputs = outputs + length * moved
         system = system.at(outputs)
         objective, loss = float(objectives[best]), float(losses[best])
-        small = float((length * change).norm()) <= solver.tolerance * float(mean.norm())
+        moves, size = space.square(system, change), space.square(system, point)
+        small = length * math.sqrt(moves) <= solver.tolerance * math.sqrt(size)
         converged = small or gained <= 1e-2 * solver.tolerance**2
-        if solved.reason == "interrupted":
+        if reason == "interrupted":
             break
-    return LinearOptimum(mean, system, loss, passes, converged)
+    mean = space.weights(system, point)
+    return LinearOptimum(mean, system, loss, space.passes, converged)
+
+
+@dataclass
+class _Weights:
+    """Points are whitened weights themselves."""
+
+    data: TangentData
+    prior: WeightPrior
+    solver: WeightSolver
+    seed: int
+    callback: Callback | None
+    passes: float = 1.0
+
+    def start(
+        self, likelihood: Likelihood, mean: Tensor
+    ) -> tuple[Tensor, WeightSystem]:
+        """The point to begin at, and the likelihood linearised there."""
+        outputs = self.data.outputs_of(self.prior.root(mean))
+        return mean, WeightSystem(self.data, self.prior, likelihood, outputs)
+
+    def square(self, system: WeightSystem, point: Tensor) -> float:
+        """|v|^2."""
+        return float(point.double().square().sum())
+
+    def step(
+        self, system: WeightSystem, point: Tensor, turn: int
+    ) -> tuple[Tensor, Float[Tensor, "r C"], Reason]:
+        """Newton's change of the point, that of the outputs, and how it was solved."""
+        tolerance = max(self.solver.tolerance, _FORCING)
+        solved = replace(self.solver, tolerance=tolerance).solve(
+            system,
+            -(system.slope() + point),
+            torch.zeros_like(point),
+            seed=self.seed + turn,
+            callback=self.callback,
+        )
+        self.passes += solved.passes + 2.0
+        moved = self.data.forward(self.prior.root(solved.weights))[..., 0]
+        return solved.weights, moved, solved.reason
+
+    def weights(self, system: WeightSystem, point: Tensor) -> Float[Tensor, "D 1"]:
+        """The whitened weights of a point."""
+        return point
+
+
+@dataclass
+class _Rows(_Weights):
+    """Points are a (N, 1) in float64, of weights v = R^T J^T a."""
+
+    def start(
+        self, likelihood: Likelihood, mean: Tensor
+    ) -> tuple[Tensor, WeightSystem]:
+        """Zero, or minus the gradient at the outputs of ``mean`` if that is better."""
+        _, near = super().start(likelihood, mean)
+        self.passes += 0.0 if near.is_formed else 1.0
+        self._recorder = Recorder(self.callback)
+        slope = likelihood.gradient(near.outputs, self.data.targets)
+        points = torch.stack([torch.zeros_like(slope), -slope]).double()
+        points = points.flatten(1).unsqueeze(-1)
+        outputs = torch.stack([self._images(near, a) for a in points], -1)
+        if self.data.offset is not None:
+            outputs = outputs + self.data.offset.unsqueeze(-1)
+        squares = [self.square(near, a) for a in points]
+        losses = near.loss(outputs)
+        best = int((losses + 0.5 * losses.new_tensor(squares)).argmin())
+        return points[best], near.at(outputs[..., best])
+
+    def square(self, system: WeightSystem, point: Tensor) -> float:
+        return max(0.0, float((point * (system.kernel @ point)).sum()))
+
+    def step(
+        self, system: WeightSystem, point: Tensor, turn: int
+    ) -> tuple[Tensor, Float[Tensor, "r C"], Reason]:
+        change = system.newton_step(point)
+        asked_to_stop = self._recorder(
+            self.passes,
+            torch.zeros(1),
+            exact=False,
+            weights=lambda: self.weights(system, point),
+        )
+        reason: Reason = "interrupted" if asked_to_stop else "converged"
+        return change, self._images(system, change), reason
+
+    def weights(self, system: WeightSystem, point: Tensor) -> Float[Tensor, "D 1"]:
+        return system.weights_of(point)
+
+    def _images(self, system: WeightSystem, a: Tensor) -> Float[Tensor, "r C"]:
+        return (system.kernel @ a).view_as(system.outputs).to(system.outputs)

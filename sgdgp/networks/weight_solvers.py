@@ -88,12 +88,9 @@ class WeightSolution:
         errors: The bounds that the tolerance is compared with (k,).
         passes: Products with the data set so far.
         reason: Why the solver stopped.
-        dimensions: How many weights of each group the data determine (G,), where a
-            solver knows; or None.
     """
 
     reason: Reason
-    dimensions: Float[Tensor, " G"] | None = None
 
     def __init__(
         self,
@@ -116,10 +113,8 @@ class WeightSolution:
     def dimension(self) -> EffectiveDimension:
         """How many weights the data determine, by what samples these are."""
         prior = self.system.prior
-        if self.dimensions is None:
-            products = prior.group_sums(self.weights, self.images())
-            return effective_dimension(products, prior.group_sizes)
-        return EffectiveDimension(self.dimensions.clamp_min(SMALLEST_DIMENSION), 0.0)
+        products = prior.group_sums(self.weights, self.images())
+        return effective_dimension(products, prior.group_sizes)
 
     def move_to(
         self, weights: Float[Tensor, "D k"], residuals: Float[Tensor, "D k"]
@@ -217,6 +212,10 @@ class WeightSolver(ABC):
         rhs = system.noise(columns, seed) + prior_draws(initial, columns, seed)
         return self.solve(system, rhs, initial, seed=seed, callback=callback)
 
+    def dimension(self, system: WeightSystem, seed: int) -> EffectiveDimension | None:
+        """How many weights the data determine, where that takes no samples."""
+        return None
+
     @abstractmethod
     def _advance(self, found: WeightSolution, generator: torch.Generator) -> Reason:
         """Move the weights until the tolerance or the budget is reached; say which."""
@@ -281,9 +280,9 @@ class WeightCholesky(WeightSolver):
         (phi^T phi + I)^-1 B = B - phi^T (phi phi^T + I)^-1 phi B.
 
     It costs N^2 D operations once, N^3 each time that precisions or the likelihood's
-    Hessian change, and a pass for each solve. Effective dimensions are exact, too,
-    without samples. Rows of several processes are with none of them: they share the
-    matrix of the weights.
+    Hessian change, and a pass for each solve; the linear model's mean is found among
+    the rows alone. Effective dimensions are exact, too, without samples. Rows of
+    several processes are with none of them: they share the matrix of the weights.
 
     Attributes:
         tolerance: Relative error of the linear model's mean, by Newton's method.
@@ -315,10 +314,22 @@ class WeightCholesky(WeightSolver):
         seed: int,
         callback: Callback | None = None,
     ) -> WeightSolution:
-        """Posterior samples of these numbers, and what the data determine."""
-        found = super().draw(system, columns, initial, seed=seed, callback=callback)
-        found.dimensions = system.dimensions()
+        """Posterior samples of these numbers; of few rows by Matheron's rule."""
+        if not system.is_wide:
+            return super().draw(system, columns, initial, seed=seed, callback=callback)
+        zero = torch.zeros_like(initial)
+        found = WeightSolution(system, zero, zero, callback)
+        found.passes += 0.0 if system.is_formed else 1.0
+        found.weights = system.solve(
+            prior_draws(initial, columns, seed), system.noise_table(columns, seed)
+        )
+        found.reason = "interrupted" if found.report() else "converged"
         return found
+
+    def dimension(self, system: WeightSystem, seed: int) -> EffectiveDimension:
+        """How many weights the data determine."""
+        groups = system.dimensions().clamp_min(SMALLEST_DIMENSION)
+        return EffectiveDimension(groups, 0.0)
 
     def _advance(self, found: WeightSolution, generator: torch.Generator) -> Reason:
         system = found.system
@@ -329,7 +340,7 @@ class WeightCholesky(WeightSolver):
             found.move_to(weights, found.residuals_of(weights))
         else:
             wide = found.rhs.double()
-            exact = system.solve(wide)
+            exact = torch.cholesky_solve(wide, system.factor)
             residuals = wide - exact - system.gram @ exact
             found.move_to(
                 *(x.to(found.rhs).mT.contiguous().mT for x in (exact, residuals))
@@ -359,21 +370,25 @@ class WeightKronecker(WeightCG):
         seed: int,
         callback: Callback | None = None,
     ) -> WeightSolution:
-        """Samples of these numbers, and what the data determine."""
+        """Samples of these numbers."""
         zero = torch.zeros_like(initial)
         found = WeightSolution(system, zero, zero, callback)
         draws = prior_draws(initial, columns, seed).mT
-        samples, shares = torch.empty_like(draws), torch.empty_like(draws[:1])
+        samples = torch.empty_like(draws)
         for block in kronecker_blocks(system, seed):
             layer = block.layer
             layer.put(block.inverse_root(layer.take(draws)), samples)
-            layer.put(block.shares().unsqueeze(0), shares)
         found.weights = samples.mT
-        found.dimensions = system.prior.group_sums(
-            shares.mT, torch.ones_like(shares).mT
-        )[:, 0]
         found.reason = "interrupted" if found.report() else "converged"
         return found
+
+    def dimension(self, system: WeightSystem, seed: int) -> EffectiveDimension:
+        """How many weights the data determine, by the same factors."""
+        shares = torch.empty(1, system.num_weights).to(system.outputs)
+        for block in kronecker_blocks(system, seed):
+            block.layer.put(block.shares().unsqueeze(0), shares)
+        groups = system.prior.group_sums(shares.mT, torch.ones_like(shares).mT)[:, 0]
+        return EffectiveDimension(groups.clamp_min(SMALLEST_DIMENSION), 0.0)
 
 
 @dataclass(frozen=True)

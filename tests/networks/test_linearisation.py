@@ -383,7 +383,7 @@ def test_the_same_seed_gives_the_same_posterior(small_mlp, digits):
 
 def test_an_interrupted_fit_says_so(small_mlp, digits):
     posterior = linearise(small_mlp, Categorical()).fit(
-        train(digits), callback=lambda progress: progress.passes > 20
+        train(digits), callback=lambda progress: progress.passes > 10
     )
     assert posterior.reason == "interrupted"
     assert "interrupted" in posterior.warnings[-1]
