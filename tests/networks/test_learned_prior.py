@@ -133,6 +133,23 @@ class TestTransfer:
         assert 0 < chosen.settings.strength < max(evidence)
         assert list(chosen.settings.tried) == list(evidence)
 
+    def test_a_strong_prior_has_the_same_evidence_in_float32(self):
+        """R^-1 w of the mean is where rounding would show: P's eigenvalues span 1e9."""
+        found = []
+        for dtype in (torch.float64, torch.float32):
+            model = network().to(dtype)
+            source, data = (
+                TensorDataset(*(t.to(dtype) for t in task(n, n).tensors))
+                for n in (40, 8)
+            )
+            prior = LearnedPrior.from_data(model, GAUSSIAN, source)
+            strong = replace(prior, strength=1e6 / prior._mean_curvature())
+            posterior = linearise(model, GAUSSIAN, prior=strong).fit(
+                data, steps=0, precision=1e-3, progress=False
+            )
+            found.append(posterior.log_marginal_likelihood(data).value)
+        assert found[1] == pytest.approx(found[0], abs=0.02)
+
     def test_strength_zero_is_isotropic_about_the_source(self):
         model = network()
         prior = LearnedPrior.from_data(model, GAUSSIAN, task(40, 1), strength=0.0)

@@ -340,6 +340,13 @@ class KroneckerSum(Block):
         back = wide._by_near(x.double(), adjoint=True)
         return wide._corrected(back.to(x)).to(x)
 
+    def whiten(self, x: Float[Tensor, "k out rest"]) -> Float[Tensor, "k out rest"]:
+        if not self.is_exact:
+            return super().whiten(x)
+        # R^T P would multiply R's rounding by the condition number of P.
+        near = self._near
+        return near.whiten(x.reshape(-1, *near.shape)).reshape(x.shape)
+
     def solve(self, x: Float[Tensor, "k out rest"]) -> Float[Tensor, "k out rest"]:
         """P^-1 x, refined by products with P until its residual falls no more.
 
@@ -559,7 +566,12 @@ class KroneckerSum(Block):
             found = _root_beside_identity(*terms[0], diagonal)
         else:
             found = self._root_of_many([_wide(term) for term in terms], diagonal, few)
-        return found.to(self._like)
+        root = found.to(self._like)
+        if few and len(terms) == 1 and root.inner is not None:
+            # Its sides are orthogonal.
+            inverse = MatrixRoot(root.left, root.right, reciprocal(root.inner))
+            vars(root)["inverse"] = inverse
+        return root
 
     def _root_of_many(
         self, terms: Sequence[Term], diagonal: Tensor, few: bool
