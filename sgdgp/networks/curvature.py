@@ -45,7 +45,11 @@ _MOST_WEIGHTS, _MOST_WORK = 2048, 2**31
 linearisation: a factorisation takes a tenth of a second, a Gram matrix three."""
 
 _MOST_ROWS = 2048
-"""Rows of phi up to which phi phi^T is formed."""
+"""Rows of phi up to which phi phi^T is formed. A fit of classes to 250, 500, 1250 and
+2500 rows of a convolutional network with 27,000 weights takes 1.8, 3.4, 10 and 35
+seconds of one busy core, by CG 2.6, 11, 28 and 45; of a small MLP, whose passes cost
+next to nothing, to 1200 rows 3 by 1.4, but then without sampling error, and with one
+noisy output to 1000 rows 2.3 by 11."""
 
 _LINEARISATIONS = 8
 """Of a likelihood that is not Gaussian, for one of a Gaussian: Newton's steps."""
