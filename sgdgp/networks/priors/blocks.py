@@ -451,6 +451,8 @@ class KroneckerSum(Block):
         return KroneckerSum(terms, self.diagonal * factor)
 
     def to(self, like: Tensor) -> KroneckerSum:
+        if (like.dtype, like.device) == (self._like.dtype, self._like.device):
+            return self
         terms = [(left.to(like), right.to(like)) for left, right in self.terms]
         return KroneckerSum(terms, self._like.to(like))
 

@@ -1,0 +1,1 @@
+"""Priors that other tasks taught: ``python -m benchmarks.learned_priors``."""
