@@ -30,8 +30,8 @@ from sgdgp.networks.expectation_maximisation import (
     EffectiveDimension,
     effective_dimension,
 )
-from sgdgp.networks.kronecker import kronecker_blocks
 from sgdgp.networks.stream import Batch
+from sgdgp.networks.whitened_blocks import kronecker_blocks
 from sgdgp.solvers.base import Callback, Reason, Recorder
 from sgdgp.solvers.conjugate_gradients import BlockRecurrence
 

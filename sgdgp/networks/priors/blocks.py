@@ -784,7 +784,7 @@ def _multiple(side: Tensor, factor: float) -> Tensor:
     return found
 
 
-def _eigen(side: Tensor) -> tuple[Tensor, Tensor]:
+def eigen(side: Tensor) -> tuple[Tensor, Tensor]:
     """Eigenvalues in float64, not negative, and eigenvectors; of a diagonal ones.
 
     Raises:
@@ -807,7 +807,7 @@ def _eigen(side: Tensor) -> tuple[Tensor, Tensor]:
 
 def _root_beside_identity(left: Tensor, right: Tensor, delta: Tensor) -> MatrixRoot:
     """R of left (x) right + delta I, by the eigenvectors of both."""
-    (a, u), (b, v) = _eigen(left), _eigen(right)
+    (a, u), (b, v) = eigen(left), eigen(right)
     precisions = torch.outer(a, b) + delta
     _check_regular(precisions)
     return MatrixRoot(u, v, precisions.rsqrt())

@@ -12,13 +12,13 @@ from sgdgp.networks import (
     Gaussian,
     Isotropic,
     curvature,
-    kronecker,
     linearise,
     load,
+    whitened_blocks,
 )
 from sgdgp.networks.curvature import TangentData, WeightSystem
-from sgdgp.networks.kronecker import kronecker_blocks
 from sgdgp.networks.stream import stream_of
+from sgdgp.networks.whitened_blocks import kronecker_blocks
 from sgdgp.tangent import Tangent
 from tests.networks.kinds import KINDS, inputs_of, network_of
 
@@ -77,8 +77,8 @@ def test_the_prior_is_no_part_of_the_factors():
 
 @pytest.mark.parametrize("largest", [4096, 3], ids=["full", "diagonal sides"])
 def test_random_rows_have_the_moments_of_all_of_them(monkeypatch, largest):
-    monkeypatch.setattr(kronecker, "LARGEST_FACTOR", largest)
-    monkeypatch.setattr(kronecker, "_PROBES", 2**14)
+    monkeypatch.setattr(whitened_blocks, "LARGEST_FACTOR", largest)
+    monkeypatch.setattr(whitened_blocks, "_PROBES", 2**14)
     network, x, y = linear_layer()
     expected = inverse_of(
         kronecker_blocks(system_of(network, x, y, Gaussian(noise=0.3)), 0), 15

@@ -11,7 +11,7 @@ folded into the factors: in their eigenvectors B (x) A / tr A + I is diagonal.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from sgdgp.networks.curvature import WeightSystem, curvature_probes
 from sgdgp.networks.priors.base import PROBE_MEMORY
+from sgdgp.networks.priors.blocks import MatrixRoot, eigen
 from sgdgp.networks.priors.kronecker import LARGEST_FACTOR
 from sgdgp.tangent import Tangent
 
@@ -59,30 +60,24 @@ class KroneckerBlock:
 
     Attributes:
         layer: Which weights.
-        left: Eigenvectors of B (out, out), or None where B is diagonal.
-        right: Those of A (rest, rest), or None.
+        vectors: Eigenvectors of B and of A.
         values: Eigenvalues of B (x) A / tr A (out, rest).
     """
 
     layer: LayerMatrix
-    left: Tensor | None
-    right: Tensor | None
+    vectors: MatrixRoot
     values: Float[Tensor, "out rest"]
 
     def inverse_root(
         self, x: Float[Tensor, "k out rest"]
     ) -> Float[Tensor, "k out rest"]:
         """(B (x) A / tr A + I)^-1/2, the symmetric root, times each of k matrices."""
-        x = x if self.left is None else self.left.mT @ x
-        x = (x if self.right is None else x @ self.right) * (self.values + 1).rsqrt()
-        x = x if self.left is None else self.left @ x
-        return x if self.right is None else x @ self.right.mT
+        return self.vectors.apply(self.vectors.adjoint(x) * (self.values + 1).rsqrt())
 
     def shares(self) -> Float[Tensor, "out rest"]:
         """One minus the posterior variance of each weight."""
-        x = self.values / (self.values + 1)
-        x = x if self.left is None else self.left.square() @ x
-        return x if self.right is None else x @ self.right.square().mT
+        inner = (self.values / (self.values + 1)).sqrt()
+        return replace(self.vectors, inner=inner).variances()
 
 
 @torch.no_grad()
@@ -107,9 +102,9 @@ def kronecker_blocks(system: WeightSystem, seed: int) -> list[KroneckerBlock]:
     found = []
     for layer, factors in zip(layers, moments, strict=True):
         system.data.stream.processes.sum_(*factors)
-        (left_vectors, b), (right_vectors, a) = map(_eigen, factors)
+        (b, left), (a, right) = map(eigen, factors)
         values = torch.outer(b, a) / a.sum().clamp_min(torch.finfo(a.dtype).tiny)
-        found.append(KroneckerBlock(layer, left_vectors, right_vectors, values))
+        found.append(KroneckerBlock(layer, MatrixRoot(left, right), values.to(like)))
     return found
 
 
@@ -153,11 +148,3 @@ def _add_moment(moment: Tensor, x: Tensor) -> None:
     else:
         flat = x.transpose(0, 1).flatten(1)
         moment.addmm_(flat, flat.mT)
-
-
-def _eigen(moment: Tensor) -> tuple[Tensor | None, Tensor]:
-    """Eigenvectors and eigenvalues; a diagonal has no vectors."""
-    if moment.ndim == 1:
-        return None, moment
-    values, vectors = torch.linalg.eigh(moment)
-    return vectors, values.clamp_min(0)
