@@ -41,6 +41,7 @@ from sgdgp.core.processes import Processes
 from sgdgp.networks.curvature import TangentData, example_noise
 from sgdgp.networks.likelihoods import Likelihood
 from sgdgp.networks.priors import KroneckerPrior, KroneckerSum
+from sgdgp.networks.priors.factors import symmetric
 from sgdgp.networks.priors.kronecker import LARGEST_FACTOR
 from sgdgp.tangent import Tangent
 from sgdgp.tangent.layers import differentiable_layers
@@ -152,7 +153,7 @@ def kronecker_curvature(
             )
         left, right = factors.pair(data.stream.processes)
         blocks.append(
-            KroneckerSum([(_symmetric(left).to(like), _symmetric(right).to(like))])
+            KroneckerSum([(symmetric(left).to(like), symmetric(right).to(like))])
         )
     ones = torch.ones(1, dtype=tangent.dtype, device=tangent.device)
     return KroneckerPrior(tangent.num_weights, ones, blocks=blocks)
@@ -380,7 +381,3 @@ def _patches(module: nn.Module, a: Tensor) -> Float[Tensor, "b groups t rest"]:
     found = F.unfold(a, kernel, dilation=dilation, padding=pad, stride=stride)
     found = found.unflatten(1, (module.groups, -1))  # (b, groups, rest, t)
     return found.transpose(2, 3)
-
-
-def _symmetric(side: Tensor) -> Tensor:
-    return side if side.ndim == 1 else (side + side.mT) / 2

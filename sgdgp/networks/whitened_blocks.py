@@ -19,7 +19,8 @@ from torch import Tensor
 
 from sgdgp.networks.curvature import WeightSystem, curvature_probes
 from sgdgp.networks.priors.base import PROBE_MEMORY
-from sgdgp.networks.priors.blocks import MatrixRoot, eigen
+from sgdgp.networks.priors.blocks import MatrixRoot
+from sgdgp.networks.priors.factors import eigen
 from sgdgp.networks.priors.kronecker import LARGEST_FACTOR
 from sgdgp.tangent import Tangent
 

@@ -24,10 +24,6 @@ else. ``KroneckerSum`` is P = sum_k A_k (x) B_k + diag(d), and has
   directions.) R = R_2 M^-1/2 with M = R_2^T P R_2: M^-1/2 x by Lanczos runs, P^-1 x by
   conjugate gradients that R_2 preconditions, and traces as those of P_2, in closed
   form, plus an estimate of the difference with its standard error. In float64.
-
-The best single product of a sum is that of Van Loan and Pitsianis (1993): the factors,
-flattened, are columns of two matrices, and sum_k a_k b_k^T is a matrix of rank one at
-best, by QR and a small singular value decomposition.
 """
 
 from __future__ import annotations
@@ -37,22 +33,35 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TypeAlias
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from sgdgp.core.checks import check_finite
 from sgdgp.core.codec import register_stored_class
 from sgdgp.core.seeds import derived_generator
 from sgdgp.networks.lanczos import Lanczos, inverse_root, random_signs
+from sgdgp.networks.priors.factors import (
+    Term,
+    as_matrix,
+    bound_of,
+    check_factor,
+    eigen,
+    gram,
+    in_float64,
+    log_abs_det,
+    multiple,
+    nearest_product,
+    quadratic,
+    reciprocal,
+    root_and_inverse,
+    times,
+    trace_of,
+    upper_product,
+)
 from sgdgp.solvers.conjugate_gradients import BlockRecurrence
 from sgdgp.solvers.preconditioners import Inverse
-
-Term: TypeAlias = tuple[Tensor, Tensor]
-"""Factors A (out, out) and B (rest, rest) of A (x) B, or their diagonals."""
 
 EXACT_WEIGHTS = 512
 """A sum over so few weights is a dense matrix: its root is a Cholesky factor."""
@@ -68,9 +77,6 @@ _SETTLED = 1e-6
 
 _MOST_ITERATIONS = 2000
 """Of conjugate gradients."""
-
-_INDEFINITE = -1e-5
-"""An eigenvalue below this, relative to the largest, is no rounding of float32."""
 
 
 _INVERSE = 1e-3
@@ -201,10 +207,10 @@ class MatrixRoot(Block):
 
     def apply(self, x: Float[Tensor, "k out rest"]) -> Float[Tensor, "k out rest"]:
         x = x if self.inner is None else self.inner * x
-        return _times(self.left, x, self.right)
+        return times(self.left, x, self.right)
 
     def adjoint(self, x: Float[Tensor, "k out rest"]) -> Float[Tensor, "k out rest"]:
-        x = _times(self.left.mT if self.left.ndim == 2 else self.left, x, None)
+        x = times(self.left.mT if self.left.ndim == 2 else self.left, x, None)
         x = x * self.right if self.right.ndim == 1 else x @ self.right
         return x if self.inner is None else self.inner * x
 
@@ -227,12 +233,12 @@ class MatrixRoot(Block):
 
     def logdet(self) -> Estimate:
         out, rest = self.shape
-        sides = rest * _log_abs_det(self.left) + out * _log_abs_det(self.right)
-        inner = 0.0 if self.inner is None else _log_abs_det(self.inner.flatten())
+        sides = rest * log_abs_det(self.left) + out * log_abs_det(self.right)
+        inner = 0.0 if self.inner is None else log_abs_det(self.inner.flatten())
         return Estimate(-2.0 * (sides + inner))
 
     def variances(self) -> Float[Tensor, "out rest"]:
-        return _times(self.left.square(), self._inner_squares, self.right.square())
+        return times(self.left.square(), self._inner_squares, self.right.square())
 
     def trace_solve(self, other: Block) -> Estimate:
         return Estimate(other.trace_within(self))
@@ -240,9 +246,9 @@ class MatrixRoot(Block):
     def trace_within(self, root: MatrixRoot) -> float:
         # |R_P^-1 R|^2 by the entries of both sides.
         inverse = self.inverse
-        left = _gram(inverse.left, root.left).square()
-        right = _gram(inverse.right, root.right).square()
-        squares = _times(left, root._inner_squares, right)
+        left = gram(inverse.left, root.left).square()
+        right = gram(inverse.right, root.right).square()
+        squares = times(left, root._inner_squares, right)
         return float((inverse._inner_squares * squares).sum(dtype=torch.float64))
 
     def scaled(self, factor: float) -> MatrixRoot:
@@ -324,7 +330,7 @@ class KroneckerSum(Block):
     def matmul(self, x: Float[Tensor, "k out rest"]) -> Float[Tensor, "k out rest"]:
         found = self.diagonal * x
         for left, right in self.terms:
-            found = found + _times(left, x, right)
+            found = found + times(left, x, right)
         return found
 
     def apply(self, x: Float[Tensor, "k out rest"]) -> Float[Tensor, "k out rest"]:
@@ -440,14 +446,14 @@ class KroneckerSum(Block):
     def trace_within(self, root: MatrixRoot) -> float:
         found = (root.variances() * self.diagonal).sum(dtype=torch.float64)
         for left, right in self.terms:
-            a, b = _quadratic(left, root.left), _quadratic(right, root.right)
+            a, b = quadratic(left, root.left), quadratic(right, root.right)
             found = found + (a @ root._inner_squares @ b).double()
         return float(found)
 
     def scaled(self, factor: float) -> KroneckerSum:
         if factor == 1.0:
             return self
-        terms = [(_multiple(left, factor), right) for left, right in self.terms]
+        terms = [(multiple(left, factor), right) for left, right in self.terms]
         return KroneckerSum(terms, self.diagonal * factor)
 
     def to(self, like: Tensor) -> KroneckerSum:
@@ -463,7 +469,7 @@ class KroneckerSum(Block):
         """The trace of P."""
         found = self._like.double().expand(self.shape).sum()
         for left, right in self.terms:
-            found = found + _trace(left) * _trace(right)
+            found = found + trace_of(left) * trace_of(right)
         return float(found)
 
     def grown(self, out: int, level: float) -> KroneckerSum:
@@ -495,7 +501,7 @@ class KroneckerSum(Block):
         """The best single Kronecker product in place of all, and the diagonal as is."""
         if len(self.terms) < 2:
             return self
-        left, right = nearest_product([_wide(term) for term in self.terms])
+        left, right = nearest_product([in_float64(term) for term in self.terms])
         like = self.terms[0][0]
         return KroneckerSum([(left.to(like), right.to(like))], self.diagonal)
 
@@ -524,7 +530,7 @@ class KroneckerSum(Block):
     @cached_property
     def _largest(self) -> float:
         """A bound on the norm of P."""
-        bounds = [_bound(left) * _bound(right) for left, right in self.terms]
+        bounds = [bound_of(left) * bound_of(right) for left, right in self.terms]
         return sum(bounds) + float(self._like.max())
 
     def _reduced(self) -> tuple[list[Term], Tensor, bool]:
@@ -537,10 +543,10 @@ class KroneckerSum(Block):
             diagonal = diagonal[0, 0]
         if min(self.shape) == 1 and len(terms) > (0 if diagonal.ndim else 1):
             # One side is a number: all is one matrix.
-            side, terms = int(self.shape[0] == 1), [_wide(term) for term in terms]
+            side, terms = int(self.shape[0] == 1), [in_float64(term) for term in terms]
             sides = [term[side] * term[1 - side].sum() for term in terms]
             if any(own.ndim == 2 for own in sides):
-                sides = [_full(own) for own in sides]
+                sides = [as_matrix(own) for own in sides]
             full = torch.stack(sides).sum(0)
             own = diagonal.expand(self.shape).flatten()
             full = full + (torch.diag(own) if full.ndim == 2 else own)
@@ -567,7 +573,9 @@ class KroneckerSum(Block):
         elif few and len(terms) == 1:
             found = _root_beside_identity(*terms[0], diagonal)
         else:
-            found = self._root_of_many([_wide(term) for term in terms], diagonal, few)
+            found = self._root_of_many(
+                [in_float64(term) for term in terms], diagonal, few
+            )
         root = found.to(self._like)
         if few and len(terms) == 1 and root.inner is not None:
             # Its sides are orthogonal.
@@ -584,7 +592,7 @@ class KroneckerSum(Block):
             return found
         if self.is_exact:
             return _dense_root(terms, diagonal, self.shape)
-        return _root_beside_identity(*_upper_product(terms), diagonal.mean())
+        return _root_beside_identity(*upper_product(terms), diagonal.mean())
 
     def _by_near(self, x: Tensor, adjoint: bool) -> Tensor:
         near = self._near
@@ -629,27 +637,6 @@ class _Near(Inverse):
         return near.solve(r.mT.reshape(-1, *near.shape)).flatten(1).mT
 
 
-def nearest_product(terms: Sequence[Term]) -> Term:
-    """A and B with the smallest |sum_k A_k (x) B_k - A (x) B|, Frobenius."""
-    sides = []
-    for factors in zip(*terms, strict=True):
-        full = any(factor.ndim == 2 for factor in factors)
-        same = [torch.diag(f) if full and f.ndim == 1 else f for f in factors]
-        sides.append((same[0].shape, torch.stack([f.flatten() for f in same], 1)))
-    (left_shape, lefts), (right_shape, rights) = sides
-    q, r = torch.linalg.qr(lefts)
-    p, s = torch.linalg.qr(rights)
-    u, sizes, vh = torch.linalg.svd(r @ s.mT)
-    left = (q @ u[:, 0]).reshape(left_shape) * sizes[0].sqrt()
-    right = (p @ vh[0]).reshape(right_shape) * sizes[0].sqrt()
-    trace = left.trace() if left.ndim == 2 else left.sum()
-    for side in (left, right):
-        side.mul_(trace.sign())
-        # Rounding leaves less than nothing of an input that is always zero.
-        (side.diagonal() if side.ndim == 2 else side).clamp_(min=0.0)
-    return _symmetric(left), _symmetric(right)
-
-
 def root_of_sum(one: Term, two: Term) -> MatrixRoot:
     """A root C of one (x) one' + two (x) two', the sum itself: C C^T.
 
@@ -665,7 +652,7 @@ def root_of_sum(one: Term, two: Term) -> MatrixRoot:
             size = float(factor.norm())
             sizes[i] *= size
             unit = factor / (size or 1.0)
-            factors.append(_full(unit) if full else unit)
+            factors.append(as_matrix(unit) if full else unit)
         if not full:
             total = factors[0] + factors[1]
             sides.append((total.sqrt(), factors[0] * reciprocal(total)))
@@ -678,131 +665,8 @@ def root_of_sum(one: Term, two: Term) -> MatrixRoot:
     return MatrixRoot(left, right, inner.sqrt())
 
 
-def root_and_inverse(covariance: Tensor) -> tuple[Tensor, Tensor]:
-    """Symmetric root and its pseudo-inverse."""
-    values, vectors = torch.linalg.eigh(covariance)
-    smallest = values[-1] * len(values) * torch.finfo(values.dtype).eps
-    roots = values.clamp_min(0).sqrt()
-    inverse = torch.where(values > smallest, 1 / roots, 0)
-    return (vectors * roots) @ vectors.mT, (vectors * inverse) @ vectors.mT
-
-
-def reciprocal(x: Tensor) -> Tensor:
-    """1 / x, and 0 where x is."""
-    return torch.where(x != 0, 1 / x, 0.0)
-
-
-def check_factor(name: str, side: Tensor, n: int) -> None:
-    """Refuse what is no factor of a precision; its eigenvalues are not looked at.
-
-    Raises:
-        ValueError: Says what was expected.
-    """
-    if side.shape not in ((n, n), (n,)):
-        raise ValueError(
-            f"{name}: expected factors of shape {(n, n)} or {(n,)}, found "
-            f"{tuple(side.shape)}"
-        )
-    check_finite(name, side)
-    # Most are so exactly, which is known in a quarter of the time.
-    if (
-        side.ndim == 2
-        and not torch.equal(side, side.mT)
-        and not torch.allclose(side, side.mT, atol=1e-6 * float(side.abs().max()))
-    ):
-        raise ValueError(f"{name}: expected symmetric matrices")
-    diagonal = side if side.ndim == 1 else side.diagonal()
-    if bool((diagonal < 0).any()):
-        raise ValueError(
-            f"{name}: expected positive semi-definite factors, found "
-            f"{float(diagonal.min()):.3g} on a diagonal"
-        )
-
-
-def _times(left: Tensor, x: Tensor, right: Tensor | None) -> Tensor:
-    """Left x right^T, sides that may be diagonals."""
-    x = left[:, None] * x if left.ndim == 1 else left @ x
-    if right is None:
-        return x
-    return x * right if right.ndim == 1 else x @ right.mT
-
-
-def _gram(a: Tensor, b: Tensor) -> Tensor:
-    """a^T b, a diagonal if both are."""
-    if a.ndim == b.ndim == 1:
-        return a * b
-    if b.ndim == 1:
-        return a.mT * b
-    return a[:, None] * b if a.ndim == 1 else a.mT @ b
-
-
-def _quadratic(a: Tensor, root: Tensor) -> Tensor:
-    """The diagonal of root^T a root."""
-    if root.ndim == 1:
-        return root.square() * (a if a.ndim == 1 else a.diagonal())
-    return (root * _times(a, root, None)).sum(0)
-
-
-def _wide(term: Term) -> Term:
-    return term[0].double(), term[1].double()
-
-
-def _symmetric(side: Tensor) -> Tensor:
-    return side if side.ndim == 1 else (side + side.mT) / 2
-
-
-def _trace(side: Tensor) -> Tensor:
-    return (side if side.ndim == 1 else side.diagonal()).double().sum()
-
-
-def _bound(side: Tensor) -> float:
-    """No less than the largest eigenvalue: the largest sum of a row."""
-    return float(side.abs().reshape(len(side), -1).sum(1).max())
-
-
-def _log_abs_det(side: Tensor) -> float:
-    side = side.double()
-    if side.ndim == 1:
-        return float(side.abs().log().sum())
-    return float(torch.linalg.slogdet(side)[1])
-
-
 def _mean(values: Tensor) -> Estimate:
     return Estimate(float(values.mean()), float(values.std()) / math.sqrt(len(values)))
-
-
-_EIGEN, _MULTIPLES = WeakTensorKeyDictionary(), WeakTensorKeyDictionary()
-"""Eigenvalues and eigenvectors of factors as long as these live, and the factor and
-number that another is the product of: all strengths of a prior share what is long."""
-
-
-def _multiple(side: Tensor, factor: float) -> Tensor:
-    """The side times a number, whose eigenvectors are the side's."""
-    found = side * factor
-    origin, before = _MULTIPLES.get(side, (side, 1.0))
-    _MULTIPLES[found] = origin, before * factor
-    return found
-
-
-def eigen(side: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues in float64, not negative, and eigenvectors; of a diagonal ones.
-
-    Raises:
-        ValueError: An eigenvalue is negative beyond rounding.
-    """
-    if side.ndim == 1:
-        return side.double(), torch.ones_like(side)
-    side, factor = _MULTIPLES.get(side, (side, 1.0))
-    if side not in _EIGEN:
-        values, vectors = torch.linalg.eigh(side.double())
-        _EIGEN[side] = values, vectors.to(side)
-    values, vectors = _EIGEN[side]
-    if float(values[0]) < _INDEFINITE * float(values[-1].abs()):
-        raise ValueError(
-            "terms: expected positive semi-definite factors, found eigenvalue "
-            f"{float(values[0]):.3g} beside {float(values[-1]):.3g}"
-        )
-    return factor * values.clamp_min(0.0), vectors
 
 
 def _root_beside_identity(left: Tensor, right: Tensor, delta: Tensor) -> MatrixRoot:
@@ -822,7 +686,7 @@ def _check_root(root: MatrixRoot, terms: Sequence[Term]) -> None:
     z = torch.ones(1, *root.shape, dtype=root.left.dtype, device=root.left.device)
     z.view(-1)[::2] *= -1
     x = root.apply(z)
-    back = root.adjoint(sum(_times(a, x, b) for a, b in terms) + torch.zeros_like(x))
+    back = root.adjoint(sum(times(a, x, b) for a, b in terms) + torch.zeros_like(x))
     if not float((back - z).norm()) <= _INVERSE * float(z.norm()):
         raise ValueError(
             "precision: singular, or with a negative eigenvalue; add a multiple of "
@@ -837,7 +701,7 @@ def _dense_root(
     own = diagonal.expand(shape).flatten()
     matrix = torch.diag(own)
     for left, right in terms:
-        matrix = matrix + torch.kron(*(_full(side) for side in (left, right)))
+        matrix = matrix + torch.kron(*(as_matrix(side) for side in (left, right)))
     factor, info = torch.linalg.cholesky_ex(matrix)
     if int(info) or not bool(torch.isfinite(factor).all()):
         _check_regular(torch.linalg.eigvalsh(matrix))
@@ -845,23 +709,6 @@ def _dense_root(
     eye = torch.eye(len(own), dtype=own.dtype, device=own.device)
     inverse = torch.linalg.solve_triangular(factor, eye, upper=False)
     return MatrixRoot(own.new_ones(1), inverse.mT.contiguous())
-
-
-def _full(side: Tensor) -> Tensor:
-    return torch.diag(side) if side.ndim == 1 else side
-
-
-def _upper_product(terms: Sequence[Term]) -> Term:
-    """(sum_k A_k) (x) (sum_k B_k) with balanced factors: above sum_k A_k (x) B_k."""
-    sides = []
-    for k in (0, 1):
-        own = [term[k] * (term[1 - k].norm() / term[k].norm()).sqrt() for term in terms]
-        full = any(side.ndim == 2 for side in own)
-        sides.append(sum(_full(side) if full else side for side in own))
-    left, right = sides
-    assert isinstance(left, Tensor)
-    assert isinstance(right, Tensor)
-    return left, right
 
 
 def _check_regular(values: Tensor) -> None:

@@ -29,9 +29,9 @@ from sgdgp.networks.priors.blocks import (
     Block,
     KroneckerSum,
     MatrixRoot,
-    root_and_inverse,
     root_of_sum,
 )
+from sgdgp.networks.priors.factors import root_and_inverse
 from sgdgp.tangent import Tangent
 
 Factors: TypeAlias = tuple[Tensor, Tensor] | Sequence[tuple[Tensor, Tensor]]
