@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import functools
 import math
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
@@ -58,6 +59,10 @@ as flat in it as the evidence, and each costs delta."""
 
 _OTHER_SCALES = tuple(10.0**k for k in range(-2, 3))
 """Those of another group, what is new in the target."""
+
+_SHARE_OF_ONE = 0.5
+"""Of delta, of the scale and the strength that are the source's: an equal share of so
+many would cost what a learned prior gains."""
 
 _SHARE_OF_DRAWS = 0.1
 """Of delta, where the risk is by draws."""
@@ -229,7 +234,8 @@ def certify(
     _check_size(data, posterior.prior)
     seed = seed_of(generator_of(seed))
     search = _Search(data, posterior, settings, bounded, delta, seed)
-    best, (place, share) = search.smallest(), search.chosen
+    best, place = search.smallest()
+    share = search.share(place)
     draws, upper, risk = 0, best.risk, best.risk
     if not bounded.is_exact:
         generator = derived_generator(seed, "risk of a certificate")
@@ -251,7 +257,7 @@ def certify(
         num_draws=draws,
         num_priors=search.num_priors,
         precisions=tuple(prior.precisions.tolist()),
-        strength=search.strengths[place[0]],
+        strength=search.axes[0][place[0]],
         loss=bounded.name,
         tolerance=limit,
         chance=bounded.chance,
@@ -281,13 +287,13 @@ class _Search:
         self.data, self.posterior, self.settings = data, posterior, settings
         self.loss = loss
         assert settings.strength is not None
-        self.strengths = tuple(settings.tried) or (settings.strength,)
+        strengths = sorted({*settings.tried, 1.0}) if settings.tried else []
         sizes = posterior.prior.group_sizes
-        self.grids = [_OTHER_SCALES] * len(sizes)
-        self.main = sizes.index(max(sizes))
-        self.grids[self.main] = _SCALES
-        share = 1.0 if loss.is_exact else 1 - _SHARE_OF_DRAWS
-        self._share = share * delta / self.num_priors
+        self.main = 1 + sizes.index(max(sizes))
+        self.axes: list[Sequence[float]] = [strengths or [settings.strength]]
+        self.axes += [_OTHER_SCALES] * len(sizes)
+        self.axes[self.main] = _SCALES
+        self._delta = delta if loss.is_exact else (1 - _SHARE_OF_DRAWS) * delta
         self._draws: Tensor | None = None
         if loss.expected is None:
             # As many as rows: kernels have that many eigenvalues, whichever prior's.
@@ -302,32 +308,32 @@ class _Search:
     @property
     def num_priors(self) -> int:
         """Of the grid."""
-        return len(self.strengths) * math.prod(map(len, self.grids))
+        return math.prod(map(len, self.axes))
 
-    @property
-    def chosen(self) -> tuple[tuple[int, ...], float]:
-        """Where the smallest bound is, and its share of delta."""
-        assert self._best is not None
-        return self._best[1], self._share
+    def share(self, place: Sequence[int]) -> float:
+        """Of delta, that a prior has: half of it what is as the source left it."""
+        found = self._delta
+        for axis, k in zip(self.axes, place, strict=True):
+            if len(axis) > 1:
+                others = (1 - _SHARE_OF_ONE) / (len(axis) - 1)
+                found *= _SHARE_OF_ONE if axis[k] == 1.0 else others
+        return found
 
-    def smallest(self) -> Found:
+    def smallest(self) -> tuple[Found, tuple[int, ...]]:
         """Down the bound, from where the fit was and from the prior's mean alone."""
         assert self.settings.strength is not None
-        place = [_nearest(self.strengths, self.settings.strength)]
-        for grid, alpha in zip(
-            self.grids, self.posterior.prior.precisions.tolist(), strict=True
-        ):
-            place.append(_nearest(grid, alpha))
+        fitted = [self.settings.strength, *self.posterior.prior.precisions.tolist()]
+        place = list(map(_nearest, self.axes, fitted))
         self._descend(place)
-        place[self.main + 1] = len(self.grids[self.main]) - 1
+        place[self.main] = len(self.axes[self.main]) - 1
         self._descend(place)
         assert self._best is not None
-        return self._best[0]
+        return self._best
 
     def _descend(self, place: list[int]) -> None:
         """One step of one coordinate at a time, as long as that helps."""
         # The main precision first and the strength last: they cost least and most.
-        order = sorted(range(len(place)), key=lambda i: (i == 0, i != self.main + 1))
+        order = sorted(range(len(place)), key=lambda i: (i == 0, i != self.main))
         moved = True
         while moved:
             moved = False
@@ -337,26 +343,25 @@ class _Search:
 
     def prior_at(self, place: Sequence[int]) -> WeightPrior:
         """The operator there."""
-        precisions = [grid[k] for grid, k in zip(self.grids, place[1:], strict=True)]
+        strength, *precisions = map(operator.getitem, self.axes, place)
         like = self.posterior.prior.precisions
-        return self._built(place[0]).with_precisions(like.new_tensor(precisions))
+        return self._built(strength).with_precisions(like.new_tensor(precisions))
 
     def _at(self, place: Sequence[int]) -> float:
         """The bound there; infinite off the grid."""
         key = tuple(place)
-        sizes = [len(self.strengths), *map(len, self.grids)]
-        if not all(0 <= k < size for k, size in zip(key, sizes, strict=True)):
+        if not all(0 <= k < len(axis) for k, axis in zip(key, self.axes, strict=True)):
             return math.inf
         if key not in self._bounds:
-            precisions = [grid[k] for grid, k in zip(self.grids, key[1:], strict=True)]
-            main = precisions[self.main]
-            prior = self._outputs(key[0], tuple(main / alpha for alpha in precisions))
+            strength, *precisions = map(operator.getitem, self.axes, key)
+            main = precisions[self.main - 1]
+            prior = self._outputs(strength, tuple(main / alpha for alpha in precisions))
             found = smallest_bound(
                 prior.over(main),
                 self.posterior.likelihood,
                 self.data.targets,
                 self.loss,
-                self._share,
+                self.share(key),
                 self._draws,
             )
             self._bounds[key] = found.bound
@@ -365,16 +370,16 @@ class _Search:
         return self._bounds[key]
 
     @functools.lru_cache(maxsize=2)  # noqa: B019
-    def _built(self, strength: int) -> WeightPrior:
-        settings = replace(self.settings, strength=self.strengths[strength])
+    def _built(self, strength: float) -> WeightPrior:
+        settings = replace(self.settings, strength=strength)
         return settings.build(self.data.tangent, _no_probes)
 
     @functools.lru_cache(maxsize=2)  # noqa: B019
-    def _kernels(self, strength: int) -> Float[Tensor, "G N N"]:
+    def _kernels(self, strength: float) -> Float[Tensor, "G N N"]:
         return self.data.kernels(self._built(strength))
 
     @functools.lru_cache(maxsize=1)  # noqa: B019
-    def _outputs(self, strength: int, scales: tuple[float, ...]) -> OutputPrior:
+    def _outputs(self, strength: float, scales: tuple[float, ...]) -> OutputPrior:
         kernels = self._kernels(strength)
         gram = torch.tensordot(kernels.new_tensor(scales), kernels, 1)
         assert self.data.offset is not None
@@ -525,8 +530,8 @@ def _assumptions(
         )
     if settings.tried:
         found.append(
-            f"delta is shared by all {search.num_priors} priors, "
-            f"{len(search.strengths)} strengths and their precisions"
+            f"delta is shared by {search.num_priors} priors: {len(search.axes[0])} "
+            "strengths and their precisions"
         )
     else:
         found.append(

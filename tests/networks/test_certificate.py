@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import replace
 
 import pytest
@@ -89,6 +90,14 @@ def certified(kind: str, n: int, seed: int = 0, **how) -> Certificate:
     return certify(posterior, data, **{"num_draws": 200, **how})
 
 
+def share_of(found: Certificate) -> float:
+    """Part of delta that McAllester's bound has been given."""
+    budget = 2 * (found.mcallester - found.risk_upper) ** 2
+    n = found.num_examples
+    share = 2 * n**0.5 * math.exp(found.kl - n * budget)
+    return share / found.delta
+
+
 class TestCertificate:
     @pytest.mark.parametrize("kind", LIKELIHOODS)
     def test_its_numbers_are_those_of_its_posterior(self, kind):
@@ -157,13 +166,22 @@ class TestCertificate:
         posterior = linearise(model, LIKELIHOODS["regression"], prior=prior).fit(
             data, **FIT
         )
-        tried = replace(prior, tried=(0.0, 0.1, 1.0))
+        tried = replace(prior, tried=(0.0, 0.1, 10.0))
         one, more = (
             certify(replace(posterior, settings=p), data) for p in (prior, tried)
         )
-        assert more.num_priors == 3 * one.num_priors
+        assert more.num_priors == 4 * one.num_priors
         assert one.strength == 0.1
-        assert "3 strengths" in str(more)
+        assert "4 strengths" in str(more)
+        # What stands is the bound with the share of delta of one prior, not of all.
+        shares = []
+        for found in (one, more):
+            shares.append(share_of(found))
+            own = float(found.precisions[0]) == 1.0
+            expected = 0.5 if own else 0.5 / (one.num_priors - 1)
+            if found is more:
+                expected *= 0.5 if found.strength == 1.0 else 0.5 / 3
+            assert shares[-1] == pytest.approx(expected, rel=1e-6)
 
     def test_a_new_head_has_a_precision_of_its_own(self):
         model, prior = learned("classes")

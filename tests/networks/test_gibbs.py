@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.distributions import MultivariateNormal, kl_divergence
 
-from sgdgp.networks import Bernoulli, Categorical, Gaussian
+from sgdgp.networks import Bernoulli, Categorical, Gaussian, gibbs
 from sgdgp.networks.bounds import inverse_kl_bound, mcallester_bound
 from sgdgp.networks.gibbs import (
     BoundedLoss,
@@ -156,8 +156,9 @@ def test_the_posterior_found_is_worth_its_bound_and_better_than_the_prior(
     assert found.bound < inverse_kl_bound(risk, 0.0, N, 0.1)
 
 
-def test_other_examples_of_20_tasks_have_no_higher_risk():
+def test_other_examples_of_20_tasks_have_no_higher_risk(monkeypatch):
     """C5: the bound may fail in one of 20, and is far off it."""
+    monkeypatch.setattr(gibbs, "_POWERS", (1.0,))
     loss, n = out_of_tolerance(torch.tensor(0.5)), 12
     for seed in range(20):
         features, weights = normal(n + 300, 6, seed=seed), normal(6, 1, seed=seed + 50)
