@@ -56,22 +56,21 @@ class Stages:
         return value
 
 
-def measure(path: Path, arguments: Sequence[str]) -> dict[str, Any]:
+def measure(path: Path, arguments: Sequence[str], classes: int) -> dict[str, Any]:
     """Learn a prior into a file, and use it.
 
     Args:
         path: The file.
         arguments: Of ``examples.imagenet``, without ``--learn``.
+        classes: Outputs of the network.
     """
     stage = Stages()
-    learned = stage("learn", lambda: imagenet([*arguments, "--learn", str(path)]))
-    assert isinstance(learned, LearnedPrior)
-    classes = learned.shapes[-1][0]
-    del learned
+    given = [*arguments, "--classes", str(classes), "--learn", str(path)]
+    stage("learn", lambda: imagenet(given))
     loaded = stage("load", lambda: LearnedPrior.load(path))
     # The curvature counts as much as the identity, on average.
     prior = loaded.candidates()[STRENGTHS.index(1.0)]
-    tangent = Tangent(resnet50(classes=classes))
+    tangent = Tangent(resnet50(classes=classes), weights=loaded.names)
     precision = stage("build", lambda: prior.build(tangent, lambda count: iter(())))
     generator = torch.Generator().manual_seed(0)
     w = torch.randn(1, tangent.num_weights, generator=generator).mT
@@ -137,12 +136,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=MEASURED)
+    parser.add_argument("--classes", type=int, default=1000)
     parser.add_argument("--keep", type=Path, help="where the prior's file stays")
     options, rest = parser.parse_known_args(arguments)
     torch.set_num_threads(options.threads)
     with TemporaryDirectory() as folder:
         path = options.keep or Path(folder) / "prior.safetensors"
-        result = measure(path, rest)
+        result = measure(path, rest, options.classes)
     write_json(options.out, result)
     print(in_words(result))
 
