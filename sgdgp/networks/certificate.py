@@ -13,7 +13,6 @@ choice of Q has not seen, and their share of delta.
 
 from __future__ import annotations
 
-import functools
 import math
 import operator
 from collections.abc import Callable, Sequence
@@ -302,6 +301,8 @@ class _Search:
             self._draws = standard_normal(
                 _SEARCH_DRAWS, like.numel(), like=like, generator=generator
             ).mT
+        self._priors: dict[float, WeightPrior] = {}
+        self._last: tuple[tuple[float, tuple[float, ...]], OutputPrior] | None = None
         self._bounds: dict[tuple[int, ...], float] = {}
         self._best: tuple[Found, tuple[int, ...]] | None = None
 
@@ -369,21 +370,22 @@ class _Search:
                 self._best = found, key
         return self._bounds[key]
 
-    @functools.lru_cache(maxsize=2)  # noqa: B019
     def _built(self, strength: float) -> WeightPrior:
-        settings = replace(self.settings, strength=strength)
-        return settings.build(self.data.tangent, _no_probes)
+        if strength not in self._priors:
+            settings = replace(self.settings, strength=strength)
+            self._priors[strength] = settings.build(self.data.tangent, _no_probes)
+        return self._priors[strength]
 
-    @functools.lru_cache(maxsize=2)  # noqa: B019
-    def _kernels(self, strength: float) -> Float[Tensor, "G N N"]:
-        return self.data.kernels(self._built(strength))
-
-    @functools.lru_cache(maxsize=1)  # noqa: B019
     def _outputs(self, strength: float, scales: tuple[float, ...]) -> OutputPrior:
-        kernels = self._kernels(strength)
-        gram = torch.tensordot(kernels.new_tensor(scales), kernels, 1)
-        assert self.data.offset is not None
-        return OutputPrior.of(self.data.offset, gram)
+        """At main precision one; the last is kept, eigenvectors are what takes time."""
+        key = strength, scales
+        if self._last is None or self._last[0] != key:
+            self._last = None
+            kernels = self.data.kernels(self._built(strength))
+            gram = torch.tensordot(kernels.new_tensor(scales), kernels, 1)
+            assert self.data.offset is not None
+            self._last = key, OutputPrior.of(self.data.offset, gram)
+        return self._last[1]
 
 
 def _data_free(posterior: LinearisedPosterior) -> LearnedPrior:

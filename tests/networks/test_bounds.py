@@ -19,6 +19,7 @@ from sgdgp.networks.bounds import (
     inverse_kl,
     inverse_kl_bound,
     mcallester_bound,
+    mean_bound,
 )
 from tests.networks.dense import columns
 from tests.networks.priors.members import MEMBERS, NUM_WEIGHTS
@@ -96,3 +97,22 @@ def test_what_is_no_risk_is_refused(bound):
             bound(risk, kl, n, delta)
     with pytest.raises(ValueError, match="positive"):
         catoni_bound(0.1, 1.0, 5, 0.1, c=[])
+
+
+@pytest.mark.parametrize("width", [1.0, 0.05])
+def test_a_mean_is_above_its_bound_no_more_often_than_told(width):
+    """Of coins, and of numbers that hardly differ, of which less is uncertain."""
+    k, delta, runs, p = 200, 0.2, 300, 0.3
+    g = torch.Generator().manual_seed(0)
+    coins = torch.rand(runs, k, generator=g).lt(p).double()
+    values = p + width * (coins - p)
+    found = [mean_bound(row, delta) for row in values]
+    assert sum(bound < p for bound in found) / runs <= delta
+    wide = inverse_kl(p, math.log(2 / delta) / k)
+    assert sum(found) / runs < (
+        wide + 0.01 if width == 1 else p + 0.3 * (wide - p) + 0.03
+    )
+    with pytest.raises(ValueError, match="two draws"):
+        mean_bound(values[0, :1], delta)
+    with pytest.raises(ValueError, match="losses in"):
+        mean_bound(values[0] + 1, delta)

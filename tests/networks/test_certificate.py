@@ -220,7 +220,10 @@ class TestCertificate:
         found = certified("regression", 20, loss=far)
         assert found.loss == "far"
         assert found.num_draws == 200
+        assert found.risk < found.risk_upper
         assert found.tolerance is None
+        again = found.gibbs_risk(task("regression", 20, 0, turn=0.3))
+        assert again == pytest.approx(found.risk, abs=0.03)
 
 
 class TestRefusals:
