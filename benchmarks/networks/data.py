@@ -102,7 +102,7 @@ def load_task(
         order = torch.randperm(len(pool), generator=generator)
         kept, _ = order.split([len(order), 0])
     else:
-        pool = _images("mnist_10k.npz", "images", "labels")
+        pool = read_images("mnist_10k.npz", "images", "labels")
         order = torch.randperm(len(pool), generator=generator)
         kept = order[: -setting.test]
         test = _take(pool, order[-setting.test :])
@@ -149,7 +149,7 @@ def rotate(x: Float[Tensor, "n c h w"], degrees: float) -> Float[Tensor, "n c h 
 
 def clothes(shape: Sequence[int], count: int) -> Float[Tensor, "m c h w"]:
     """Images of clothes in the shape of the training images, black around them."""
-    x = _images("fashion_mnist_part.npz", "images", "labels").x[:count]
+    x = read_images("fashion_mnist_part.npz", "images", "labels").x[:count]
     channels, height, width = shape
     missing = (height - x.shape[2], width - x.shape[3])
     top, left = missing[0] // 2, missing[1] // 2
@@ -175,12 +175,12 @@ def _take(images: Images, rows: Int[Tensor, " m"]) -> Images:
 
 def _cifar() -> tuple[Images, Images]:
     return (
-        _images("cifar10_part.npz", "train_images", "train_labels"),
-        _images("cifar10_part.npz", "test_images", "test_labels"),
+        read_images("cifar10_part.npz", "train_images", "train_labels"),
+        read_images("cifar10_part.npz", "test_images", "test_labels"),
     )
 
 
-def _images(file: str, images: str, labels: str) -> Images:
+def read_images(file: str, images: str, labels: str) -> Images:
     """One set of images with values from 0 to 1."""
     path = locate(file)
     try:

@@ -1,0 +1,70 @@
+"""Digits of some classes, turned: images of a source and of its targets."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from benchmarks.learned_priors.training import trained
+from benchmarks.networks.data import Images, read_images, rotate
+from benchmarks.networks.network import perceptron
+
+TEST = 1000
+_SOURCE = 500
+"""Images of each class that are the source's."""
+
+_VIEWS = 3
+"""Angles at which the source's network sees each of its images."""
+
+
+def digits(classes: int, seed: int) -> tuple[Images, Images, Images]:
+    """Of classes drawn by the seed: the source's, those of targets, and for testing."""
+    generator = torch.Generator().manual_seed(seed)
+    every = read_images("mnist_10k.npz", "images", "labels")
+    drawn = torch.randperm(10, generator=generator)[:classes]
+    number = torch.full((10,), -1)
+    number[drawn] = torch.arange(classes)
+    rows = torch.isin(every.y, drawn).nonzero()[:, 0]
+    rows = rows[torch.randperm(len(rows), generator=generator)]
+    first = classes * _SOURCE
+    parts = rows[:first], rows[first:-TEST], rows[-TEST:]
+    source, target, test = (Images(every.x[r], number[every.y[r]]) for r in parts)
+    return source, target, test
+
+
+def few(images: Images, each: int, classes: int, skip: int = 0) -> Images:
+    """The first of each class, by class, after those that are skipped."""
+    of_class = [torch.where(images.y == c)[0] for c in range(classes)]
+    rows = torch.cat([rows[skip : skip + each] for rows in of_class])
+    return Images(images.x[rows], images.y[rows])
+
+
+def turned(images: Images, low: float, high: float, seed: int) -> Images:
+    """At 14 x 14 pixels, each by an angle in degrees drawn between two."""
+    generator = torch.Generator().manual_seed(seed)
+    angles = low + (high - low) * torch.rand(len(images), generator=generator)
+    x = [rotate(x, a) for x, a in zip(images.x.split(1), angles.tolist(), strict=True)]
+    return Images(functional.avg_pool2d(torch.cat(x), 2), images.y)
+
+
+def source_network(
+    images: Images, low: float, high: float, seed: int
+) -> tuple[nn.Sequential, Images]:
+    """A perceptron, and the turned images that it was trained on."""
+    seen = [turned(images, low, high, 10 * seed + view) for view in range(_VIEWS)]
+    source = Images(torch.cat([s.x for s in seen]), torch.cat([s.y for s in seen]))
+    torch.manual_seed(seed)
+    network = perceptron(14 * 14, (32, 32), int(images.y.max()) + 1)
+    steps = 15 * len(source) // 100
+    network = trained(
+        network,
+        source.x,
+        source.y,
+        steps=steps,
+        rate=3e-3,
+        batch=100,
+        decay=1e-4,
+        seed=seed,
+    )
+    return network.eval(), source
