@@ -25,6 +25,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sgdgp.core.checks import check_count, check_positive
+from sgdgp.core.inference import outside_inference_mode
 from sgdgp.core.memory import resolve_budget
 from sgdgp.core.processes import Processes
 from sgdgp.core.seeds import derived_generator, generator_of, seed_of, standard_normal
@@ -161,6 +162,7 @@ class Certificate:
         return "\n".join(lines)
 
 
+@outside_inference_mode
 @torch.no_grad()
 def certify(
     posterior: LinearisedPosterior,
@@ -219,9 +221,8 @@ def certify(
     limit = _tolerance(posterior, settings, loss, tolerance)
     tangent, likelihood = posterior.tangent, posterior.likelihood
     stream = stream_of(loader, tangent.device, split, Processes())
-    found = int(
-        torch.isin(example_hashes(stream), settings.seen.to(stream.device)).sum()
-    )
+    hashes = example_hashes(stream)
+    found = int(torch.isin(hashes, settings.seen.to(stream.device)).sum())
     if found:
         raise ValueError(
             f"loader: {found} of {stream.num_examples} examples are among those that "
@@ -260,7 +261,7 @@ def certify(
         loss=bounded.name,
         tolerance=limit,
         chance=bounded.chance,
-        assumptions=_assumptions(settings, search, stream.num_examples, limit),
+        assumptions=_assumptions(settings, search, n, n - len(hashes.unique()), limit),
         posterior=_in_weights(
             posterior, data, prior, best.posterior, final_samples, seed
         ),
@@ -396,7 +397,11 @@ def _data_free(posterior: LinearisedPosterior) -> LearnedPrior:
     """
     settings = posterior.settings
     if not isinstance(settings, LearnedPrior):
-        what = "one from a file" if settings is None else f"one with {settings!r}"
+        what = (
+            "one from a file, or a copy"
+            if settings is None
+            else f"one with {settings!r}"
+        )
         raise ValueError(
             "posterior: expected one fitted in this process with prior=LearnedPrior, "
             "of which it is known that the examples have neither trained its weights "
@@ -405,8 +410,10 @@ def _data_free(posterior: LinearisedPosterior) -> LearnedPrior:
         )
     if not settings.is_about(posterior.tangent):
         raise ValueError(
-            "posterior: the network's weights are not those of the prior's source, so "
-            "the examples may have trained them; linearise the source's network"
+            "posterior: the network's weights are not those of the prior's source (or "
+            "its frozen ones and statistics, or it is not known what the prior has "
+            "seen), so the examples may have trained them; linearise the source's "
+            "network"
         )
     return settings
 
@@ -433,7 +440,15 @@ def _tolerance(
             )
         return None
     if tolerance is not None:
-        found = torch.as_tensor(tolerance, dtype=torch.float64, device="cpu")
+        try:
+            found = torch.as_tensor(tolerance, dtype=torch.float64, device="cpu")
+        except (TypeError, ValueError) as error:
+            raise TypeError(
+                "tolerance: expected a positive number, or one for each output, found "
+                f"{tolerance!r}"
+            ) from error
+        if isinstance(tolerance, bool):
+            raise TypeError(f"tolerance: expected a number, found {tolerance}")
         if found.ndim > 1 or not bool((torch.isfinite(found) & (found > 0)).all()):
             raise ValueError(
                 "tolerance: expected a positive number, or one for each output, found "
@@ -516,6 +531,7 @@ def _assumptions(
     settings: LearnedPrior,
     search: _Search,
     n: int,
+    repeated: int,
     limit: float | tuple[float, ...] | None,
 ) -> tuple[str, ...]:
     found = [
@@ -525,6 +541,11 @@ def _assumptions(
         f"prior ({settings.num_examples} examples; inputs compared by hashes, none in "
         "common)",
     ]
+    if repeated:
+        found.append(
+            f"{repeated} examples, which have the inputs of others, were drawn anew "
+            "and not copied"
+        )
     if settings.new or settings.grown:
         names = ", ".join((*settings.new, *settings.grown))
         found.append(

@@ -115,7 +115,8 @@ def error_rate(likelihood: Categorical, classes: int) -> BoundedLoss:
         return mean((~(least > 0)).double(), y)
 
     def expected(m: Tensor, variance: Tensor, y: Tensor) -> Tensor:
-        each = torch.special.log_ndtr(m / _deviation(variance))
+        # Far below, PyTorch's slope of log_ndtr is the exponential of its rounding.
+        each = torch.special.log_ndtr((m / _deviation(variance)).clamp_min(-1e5))
         return mean(-torch.expm1(each.unflatten(1, (-1, classes - 1)).sum(2)), y)
 
     exact, chance = classes == 2, 1 - 1 / classes

@@ -25,8 +25,8 @@ by orders of magnitude: B is never part of the product here.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -92,7 +92,8 @@ class LearnedPrior(PriorSettings):
         new: Patterns of tensors that a target has in place of the source's.
         grown: Patterns of those that have more rows there.
         tried: Strengths that ``strength`` was chosen from by a target's evidence.
-        about: Hashes of the weights about which its tasks were linear, of each tensor.
+        about: Hashes of the network about which its tasks were linear, of each tensor:
+            weights, those that are no part of the prior, and buffers.
     """
 
     names: Sequence[str]
@@ -107,7 +108,7 @@ class LearnedPrior(PriorSettings):
     new: Sequence[str] = ()
     grown: Sequence[str] = ()
     tried: Sequence[float] = ()
-    about: Sequence[str] = ()
+    about: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.strength is not None and not 0 <= self.strength < float("inf"):
@@ -205,6 +206,9 @@ class LearnedPrior(PriorSettings):
         """
         tangent = posterior.tangent
         stream = _stream_of(posterior, loader, split)
+        seen, before = _seen_by(posterior, stream)
+        # A file does not say what the prior of its posterior has seen.
+        is_known = posterior.centre is None or before is not None
         return cls(
             names=tangent.names,
             shapes=[tuple(shape) for shape in tangent.shapes],
@@ -212,10 +216,11 @@ class LearnedPrior(PriorSettings):
             base=posterior.prior.folded(),
             curvature=_curvature_of(posterior, stream),
             strength=1.0,
-            num_examples=stream.num_examples,
-            seen=example_hashes(stream),
+            num_examples=stream.num_examples
+            + (0 if before is None else before.num_examples),
+            seen=seen,
             noise=posterior.noise,
-            about=_hashes(tangent),
+            about=_hashes(tangent) if is_known else {},
         )
 
     def updated(
@@ -266,7 +271,6 @@ class LearnedPrior(PriorSettings):
                 total = old.scaled(alpha * fitted.strength).plus(now)
             curvatures.append(total.compressed() if compress else total)
         size, ones = tangent.num_weights, torch.ones_like(fresh.precisions)
-        seen = torch.cat([self.seen.to(stream.device), example_hashes(stream)])
         return LearnedPrior(
             names=tangent.names,
             shapes=[tuple(shape) for shape in tangent.shapes],
@@ -275,7 +279,7 @@ class LearnedPrior(PriorSettings):
             curvature=KroneckerPrior(size, ones, blocks=curvatures),
             strength=1.0,
             num_examples=self.num_examples + stream.num_examples,
-            seen=seen.unique(),
+            seen=_seen_by(posterior, stream)[0],
             noise=posterior.noise,
             about=_hashes(tangent),
         )
@@ -343,19 +347,24 @@ class LearnedPrior(PriorSettings):
         return found
 
     def is_about(self, tangent: Tangent) -> bool:
-        """Whether a network has the weights of the source, of which it may be linear.
+        """Whether a network is that of the source, about which it may be linear.
 
-        They are the prior's mean, or those about which the tasks before were linear.
+        Its weights are the prior's mean, or those about which the tasks before were
+        linear; what is constant in it, such as statistics of batch norms, is as it was.
         """
         moved = self.centre(tangent)[:, 0]
-        for place, s in zip(
-            self._places(tangent), tangent.slices.values(), strict=True
+        places = self._places(tangent)
+        for name, place, s in zip(
+            tangent.names, places, tangent.slices.values(), strict=True
         ):
             if place is not None and bool(moved[s].any()):
                 known = tangent.theta[s, 0][: _size(self.shapes[place])]
-                if list(self.about[place : place + 1]) != [digest(known)]:
+                if self.about.get(name) != _hash(known):
                     return False
-        return True
+        return bool(self.about) and all(
+            self.about.get(name) == _hash(value) or _any((*self.new, *self.grown), name)
+            for name, value in _constants(tangent)
+        )
 
     def build(self, tangent: Tangent, probes: Probes) -> KroneckerPrior:
         """P, with a precision alpha for what the source knows and one for what is new.
@@ -500,8 +509,23 @@ def load_prior(
         return LearnedPrior(**{f.name: found[f.name] for f in fields(LearnedPrior)})
 
 
-def _hashes(tangent: Tangent) -> list[str]:
-    return [digest(tangent.theta[s, 0]) for s in tangent.slices.values()]
+def _hashes(tangent: Tangent) -> dict[str, str]:
+    weights = tangent.theta[:, 0]
+    found = {name: _hash(weights[s]) for name, s in tangent.slices.items()}
+    return found | {name: _hash(value) for name, value in _constants(tangent)}
+
+
+def _constants(tangent: Tangent) -> Iterator[tuple[str, Tensor]]:
+    """What data may have trained in a network beside the weights, by name."""
+    for name, value in tangent.network.state_dict().items():
+        is_number = isinstance(value, Tensor) and value.is_floating_point()
+        if is_number and name not in tangent.slices:
+            yield name, value
+
+
+def _hash(value: Tensor) -> str:
+    """The same in every dtype that has the numbers."""
+    return digest(value.flatten().float())
 
 
 def _any(patterns: Sequence[str], name: str) -> bool:
@@ -523,6 +547,25 @@ def _stream_of(
             "data; give them"
         )
     return posterior.stream
+
+
+def _seen_by(
+    posterior: LinearisedPosterior, stream: Stream
+) -> tuple[Int[Tensor, " n"], LearnedPrior | None]:
+    """All that has made a posterior: hashes, and the prior that knew some of them.
+
+    Args:
+        posterior: Fitted to its own data.
+        stream: Those that are said to be them.
+    """
+    settings, own = posterior.settings, posterior.stream
+    found = [example_hashes(stream)]
+    if own is not None and own is not stream:
+        found.append(example_hashes(own).to(stream.device))
+    before = settings if isinstance(settings, LearnedPrior) else None
+    if before is not None:
+        found.append(before.seen.to(stream.device))
+    return torch.cat(found).unique(), before
 
 
 def _mean_of(posterior: LinearisedPosterior) -> Float[Tensor, " D"]:

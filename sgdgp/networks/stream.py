@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import operator
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -338,23 +338,39 @@ def _examples_of(loader: DataLoader[Any]) -> Sequence[int]:
 def example_hashes(stream: Stream) -> Tensor:
     """A number of 64 bits for the inputs of each example (n,), sorted; one pass.
 
-    The same inputs have the same number, whatever their dtype of floating point; others
-    have another but for one chance in 10^19. In a group of processes all call this.
+    The same inputs have the same number, whatever their dtype of floating point, the
+    sign of a zero and the order of a dictionary; others have another but for one chance
+    in 10^17. What a batch has once for all its examples does not count. In a group of
+    processes all call this.
     """
     found = torch.zeros(stream.num_examples, dtype=torch.int64, device=stream.device)
     for batch in stream:
-        for i, leaf in enumerate(_leaves_of(batch.x)):
+        leaves = _leaves_of(_in_order_of_keys(batch.x))
+        for i, leaf in enumerate(leaves):
+            if leaf.ndim == 0 or len(leaf) != len(batch.y):
+                continue
             rows = leaf.reshape(len(batch.y), -1)
             floats = rows.is_floating_point()
-            bits = rows.float().view(torch.int32) if floats else rows
+            bits = ((rows.float() + 0.0).view(torch.int32) if floats else rows).long()
+            # Whole numbers end in zeros, which would be digits less of every product.
+            bits = bits ^ (bits >> 16)
             generator = derived_generator(0, "hashes of examples", i)
             odd = torch.randint(
                 -(2**62), 2**62, (rows.shape[1],), generator=generator, device="cpu"
             )
             words = (2 * odd + 1).to(rows.device)
-            found[batch.examples] += (bits.long() * words).sum(1)
+            found[batch.examples] += (bits * words).sum(1)
     stream.processes.sum_(found)
     return found.sort().values
+
+
+def _in_order_of_keys(value: Any) -> Any:
+    """Inputs whose dictionaries are sorted."""
+    if isinstance(value, Mapping):
+        return [_in_order_of_keys(value[key]) for key in sorted(value, key=str)]
+    if isinstance(value, list | tuple):
+        return [_in_order_of_keys(part) for part in value]
+    return value
 
 
 def _pair(batch: Any) -> tuple[Any, Tensor]:

@@ -21,6 +21,7 @@ from sgdgp.networks import (
     LearnedPrior,
     certify,
     linearise,
+    load,
 )
 from sgdgp.networks.bounds import gaussian_kl
 from sgdgp.networks.priors import KroneckerPrior, KroneckerSum
@@ -213,6 +214,33 @@ class TestCertificate:
         with pytest.raises(ValueError, match="10 of 10"):
             certify(posterior, first)
 
+    def test_examples_that_are_there_twice_are_said(self):
+        found = certified("regression", 6)
+        data = TensorDataset(
+            *(torch.cat([t, t]) for t in task("regression", 6, 0, turn=0.3).tensors)
+        )
+        twice = certify(found.posterior, data)
+        assert "6 examples, which have the inputs of others" in str(twice)
+        assert "inputs of others" not in str(found)
+
+    def test_positions_without_a_label_and_inference_mode(self):
+        """Whose margins have no variance, of which there is no slope."""
+        likelihood = Categorical(ignore_index=-100)
+        x, y = task("classes", 24, 0).tensors
+        y = y.clone()
+        y[::3] = -100
+        source, data = (
+            TensorDataset(x[a].unflatten(0, (4, 3)), y[a].unflatten(0, (4, 3)))
+            for a in (slice(12), slice(12, 24))
+        )
+        model = network(3)
+        with torch.inference_mode():
+            prior = LearnedPrior.from_data(model, likelihood, source, strength=0.1)
+            posterior = linearise(model, likelihood, prior=prior).fit(data, **FIT)
+            found = certify(posterior, data, num_draws=200, final_samples=512)
+            again = found.gibbs_risk(data)
+        assert again == pytest.approx(found.risk, abs=0.1)
+
     def test_a_loss_of_the_users(self):
         def far(outputs: Tensor, y: Tensor) -> Tensor:
             return (outputs - y.unsqueeze(-1)).abs().clamp(max=1).mean(1)
@@ -292,6 +320,60 @@ class TestRefusals:
         with pytest.raises(ValueError, match="weights are not those"):
             certify(posterior, data)
 
+    def test_what_is_constant_in_the_network_may_have_been_trained_too(self):
+        """Statistics of batch norms, and a body that is frozen."""
+        source, data = (task("regression", n, n) for n in (60, 12))
+        likelihood = LIKELIHOODS["regression"]
+        normed = network(1).insert(1, nn.BatchNorm1d(6).double()).eval()
+        for model, weights in ((normed, None), (network(1), "last_layer")):
+            prior = LearnedPrior.from_data(
+                model, likelihood, source, strength=0.1, weights=weights
+            )
+            for change in (0.0, 0.1):
+                with torch.no_grad():
+                    part = model[1].running_mean if weights is None else model[0].bias
+                    part += change
+                posterior = linearise(
+                    model, likelihood, prior=prior, weights=weights
+                ).fit(data, **FIT)
+                if not change:
+                    assert certify(posterior, data).bound < 1
+                    continue
+                with pytest.raises(ValueError, match="frozen ones and statistics"):
+                    certify(posterior, data)
+
+    def test_all_that_a_source_has_seen_goes_with_its_posterior(self):
+        """That of its own prior, and its own data whatever it is told of them."""
+        posterior, data = self.posterior()
+        first, later, other = (task("regression", n, n) for n in (60, 7, 5))
+        first = task("regression", 60, 100)
+        model, likelihood = network(1), LIKELIHOODS["regression"]
+        model.load_state_dict(posterior.tangent.network.state_dict())
+        told = posterior.settings
+        for prior in (
+            LearnedPrior.of(posterior, other),
+            told.updated(posterior, other),
+        ):
+            after = linearise(model, likelihood, prior=prior).fit(later, **FIT)
+            for seen in (first, data, other):
+                with pytest.raises(ValueError, match="prior has seen"):
+                    certify(after, seen)
+            assert certify(after, later).bound <= 1
+
+    def test_a_posterior_from_a_file_does_not_say_what_its_prior_has_seen(
+        self, tmp_path
+    ):
+        posterior, data = self.posterior()
+        posterior.save(tmp_path / "posterior")
+        model = posterior.tangent.network
+        prior = LearnedPrior.of(load(tmp_path / "posterior", model), data)
+        later = task("regression", 7, 7)
+        after = linearise(model, LIKELIHOODS["regression"], prior=prior).fit(
+            later, **FIT
+        )
+        with pytest.raises(ValueError, match="not known what the prior has"):
+            certify(after, later)
+
     def test_a_tolerance_from_noise_that_the_examples_have_taught(self):
         posterior, data = self.posterior(likelihood=Gaussian())
         with pytest.raises(ValueError, match="noise was learned"):
@@ -305,6 +387,8 @@ class TestRefusals:
             ({"delta": 0.0}, ValueError, "delta"),
             ({"tolerance": -1.0}, ValueError, "tolerance: expected a positive"),
             ({"tolerance": [1.0, 1.0]}, ValueError, "one for each output"),
+            ({"tolerance": "a"}, TypeError, "tolerance: expected a positive"),
+            ({"tolerance": True}, TypeError, "tolerance: expected a number"),
             ({"loss": 3}, TypeError, "loss: expected a function"),
             ({"loss": lambda f, y: f[:, 0].square() * 1e3}, ValueError, "losses in"),
             ({"loss": lambda f, y: f, "tolerance": 1.0}, ValueError, "tolerance: it"),

@@ -14,6 +14,7 @@ import sgdgp
 from sgdgp.kernels import NeuralTangentKernel
 from sgdgp.networks import Categorical, Gaussian, Isotropic, LearnedPrior, linearise
 from sgdgp.networks.priors import KroneckerSum
+from sgdgp.networks.stream import example_hashes, stream_of
 
 DIM, HIDDEN = 3, 5
 
@@ -354,3 +355,20 @@ def test_the_same_inputs_have_the_same_hash_and_others_another():
     other = LearnedPrior.from_data(model, GAUSSIAN, task(30, 2)).seen
     assert not torch.isin(other, seen).any()
     assert len(seen.unique()) == 30
+
+
+def test_hashes_know_neither_the_sign_of_zero_nor_the_order_of_keys():
+    x, y = task(6, 1).tensors
+    x = x.round()
+    pairs = [
+        [({"a": x, "b": 2 * x, "scale": x.new_ones(())}, y)],
+        [({"scale": x.new_ones(()), "b": 2 * x, "a": x}, y)],
+        [({"a": x.where(x != 0, -0.0), "b": 2 * x}, y)],
+    ]
+    assert bool((x == 0).any())
+    one, two, three = (example_hashes(stream_of(pair, x.device)) for pair in pairs)
+    assert torch.equal(one, two)
+    assert torch.equal(one, three)
+    wide = torch.randint(2, (400, 9), generator=torch.Generator().manual_seed(0))
+    hashes = example_hashes(stream_of([(wide.float(), wide[:, 0])], x.device))
+    assert len(hashes.unique()) == len(wide.unique(dim=0))
