@@ -30,7 +30,12 @@ class Check:
 
 def checks(results: Results) -> list[Check]:
     """All that are asked of the rows that there are."""
-    parts = {"regression": _transfer, "fewshot": _few, "continual": _continual}
+    parts = {
+        "regression": _transfer,
+        "fewshot": _few,
+        "continual": _continual,
+        "resnet50": _cost,
+    }
     found: list[Check] = []
     for row, part in parts.items():
         if any(results.get(row, {}).values()):
@@ -43,7 +48,7 @@ def report(results: Results) -> str:
     parts = []
     for row, sets in results.items():
         for name, records in sets.items():
-            if records:
+            if records and row != "resnet50":
                 seeds = len({record["seed"] for record in records})
                 table = _curves(records) if row == "continual" else _sizes(records)
                 parts.append(f"**{row}, {name}** ({seeds} seeds)\n\n{table}")
@@ -130,6 +135,19 @@ def _continual(sets: Mapping[str, Sequence[Record]]) -> Iterator[Check]:
             f"{sizes[0][0]:,}, {sizes[0][-1]:,}",
             f"grows by {grown}",
             most < (1.05 if name == "classes" else 1.0001),
+        )
+
+
+def _cost(sets: Mapping[str, Sequence[Record]]) -> Iterator[Check]:
+    """A prior of 25.6 million weights."""
+    for record in (r for records in sets.values() for r in records):
+        peak, size = record["peak_rss_mb"] / 1e3, record["file_mb"] / 1e3
+        yield Check(
+            "ResNet-50: GB at most for factors of a batch of "
+            f"{record['examples']}, product, solve, sample; GB of the file",
+            f"{peak:.1f}; {size:.2f}",
+            "at most 12",
+            peak <= 12,
         )
 
 
