@@ -400,7 +400,8 @@ class Run:
             passes=self.state.passes + progress.passes,
             seconds=self.seconds,
         )
-        self._asked_to_stop = bool(self.callback(whole))
+        # Once is enough: a solve may tell of more before it is over.
+        self._asked_to_stop |= bool(self.callback(whole))
         return self._asked_to_stop
 
     def _stop_if_asked(self) -> None:

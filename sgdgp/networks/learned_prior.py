@@ -34,7 +34,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from sgdgp.core.checks import check_finite
+from sgdgp.core.checks import check_finite, check_number
 from sgdgp.core.codec import (
     encode,
     fitting,
@@ -111,7 +111,10 @@ class LearnedPrior(PriorSettings):
     about: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.strength is not None and not 0 <= self.strength < float("inf"):
+        if self.strength is None:
+            return
+        check_number("strength", self.strength)
+        if not 0 <= self.strength < float("inf"):
             raise ValueError(
                 f"strength: expected a number of at least 0, found {self.strength}"
             )
@@ -202,8 +205,10 @@ class LearnedPrior(PriorSettings):
             split: As in ``from_data``.
 
         Raises:
+            TypeError: An argument is of the wrong kind.
             ValueError: There are no data, or a layer has no Kronecker factors.
         """
+        _check_posterior(posterior)
         tangent = posterior.tangent
         stream = _stream_of(posterior, loader, split)
         seen, before = _seen_by(posterior, stream)
@@ -245,8 +250,10 @@ class LearnedPrior(PriorSettings):
             split: As in ``from_data``.
 
         Raises:
+            TypeError: An argument is of the wrong kind.
             ValueError: The posterior is none of this prior, or there are no data.
         """
+        _check_posterior(posterior)
         fitted = posterior.settings
         if not isinstance(fitted, LearnedPrior) or fitted.mean is not self.mean:
             raise ValueError(
@@ -278,7 +285,7 @@ class LearnedPrior(PriorSettings):
             base=KroneckerPrior(size, ones, blocks=bases),
             curvature=KroneckerPrior(size, ones, blocks=curvatures),
             strength=1.0,
-            num_examples=self.num_examples + stream.num_examples,
+            num_examples=fitted.num_examples + stream.num_examples,
             seen=_seen_by(posterior, stream)[0],
             noise=posterior.noise,
             about=_hashes(tangent),
@@ -291,8 +298,13 @@ class LearnedPrior(PriorSettings):
             other: Of the same network.
 
         Raises:
+            TypeError: It is no learned prior.
             ValueError: It is of another, or of other weights; names the first tensor.
         """
+        if not isinstance(other, LearnedPrior):
+            raise TypeError(
+                f"other: expected a LearnedPrior, found {type(other).__name__}"
+            )
         for name, shape, mine, its in _compared(self, other):
             if shape is None or not torch.equal(mine, its):
                 raise ValueError(
@@ -321,14 +333,19 @@ class LearnedPrior(PriorSettings):
                 network has there, with a precision of their own to learn.
             grown: Patterns of tensors that may have more rows than in the source, which
                 are such weights; outputs of classes that arrive later.
+
+        Raises:
+            TypeError: A pattern is no string.
         """
-        new, grown = ((p,) if isinstance(p, str) else tuple(p) for p in (new, grown))
+        new, grown = _patterns("new", new), _patterns("grown", grown)
         return replace(self, new=(*self.new, *new), grown=(*self.grown, *grown))
 
     def candidates(self) -> Sequence[LearnedPrior]:
         """This prior at each strength that comes into question."""
         if self.strength is not None:
             return (self,)
+        if all(_any(self.new, name) for name in self.names):
+            return (replace(self, strength=0.0),)
         mean = self._mean_curvature()
         tried = [strength / mean for strength in STRENGTHS]
         return [replace(self, strength=strength, tried=tried) for strength in tried]
@@ -387,7 +404,8 @@ class LearnedPrior(PriorSettings):
     def identity(self) -> str:
         tensors: dict[str, Tensor] = {}
         state = encode(self, "prior", tensors)
-        return f"{state} {[digest(tensor) for tensor in tensors.values()]}"
+        parts = [digest(tensor) for tensor in tensors.values()]
+        return f"{self!r} {digest((state, parts))}"
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the prior to a file, its mean included; ``LearnedPrior.load`` reads it.
@@ -526,6 +544,29 @@ def _constants(tangent: Tangent) -> Iterator[tuple[str, Tensor]]:
 def _hash(value: Tensor) -> str:
     """The same in every dtype that has the numbers."""
     return digest(value.flatten().float())
+
+
+def _patterns(argument: str, value: str | Sequence[str]) -> tuple[str, ...]:
+    """One or several.
+
+    Raises:
+        TypeError: Neither.
+    """
+    found = (value,) if isinstance(value, str) else value
+    if not isinstance(found, Sequence) or not all(isinstance(p, str) for p in found):
+        raise TypeError(
+            f"{argument}: expected a pattern of names such as 'head.*', or several, "
+            f"found {value!r}"
+        )
+    return tuple(found)
+
+
+def _check_posterior(posterior: LinearisedPosterior) -> None:
+    if not isinstance(posterior, LinearisedPosterior):
+        raise TypeError(
+            "posterior: expected what linearise(...).fit(...) returns, found "
+            f"{type(posterior).__name__}"
+        )
 
 
 def _any(patterns: Sequence[str], name: str) -> bool:

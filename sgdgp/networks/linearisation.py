@@ -113,8 +113,8 @@ def linearise(
     prior = GPrior() if prior is None else prior
     if not isinstance(prior, PriorSettings):
         raise TypeError(
-            "prior: expected GPrior(), Isotropic(), Layerwise() or Kronecker(), found "
-            f"{_what(prior)}"
+            "prior: expected GPrior(), Isotropic(), Layerwise(), Kronecker() or a "
+            f"LearnedPrior, found {_what(prior)}"
         )
     if curvature_at not in get_args(CurvatureAt):
         raise ValueError(

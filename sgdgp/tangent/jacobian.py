@@ -110,6 +110,29 @@ class Tangent:
         """Itself: it never changes."""
         return self
 
+    def __getstate__(self) -> dict[str, Any]:
+        self._check_unchanged()
+        return vars(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        # They are of tensors that lie elsewhere now.
+        self._versions = {n: _version(t) for n, t in self._held.items()}
+
+    def _check_unchanged(self) -> None:
+        """Refuse a network whose tensors have changed.
+
+        Raises:
+            RuntimeError: Names the first.
+        """
+        for name, tensor in self._held.items():
+            if _version(tensor) != self._versions[name]:
+                raise RuntimeError(
+                    f"{name!r} of the network has changed since it was linearised; "
+                    "linearise a copy (copy.deepcopy) of a network that goes on to "
+                    "be trained or moved"
+                )
+
     def function(self, x: Any) -> Callable[[dict[str, Tensor]], Tensor]:
         """Chosen weights by name -> outputs (b, C) at a batch.
 
@@ -123,13 +146,7 @@ class Tangent:
                 function of each example alone.
         """
         check_evaluation_mode(self.network)
-        for name, tensor in self._held.items():
-            if _version(tensor) != self._versions[name]:
-                raise RuntimeError(
-                    f"{name!r} of the network has changed since it was linearised; "
-                    "linearise a copy (copy.deepcopy) of a network that goes on to "
-                    "be trained or moved"
-                )
+        self._check_unchanged()
         x = arguments(x)
         if not self._is_function:
             self._check_function(x)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 import sgdgp
+from sgdgp.core.errors import CheckpointError
 from sgdgp.kernels import NeuralTangentKernel
 from sgdgp.networks import Categorical, Gaussian, Isotropic, LearnedPrior, linearise
 from sgdgp.networks.priors import KroneckerSum
@@ -281,6 +282,48 @@ class TestTasksInARow:
         assert len(posterior.precisions) == 2
         assert posterior.prior.group_sizes == (DIM * 5 + 5, 5 * 3 + 3)
 
+    def test_all_may_be_new(self):
+        prior = LearnedPrior.from_data(network(2), Categorical(), task(9, 0, 2))
+        posterior = linearise(
+            network(2), Categorical(), prior=prior.extended(new="*")
+        ).fit(task(12, 1, 2), progress=False, final_samples=2)
+        assert posterior.settings.strength == 0.0
+        assert len(posterior.precisions) == 1
+
+
+class TestInterruption:
+    def fit(self, prior: LearnedPrior, callback=None, path=None):
+        return linearise(network(), GAUSSIAN, prior=prior).fit(
+            task(15, 3),
+            steps=2,
+            num_samples=2,
+            final_samples=2,
+            solver="cg",
+            progress=False,
+            callback=callback,
+            checkpoint=path,
+        )
+
+    @pytest.mark.filterwarnings("ignore:Learning has not settled")
+    def test_once_is_enough_and_a_checkpoint_goes_on(self, tmp_path):
+        """In the middle of the candidates or of the fit after them."""
+        prior = LearnedPrior.from_data(network(), GAUSSIAN, task(30, 1))
+        calls: list[object] = []
+        whole = self.fit(prior, calls.append)
+        for at in (len(calls) // 2, len(calls) - 1):
+            count = iter(range(len(calls)))
+            path = tmp_path / str(at)
+            half = self.fit(prior, lambda _, at=at, n=count: next(n) == at, path)
+            assert half.reason == "interrupted"
+            again = self.fit(prior, path=path)
+            assert again.settings.strength == whole.settings.strength
+            torch.testing.assert_close(
+                again.weight_mean, whole.weight_mean, rtol=0.02, atol=1e-3
+            )
+        with pytest.raises(CheckpointError, match="setting prior is LearnedPrior") as e:
+            self.fit(replace(prior, strength=2.0), path=path)
+        assert len(str(e.value)) < 500
+
 
 @pytest.fixture(scope="module")
 def prior() -> LearnedPrior:
@@ -315,6 +358,21 @@ class TestBadInput:
             LearnedPrior.from_data(
                 network(2), Categorical(), task(9, 0, 2), strength=strength
             )
+
+    @pytest.mark.parametrize(
+        ("call", "words"),
+        [
+            (lambda p: replace(p, strength="a"), "strength: expected a number"),
+            (lambda p: p.extended(new=3), "new: expected a pattern of names"),
+            (lambda p: p.extended(grown=["head.*", None]), "grown: expected"),
+            (lambda p: p.plus(3), "other: expected a LearnedPrior, found int"),
+            (lambda p: p.updated(p), "posterior: expected what linearise"),
+            (lambda p: LearnedPrior.of(network(2)), "found Sequential"),
+        ],
+    )
+    def test_arguments_of_another_kind_are_named(self, prior, call, words: str):
+        with pytest.raises(TypeError, match=words):
+            call(prior)
 
     def test_an_empty_task_is_refused(self):
         with pytest.raises(ValueError, match="the data set is empty"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -170,6 +171,21 @@ def test_a_training_step_is_noticed():
         network[2].bias.add_(1)
     with pytest.raises(RuntimeError, match=r"'2\.bias' .* has changed"):
         tangent.at(x)
+    with pytest.raises(RuntimeError, match="has changed"):
+        pickle.dumps(tangent)
+
+
+def test_a_pickle_is_of_another_network_with_the_same_values():
+    network, _ = network_of("resnet")
+    x = inputs_of("resnet", 2)
+    tangent = Tangent(network)
+    there = pickle.loads(pickle.dumps(tangent))
+    assert torch.equal(there.outputs(x), tangent.outputs(x))
+    with torch.no_grad():
+        there.network[0].bias.add_(1)
+    with pytest.raises(RuntimeError, match="has changed"):
+        there.outputs(x)
+    tangent.outputs(x)
 
 
 def test_training_mode_is_noticed_later_too():
