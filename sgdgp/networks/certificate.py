@@ -143,6 +143,7 @@ class Certificate:
         total = 0.0
         for batch in stream:
             outputs, added = self.posterior.fluctuations(batch.x)
+            self.posterior.likelihood.check_targets(batch.y, outputs.shape[1])
             losses = self._loss(outputs.unsqueeze(-1) + added, batch.y)
             total += float(losses.mean(1).sum())
         return total / stream.num_examples

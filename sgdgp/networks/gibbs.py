@@ -24,6 +24,7 @@ import functools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -59,6 +60,8 @@ class BoundedLoss:
             outputs (b, M, k). Default: the outputs.
         is_exact: Whether the formula is exact.
         chance: What a guess has; a bound that is not below says nothing.
+        made_by: A function of this module and its arguments that give this loss, which
+            is what a pickle knows of it.
     """
 
     name: str
@@ -67,6 +70,10 @@ class BoundedLoss:
     margins: Callable[[Tensor, Tensor], Tensor] | None = None
     is_exact: bool = False
     chance: float = 1.0
+    made_by: tuple[Callable[..., BoundedLoss], tuple[Any, ...]] | None = None
+
+    def __reduce__(self) -> tuple[Callable[..., BoundedLoss], tuple[Any, ...]]:
+        return self.made_by or (BoundedLoss, (self.name, self.of))
 
     def __call__(self, outputs: Float[Tensor, "b C k"], y: Tensor) -> Tensor:
         """Losses (b, k).
@@ -119,8 +126,15 @@ def error_rate(likelihood: Categorical, classes: int) -> BoundedLoss:
         each = torch.special.log_ndtr((m / _deviation(variance)).clamp_min(-1e5))
         return mean(-torch.expm1(each.unflatten(1, (-1, classes - 1)).sum(2)), y)
 
-    exact, chance = classes == 2, 1 - 1 / classes
-    return BoundedLoss("classification error", of, expected, margins, exact, chance)
+    return BoundedLoss(
+        "classification error",
+        of,
+        expected,
+        margins,
+        is_exact=classes == 2,
+        chance=1 - 1 / classes,
+        made_by=(error_rate, (likelihood, classes)),
+    )
 
 
 def label_error() -> BoundedLoss:
@@ -134,7 +148,14 @@ def label_error() -> BoundedLoss:
         signs = 2 * y.reshape(mean.shape).to(mean) - 1
         return torch.special.ndtr(-signs * mean / _deviation(variance)).mean(1)
 
-    return BoundedLoss("label error", of, expected, is_exact=True, chance=0.5)
+    return BoundedLoss(
+        "label error",
+        of,
+        expected,
+        is_exact=True,
+        chance=0.5,
+        made_by=(label_error, ()),
+    )
 
 
 def out_of_tolerance(tolerance: Tensor) -> BoundedLoss:
@@ -153,7 +174,13 @@ def out_of_tolerance(tolerance: Tensor) -> BoundedLoss:
         sides = [(sign * error - limit) / deviation for sign in (1.0, -1.0)]
         return sum(map(torch.special.ndtr, sides), torch.zeros_like(mean)).mean(1)
 
-    return BoundedLoss("error above the tolerance", of, expected, is_exact=True)
+    return BoundedLoss(
+        "error above the tolerance",
+        of,
+        expected,
+        is_exact=True,
+        made_by=(out_of_tolerance, (tolerance,)),
+    )
 
 
 @dataclass(frozen=True)

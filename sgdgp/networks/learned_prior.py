@@ -199,7 +199,8 @@ class LearnedPrior(PriorSettings):
         """The posterior of the source as it is: its prior's precision and its data's.
 
         Args:
-            posterior: Of the source; its mean is that of the prior.
+            posterior: Of the source; its mean is that of the prior. The ``scale`` that
+                ``calibrate`` has set does not enter.
             loader: The data that it was fitted to. Default: it still knows them, unless
                 it comes from a file.
             split: As in ``from_data``.
@@ -295,7 +296,8 @@ class LearnedPrior(PriorSettings):
         """With the curvature of another task, or of other classes, at the same weights.
 
         Args:
-            other: Of the same network.
+            other: Of the same network. Its curvature is added at this one's strength;
+                its base, mean and noise are not looked at.
 
         Raises:
             TypeError: It is no learned prior.

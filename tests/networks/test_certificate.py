@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import math
+import pickle
 from dataclasses import replace
 
 import pytest
@@ -225,6 +226,17 @@ class TestCertificate:
         with pytest.raises(ValueError, match="10 of 10"):
             certify(posterior, first)
 
+    @pytest.mark.parametrize("kind", LIKELIHOODS)
+    def test_a_pickle_has_the_same_risk(self, kind):
+        found = certified(kind, 5)
+        there = pickle.loads(pickle.dumps(found))
+        data = task(kind, 20, 3)
+        assert there.gibbs_risk(data) == found.gibbs_risk(data)
+        assert str(there) == str(found)
+        x = data.tensors[0]
+        with pytest.raises((TypeError, ValueError), match=r"y: .* expect"):
+            there.gibbs_risk(TensorDataset(x, torch.zeros(20, 7).double()))
+
     def test_examples_that_are_there_twice_are_said(self):
         found = certified("regression", 6)
         data = TensorDataset(
@@ -356,7 +368,7 @@ class TestRefusals:
 
     def test_all_that_a_source_has_seen_goes_with_its_posterior(self):
         """That of its own prior, and its own data whatever it is told of them."""
-        posterior, data = self.posterior()
+        posterior, data = fitted(LIKELIHOODS["regression"])
         first, later, other = (task("regression", n, n) for n in (60, 7, 5))
         first = task("regression", 60, 100)
         model, likelihood = network(1), LIKELIHOODS["regression"]
@@ -375,7 +387,7 @@ class TestRefusals:
     def test_a_posterior_from_a_file_does_not_say_what_its_prior_has_seen(
         self, tmp_path
     ):
-        posterior, data = self.posterior()
+        posterior, data = fitted(LIKELIHOODS["regression"])
         posterior.save(tmp_path / "posterior")
         model = posterior.tangent.network
         prior = LearnedPrior.of(load(tmp_path / "posterior", model), data)
