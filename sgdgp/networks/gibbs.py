@@ -90,7 +90,7 @@ class BoundedLoss:
         if not bool(((found >= 0) & (found <= 1)).all()):
             raise ValueError(
                 "loss: expected losses in [0, 1], which the bounds are of, found "
-                f"{float(found.min()):.4g} to {float(found.max()):.4g}"
+                f"{float(found.min()):.9g} to {float(found.max()):.9g}"
             )
         return found
 

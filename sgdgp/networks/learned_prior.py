@@ -256,10 +256,15 @@ class LearnedPrior(PriorSettings):
         """
         _check_posterior(posterior)
         fitted = posterior.settings
-        if not isinstance(fitted, LearnedPrior) or fitted.mean is not self.mean:
+        if not isinstance(fitted, LearnedPrior) or not self._is_same(fitted):
+            what = (
+                "one from a file, a pickle or a copy"
+                if fitted is None
+                else f"one with {fitted!r}, which has another mean or saw other data"
+            )
             raise ValueError(
                 "posterior: expected one that was fitted with this prior in this "
-                f"process, found one with {fitted!r}"
+                f"process, found {what}"
             )
         tangent = posterior.tangent
         stream = _stream_of(posterior, loader, split)
@@ -437,6 +442,13 @@ class LearnedPrior(PriorSettings):
         """
         return load_prior(path, device)
 
+    def _is_same(self, other: LearnedPrior) -> bool:
+        """Whether it is this one, or another reading of its file."""
+        if other.mean is self.mean:
+            return True
+        pairs = (self.mean, other.mean), (self.seen, other.seen)
+        return all(torch.equal(a, b.to(a.device)) for a, b in pairs)
+
     def _blocks(self, tangent: Tangent) -> Iterator[tuple[Block, KroneckerSum | None]]:
         """Blocks of B and of F for each tensor of a network, F none for a new one."""
         shapes = self.curvature.shapes
@@ -586,8 +598,8 @@ def _stream_of(
         return stream_of(loader, posterior.tangent.device, split)
     if posterior.stream is None:
         raise ValueError(
-            "loader: a posterior from a file or a pickle does not know its training "
-            "data; give them"
+            "loader: a posterior from a file, a pickle or a copy does not know its "
+            "training data; give them"
         )
     return posterior.stream
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 
 import gpytorch
@@ -384,6 +385,21 @@ class TestBadInput:
         )
         with pytest.raises(ValueError, match="fitted with this prior"):
             prior.updated(posterior)
+        other = LearnedPrior.from_data(network(2), Categorical(), task(9, 5, 2))
+        posterior = linearise(network(2), Categorical(), prior=other).fit(
+            task(9, 1, 2), **KEPT
+        )
+        with pytest.raises(ValueError, match="saw other data"):
+            prior.updated(posterior)
+        with pytest.raises(ValueError, match="pickle or a copy"):
+            other.updated(copy.deepcopy(posterior))
+
+    def test_another_reading_of_the_same_prior_is_the_same(self, prior, tmp_path):
+        prior.save(tmp_path / "p")
+        posterior = linearise(
+            network(2), Categorical(), prior=LearnedPrior.load(tmp_path / "p")
+        ).fit(task(9, 1, 2), **KEPT)
+        assert prior.updated(posterior).num_examples == 18
 
     def test_a_posterior_of_a_file_needs_its_data(self, tmp_path):
         posterior = linearise(network(2), Categorical(), Isotropic()).fit(
