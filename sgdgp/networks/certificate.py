@@ -518,6 +518,13 @@ def _check_size(data: TangentData, prior: WeightPrior) -> None:
     rows = data.network_outputs.numel()
     tangent, tables = data.tangent, _TABLES + 3 * prior.num_groups
     budget = resolve_budget(tangent.memory_budget, tangent.device)
+    example = 16 * data.network_outputs.shape[1] * tangent.num_weights
+    if example > budget:
+        raise ValueError(
+            f"posterior: the Jacobian of an example takes {example / 2**30:.1f} GiB, "
+            f"expected at most {budget / 2**30:.1f} GiB (memory_budget); certify fewer "
+            "weights (weights=...)"
+        )
     most = math.isqrt(budget // (8 * tables))
     if rows > most:
         outputs = data.network_outputs.shape[1]

@@ -51,6 +51,10 @@ seconds of one busy core, by CG 2.6, 11, 28 and 45; of a small MLP, whose passes
 next to nothing, to 1200 rows 3 by 1.4, but then without sampling error, and with one
 noisy output to 1000 rows 2.3 by 11."""
 
+_MOST_KERNEL_WORK = 2**38
+"""Multiplications of a kernel of the rows: half a minute of a core in float64. That is
+500 rows of a million weights; products would take the same time for those alone."""
+
 _LINEARISATIONS = 8
 """Of a likelihood that is not Gaussian, for one of a Gaussian: Newton's steps."""
 
@@ -237,10 +241,15 @@ class TangentData:
         """Whether the smaller Gram matrix costs less than a solve by products would."""
         size = self.tangent.num_weights
         if self.is_wide and self.num_rows <= _MOST_ROWS:
-            # Every parameter tensor may have a precision, and a kernel.
-            needed = 8 * len(self.tangent.names) * self.num_rows**2
             budget = resolve_budget(self.tangent.memory_budget, self.tangent.device)
-            return needed <= budget
+            needed = [
+                # Every parameter tensor may have a precision, and a kernel.
+                8 * len(self.tangent.names) * self.num_rows**2,
+                # The Jacobian of an example, and its image in float64.
+                16 * self.network_outputs.shape[1] * size,
+            ]
+            is_affordable = self.num_rows**2 * size <= _MOST_KERNEL_WORK
+            return is_affordable and max(needed) <= budget
         work = self.stream.num_examples * self.network_outputs.shape[1] * size**2
         if not isinstance(likelihood, Gaussian):
             work *= _LINEARISATIONS

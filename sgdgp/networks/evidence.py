@@ -28,8 +28,7 @@ from sgdgp.networks.lanczos import Lanczos, random_signs
 from sgdgp.networks.likelihoods import Gaussian
 
 EXACT_SIZE = 512
-"""Up to so many weights or rows the smaller of phi^T phi and phi phi^T is formed, by
-one pass, and its determinant exact."""
+"""Up to so many weights phi^T phi is formed, by one pass, and its determinant exact."""
 
 _MOST_STEPS = 60
 """Lanczos steps, each a pass over the data."""
@@ -91,7 +90,8 @@ def spectrum_of(system: WeightSystem, num_probes: int, seed: int) -> Spectrum:
     """
     size, like = system.num_weights, system.outputs
     smaller = system.data.num_rows if system.is_wide else size
-    if smaller <= EXACT_SIZE or system.data.has_cheap_gram(system.likelihood):
+    cheap = system.data.has_cheap_gram(system.likelihood)
+    if cheap or (smaller <= EXACT_SIZE and not system.is_wide):
         values = torch.linalg.eigvalsh(system.smaller_gram).clamp_min(0.0).unsqueeze(0)
         return Spectrum(values, torch.ones_like(values), 1.0)
     streams = [derived_generator(seed, "evidence", i) for i in range(num_probes)]

@@ -43,6 +43,7 @@ from sgdgp.networks.curvature import (
     largest_eigenvalue,
 )
 from sgdgp.networks.evidence import (
+    Evidence,
     Spectrum,
     linear_evidence,
     network_evidence,
@@ -217,7 +218,7 @@ class Run:
             self._learn()
             yield self.state
 
-    def learn(self) -> float:
+    def learn(self) -> Evidence:
         """Learn as ``stages`` does, and no more; the evidence of what is found.
 
         Raises:
@@ -226,7 +227,7 @@ class Run:
         for _ in self._steps(self.schedule.steps):
             pass
         optimum, spectrum = self._spectrum()
-        return linear_evidence(optimum.mean, optimum.loss, spectrum).value
+        return linear_evidence(optimum.mean, optimum.loss, spectrum)
 
     def _spectrum(self) -> tuple[LinearOptimum, Spectrum]:
         optimum = self._optimum()
@@ -470,21 +471,33 @@ def most_evident(
     Returns:
         That of the last candidate against which there is no evidence, and "finished"
         or "interrupted".
+
+    Raises:
+        ValueError: No evidence is finite.
     """
+    if len(candidates) == 1:
+        return start(data, likelihood, candidates[0], schedule), "finished"
     evidence: list[float] = []
     passes = 0.0
-    for settings in candidates if len(candidates) > 1 else ():
+    for settings in candidates:
         state = start(data, likelihood, settings, schedule)
         state.candidate = len(evidence)
         state.passes += passes
         try:
-            found = Run(data, schedule, state, callback).learn()
+            # Probes are the same for all, and so their errors are much the same.
+            found = Run(data, schedule, state, callback).learn().value
         except Interrupted:
             return state, "interrupted"
         evidence.append(found if math.isfinite(found) else -math.inf)
         passes = state.passes
-    least = max(evidence, default=0.0) - _SAME_EVIDENCE
-    chosen = max((i for i, found in enumerate(evidence) if found >= least), default=0)
+    best = max(evidence)
+    if best == -math.inf:
+        raise ValueError(
+            f"prior: the evidence is not finite for any of {len(candidates)} priors to "
+            "choose from; use float64, or a strength of your own"
+        )
+    chosen = max(i for i, each in enumerate(evidence) if each >= best - _SAME_EVIDENCE)
+    data.stream.processes.check_agree("prior: number of the chosen one", chosen)
     state = start(data, likelihood, candidates[chosen], schedule)
     state.candidate = chosen
     state.passes += passes

@@ -36,6 +36,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from sgdgp.core.inference import outside_inference_mode
 from sgdgp.core.memory import resolve_budget
 from sgdgp.core.processes import Processes
 from sgdgp.networks.curvature import TangentData, example_noise
@@ -99,6 +100,7 @@ class _Factors:
         return (second, self.first) if self.is_embedding else (self.first, second)
 
 
+@outside_inference_mode
 def kronecker_curvature(
     data: TangentData,
     likelihood: Likelihood,
@@ -228,7 +230,7 @@ def _add_batch(
     finally:
         for hook in hooks:
             hook.remove()
-    for column in roots.unbind(-1) if f.requires_grad else ():
+    for column in roots.unbind(-1):
         torch.autograd.grad(f, anchor, column, retain_graph=True)
     for call in calls:
         call.end()

@@ -221,7 +221,7 @@ class LinearisedPosterior:
         Args:
             loader: The training data, as ``fit`` took them.
             num_probes: Lanczos runs; the standard error falls with their root. Up to
-                512 weights or rows (examples x outputs) need none and are exact.
+                512 weights, or where "auto" factorises, none are needed.
             split: From what the loader yields to (inputs, targets).
             seed: Of the probes.
 

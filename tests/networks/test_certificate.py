@@ -369,7 +369,7 @@ class TestRefusals:
     def test_all_that_a_source_has_seen_goes_with_its_posterior(self):
         """That of its own prior, and its own data whatever it is told of them."""
         posterior, data = fitted(LIKELIHOODS["regression"])
-        first, later, other = (task("regression", n, n) for n in (60, 7, 5))
+        later, other = (task("regression", n, n) for n in (7, 5))
         first = task("regression", 60, 100)
         model, likelihood = network(1), LIKELIHOODS["regression"]
         model.load_state_dict(posterior.tangent.network.state_dict())

@@ -210,8 +210,10 @@ class TestTasksInARow:
         want = dense(prior, model)
         for data in tasks[1:]:
             posterior = linearise(model, GAUSSIAN, prior=prior).fit(data, **KEPT)
-            alone = LearnedPrior.of(posterior)
-            want = dense(alone, model)
+            # The Jacobian is that at the source's weights, the Hessian a constant.
+            alone = LearnedPrior.from_data(model, GAUSSIAN, data, strength=1.0)
+            want = want + dense(alone, model) - torch.eye(len(want)).to(want)
+            torch.testing.assert_close(dense(LearnedPrior.of(posterior), model), want)
             prior = prior.updated(posterior, compress=False)
             torch.testing.assert_close(dense(prior, model), want)
             shift = posterior.centre + posterior.weight_mean
@@ -241,6 +243,37 @@ class TestTasksInARow:
         both = dense(one.plus(two), model)
         eye = torch.eye(len(both), dtype=torch.float64)
         torch.testing.assert_close(both, dense(one, model) + dense(two, model) - eye)
+
+    def test_what_a_sum_would_lose_is_refused(self):
+        model = network()
+        one = LearnedPrior.from_data(model, GAUSSIAN, task(12, 1), strength=1.0)
+        with pytest.raises(ValueError, match=r"strength 1\.0, found 2\.0"):
+            one.plus(replace(one, strength=2.0))
+        posterior = linearise(model, GAUSSIAN, prior=one).fit(task(9, 2), **KEPT)
+        later = replace(one.updated(posterior), mean=one.mean)
+        with pytest.raises(ValueError, match="tasks before its own"):
+            one.plus(later)
+
+    def test_what_is_not_known_stays_so(self):
+        """A prior that does not say what it has seen is followed by such."""
+        model = network()
+        one = LearnedPrior.from_data(model, GAUSSIAN, task(12, 1), strength=1.0)
+        unknown = replace(one, about={})
+        posterior = linearise(model, GAUSSIAN, prior=unknown).fit(task(9, 2), **KEPT)
+        after = (
+            unknown.updated(posterior),
+            LearnedPrior.of(posterior),
+            one.plus(unknown),
+        )
+        assert [prior.about for prior in after] == [{}] * 3
+
+    def test_curvature_in_inference_mode_is_the_same(self):
+        model = network()
+        want = LearnedPrior.from_data(model, GAUSSIAN, task(12, 1)).curvature
+        with torch.inference_mode():
+            found = LearnedPrior.from_data(model, GAUSSIAN, task(12, 1)).curvature
+        for one, other in zip(want.blocks, found.blocks, strict=True):
+            assert other.trace() == pytest.approx(one.trace()) != 0
 
     def test_outputs_that_arrive_later_know_nothing(self):
         old, new = network(2), network(4)
@@ -409,6 +442,8 @@ class TestBadInput:
         same = sgdgp.networks.load(tmp_path / "p", network(2))
         with pytest.raises(ValueError, match="loader: a posterior from a file"):
             LearnedPrior.of(same)
+        with pytest.raises(ValueError, match="9 examples, found 5"):
+            LearnedPrior.of(same, task(5, 1, 2))
         assert LearnedPrior.of(same, task(9, 1, 2)).num_examples == 9
 
     def test_curvature_of_nothing_is_refused(self, prior: LearnedPrior):
