@@ -338,10 +338,12 @@ def _examples_of(loader: DataLoader[Any]) -> Sequence[int]:
 def example_hashes(stream: Stream) -> Tensor:
     """A number of 64 bits for the inputs of each example (n,), sorted; one pass.
 
-    The same inputs have the same number, whatever their dtype of floating point, the
-    sign of a zero and the order of a dictionary; others have another but for one chance
-    in 10^17. What a batch has once for all its examples does not count. In a group of
-    processes all call this.
+    The same inputs have the same number, whatever the sign of a zero and the order of a
+    dictionary; others have another but for one chance in 10^17. Dtypes of floating
+    point matter only as far as they round: values are compared in float32, so float64
+    and float32 agree, and a copy in float16 only where it has the same values. What a
+    batch has once for all its examples does not count. In a group of processes all call
+    this.
     """
     found = torch.zeros(stream.num_examples, dtype=torch.int64, device=stream.device)
     for batch in stream:
