@@ -73,6 +73,9 @@ _SEARCH_DRAWS = 128
 _DEVIATIONS = 2.0
 """Of the source's noise: what a regression may be off by."""
 
+_LIVE_COLUMNS = 6
+"""Blocks (D, k) that drawing k samples of Q takes, temporaries of a pass included."""
+
 _TABLES = 8
 """Matrices (N, N) that a certificate needs at a time, beside those of the groups."""
 
@@ -245,7 +248,15 @@ def certify(
         risk, draws = float(risks.mean()), num_draws
         upper = min(1.0, mean_bound(risks, _SHARE_OF_DRAWS * delta))
     n, kl = stream.num_examples, float(best.posterior.kl)
-    prior = search.prior_at(place)
+    strength = search.axes[0][place[0]]
+    q = _in_weights(
+        replace(posterior, settings=replace(settings, strength=strength)),
+        data,
+        search.prior_at(place),
+        best.posterior,
+        final_samples,
+        seed,
+    )
     return Certificate(
         bound=inverse_kl_bound(upper, kl, n, share),
         mcallester=mcallester_bound(upper, kl, n, share),
@@ -257,15 +268,13 @@ def certify(
         num_examples=n,
         num_draws=draws,
         num_priors=search.num_priors,
-        precisions=tuple(prior.precisions.tolist()),
-        strength=search.axes[0][place[0]],
+        precisions=tuple(q.prior.precisions.tolist()),
+        strength=strength,
         loss=bounded.name,
         tolerance=limit,
         chance=bounded.chance,
         assumptions=_assumptions(settings, search, n, n - len(hashes.unique()), limit),
-        posterior=_in_weights(
-            posterior, data, prior, best.posterior, final_samples, seed
-        ),
+        posterior=q,
         _loss=bounded,
     )
 
@@ -603,13 +612,17 @@ def _in_weights(
 
     generator = derived_generator(seed, "weights of a certificate")
     like = data.zeros(1)
-    v = standard_normal(count, len(like), like=like, generator=generator).mT
-    images = data.forward(prior.root(v)).double().flatten(0, 1)
-    moved = (found.variance.sqrt() - 1).unsqueeze(1) * (back.mT @ images)
+    samples = standard_normal(count, len(like), like=like, generator=generator).mT
+    budget = resolve_budget(data.tangent.memory_budget, samples.device)
+    size = len(like) * samples.dtype.itemsize
+    for v in samples.split(max(1, budget // (_LIVE_COLUMNS * size)), 1):
+        images = data.forward(prior.root(v)).double().flatten(0, 1)
+        moved = (found.variance.sqrt() - 1).unsqueeze(1) * (back.mT @ images)
+        v.copy_(prior.root(v + pulled(moved)))
     return replace(
         posterior,
         prior=prior,
-        weight_samples=prior.root(v + pulled(moved)),
+        weight_samples=samples,
         weight_mean=prior.root(pulled(found.mean.unsqueeze(1))),
         num_examples=data.stream.num_examples,
         mean_of="linear",

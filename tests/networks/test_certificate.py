@@ -196,6 +196,37 @@ class TestCertificate:
                 expected *= 0.5 if found.strength == 1.0 else 0.5 / 3
             assert shares[-1] == pytest.approx(expected, rel=1e-6)
 
+    def test_another_task_goes_on_from_the_strength_that_was_chosen(self):
+        model, prior = learned("regression")
+        data, likelihood = task("regression", 6, 0), LIKELIHOODS["regression"]
+        prior = replace(prior, tried=(10.0,))
+        posterior = linearise(model, likelihood, prior=prior).fit(data, **FIT)
+        found = certify(posterior, data)
+        assert found.strength != prior.strength
+        assert found.posterior.settings.strength == found.strength
+        (alpha,) = found.precisions
+        later = prior.updated(found.posterior, compress=False)
+        for old, new in zip(
+            prior.curvature.blocks, later.curvature.blocks, strict=True
+        ):
+            factor = alpha * found.strength
+            torch.testing.assert_close(new.terms[0][0], factor * old.terms[0][0])
+
+    def test_samples_are_the_same_however_many_fit_into_memory(self, monkeypatch):
+        one = certified("classes", 8, final_samples=7).posterior
+        widths = []
+        forward = certificate.TangentData.forward
+
+        def counted(self, w, *args):
+            widths.append(w.shape[1])
+            return forward(self, w, *args)
+
+        monkeypatch.setattr(certificate.TangentData, "forward", counted)
+        monkeypatch.setattr(certificate, "_LIVE_COLUMNS", 1e9)
+        other = certified("classes", 8, final_samples=7).posterior
+        assert max(widths) < 7
+        torch.testing.assert_close(other.weight_samples, one.weight_samples)
+
     def test_a_new_head_has_a_precision_of_its_own(self):
         model, prior = learned("classes")
         data = task("regression", 20, 0)
