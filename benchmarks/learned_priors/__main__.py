@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.learned_priors.priors import Record
-from benchmarks.learned_priors.run import RUNS, Job
+from benchmarks.learned_priors.run import REGRESSIONS, RUNS, Job
 from benchmarks.learned_priors.table import checks, report
 from benchmarks.processes import exit_status, failures, run_module
 
@@ -19,10 +19,13 @@ SHORT = 3
 
 _SETS = {
     "regression": ("energy", "concrete", "yacht"),
+    "certificates": ("energy", "concrete", "yacht"),
     "fewshot": ("angles",),
     "continual": ("angles", "classes"),
 }
-_SEEDS = {"regression": 20, "fewshot": 5, "continual": 5}
+_SEEDS = range(5)
+_MORE_SEEDS = range(5, 20)
+"""Of certificates, beside those that other rows have."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -35,7 +38,7 @@ def parser() -> argparse.ArgumentParser:
     add = result.add_argument
     add("--rows", nargs="+", default=list(RUNS), choices=RUNS)
     add("--sets", nargs="+", help="of the regressions: any folder in SGDGP_DATA/uci")
-    add("--seeds", nargs="+", type=int, help="default: 0 to 19 of regressions, 0 to 4")
+    add("--seeds", nargs="+", type=int, help="default: 0 to 4, certificates 5 to 19")
     add("--table", action="store_true", help="run only what is not there yet")
     add("--workers", type=int, default=2, help="processes of one thread (default: 2)")
     add("--results", type=Path, default=MEASURED, metavar="DIR")
@@ -46,8 +49,9 @@ def jobs(options: argparse.Namespace) -> list[Job]:
     """One for each set, with all seeds that are asked for."""
     found = []
     for row in dict.fromkeys(options.rows):
-        own = options.sets if row == "regression" else None
-        seeds = tuple(dict.fromkeys(options.seeds or range(_SEEDS[row])))
+        own = options.sets if row in REGRESSIONS else None
+        default = _MORE_SEEDS if row == "certificates" else _SEEDS
+        seeds = tuple(dict.fromkeys(options.seeds or default))
         found += [Job(row, name, seeds) for name in dict.fromkeys(own or _SETS[row])]
     return found
 

@@ -17,7 +17,7 @@ from benchmarks.learned_priors.training import anchor_of, fine_tuned
 from sgdgp.networks import Categorical
 
 CLASSES = 5
-EACH = (1, 5, 10, 20, 50)
+EACH = (1, 5, 10, 50)
 _SOURCE = (0.0, 54.0)
 _TARGET = (0.0, 90.0)
 

@@ -9,7 +9,7 @@ standard deviation.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -49,8 +49,13 @@ def shifted(name: str, seed: int) -> tuple[Examples, Examples]:
     return (x[chosen], y[chosen]), (x[others], y[others])
 
 
-def run(name: str, seed: int) -> Iterator[Record]:
-    """All sizes of target that leave 100 examples to test on, all methods."""
+def certificates(name: str, seed: int) -> Iterator[Record]:
+    """Of the priors that no target has a say in, whose other scores come with them."""
+    return run(name, seed, ("strength 1", "isotropic"))
+
+
+def run(name: str, seed: int, methods: Sequence[str] | None = None) -> Iterator[Record]:
+    """All sizes of target that leave 100 examples to test on, all methods or some."""
     source, (x, y) = shifted(name, seed)
     torch.manual_seed(seed)
     network = nn.Sequential(
@@ -64,11 +69,18 @@ def run(name: str, seed: int) -> Iterator[Record]:
         network, *source, steps=1000, rate=1e-2, batch=len(source[0]), decay=1e-4
     ).eval()
     sizes = [n for n in SIZES if len(x) - n >= _LEAST_TEST]
+    if len(sizes) < 2:
+        raise ValueError(
+            f"{name}: expected a target of at least {SIZES[1] + _LEAST_TEST} examples, "
+            f"found {len(x)}"
+        )
     priors = priors_of(network, Gaussian(), source)
     test = x[max(sizes) :], y[max(sizes) :]
     for n in sizes:
         train = x[:n], y[:n]
         for method, prior in priors.items():
+            if methods is not None and method not in methods:
+                continue
             yield {
                 "n": n,
                 "method": method,
@@ -82,6 +94,8 @@ def run(name: str, seed: int) -> Iterator[Record]:
                     seed=seed,
                 ),
             }
+        if methods is not None:
+            continue
         tuned, error = fine_tuned(network, *train, seed=seed)
         yield {"n": n, "method": "fine-tuning", "nll": _nll(tuned, error, test)}
 

@@ -17,9 +17,13 @@ from benchmarks.learned_priors.priors import Record
 
 RUNS: dict[str, Callable[[str, int], Iterator[Record]]] = {
     "regression": regression.run,
+    "certificates": regression.certificates,
     "fewshot": fewshot.run,
     "continual": continual.run,
 }
+
+REGRESSIONS = ("regression", "certificates")
+"""Rows on sets of ``SGDGP_DATA/uci``."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +46,7 @@ class Job:
     def execute(self, folder: Path) -> None:
         """Run them, and keep what is found in the place of what was there."""
         path = self._path(folder)
-        sets = f" --sets {self.name}" if self.row == "regression" else ""
+        sets = f" --sets {self.name}" if self.row in REGRESSIONS else ""
         command = f"python -m benchmarks.learned_priors --rows {self.row}{sets}"
         for seed in self.seeds:
             found = [{"seed": seed, **r} for r in RUNS[self.row](self.name, seed)]
