@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from benchmarks.learned_priors.figures import draw
 from benchmarks.learned_priors.priors import Record
 from benchmarks.learned_priors.run import REGRESSIONS, RUNS, Job
 from benchmarks.learned_priors.table import checks, report
@@ -41,6 +42,7 @@ def parser() -> argparse.ArgumentParser:
     add("--seeds", nargs="+", type=int, help="default: 0 to 4, certificates 5 to 19")
     add("--table", action="store_true", help="run only what is not there yet")
     add("--workers", type=int, default=2, help="processes of one thread (default: 2)")
+    add("--plot", action="store_true", help="also draw figures into the results folder")
     add("--results", type=Path, default=MEASURED, metavar="DIR")
     return result
 
@@ -79,6 +81,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if (cost := folder / "resnet50.json").exists():
         results["resnet50"] = {"batch": [json.loads(cost.read_text())]}
     print("\n" + report(results))
+    if options.plot:
+        for path in draw(results, folder):
+            print(f"figure: {path}")
     return status or (0 if all(c.holds for c in checks(results)) else SHORT)
 
 
