@@ -89,7 +89,7 @@ def run(name: str, seed: int) -> Iterator[Record]:
     tasks = _tasks(_KNOWN[name], seed)
     yield {"method": "learned", **_learned(tasks, seed)}
     yield {"method": "fine-tuning", "after": _one_by_one(tasks, seed, 0.0)}
-    found = [(s, _one_by_one(tasks, seed, s)) for s in STRENGTHS]
+    found = [(s, _one_by_one(tasks, seed, s)) for s in (*STRENGTHS, 100.0)]
     strength, after = min(found, key=lambda each: sum(s["nll"] for s in each[1][-1]))
     yield {"method": "EWC", "strength": strength, "after": after}
 

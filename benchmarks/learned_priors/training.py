@@ -20,7 +20,7 @@ from torch.nn import functional
 
 Network = TypeVar("Network", bound=nn.Module)
 
-STRENGTHS = (0.1, 1.0, 10.0, 100.0)
+STRENGTHS = (0.1, 1.0, 10.0)
 """Of consolidation; at 1 an example of the source counts as one of the target."""
 
 _EVERY = 10
