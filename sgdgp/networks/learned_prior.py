@@ -111,6 +111,11 @@ class LearnedPrior(PriorSettings):
     about: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if len(self.mean) != sum(map(_size, self.shapes)):
+            raise ValueError(
+                f"mean: expected {sum(map(_size, self.shapes))} weights, found "
+                f"{len(self.mean)}"
+            )
         if self.strength is None:
             return
         check_number("strength", self.strength)
@@ -376,6 +381,7 @@ class LearnedPrior(PriorSettings):
 
     def centre(self, tangent: Tangent) -> Float[Tensor, "D 1"]:
         """The prior's mean minus the network's weights; none of it for what is new."""
+        check_finite("prior", self.mean)
         found = torch.zeros_like(tangent.theta)
         parts = self.mean.to(found).split([_size(shape) for shape in self.shapes])
         for place, s in zip(

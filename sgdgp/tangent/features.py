@@ -60,6 +60,7 @@ class TangentFeatures(FeatureMap):
             reshaped to. Default: rows go to the network as they are.
 
     Raises:
+        TypeError: The root is none, but settings of a prior for instance.
         ValueError: The root is one of another number of weights.
     """
 
@@ -74,6 +75,11 @@ class TangentFeatures(FeatureMap):
         self.tangent = tangent
         self.root = IdentityRoot(tangent.num_weights) if root is None else root
         self.input_shape = None if input_shape is None else tuple(input_shape)
+        if not isinstance(self.root, WeightRoot):
+            raise TypeError(
+                "prior: expected a root of the weights' covariance, such as the prior "
+                f"of a posterior (posterior.prior), found {type(root).__name__}"
+            )
         if self.root.num_weights != tangent.num_weights:
             raise ValueError(
                 f"prior: expected a root of {tangent.num_weights} weights, found one "

@@ -408,6 +408,17 @@ class TestBadInput:
         with pytest.raises(TypeError, match=words):
             call(prior)
 
+    def test_a_mean_that_is_none_is_refused(self, prior):
+        with pytest.raises(ValueError, match="mean: expected 32 weights, found 5"):
+            replace(prior, mean=prior.mean[:5])
+        lost = replace(prior, mean=prior.mean * float("nan"))
+        with pytest.raises(ValueError, match="prior: expected finite values"):
+            linearise(network(2), Categorical(), prior=lost).fit(task(9, 1, 2))
+
+    def test_settings_are_no_operator_for_a_kernel(self, prior):
+        with pytest.raises(TypeError, match=r"posterior\.prior.* found LearnedPrior"):
+            NeuralTangentKernel(network(2), prior=prior)
+
     def test_an_empty_task_is_refused(self):
         with pytest.raises(ValueError, match="the data set is empty"):
             LearnedPrior.from_data(network(2), Categorical(), task(0, 0, 2))
