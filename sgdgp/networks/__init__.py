@@ -1,4 +1,4 @@
-"""Posteriors of trained networks: linearised Laplace at any size."""
+"""Posteriors of trained networks by linearised Laplace, and what they teach others."""
 
 from sgdgp.core import codec, processes
 from sgdgp.core.deprecation import also_importable_as

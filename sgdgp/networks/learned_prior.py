@@ -166,7 +166,7 @@ class LearnedPrior(PriorSettings):
         """
         if not isinstance(likelihood, Likelihood):
             raise TypeError(
-                "likelihood: expected Categorical() or Gaussian(), found "
+                "likelihood: expected Categorical(), Bernoulli() or Gaussian(), found "
                 f"{type(likelihood).__name__}"
             )
         tangent = Tangent(

@@ -107,7 +107,7 @@ def linearise(
     """
     if not isinstance(likelihood, Likelihood):
         raise TypeError(
-            "likelihood: expected Categorical() or Gaussian(), found "
+            "likelihood: expected Categorical(), Bernoulli() or Gaussian(), found "
             f"{_what(likelihood)}"
         )
     prior = GPrior() if prior is None else prior
