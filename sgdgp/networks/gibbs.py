@@ -46,6 +46,9 @@ _DRAWN = 256
 _LEAST_RISK = 1e-9
 """Where the slope of a bound in the risk is taken at least: it is infinite at zero."""
 
+_FAR = 1e5
+"""Deviations, beyond which nothing is."""
+
 
 @dataclass(frozen=True)
 class BoundedLoss:
@@ -123,7 +126,7 @@ def error_rate(likelihood: Categorical, classes: int) -> BoundedLoss:
 
     def expected(m: Tensor, variance: Tensor, y: Tensor) -> Tensor:
         # Far below, PyTorch's slope of log_ndtr is the exponential of its rounding.
-        each = torch.special.log_ndtr((m / _deviation(variance)).clamp_min(-1e5))
+        each = torch.special.log_ndtr(_standardised(m, variance).clamp_min(-_FAR))
         return mean(-torch.expm1(each.unflatten(1, (-1, classes - 1)).sum(2)), y)
 
     return BoundedLoss(
@@ -146,7 +149,7 @@ def label_error() -> BoundedLoss:
 
     def expected(mean: Tensor, variance: Tensor, y: Tensor) -> Tensor:
         signs = 2 * y.reshape(mean.shape).to(mean) - 1
-        return torch.special.ndtr(-signs * mean / _deviation(variance)).mean(1)
+        return torch.special.ndtr(-_standardised(signs * mean, variance)).mean(1)
 
     return BoundedLoss(
         "label error",
@@ -170,8 +173,8 @@ def out_of_tolerance(tolerance: Tensor) -> BoundedLoss:
 
     def expected(mean: Tensor, variance: Tensor, y: Tensor) -> Tensor:
         error = mean - y.reshape(mean.shape).to(mean)
-        limit, deviation = tolerance.to(mean), _deviation(variance)
-        sides = [(sign * error - limit) / deviation for sign in (1.0, -1.0)]
+        limit = tolerance.to(mean)
+        sides = [_standardised(sign * error - limit, variance) for sign in (1.0, -1.0)]
         return sum(map(torch.special.ndtr, sides), torch.zeros_like(mean)).mean(1)
 
     return BoundedLoss(
@@ -438,6 +441,9 @@ def _descend(u: Tensor, slope: Callable[[], Tensor]) -> None:
     descent.step(slope)
 
 
-def _deviation(variance: Tensor) -> Tensor:
-    """Not so small that slopes overflow."""
-    return variance.clamp_min(1e-60).sqrt()
+def _standardised(margin: Tensor, variance: Tensor) -> Tensor:
+    """Margins over their deviations; without any, what is not above zero is below."""
+    certain = torch.where(margin > 0, _FAR, -_FAR)
+    # Not so small that slopes overflow.
+    deviation = variance.clamp_min(1e-60).sqrt()
+    return torch.where(variance > 0, margin / deviation, certain.to(margin))

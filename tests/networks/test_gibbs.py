@@ -121,6 +121,29 @@ def test_ties_and_nan_are_errors_and_positions_without_a_label_none():
     assert signs.tolist() == [[0.5]]
 
 
+@pytest.mark.parametrize(
+    ("loss", "y", "ties"),
+    [
+        (error_rate(Categorical(), 2), torch.zeros(3, dtype=torch.long), 1.0),
+        (label_error(), torch.ones(3, 1), 1.0),
+        (out_of_tolerance(torch.tensor(0.5)), torch.full((3, 1), 0.5), 0.0),
+    ],
+)
+def test_ties_that_no_weight_moves_count_in_the_formula_as_in_the_loss(loss, y, ties):
+    """Of examples without a Jacobian, beside others that have one."""
+    outputs = 2 if y.ndim == 1 else 1
+    features = normal(3 * outputs, WEIGHTS)
+    features[:outputs] = 0.0
+    prior = OutputPrior.of(torch.zeros(3, outputs).double(), features @ features.mT)
+    found = OutputPosterior(prior, prior.values * 0, prior.values * 0 + 1)
+    risk = Risk.of(loss, y, prior)
+    means, variances = risk.means(found.mean), risk.variances(found.variance)
+    each = loss.expected(means, variances, y)
+    still = loss(prior.offset.unsqueeze(-1), y)
+    assert float(each[0]) == float(still[0]) == ties
+    assert 0.01 < float(each[1]) < 0.99
+
+
 def test_what_is_no_bounded_loss_is_refused():
     outputs = normal(4, 1, 2)
     for of, words in [
