@@ -147,6 +147,8 @@ class Certificate:
         for batch in stream:
             outputs, added = self.posterior.fluctuations(batch.x)
             self.posterior.likelihood.check_targets(batch.y, outputs.shape[1])
+            # Q is without the factor that calibrate may have set since.
+            added = added * self.posterior.scale**-0.5
             losses = self._loss(outputs.unsqueeze(-1) + added, batch.y)
             total += float(losses.mean(1).sum())
         return total / stream.num_examples

@@ -264,6 +264,8 @@ class TestCertificate:
         data = task(kind, 20, 3)
         assert there.gibbs_risk(data) == found.gibbs_risk(data)
         assert str(there) == str(found)
+        there.posterior.scale = 4.0
+        assert there.gibbs_risk(data) == pytest.approx(found.gibbs_risk(data))
         x = data.tensors[0]
         with pytest.raises((TypeError, ValueError), match=r"y: .* expect"):
             there.gibbs_risk(TensorDataset(x, torch.zeros(20, 7).double()))
