@@ -24,7 +24,7 @@ SIZES = (25, 50, 100, 200)
 TOLERANCE = 0.5
 _LOW = 0.6
 _MOST = 600
-_LEAST_TEST = 100
+_LEAST_TEST, _MOST_TEST = 100, 1000
 
 
 def shifted(name: str, seed: int) -> tuple[Examples, Examples]:
@@ -75,7 +75,8 @@ def run(name: str, seed: int, methods: Sequence[str] | None = None) -> Iterator[
             f"found {len(x)}"
         )
     priors = priors_of(network, Gaussian(), source)
-    test = x[max(sizes) :], y[max(sizes) :]
+    tested = slice(max(sizes), max(sizes) + _MOST_TEST)
+    test = x[tested], y[tested]
     for n in sizes:
         train = x[:n], y[:n]
         for method, prior in priors.items():
