@@ -488,7 +488,11 @@ class LearnedPrior(PriorSettings):
             curvature = curvature.to(like)
             if shape.numel() != curvature.num_weights:
                 out = shape.numel() // curvature.shape[1]
-                base = base.as_sum().grown(out, level)
+                own = base.as_sum()
+                # Where P is a number beside its terms, it stays one.
+                least, most = torch.as_tensor(own.diagonal).aminmax()
+                is_number = bool((least == most) & (most > 0))
+                base = own.grown(out, float(most) if is_number else level)
                 curvature = curvature.grown(out, 0.0)
             yield base, curvature
 

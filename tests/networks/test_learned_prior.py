@@ -15,8 +15,9 @@ import sgdgp
 from sgdgp.core.errors import CheckpointError
 from sgdgp.kernels import NeuralTangentKernel
 from sgdgp.networks import Categorical, Gaussian, Isotropic, LearnedPrior, linearise
-from sgdgp.networks.priors import KroneckerSum
+from sgdgp.networks.priors import DiagonalPrior, KroneckerSum
 from sgdgp.networks.stream import example_hashes, stream_of
+from sgdgp.tangent import Tangent
 
 DIM, HIDDEN = 3, 5
 
@@ -274,6 +275,21 @@ class TestTasksInARow:
             found = LearnedPrior.from_data(model, GAUSSIAN, task(12, 1)).curvature
         for one, other in zip(want.blocks, found.blocks, strict=True):
             assert other.trace() == pytest.approx(one.trace()) != 0
+
+    def test_a_grown_head_keeps_its_closed_form_at_every_precision(self):
+        old, new = (nn.Linear(60, outputs, bias=False) for outputs in (9, 10))
+        x = torch.randn(12, 60, generator=torch.Generator().manual_seed(0))
+        data = TensorDataset(x, torch.arange(12) % 9)
+        prior = LearnedPrior.from_data(old.eval(), Categorical(), data, strength=2.0)
+        ones = torch.ones(1)
+        for precision in (0.37, 0.1, 3.3):
+            base = DiagonalPrior(540, precision * ones)
+            grown = replace(prior, base=base).extended(grown="weight")
+            operator = grown.build(Tangent(new.eval()), lambda count: iter(()))
+            (block,) = operator.blocks
+            assert block.num_weights > 512
+            assert block.is_exact
+            assert float(block.diagonal) == pytest.approx(precision, rel=1e-6)
 
     def test_outputs_that_arrive_later_know_nothing(self):
         old, new = network(2), network(4)

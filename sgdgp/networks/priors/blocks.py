@@ -33,6 +33,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -108,6 +109,15 @@ class Estimate:
 
 class Block(ABC):
     """A precision P over the weights of one matrix, and a root of its inverse."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what is computed from the rest, which is the larger part."""
+        computed = cached_property | property
+        return {
+            name: value
+            for name, value in vars(self).items()
+            if not isinstance(getattr(type(self), name, None), computed)
+        }
 
     @property
     @abstractmethod
@@ -287,7 +297,8 @@ class KroneckerSum(Block):
     Attributes:
         terms: Positive semi-definite factors A_k (out, out) and B_k (rest, rest), or
             diagonals of such.
-        diagonal: d: a number (), or one for each weight (out, rest). Default: 0.
+        diagonal: d: a number (), or one for each weight (out, rest), which beside terms
+            is a number again if all are the same. Default: 0.
 
     Raises:
         ValueError: Factors of different shapes, not symmetric or not finite, or
@@ -315,6 +326,9 @@ class KroneckerSum(Block):
                 f"diagonal: expected shape () or {self.shape}, found "
                 f"{tuple(diagonal.shape)}"
             )
+        if terms and diagonal.ndim and bool((diagonal == diagonal[0, 0]).all()):
+            # Beside a number is a root in closed form, and it is no matrix in files.
+            object.__setattr__(self, "diagonal", diagonal[0, 0].clone())
         for k, term in enumerate(terms):
             for side, n in zip(term, self.shape, strict=True):
                 check_factor(f"terms[{k}]", side, n)
@@ -489,9 +503,7 @@ class KroneckerSum(Block):
         ]
         own = self._like.expand(self.shape)
         diagonal = torch.cat([own, own.new_full((more, rest), level)])
-        # A number again if it is one: only beside that is a root in closed form.
-        is_number = bool(terms) and bool((diagonal == diagonal[0, 0]).all())
-        return KroneckerSum(terms, diagonal[0, 0] if is_number else diagonal)
+        return KroneckerSum(terms, diagonal)
 
     def plus(self, other: KroneckerSum) -> KroneckerSum:
         """The sum of two precisions."""
@@ -510,16 +522,22 @@ class KroneckerSum(Block):
         """Whether there is a root in closed form."""
         return self._reduced()[2] or self.num_weights <= EXACT_WEIGHTS
 
-    @cached_property
+    @property
     def _wide(self) -> KroneckerSum:
         """The same in float64, with the same root: its eigenvectors are the work.
 
-        M in float32 has errors of rounding times the condition number of P, not of M.
+        M in float32 has errors of rounding times the condition number of P, not of M;
+        what has a root in closed form needs it too rarely to be kept.
         """
         if self._like.dtype == torch.float64:
             return self
-        wide = self.to(self._like.double())
-        vars(wide)["_near"] = self._near.to(wide._like)
+        wide: KroneckerSum | None = vars(self).get("_wide")
+        if wide is None:
+            wide = self.to(self._like.double())
+            near = self._near.to(wide._like)
+            vars(wide).update(_near=near, is_exact=self.is_exact)
+            if not self.is_exact:
+                vars(self)["_wide"] = wide
         return wide
 
     @property
@@ -539,8 +557,6 @@ class KroneckerSum(Block):
         heard = [term for term in self.terms if all(bool(side.any()) for side in term)]
         terms = heard or list(self.terms[:1])
         diagonal = self._like.double()
-        if diagonal.ndim and bool((diagonal == diagonal[0, 0]).all()):
-            diagonal = diagonal[0, 0]
         if min(self.shape) == 1 and len(terms) > (0 if diagonal.ndim else 1):
             # One side is a number: all is one matrix.
             side, terms = int(self.shape[0] == 1), [in_float64(term) for term in terms]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import pickle
 from itertools import product
 
 import pytest
@@ -452,6 +453,32 @@ def test_float32_sums_stay_definite():
         )
         assert bool(torch.isfinite(block.apply(x)).all())
         assert float(block.variances().min()) > 0
+
+
+def test_a_constant_diagonal_beside_terms_is_a_number():
+    ((left, right),) = terms((20, 30), 1, torch.Generator().manual_seed(0))
+    constant = torch.full((20, 30), 0.37).double()
+    block = KroneckerSum([(left, right)], constant)
+    assert block.diagonal.shape == ()
+    assert block.diagonal.untyped_storage().nbytes() == 8
+    assert block.is_exact
+    alone = KroneckerSum((), constant)
+    assert alone.logdet().value == pytest.approx(600 * math.log(0.37))
+    assert alone.shape == alone.scaled(2.0).shape == (20, 30)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_pickles_have_nothing_that_can_be_computed(count):
+    pairs = terms((20, 30), count, torch.Generator().manual_seed(0))
+    block = KroneckerSum([(a.float(), b.float()) for a, b in pairs], 0.5)
+    before = len(pickle.dumps(block))
+    value, x = block.logdet().value, torch.ones(1, 20, 30)
+    solved = block.solve(x)
+    assert ("_wide" in vars(block)) == (not block.is_exact)
+    assert len(pickle.dumps(block)) == before
+    there = pickle.loads(pickle.dumps(block))
+    assert there.logdet().value == pytest.approx(value, rel=1e-5)
+    torch.testing.assert_close(there.solve(x), solved)
 
 
 def test_multiples_share_eigenvectors(monkeypatch):
