@@ -241,7 +241,12 @@ class WeightPrior(PriorSettings):
                 )
             own, cut = cut.tensor_split([math.prod(shape)])
             left_side, right_side = (own.new_ones(n) for n in shape)
-            root = MatrixRoot(left_side, right_side, own.sqrt().view(shape))
+            inner = own.sqrt().view(shape)
+            # One number for all needs no matrix, in memory and in files.
+            if bool((inner == inner[0, 0]).all()):
+                root = MatrixRoot(left_side * inner[0, 0], right_side)
+            else:
+                root = MatrixRoot(left_side, right_side, inner)
             found.append((root, 1.0))
         if left or len(cut):
             raise ValueError(

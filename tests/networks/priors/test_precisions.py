@@ -467,6 +467,14 @@ def test_a_constant_diagonal_beside_terms_is_a_number():
     assert alone.shape == alone.scaled(2.0).shape == (20, 30)
 
 
+def test_equal_variances_are_cut_into_blocks_without_a_matrix():
+    prior = DiagonalPrior(26, torch.tensor([0.37]))
+    ((one, alpha), (other, _)) = prior.pieces_of([(4, 5), (2, 3)])
+    assert one.inner is other.inner is None
+    assert one.shape == (4, 5)
+    near(one.variances() / alpha, torch.full((4, 5), 1 / 0.37), 1e-6)
+
+
 @pytest.mark.parametrize("count", [1, 3])
 def test_pickles_have_nothing_that_can_be_computed(count):
     pairs = terms((20, 30), count, torch.Generator().manual_seed(0))
