@@ -52,11 +52,13 @@ def source_network(
     images: Images, low: float, high: float, seed: int
 ) -> tuple[nn.Sequential, Images]:
     """A perceptron, and the turned images that it was trained on."""
-    seen = [turned(images, low, high, 10 * seed + view) for view in range(_VIEWS)]
+    # At one angle all views are the same image, which counts once.
+    views = _VIEWS if low < high else 1
+    seen = [turned(images, low, high, 10 * seed + view) for view in range(views)]
     source = Images(torch.cat([s.x for s in seen]), torch.cat([s.y for s in seen]))
     torch.manual_seed(seed)
     network = perceptron(14 * 14, (32, 32), int(images.y.max()) + 1)
-    steps = 15 * len(source) // 100
+    steps = 15 * _VIEWS * len(images) // 100
     network = trained(
         network,
         source.x,

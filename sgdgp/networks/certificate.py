@@ -334,13 +334,19 @@ class _Search:
         return found
 
     def smallest(self) -> tuple[Found, tuple[int, ...]]:
-        """Down the bound, from where the fit was and from the prior's mean alone."""
+        """Down the bound, from the fit, the mean alone, and the source's own scales.
+
+        Of strengths that the fit has chosen among, the source's own may be far off, and
+        has the largest share of delta.
+        """
         assert self.settings.strength is not None
         fitted = [self.settings.strength, *self.posterior.prior.precisions.tolist()]
         place = list(map(_nearest, self.axes, fitted))
         self._descend(place)
         place[self.main] = len(self.axes[self.main]) - 1
         self._descend(place)
+        if len(self.axes[0]) > 1:
+            self._descend([_nearest(axis, 1.0) for axis in self.axes])
         assert self._best is not None
         return self._best
 
