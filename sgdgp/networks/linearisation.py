@@ -329,6 +329,8 @@ def posterior_of(
                 else "the precision is not learned and the samples are not final."
             )
         )
+    # A posterior lives longer than a fit, and only a prior made of it passes again.
+    data.stream.forget()
     samples = state.samples
     if 0 < state.finished < samples.shape[1]:
         samples = samples[:, : state.finished]

@@ -95,6 +95,7 @@ class Stream(ABC):
         self.device = device
         self._split = split
         self._sums: dict[int, tuple[float, ...]] = {}
+        self._kept: list[Batch] = []
         self._count()
 
     @abstractmethod
@@ -109,6 +110,10 @@ class Stream(ABC):
     @abstractmethod
     def __iter__(self) -> Iterator[Batch]:
         """One pass, in the order of the data."""
+
+    def forget(self) -> None:
+        """Keep no batches in memory; the next pass reads them again."""
+        self._kept = []
 
     def shuffled(self, generator: torch.Generator) -> Iterator[Batch]:
         """One pass in random order; streams without an index keep theirs."""
@@ -220,7 +225,6 @@ class IndexedStream(Stream):
         self._examples = list(examples[start:stop])
         self.num_rows = len(self._examples)
         self.num_batches = len(share)
-        self._kept: list[Batch] = []
 
     def __iter__(self) -> Iterator[Batch]:
         if self._kept:

@@ -269,3 +269,13 @@ def test_batches_with_too_few_targets_are_refused():
 def test_a_source_without_an_index_says_what_the_dual_needs():
     with pytest.raises(TypeError, match="give a DataLoader"):
         stream_of(batches(), CPU).take(torch.tensor([0]))
+
+
+def test_a_stream_that_forgets_reads_the_same_again():
+    data = TensorDataset(torch.arange(10.0).unsqueeze(1), torch.arange(10))
+    stream = stream_of(data, torch.device("cpu"))
+    before = [batch.x for batch in stream]
+    stream.forget()
+    after = [batch.x for batch in stream]
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    assert before[0] is not after[0]
