@@ -64,6 +64,7 @@ STREAMS = {
     "fantasies": "the solves behind fantasies",
     "first rows": "rows that a fit makes its first steps on",
     "functions": "prior functions of one step of Thompson sampling",
+    "hashes of examples": "multipliers of the hashes of a learned prior's examples",
     "initial": "first points of Thompson sampling",
     "learned from": "rows that Thompson sampling learns parameters from",
     "noise of fantasies": "imagined observations",
@@ -72,8 +73,11 @@ STREAMS = {
     "precisions": "probes of a long sum of precisions",
     "prior weights": "prior weights of one sample of a network",
     "restart": "one of the starts of a fit",
+    "risk of a certificate": "draws that the Gibbs risk is by",
+    "search of a certificate": "draws that tell posteriors apart",
     "system": "a further solve of a posterior, of rows of its own",
     "update": "noise of new data",
+    "weights of a certificate": "samples of the certified posterior",
 }
 """Streams that are derived from a seed, and what they are for.
 
