@@ -21,7 +21,7 @@ SHORT = 3
 _SETS = {
     "regression": ("energy", "concrete", "yacht"),
     "certificates": ("energy", "concrete", "yacht"),
-    "fewshot": ("angles",),
+    "fewshot": ("angles", "classes", "fashion"),
     "continual": ("angles", "classes"),
 }
 _SEEDS = range(5)

@@ -25,7 +25,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from benchmarks.learned_priors.digits import digits, few, source_network, turned
+from benchmarks.learned_priors.digits import HEAD, digits, few, source_network, turned
 from benchmarks.learned_priors.priors import SAMPLES, Record, class_record
 from benchmarks.learned_priors.training import STRENGTHS, anchor_of, tuned
 from benchmarks.networks.data import Images
@@ -33,7 +33,6 @@ from sgdgp.networks import Categorical, LearnedPrior, linearise
 
 ANGLES = (10.0, 20.0, 30.0, 40.0, 50.0)
 _KNOWN = {"angles": (5, 5, 5, 5, 5), "classes": (3, 4, 4, 5, 5)}
-_HEAD = "5.*"
 _EACH = 40
 _STEPS = 300
 
@@ -114,7 +113,7 @@ def _learned(tasks: Tasks, seed: int) -> Record:
     network = tasks.network_of(tasks.known[0])
     source = TensorDataset(tasks.source.x, tasks.source.y)
     prior = LearnedPrior.from_data(network, Categorical(), source, strength=1.0)
-    prior = prior.extended(grown=_HEAD)
+    prior = prior.extended(grown=HEAD)
     after, sizes = [], []
     for number, (train, classes) in enumerate(
         zip(tasks.train, tasks.known, strict=True)
@@ -131,7 +130,7 @@ def _learned(tasks: Tasks, seed: int) -> Record:
         after.append(
             tasks.scores([posterior.samples(x).softmax(2).mean(0) for x in seen])
         )
-        prior = prior.updated(posterior).extended(grown=_HEAD)
+        prior = prior.updated(posterior).extended(grown=HEAD)
         sizes.append(_bytes(prior))
     return {"after": after, "bytes": sizes}
 

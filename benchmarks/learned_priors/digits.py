@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import nn
 from torch.nn import functional
@@ -11,6 +13,9 @@ from benchmarks.networks.data import Images, read_images, rotate
 from benchmarks.networks.network import perceptron
 
 TEST = 1000
+HEAD = "5.*"
+"""Weights of the last layer."""
+
 _SOURCE = 500
 """Images of each class that are the source's."""
 
@@ -31,6 +36,37 @@ def digits(classes: int, seed: int) -> tuple[Images, Images, Images]:
     parts = rows[:first], rows[first:-TEST], rows[-TEST:]
     source, target, test = (Images(every.x[r], number[every.y[r]]) for r in parts)
     return source, target, test
+
+
+def others(name: str, classes: int, seed: int) -> tuple[Images, Images]:
+    """Of other classes: targets, and for testing.
+
+    Args:
+        name: "classes", digits that are not of the source, or "fashion".
+        classes: How many.
+        seed: As of ``digits``.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    file = "mnist_10k.npz" if name == "classes" else "fashion_mnist_part.npz"
+    every = read_images(file, "images", "labels")
+    drawn = torch.randperm(10, generator=generator)[classes : 2 * classes]
+    number = torch.full((10,), -1)
+    number[drawn] = torch.arange(classes)
+    rows = torch.isin(every.y, drawn).nonzero()[:, 0]
+    rows = rows[torch.randperm(len(rows), generator=generator)]
+    target, test = (
+        Images(every.x[r], number[every.y[r]]) for r in (rows[:-TEST], rows[-TEST:])
+    )
+    return target, test
+
+
+def with_new_head(network: nn.Sequential, classes: int, seed: int) -> nn.Sequential:
+    """A copy with another last layer, as one begins: zeros would hide the body."""
+    *body, head = copy.deepcopy(network)
+    assert isinstance(head, nn.Linear)
+    torch.manual_seed(seed)
+    found = nn.Linear(head.in_features, classes)
+    return nn.Sequential(*body, found).eval()
 
 
 def few(images: Images, each: int, classes: int, skip: int = 0) -> Images:
