@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 
 import torch
 from torch import nn
@@ -25,16 +26,10 @@ _VIEWS = 3
 
 def digits(classes: int, seed: int) -> tuple[Images, Images, Images]:
     """Of classes drawn by the seed: the source's, those of targets, and for testing."""
-    generator = torch.Generator().manual_seed(seed)
-    every = read_images("mnist_10k.npz", "images", "labels")
-    drawn = torch.randperm(10, generator=generator)[:classes]
-    number = torch.full((10,), -1)
-    number[drawn] = torch.arange(classes)
-    rows = torch.isin(every.y, drawn).nonzero()[:, 0]
-    rows = rows[torch.randperm(len(rows), generator=generator)]
     first = classes * _SOURCE
-    parts = rows[:first], rows[first:-TEST], rows[-TEST:]
-    source, target, test = (Images(every.x[r], number[every.y[r]]) for r in parts)
+    source, target, test = _drawn(
+        "mnist_10k.npz", slice(classes), seed, slice(first), slice(first, -TEST)
+    )
     return source, target, test
 
 
@@ -46,18 +41,23 @@ def others(name: str, classes: int, seed: int) -> tuple[Images, Images]:
         classes: How many.
         seed: As of ``digits``.
     """
-    generator = torch.Generator().manual_seed(seed)
     file = "mnist_10k.npz" if name == "classes" else "fashion_mnist_part.npz"
+    target, test = _drawn(file, slice(classes, 2 * classes), seed, slice(-TEST))
+    return target, test
+
+
+def _drawn(file: str, some: slice, seed: int, *parts: slice) -> Iterator[Images]:
+    """Parts of the images of some classes, in random order, and those for testing."""
+    generator = torch.Generator().manual_seed(seed)
     every = read_images(file, "images", "labels")
-    drawn = torch.randperm(10, generator=generator)[classes : 2 * classes]
+    drawn = torch.randperm(10, generator=generator)[some]
     number = torch.full((10,), -1)
-    number[drawn] = torch.arange(classes)
+    number[drawn] = torch.arange(len(drawn))
     rows = torch.isin(every.y, drawn).nonzero()[:, 0]
     rows = rows[torch.randperm(len(rows), generator=generator)]
-    target, test = (
-        Images(every.x[r], number[every.y[r]]) for r in (rows[:-TEST], rows[-TEST:])
-    )
-    return target, test
+    for part in (*parts, slice(-TEST, None)):
+        chosen = rows[part]
+        yield Images(every.x[chosen], number[every.y[chosen]])
 
 
 def with_new_head(network: nn.Sequential, classes: int, seed: int) -> nn.Sequential:

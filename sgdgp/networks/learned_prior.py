@@ -28,6 +28,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from fnmatch import fnmatchcase
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -145,7 +146,7 @@ class LearnedPrior(PriorSettings):
         strength: float | None = None,
         memory_budget: int | None = None,
     ) -> LearnedPrior:
-        """Of a network and the data that trained it, in one pass over them.
+        """Of a network and the data that trained it, in four passes over them.
 
         In a group of processes (torchrun) all of them call this; they get the same.
 
@@ -323,8 +324,12 @@ class LearnedPrior(PriorSettings):
             raise TypeError(
                 f"other: expected a LearnedPrior, found {type(other).__name__}"
             )
-        for name, shape, mine, its in _compared(self, other):
-            if shape is None or not torch.equal(mine, its):
+        nothing = ("", self.mean[:0])
+        for (mine, here), (its, there) in zip_longest(
+            self._means(), other._means(), fillvalue=nothing
+        ):
+            if mine != its or not torch.equal(here, there.to(here)):
+                name = mine or its
                 raise ValueError(
                     f"other: expected a prior about the same weights, found {name!r} "
                     "that differs"
@@ -383,7 +388,7 @@ class LearnedPrior(PriorSettings):
         """The prior's mean minus the network's weights; none of it for what is new."""
         check_finite("prior", self.mean)
         found = torch.zeros_like(tangent.theta)
-        parts = self.mean.to(found).split([_size(shape) for shape in self.shapes])
+        parts = [known.flatten().to(found) for _, known in self._means()]
         for place, s in zip(
             self._places(tangent), tangent.slices.values(), strict=True
         ):
@@ -464,6 +469,14 @@ class LearnedPrior(PriorSettings):
             TypeError: An argument is of the wrong kind.
         """
         return load_prior(path, device)
+
+    def _means(self) -> list[tuple[str, Tensor]]:
+        """Each tensor's name, and its mean in its shape."""
+        parts = self.mean.split([_size(shape) for shape in self.shapes])
+        return [
+            (name, part.view(tuple(shape)))
+            for name, part, shape in zip(self.names, parts, self.shapes, strict=True)
+        ]
 
     def _is_same(self, other: LearnedPrior) -> bool:
         """Whether it is this one, or another reading of its file."""
@@ -679,25 +692,3 @@ def _curvature_of(posterior: LinearisedPosterior, stream: Stream) -> KroneckerPr
         outputs = data.outputs_of(posterior.weight_mean)
     posterior.likelihood.check_targets(data.targets, outputs.shape[1])
     return kronecker_curvature(data, posterior.likelihood, outputs)
-
-
-def _compared(
-    one: LearnedPrior, two: LearnedPrior
-) -> Iterator[tuple[str, Sequence[int] | None, Tensor, Tensor]]:
-    """Each tensor of both: its name, its shape, None if they differ, and the means."""
-    sizes = [[_size(shape) for shape in p.shapes] for p in (one, two)]
-    for i, name in enumerate(one.names):
-        if i >= len(two.names) or (two.names[i], tuple(two.shapes[i])) != (
-            name,
-            tuple(one.shapes[i]),
-        ):
-            yield name, None, one.mean, two.mean
-            return
-        yield (
-            name,
-            one.shapes[i],
-            one.mean.split(sizes[0])[i],
-            two.mean.split(sizes[1])[i].to(one.mean),
-        )
-    if len(two.names) > len(one.names):
-        yield two.names[len(one.names)], None, one.mean, two.mean

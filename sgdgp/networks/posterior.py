@@ -49,7 +49,7 @@ Score: TypeAlias = Literal["entropy", "mutual_information", "variance"]
 """What tells strange inputs from usual ones."""
 
 _OF_THIS_PROCESS = ("settings", "stream")
-"""Attributes that know how the posterior came about, by what no file can hold."""
+"""Attributes that know how the posterior came about; files and pickles do not."""
 
 PREDICTED_TOGETHER = 256
 """Examples predicted at a time unless told otherwise: what a tangent takes at once."""
