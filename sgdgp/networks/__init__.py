@@ -11,6 +11,7 @@ from sgdgp.networks.learned_prior import LearnedPrior
 from sgdgp.networks.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
 from sgdgp.networks.linearisation import LinearisedNetwork, linearise, linearize
 from sgdgp.networks.posterior import LinearisedPosterior, load
+from sgdgp.networks.potential import Potential
 from sgdgp.networks.predictive import GaussianPrediction
 from sgdgp.networks.priors import GPrior, Isotropic, Kronecker, Layerwise
 from sgdgp.networks.weight_solvers import (
@@ -40,6 +41,7 @@ __all__ = [
     "Likelihood",
     "LinearisedNetwork",
     "LinearisedPosterior",
+    "Potential",
     "WeightCG",
     "WeightCholesky",
     "WeightKronecker",
