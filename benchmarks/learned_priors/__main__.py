@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from benchmarks.checks import SHORT
 from benchmarks.learned_priors.figures import draw
 from benchmarks.learned_priors.priors import Record
 from benchmarks.learned_priors.run import REGRESSIONS, RUNS, Job
@@ -15,9 +16,6 @@ from benchmarks.learned_priors.table import checks, report
 from benchmarks.processes import exit_status, failures, run_module
 
 MEASURED = Path(__file__).parent / "measured"
-SHORT = 3
-"""Exit status where a figure falls short of its threshold."""
-
 _SETS = {
     "regression": ("energy", "concrete", "yacht"),
     "certificates": ("energy", "concrete", "yacht"),

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import product
 
+from benchmarks.checks import Check, thresholds
 from benchmarks.learned_priors.priors import Record
 from benchmarks.networks.table import markdown
 from benchmarks.uci.columns import DASH, format_figure, mean_and_error
@@ -19,16 +19,6 @@ _PRIOR, _BY_EVIDENCE = "strength 1", "learned"
 _FEW = {"regression": (50, 100), "fewshot": (5, 10, 50)}
 _GAIN = {"energy": 0.3}
 _ACCURACY, _LOSS = 0.05, 1.1
-
-
-@dataclass(frozen=True)
-class Check:
-    """One figure and its threshold."""
-
-    what: str
-    figure: str
-    threshold: str
-    holds: bool
 
 
 def checks(results: Results) -> list[Check]:
@@ -55,12 +45,7 @@ def report(results: Results) -> str:
                 seeds = len({record["seed"] for record in records})
                 table = _curves(records) if row == "continual" else _sizes(records)
                 parts.append(f"**{row}, {name}** ({seeds} seeds)\n\n{table}")
-    rows = [["", "figure", "asked", ""], ["---", "---:", "---:", "---"]]
-    rows += [
-        [c.what, c.figure, c.threshold, "" if c.holds else "falls short"]
-        for c in checks(results)
-    ]
-    return "\n\n".join([*parts, "**Figures and thresholds**\n\n" + markdown(rows)])
+    return "\n\n".join([*parts, thresholds(checks(results))])
 
 
 def _transfer(sets: Mapping[str, Sequence[Record]]) -> Iterator[Check]:

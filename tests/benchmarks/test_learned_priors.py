@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import nn
 
+from benchmarks.checks import SHORT
 from benchmarks.json_file import write_json
-from benchmarks.learned_priors.__main__ import SHORT, main
+from benchmarks.learned_priors.__main__ import main
 from benchmarks.learned_priors.digits import few
 from benchmarks.learned_priors.regression import shifted
 from benchmarks.learned_priors.run import Job

@@ -1,0 +1,1 @@
+"""Is the posterior right: Hessian-free variances, aligned HMC, compact posteriors."""
