@@ -18,6 +18,7 @@ from sgdgp.bayesopt import maximise, thompson_sampling
 from sgdgp.botorch import PathwiseModel
 from sgdgp.core.errors import CheckpointError, StorageError
 from sgdgp.networks import Categorical, LearnedPrior, linearise
+from sgdgp.networks.sampling import Draws
 from tests.models import gp, toy_data
 
 CG = sgdgp.CG(tolerance=1e-6, preconditioner=None)
@@ -128,6 +129,21 @@ def _load_prior(path: Path) -> dict[str, Any]:
     return _target(sgdgp.load(path))
 
 
+def _drawn(draws: Draws) -> dict[str, Any]:
+    return {"weights": draws.weights, "names": draws.names, "seconds": draws.seconds}
+
+
+def _write_draws(path: Path) -> dict[str, Any]:
+    weights = torch.linspace(-1, 1, 12).view(2, 2, 3)
+    draws = Draws(weights, ["weight"], [(1, 3)], seconds=0.5)
+    draws.save(path)
+    return _drawn(draws)
+
+
+def _load_draws(path: Path) -> dict[str, Any]:
+    return _drawn(sgdgp.load(path))
+
+
 def _definition() -> SingleTaskGP:
     x, y = toy_data(12)
     return SingleTaskGP(x, y.unsqueeze(1), outcome_transform=None)
@@ -229,6 +245,9 @@ KINDS: dict[str, Kind] = {
     ),
     "sgdgp.networks.prior": Kind(
         _write_prior, _load_prior, "learned prior", True, LearnedPrior.load
+    ),
+    "sgdgp.networks.draws": Kind(
+        _write_draws, _load_draws, "draws of networks", True, Draws.load
     ),
     "sgdgp.botorch": Kind(
         _write_botorch,
