@@ -14,6 +14,14 @@ from sgdgp.networks.posterior import LinearisedPosterior, load
 from sgdgp.networks.potential import Potential
 from sgdgp.networks.predictive import GaussianPrediction
 from sgdgp.networks.priors import GPrior, Isotropic, Kronecker, Layerwise
+from sgdgp.networks.sampling import (
+    CompactGaussian,
+    Draws,
+    PosteriorComparison,
+    compare,
+    ensemble,
+    mean_field,
+)
 from sgdgp.networks.weight_solvers import (
     WeightCG,
     WeightCholesky,
@@ -29,7 +37,9 @@ __all__ = [
     "Bernoulli",
     "Categorical",
     "Certificate",
+    "CompactGaussian",
     "Comparison",
+    "Draws",
     "Dual",
     "GPrior",
     "Gaussian",
@@ -41,15 +51,19 @@ __all__ = [
     "Likelihood",
     "LinearisedNetwork",
     "LinearisedPosterior",
+    "PosteriorComparison",
     "Potential",
     "WeightCG",
     "WeightCholesky",
     "WeightKronecker",
     "WeightSGD",
     "certify",
+    "compare",
+    "ensemble",
     "linearise",
     "linearize",
     "load",
+    "mean_field",
     "process_group",
     "started",
 ]

@@ -201,10 +201,16 @@ class Potential:
 
     @torch.no_grad()
     def value_and_gradient(
-        self, weights: Float[Tensor, "k D"]
+        self, weights: Float[Tensor, "k D"], batch: Batch | None = None
     ) -> tuple[Float[Tensor, " k"], Float[Tensor, "k D"]]:
-        """U and its gradient at each row, by one pass over the data."""
-        losses, slopes = self._losses(weights, with_slopes=True)
+        """U and its gradient at each row, by one pass over the data.
+
+        Args:
+            weights: Rows.
+            batch: Some of the stream's examples, drawn at random, that stand for all:
+                the estimates are unbiased. Default: all.
+        """
+        losses, slopes = self._losses(weights, with_slopes=True, batch=batch)
         offsets, pulled = self._prior_pull(weights)
         return losses + 0.5 * (offsets * pulled).sum(1), slopes + pulled
 
@@ -224,19 +230,24 @@ class Potential:
         return offsets, self.prior.matmul(offsets.mT).mT
 
     def _losses(
-        self, weights: Tensor, with_slopes: bool
+        self, weights: Tensor, with_slopes: bool, batch: Batch | None = None
     ) -> tuple[Float[Tensor, " k"], Float[Tensor, "k D"]]:
-        """Losses of the data, and their gradients or zeros."""
+        """Losses of the data, or of a batch for all, and their gradients or zeros."""
         self._check(weights)
         losses, slopes = weights.new_zeros(len(weights)), torch.zeros_like(weights)
-        for function, batch in self._data:
-            for some in slices(len(weights), self._networks_at_once(len(batch.y))):
+        data, share = self._data, 1.0
+        if batch is not None:
+            data = [(self.tangent.function(batch.x), batch)]
+            share = self.stream.num_rows / len(batch.y)
+        for function, part in data:
+            for some in slices(len(weights), self._networks_at_once(len(part.y))):
                 leaf = weights[some].detach().requires_grad_(with_slopes)
                 with torch.set_grad_enabled(with_slopes):
-                    found = self._loss(self._forward(function, leaf), batch.y)
+                    found = self._loss(self._forward(function, leaf), part.y)
                     if with_slopes:
                         slopes[some] += torch.autograd.grad(found.sum(), leaf)[0]
                 losses[some] += found.detach()
+        losses, slopes = losses * share, slopes * share
         self.stream.processes.sum_(losses, slopes)
         return losses, slopes
 

@@ -1,6 +1,15 @@
 """Reference posteriors of a network's weights, without the Gaussian assumption."""
 
 from sgdgp.networks.sampling.compact import CompactGaussian
+from sgdgp.networks.sampling.comparison import PosteriorComparison, compare
 from sgdgp.networks.sampling.draws import Draws
+from sgdgp.networks.sampling.variational import ensemble, mean_field
 
-__all__ = ["CompactGaussian", "Draws"]
+__all__ = [
+    "CompactGaussian",
+    "Draws",
+    "PosteriorComparison",
+    "compare",
+    "ensemble",
+    "mean_field",
+]

@@ -6,10 +6,12 @@ factors F (D, k): none where weights are independent, some leading directions of
 draws, or all of them. The marginal variance of each weight is that of the draws
 whatever k is: what factors leave out of it stays in the remainder.
 
-With fewer draws than weights the empirical covariance S is singular. Correlations are
-then shrunk towards none, (1 - s) S + s diag(S), by the s of least expected squared
-error (Schaefer and Strimmer, Statistical Applications in Genetics and Molecular Biology
-4, 2005), which takes draws for independent ones.
+With no more draws than weights the empirical covariance S is singular. For a density
+correlations are then shrunk towards none, (1 - s) S + s diag(S), by the s of least
+expected squared error (Schaefer and Strimmer, Statistical Applications in Genetics and
+Molecular Biology 4, 2005), which takes draws for independent ones. Little of it is much
+where a network holds combinations of weights far more tightly than each weight: samples
+predict better without (``shrinkage=0``).
 
 A mean-field fit has *conditional* deviations, about 1 / sqrt of the precision's
 diagonal: they are smaller than the marginal ones of draws wherever weights are
@@ -19,7 +21,7 @@ correlated, however well either is found.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias, TypeVar, get_args
 
@@ -33,6 +35,7 @@ from sgdgp.core.seeds import generator_of, standard_normal
 from sgdgp.networks.curvature import TangentData, WeightSystem
 from sgdgp.networks.evidence import EXACT_SIZE
 from sgdgp.networks.posterior import LinearisedPosterior
+from sgdgp.networks.sampling.draws import Draws
 from sgdgp.tangent.network import chosen_weights
 
 Covariance: TypeAlias = Literal["diagonal", "low_rank", "full"]
@@ -42,6 +45,10 @@ Deviations: TypeAlias = Literal["marginal", "conditional"]
 """Of each weight whatever the others are, or given the others."""
 
 Network = TypeVar("Network", bound=nn.Module)
+
+_MIXED = 1.1
+"""Largest R-hat of weights that goes without saying: of aligned chains of one mode the
+largest of a thousand weights is about 1.05, of copies or modes it is beyond 1.5."""
 
 DEFAULT_RANK = 10
 """Factors of a low rank unless told otherwise."""
@@ -71,7 +78,7 @@ class CompactGaussian:
     @classmethod
     def of(
         cls,
-        draws: Float[Tensor, "K D"],
+        draws: Draws | Float[Tensor, "K D"],
         covariance: Covariance = "diagonal",
         *,
         rank: int | None = None,
@@ -80,26 +87,32 @@ class CompactGaussian:
         """Mean and covariance of draws.
 
         Args:
-            draws: Weights of K networks as rows (K, D), aligned.
+            draws: Aligned ``Draws``, or weights of K networks as rows (K, D).
             covariance: "diagonal", "low_rank" or "full".
             rank: Factors of a low rank, at most K - 2. Default: 10, or fewer if so.
-            shrinkage: Of the correlations of a full covariance, from 0 (needs more
-                draws than weights) to 1 (none are left). Default: estimated.
+            shrinkage: Of the correlations of a full covariance, from 0 to 1 (none are
+                left). Default: none with more draws than weights, else estimated; at 0
+                there are samples then, but no density.
 
         Raises:
             TypeError: Not a matrix of floating-point numbers.
             ValueError: One draw only, or settings that do not fit; says which.
         """
-        check_matrix("draws", draws)
-        check_finite("draws", draws)
-        if len(draws) < 2:
+        rows = draws.flat if isinstance(draws, Draws) else draws
+        check_matrix("draws", rows)
+        check_finite("draws", rows)
+        if len(rows) < 2:
             raise ValueError(
                 "draws: one network has no variance; expected at least two draws, "
                 "found 1"
             )
-        mean = draws.mean(0)
-        root = (draws - mean) / (len(draws) - 1) ** 0.5
-        return cls._of_root(mean, root, covariance, rank, shrinkage)
+        mean = rows.mean(0)
+        root = (rows - mean) / (len(rows) - 1) ** 0.5
+        found = cls._of_root(mean, root, covariance, rank, shrinkage)
+        if not isinstance(draws, Draws):
+            return found
+        warnings = (*found.warnings, *_caveats(draws))
+        return replace(found, names=tuple(draws.names), warnings=warnings)
 
     @classmethod
     @torch.no_grad()
@@ -178,38 +191,37 @@ class CompactGaussian:
             left = variance - factors.square().sum(1)
             left = left.maximum(torch.finfo(root.dtype).eps * variance)
             return cls(mean, left, factors)
+        singular = size <= count
         if shrinkage is None:
-            shrinkage = _shrinkage(root)
+            shrinkage = _shrinkage(root) if singular else 0.0
         check_number("shrinkage", shrinkage)
-        if not 0 <= shrinkage <= 1 or (shrinkage == 0 and size <= count):
+        if not 0 <= shrinkage <= 1:
             raise ValueError(
-                f"shrinkage: expected a number from 0 (without) to 1, found {shrinkage}"
-                if size > count
-                else f"shrinkage: {size} draws of {count} weights have a singular "
-                f"covariance; expected more than 0 and at most 1, found {shrinkage}"
+                f"shrinkage: expected a number from 0 to 1, found {shrinkage}"
             )
-        if size > count:
-            root = torch.linalg.qr(root).R
-        # Without any, factors are all there is, and a density needs something beside.
-        least = max(shrinkage, torch.finfo(root.dtype).eps)
-        factors = root.mT * (1 - shrinkage) ** 0.5
-        warnings = (
-            f"Correlations of {size} draws of {count} weights were shrunk by "
-            f"{shrinkage:.2g} of themselves.",
-        )
-        return cls(
-            mean,
-            least * variance,
-            factors,
-            warnings=warnings if size <= count else (),
-        )
+        if singular:
+            warning = (
+                f"Correlations of {size} draws of {count} weights were shrunk by "
+                f"{shrinkage:.2g} of themselves."
+            )
+            factors = root.mT * (1 - shrinkage) ** 0.5
+            return cls(mean, shrinkage * variance, factors, warnings=(warning,))
+        deviation = variance.sqrt()
+        z = root / deviation.where(deviation > 0, 1.0)
+        values, vectors = torch.linalg.eigh(z.mT @ z)
+        values = (1 - shrinkage) * values.clamp_min(0.0) + shrinkage
+        # What all directions have is the remainder, so that nothing cancels.
+        own = 0.5 * values[0]
+        factors = deviation[:, None] * vectors * (values - own).sqrt()
+        return cls(mean, own * variance, factors)
 
     def __str__(self) -> str:
         rank = self.factors.shape[1]
         kind = f"{rank} factors" if rank else "independent weights"
-        low, middle, high = self.standard_deviation.quantile(
-            self.mean.new_tensor([0.05, 0.5, 0.95])
-        ).tolist()
+        deviations = self.standard_deviation.sort().values
+        low, middle, high = (
+            float(deviations[int(q * (len(deviations) - 1))]) for q in (0.05, 0.5, 0.95)
+        )
         lines = [
             f"Gaussian of {len(self.mean)} weights, {kind}; {self.deviations} standard "
             f"deviations {middle:.3g} (5 to 95 %: {low:.3g} to {high:.3g})",
@@ -233,17 +245,29 @@ class CompactGaussian:
         return self.mean.abs() / self.standard_deviation
 
     @property
+    def independent(self) -> CompactGaussian:
+        """The same means and variances without correlations."""
+        if not self.factors.shape[1]:
+            return self
+        none = self.factors[:, :0]
+        return replace(self, remainder=self.marginal_variance, factors=none)
+
+    @property
     def distribution(self) -> LowRankMultivariateNormal:
         """The same in torch.distributions, in float64.
 
         Raises:
-            ValueError: A weight does not vary, so that there is no density.
+            ValueError: It is singular, so that there is no density.
         """
         if not (self.remainder > 0).all():
             fixed = int((self.remainder <= 0).nonzero()[0])
+            varies = bool(self.marginal_variance[fixed] > 0)
             raise ValueError(
-                f"draws: weight {fixed} is the same in all of them, so that they have "
-                "no density"
+                "shrinkage: without any, no more draws than weights have a singular "
+                "covariance and no density"
+                if varies
+                else f"draws: weight {fixed} is the same in all of them, so that they "
+                "have no density"
             )
         factors = self.factors.double()
         if not factors.shape[1]:
@@ -329,6 +353,23 @@ def network_at(
         for name, part in zip(chosen, weights.split(sizes), strict=True):
             parameters[name].copy_(part.view_as(parameters[name]))
     return found
+
+
+def _caveats(draws: Draws) -> Iterator[str]:
+    """What draws say against their moments."""
+    yield from draws.caveats()
+    try:
+        r_hat = draws.r_hat()
+    except ValueError:
+        return  # too few draws of each chain, of which there is a caveat
+    moving = r_hat[~r_hat.isnan()]
+    if len(moving) and float(moving.max()) > _MIXED:
+        yield (
+            f"R-hat of the weights is {float(moving.median()):.2f} in the median and "
+            f"{float(moving.max()):.2f} at most, expected up to {_MIXED}: the moments "
+            "are over copies of the network that differ by a symmetry (align the draws "
+            "first), or over different modes."
+        )
 
 
 def _exact_variance(posterior: LinearisedPosterior) -> Float[Tensor, " D"]:
