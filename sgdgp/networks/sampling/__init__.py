@@ -3,12 +3,15 @@
 from sgdgp.networks.sampling.compact import CompactGaussian
 from sgdgp.networks.sampling.comparison import PosteriorComparison, compare
 from sgdgp.networks.sampling.draws import Draws
+from sgdgp.networks.sampling.symmetry import Symmetry, SymmetryGroup
 from sgdgp.networks.sampling.variational import ensemble, mean_field
 
 __all__ = [
     "CompactGaussian",
     "Draws",
     "PosteriorComparison",
+    "Symmetry",
+    "SymmetryGroup",
     "compare",
     "ensemble",
     "mean_field",

@@ -2,10 +2,10 @@
 
 The units of a hidden layer can be exchanged, rows before them with columns after them.
 Where what comes between is odd, as tanh, a unit can change its sign; where it is
-positively homogeneous, as ReLU, what goes into it can be multiplied by a positive number
-and what comes out divided. None of this changes the network's function, so that draws
-of its weights lie in n! 2^n copies of each mode. An isotropic prior has permutations
-and signs for symmetries too, but no scales.
+positively homogeneous, as ReLU, what goes into it can be multiplied by a positive
+number and what comes out divided. None of this changes the network's function, so that
+draws of its weights lie in n! 2^n copies of each mode. An isotropic prior has
+permutations and signs for symmetries too, but no scales.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import copy
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from jaxtyping import Float, Int
@@ -23,14 +23,15 @@ from torch.utils._pytree import tree_leaves
 
 from sgdgp.core.checks import check_count
 from sgdgp.core.seeds import generator_of
-from sgdgp.networks.sampling.tracing import Trace, traced
+from sgdgp.networks.sampling.tracing import traced
+from sgdgp.networks.sampling.units import Space, Trace, leaves, size_of
 from sgdgp.tangent import Tangent
 from sgdgp.tangent.network import Weights, arguments, check_network, chosen_weights
 
-Role = Literal["out", "in", "fixed"]
+Role: TypeAlias = Literal["out", "in", "fixed"]
 """How weights go with a unit's sign and scale: as its value, inversely, not at all."""
 
-Buffers = Literal["constant", "permuted"]
+Buffers: TypeAlias = Literal["constant", "permuted"]
 """Whether running statistics stay where they are, or go with their units."""
 
 KINDS = {
@@ -105,7 +106,7 @@ class SymmetryGroup:
     @classmethod
     def of(
         cls,
-        network: nn.Module | Tangent | Any,
+        network: nn.Module | Any,
         x: Any = None,
         weights: Weights = None,
         *,
@@ -120,15 +121,15 @@ class SymmetryGroup:
         Args:
             network: In evaluation mode; or what has one as its ``tangent``, such as a
                 posterior, whose uncertain weights are meant.
-            x: Some inputs, one example will do. Default: random ones, if the first layer
-                is linear.
+            x: Some inputs, one example will do. Default: random ones, if the first
+                layer is linear.
             weights: The uncertain weights, see
                 :func:`sgdgp.tangent.network.chosen_weights`. All others are constants,
                 which hold still the units that they tell apart.
             buffers: ``"constant"``: running statistics are the same in all draws, so
-                that units with a batch norm cannot be exchanged. ``"permuted"``: they go
-                with their units, as between networks that were trained apart; then it
-                takes ``apply_to`` to keep the function.
+                that units with a batch norm cannot be exchanged. ``"permuted"``: they
+                go with their units, as between networks that were trained apart; then
+                it takes ``apply_to`` to keep the function.
 
         Raises:
             TypeError: Not a network.
@@ -136,7 +137,7 @@ class SymmetryGroup:
                 is not a function of what has been followed.
         """
         network, names, shapes = _layout(network, weights)
-        if buffers not in ("constant", "permuted"):
+        if buffers not in get_args(Buffers):
             raise ValueError(
                 f"buffers: expected 'constant' or 'permuted', found {buffers!r}"
             )
@@ -169,7 +170,7 @@ class SymmetryGroup:
     @classmethod
     def given(
         cls,
-        network: nn.Module | Tangent | Any,
+        network: nn.Module | Any,
         axes: Mapping[str, tuple[str, Sequence[tuple[Any, ...]]]],
         x: Any = None,
         weights: Weights = None,
@@ -180,10 +181,10 @@ class SymmetryGroup:
             network: See ``of``.
             axes: For each hidden layer, by a name, the kind of all that is done to its
                 units (``"odd"``, ``"homogeneous"``, ``"linear"`` or ``"other"``), and
-                the weights that belong to them: tuples of the tensor's name and its axis
-                that counts the units, and, as far as they are not so, entries of the axis
-                for each unit (1; pixels of a channel that was flattened) and role
-                (``"out"`` of axis 0, ``"in"`` of others): ``{"hidden": ("odd",
+                the weights that belong to them: tuples of the tensor's name and its
+                axis that counts the units, and, as far as they are not so, entries of
+                the axis for each unit (1; pixels of a channel that was flattened) and
+                role (``"out"`` of axis 0, ``"in"`` of others): ``{"hidden": ("odd",
                 [("0.weight", 0), ("0.bias", 0), ("2.weight", 1)])}``.
             x: Inputs at which a random member is tried. Default: none is.
             weights: See ``of``.
@@ -269,13 +270,13 @@ class SymmetryGroup:
         for axis in self.axes:
             shape = (*batch, axis.size)
             order = torch.rand(*shape, generator=generator, dtype=torch.float64)
-            signs = 1.0 - 2.0 * torch.randint(2, shape, generator=generator)
+            flips = 1.0 - 2.0 * torch.randint(2, shape, generator=generator)
             powers = torch.randint(-2, 3, shape, generator=generator)
             one = torch.ones(shape, dtype=torch.float64)
             parts.append(
                 (
                     order.argsort(-1),
-                    signs.double() if axis.signs else one,
+                    flips.double() if axis.signs else one,
                     2.0 ** powers.double() if axis.scales else one,
                 )
             )
@@ -314,7 +315,9 @@ class SymmetryGroup:
                 torch.cat([leaf.flatten() for leaf in tree_leaves(out)])
                 for out in (n(*args, **kwargs) for n in (self.network, moved))
             )
-        allowed = _TOLERANCE.get(before.dtype, 1e-3) * max(1.0, float(before.abs().max()))
+        allowed = _TOLERANCE.get(before.dtype, 1e-3) * max(
+            1.0, float(before.abs().max())
+        )
         change = float((after - before).abs().max())
         if not change <= allowed:
             raise ValueError(
@@ -329,9 +332,9 @@ class SymmetryGroup:
 class Symmetry:
     """A member of a group, or a batch of members.
 
-    Unit i of a new network is unit ``permutation[i]`` of the old one, times its sign and
-    scale. Permutations and signs are undone to the last bit, scales if they are powers
-    of two.
+    Unit i of a new network is unit ``permutation[i]`` of the old one, times its sign
+    and scale. Permutations and signs are undone to the last bit, scales if they are
+    powers of two.
 
     Attributes:
         group: The group.
@@ -341,9 +344,9 @@ class Symmetry:
     """
 
     group: SymmetryGroup
-    permutations: tuple[Int[Tensor, "..."], ...]
-    signs: tuple[Float[Tensor, "..."], ...]
-    scales: tuple[Float[Tensor, "..."], ...]
+    permutations: tuple[Int[Tensor, "*batch _"], ...]
+    signs: tuple[Float[Tensor, "*batch _"], ...]
+    scales: tuple[Float[Tensor, "*batch _"], ...]
 
     @property
     def batch(self) -> tuple[int, ...]:
@@ -393,11 +396,10 @@ class Symmetry:
     def compose(self, other: Symmetry) -> Symmetry:
         """The other first, then this one."""
         parts = []
+        batch = torch.broadcast_shapes(self.batch, other.batch)
         for i, own in enumerate(self.permutations):
-            batch = torch.broadcast_shapes(self.batch, other.batch)
-            own = own.expand(*batch, -1)
             permutation, sign, scale = (
-                values[i].expand(*batch, -1).gather(-1, own)
+                values[i].expand(*batch, -1).gather(-1, own.expand(*batch, -1))
                 for values in (other.permutations, other.signs, other.scales)
             )
             parts.append((permutation, self.signs[i] * sign, self.scales[i] * scale))
@@ -405,13 +407,13 @@ class Symmetry:
         return Symmetry(self.group, permutations, signs, scales)
 
     @property
-    def transpositions(self) -> dict[str, Int[Tensor, "..."]]:
+    def transpositions(self) -> dict[str, Int[Tensor, "*batch"]]:
         """Fewest transpositions that make each permutation: n minus its cycles."""
         names = (axis.name for axis in self.group.axes)
         return dict(zip(names, map(_transpositions, self.permutations), strict=True))
 
     @property
-    def total_transpositions(self) -> Int[Tensor, "..."]:
+    def total_transpositions(self) -> Int[Tensor, "*batch"]:
         """The same of all hidden axes."""
         return torch.stack(list(self.transpositions.values())).sum(0)
 
@@ -437,7 +439,7 @@ class Symmetry:
 
 
 def _transpositions(permutation: Tensor) -> Tensor:
-    """n minus the number of cycles, by the least member of each."""
+    """How many units are not the least member of their cycle."""
     least = torch.arange(permutation.shape[-1]).expand(permutation.shape)
     first, jump = least, permutation
     for _ in range(max(1, permutation.shape[-1] - 1).bit_length()):
@@ -447,7 +449,7 @@ def _transpositions(permutation: Tensor) -> Tensor:
 
 
 def _layout(
-    network: nn.Module | Tangent | Any, weights: Weights
+    network: nn.Module | Any, weights: Weights
 ) -> tuple[nn.Module, tuple[str, ...], tuple[tuple[int, ...], ...]]:
     """A network, and names and shapes of its uncertain weights."""
     tangent = getattr(network, "tangent", network)
@@ -470,8 +472,8 @@ def _some_inputs(network: nn.Module) -> Tensor:
     first = next((m for m in network.modules() if [*m.parameters(recurse=False)]), None)
     if not isinstance(first, nn.Linear):
         raise ValueError(
-            f"x: the first layer of the network is {type(first).__name__}; expected some "
-            "inputs, such as one example"
+            f"x: the first layer of the network is {type(first).__name__}; expected "
+            "some inputs, such as one example"
         )
     weight = first.weight
     generator = torch.Generator().manual_seed(0)
@@ -483,16 +485,16 @@ def _axes_of(
     trace: Trace, moving: set[str]
 ) -> tuple[tuple[HiddenAxis, ...], dict[str, str]]:
     """Hidden axes of a trace, and why others hold still."""
-    blocks: dict[Any, list[Block]] = {}
+    blocks: dict[Space, list[Block]] = {}
     for name, axes in trace.axes.items():
-        sizes = [math.prod(f.space.size for f in axis) for axis in axes]
+        sizes = [size_of(axis) for axis in axes]
         for i, axis in enumerate(axes):
             before, after = math.prod(sizes[:i]), math.prod(sizes[i:])
             roles = trace.roles.get((name, i), {"fixed"})
             role: Role = "fixed"
             if "fixed" not in roles:
                 role = "out" if "out" in roles else "in"
-            for factor in (leaf for f in axis for leaf in f.leaves()):
+            for factor in leaves(axis):
                 space = factor.space
                 after //= space.size
                 found = blocks.setdefault(space, [])
@@ -500,11 +502,10 @@ def _axes_of(
                 before *= space.size
                 if len(roles) > 1:
                     space.restrict(odd="fixed" not in roles, homogeneous=False)
-    reads = {}
+    reads: dict[Space, tuple[int, int, int, int, int]] = {}
     for contraction in trace.contractions:
-        factors = [leaf for factor in contraction.factors for leaf in factor.leaves()]
-        before, after = 1, math.prod(factor.space.size for factor in factors)
-        for factor in factors:
+        before, after = 1, size_of(contraction.factors)
+        for factor in leaves(contraction.factors):
             after //= factor.space.size
             where = (contraction.call, contraction.operand, contraction.axis)
             reads.setdefault(factor.space, (*where, before, after))
@@ -550,18 +551,20 @@ def _given(
     blocks, sizes = [], {}
     for tensor, dim, *rest in tensors:
         if tensor not in shapes:
-            raise ValueError(f"{where}: no weights {tensor!r}; there are {list(shapes)}")
+            raise ValueError(
+                f"{where}: no weights {tensor!r}; there are {list(shapes)}"
+            )
         shape = shapes[tensor]
         if not 0 <= dim < len(shape):
             raise ValueError(f"{where}: {tensor!r} of shape {shape} has no axis {dim}")
         numbers = [part for part in rest if not isinstance(part, str)]
-        roles = [part for part in rest if isinstance(part, str)]
+        words = [part for part in rest if isinstance(part, str)]
         block = numbers[0] if numbers else 1
-        role = roles[0] if roles else "out" if dim == 0 else "in"
-        if role not in ("out", "in", "fixed") or shape[dim] % block:
+        role: Any = words[0] if words else "out" if dim == 0 else "in"
+        if role not in get_args(Role) or shape[dim] % block:
             raise ValueError(
-                f"{where}: expected entries for each unit that divide {shape[dim]}, and "
-                f"'out', 'in' or 'fixed', found {(tensor, dim, *rest)}"
+                f"{where}: expected entries for each unit that divide {shape[dim]}, "
+                f"and 'out', 'in' or 'fixed', found {(tensor, dim, *rest)}"
             )
         sizes[tensor] = shape[dim] // block
         before, after = math.prod(shape[:dim]), block * math.prod(shape[dim + 1 :])

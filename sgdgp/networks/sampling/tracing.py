@@ -1,19 +1,14 @@
 """Which axes of a network's weights count the same hidden units, from one run of it.
 
-Every axis of every parameter begins as a space of its own, whose units anyone may
-exchange. A run of the network makes spaces one where a function of torch lets their
-entries meet: a layer's columns and the units before it, both sides of a residual
-addition, a scale and what it scales. What a function cannot let move holds still: the
-features of the input, the outputs, pixels. A function only ever takes freedom away, so
-that what is left leaves the network's function as it is.
+The network runs once on some inputs, and every function of torch that it calls says
+what it does to the units: ``RULES``.
 """
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,140 +16,20 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-
-@dataclass(eq=False)
-class Space:
-    """Units that are exchanged together.
-
-    Attributes:
-        size: How many.
-        still: Whether they cannot be exchanged.
-        reason: Why not, where that is not what anyone expects.
-        odd: Whether each may change its sign.
-        homogeneous: Whether each may be multiplied by a positive number.
-    """
-
-    size: int
-    still: bool = False
-    reason: str = ""
-    odd: bool = True
-    homogeneous: bool = True
-    _parent: Space | None = None
-    _parts: tuple[Space, Space] | None = None
-
-    def leaves(self) -> list[Space]:
-        """The spaces whose product this one has become."""
-        root = self
-        while root._parent is not None:
-            root = root._parent
-        if root._parts is None:
-            return [root] if root.size > 1 else []
-        return [leaf for part in root._parts for leaf in part.leaves()]
-
-    def restrict(self, *, odd: bool = False, homogeneous: bool = False) -> None:
-        """What a function of the units' values leaves of signs and scales."""
-        for leaf in self.leaves():
-            leaf.odd &= odd
-            leaf.homogeneous &= homogeneous
-
-    def hold(self, reason: str = "") -> None:
-        """Let no unit move."""
-        for leaf in self.leaves():
-            leaf.still, leaf.reason = True, leaf.reason or reason
-
-
-def _split(space: Space, first: int) -> None:
-    """Make a leaf the product of two: its units are exchanged in blocks."""
-    facts = (space.still, space.reason, space.odd, space.homogeneous)
-    space._parts = (Space(first, *facts), Space(space.size // first, *facts))
-
-
-def _join(space: Space, other: Space) -> None:
-    """Make two leaves of one size the same."""
-    if space is other:
-        return
-    space.still |= other.still
-    space.reason = space.reason or other.reason
-    space.odd &= other.odd
-    space.homogeneous &= other.homogeneous
-    other._parent = space
-
-
-@dataclass(frozen=True)
-class Factor:
-    """A space, and the axes of parameters that it is read from."""
-
-    space: Space
-    sources: frozenset[tuple[str, int]] = frozenset()
-
-    def leaves(self) -> list[Factor]:
-        """The same by the leaves of the space."""
-        return [Factor(leaf, self.sources) for leaf in self.space.leaves()]
-
-
-Axis = list[Factor]
-"""Factors of an axis, the outermost first; an axis of one entry has none."""
-
-
-@dataclass(frozen=True)
-class Value:
-    """What is known of a tensor.
-
-    Attributes:
-        axes: One for each of its axes.
-        is_weight: Whether it comes from parameters and buffers alone. All else changes
-            its sign and scale along with the units that it has.
-    """
-
-    axes: list[Axis]
-    is_weight: bool = False
-
-    def factors(self) -> list[Factor]:
-        """All of them."""
-        return [leaf for axis in self.axes for leaf in leaves(axis)]
-
-
-def leaves(axis: Axis) -> Axis:
-    """An axis by the leaves of its spaces."""
-    return [leaf for factor in axis for leaf in factor.leaves()]
-
-
-def plain(size: int, reason: str = "") -> Axis:
-    """An axis that holds still."""
-    return [Factor(Space(size, still=True, reason=reason))] if size > 1 else []
-
-
-@dataclass(frozen=True)
-class Contraction:
-    """A sum over units: where hidden activations are read.
-
-    Attributes:
-        call: Number of the call of one of ``CONTRACTIONS``.
-        operand: Which of its arguments has the activations, the first ones tensors.
-        axis: Their axis.
-        factors: Its factors.
-    """
-
-    call: int
-    operand: int
-    axis: int
-    factors: Axis
-
-
-@dataclass
-class Trace:
-    """What a run of a network has shown.
-
-    Attributes:
-        axes: Axes of each parameter and buffer.
-        roles: How an axis of a parameter goes with the units: ``"out"`` as their
-            values do, ``"in"`` inversely, ``"fixed"`` not at all (signs and scales).
-        contractions: Sums over units.
-    """
-
-    axes: dict[str, list[Axis]] = field(default_factory=dict)
-    roles: dict[tuple[str, int], set[str]] = field(default_factory=dict)
-    contractions: list[Contraction] = field(default_factory=list)
+from sgdgp.networks.sampling.units import (
+    Axis,
+    Factor,
+    Space,
+    Trace,
+    Value,
+    aligned,
+    fitted,
+    leaves,
+    plain,
+    size_of,
+    split,
+    values_of,
+)
 
 
 def traced(
@@ -201,8 +76,7 @@ class Tracer(TorchFunctionMode):
     def __init__(self, network: nn.Module, constants: Mapping[str, str]) -> None:
         super().__init__()
         self.trace = Trace()
-        self._layers: list[tuple[str, str]] = []
-        self._calls = 0
+        self._layers: list[str] = []
         # The tensors are held so that no other has their id.
         self._values: dict[int, tuple[Tensor, Value]] = {}
         held = [*network.named_parameters(), *network.named_buffers()]
@@ -220,10 +94,15 @@ class Tracer(TorchFunctionMode):
         """Told when a layer begins and ends, so that errors can name it."""
 
         def enter(*_: Any) -> None:
-            self._layers.append((name, type(module).__name__))
+            kind = type(module).__name__
+            self._layers.append(
+                f"layer {name!r} ({kind})" if name else f"the forward of {kind}"
+            )
+            self.trace.layer = self._layers[-1]
 
         def leave(*_: Any) -> None:
             self._layers.pop()
+            self.trace.layer = self._layers[-1] if self._layers else ""
 
         return enter, leave
 
@@ -254,14 +133,14 @@ class Tracer(TorchFunctionMode):
         out = func(*args, **kwargs)
         found = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
         name = name_of(func)
-        self._calls += name in CONTRACTIONS
+        self.trace.calls += name in CONTRACTIONS
         moving = any(not f.space.still for v in values for f in v.factors())
         if not found or not moving:
             for tensor in found:  # what was known before it was changed in place
                 self._values.pop(id(tensor), None)
             return out
         rule = RULES.get(name)
-        call = Call(self, name, args, kwargs, found[0])
+        call = Call(self.trace, self.value, name, args, kwargs, found[0])
         try:
             if rule is None:
                 raise _Unknown
@@ -270,140 +149,18 @@ class Tracer(TorchFunctionMode):
             raise self._error(name) from error
         for tensor in found:
             if tensor.is_floating_point():
-                fitted = _fitted(value, tensor.shape)
-                if fitted is None:
+                known = fitted(value, tensor.shape)
+                if known is None:
                     raise self._error(name)
-                self._values[id(tensor)] = tensor, fitted
+                self._values[id(tensor)] = tensor, known
         return out
 
     def _error(self, name: str) -> ValueError:
-        path, kind = self._layers[-1] if self._layers else ("", "Module")
-        where = f"layer {path!r} ({kind})" if path else f"its forward ({kind})"
         return ValueError(
-            f"network: {where} calls {name!r} of hidden units, whose symmetry is not "
-            "known; give the group by hand, SymmetryGroup.given(network, "
+            f"network: {self.trace.layer} calls {name!r} of hidden units, whose "
+            "symmetry is not known; give the group by hand, SymmetryGroup.given(network, "
             "{'hidden': ('odd', [('0.weight', 0), ('0.bias', 0), ('2.weight', 1)])})"
         )
-
-    # What rules are made of.
-
-    def here(self) -> str:
-        """The layer that runs, in words."""
-        path, kind = self._layers[-1] if self._layers else ("", "Module")
-        return f"layer {path!r} ({kind})" if path else f"the network's forward ({kind})"
-
-    def assign(self, axis: Axis, role: str) -> None:
-        """Note how the parameters behind an axis go with its units."""
-        for source in (s for factor in axis for s in factor.sources):
-            self.trace.roles.setdefault(source, set()).add(role)
-
-    def unify(self, axis: Axis, other: Axis) -> Axis:
-        """Let the units of two axes be the same, and return them."""
-        left, right = leaves(axis), leaves(other)
-        found: Axis = []
-        while left and right:
-            a, b = left[0], right[0]
-            if a.space.size == b.space.size:
-                _join(a.space, b.space)
-                found.append(Factor(a.space.leaves()[0], a.sources | b.sources))
-                left, right = left[1:], right[1:]
-                # What was split or joined may stand further on.
-                left, right = leaves(left), leaves(right)
-                continue
-            large, small = (a, b) if a.space.size > b.space.size else (b, a)
-            if large.space.size % small.space.size:
-                reason = f"{self.here()} joins blocks that do not fit"
-                for factor in (*left, *right):
-                    factor.space.hold(reason)
-                return [*found, *left]
-            _split(large.space, small.space.size)
-            left, right = leaves(left), leaves(right)
-        return [*found, *left, *right]
-
-    def hold(self, axis: Axis, reason: str = "") -> None:
-        """Let an axis hold still."""
-        self.assign(axis, "fixed")
-        for factor in axis:
-            factor.space.hold(reason)
-
-    def mapped(self, value: Value, odd: bool, homogeneous: bool) -> Value:
-        """A function of each entry, or one that treats all units alike."""
-        for factor in value.factors():
-            factor.space.restrict(odd=odd, homogeneous=homogeneous)
-        if not value.is_weight or (odd and homogeneous):
-            return value
-        return self.opaque(value)
-
-    def opaque(self, value: Value) -> Value:
-        """A function of a weight that only goes along when units are exchanged."""
-        for axis in value.axes:
-            self.assign(axis, "fixed")
-            for factor in axis:
-                factor.space.restrict()
-        axes = [[Factor(f.space) for f in axis] for axis in value.axes]
-        return Value(axes, value.is_weight)
-
-    def added(self, value: Value, other: Value) -> Value:
-        """A sum: both sides change signs and scales together."""
-        axes = []
-        for a, b in _aligned(value, other):
-            for axis, beside in ((a, b), (b, a)):
-                if axis and not beside:  # the same number for every unit
-                    for factor in axis:
-                        factor.space.restrict()
-            axes.append(self.unify(a, b))
-        if value.is_weight and other.is_weight:
-            return Value(axes, is_weight=True)
-        self.assign([f for axis in axes for f in axis], "out")
-        return Value([_values_of(axis) for axis in axes])
-
-    def multiplied(self, value: Value, other: Value) -> Value:
-        """A product of entries: a weight scales units, and does not go with them."""
-        axes = []
-        both = value.is_weight and other.is_weight
-        for a, b in _aligned(value, other):
-            if both or value.is_weight == other.is_weight:
-                for factor in [*a, *b]:
-                    factor.space.restrict()
-            weight = a if value.is_weight else b
-            self.assign(weight, "fixed" if both or (a and b) else "out")
-            axes.append(_values_of(self.unify(a, b)))
-        return Value(axes, is_weight=both)
-
-    def contracted(
-        self, operand: int, value: Value, axis: int, other: Value, along: int
-    ) -> None:
-        """A sum over products along an axis of each."""
-        a, b = value.axes[axis], other.axes[along]
-        if value.is_weight == other.is_weight:
-            if not value.is_weight:  # both sides change
-                for factor in [*a, *b]:
-                    factor.space.restrict()
-            self.assign(a, "in")
-            self.assign(b, "out")
-            self.unify(a, b)
-            return
-        joined = self.unify(a, b)
-        self.assign(joined, "in")
-        if value.is_weight:
-            operand, axis = 1 - operand, along
-        found = Contraction(self._calls - 1, operand, axis, joined)
-        self.trace.contractions.append(found)
-
-
-def _fitted(value: Value, shape: Sequence[int]) -> Value | None:
-    """What is known of a tensor of that shape; None if it cannot be."""
-    if len(value.axes) != len(shape):
-        return None
-    axes = []
-    for axis, size in zip(value.axes, shape, strict=True):
-        factors = leaves(axis)
-        if math.prod(factor.space.size for factor in factors) != size:
-            if not all(factor.space.still for factor in factors):
-                return None
-            factors = plain(size)  # one of several outputs
-        axes.append(factors)
-    return Value(axes, value.is_weight)
 
 
 class _Unknown(Exception):
@@ -415,14 +172,16 @@ class Call:
     """A call of a function of torch.
 
     Attributes:
-        tracer: What follows it.
+        trace: What it leaves its marks in.
+        value_of: From a tensor to what is known of it.
         name: The function's.
         args: Its arguments.
         kwargs: Those with names.
         out: The first tensor of what it returned.
     """
 
-    tracer: Tracer
+    trace: Trace
+    value_of: Callable[[Tensor], Value]
     name: str
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
@@ -439,12 +198,12 @@ class Call:
         found = self.get(position, name)
         if not isinstance(found, Tensor):
             raise _Unknown
-        return self.tracer.value(found)
+        return self.value_of(found)
 
     def optional(self, position: int, name: str) -> Value | None:
         """The same; None if it is not there."""
         found = self.get(position, name)
-        return self.tracer.value(found) if isinstance(found, Tensor) else None
+        return self.value_of(found) if isinstance(found, Tensor) else None
 
 
 def name_of(func: Callable[..., Any]) -> str:
@@ -469,20 +228,8 @@ def _hold_where_it_differs(tensor: Tensor, axes: list[Axis], reason: str) -> Non
             axis[0].space.restrict()
 
 
-def _values_of(axis: Axis) -> Axis:
-    """An axis of values that no parameter is read from."""
-    return [Factor(factor.space) for factor in axis]
-
-
-def _aligned(value: Value, other: Value) -> list[tuple[Axis, Axis]]:
-    """Axes beside each other, as shapes are broadcast."""
-    size = max(len(value.axes), len(other.axes))
-    a, b = ([[]] * (size - len(v.axes)) + v.axes for v in (value, other))
-    return list(zip(a, b, strict=True))
-
-
 def _elementwise(odd: bool, homogeneous: bool) -> Callable[[Call], Value]:
-    return lambda call: call.tracer.mapped(call.tensor(0), odd, homogeneous)
+    return lambda call: call.trace.mapped(call.tensor(0), odd, homogeneous)
 
 
 def _dropout(call: Call) -> Value:
@@ -499,7 +246,7 @@ def _clamp(call: Call) -> Value:
         raise _Unknown
     odd = low is not None and high is not None and low == -high
     homogeneous = (low, high) in ((0, None), (None, 0))
-    return call.tracer.mapped(call.tensor(0), odd, homogeneous)
+    return call.trace.mapped(call.tensor(0), odd, homogeneous)
 
 
 def _power(call: Call) -> Value:
@@ -507,83 +254,83 @@ def _power(call: Call) -> Value:
     if not isinstance(exponent, int | float):
         raise _Unknown
     odd = exponent % 2 == 1
-    return call.tracer.mapped(call.tensor(0), odd, homogeneous=False)
+    return call.trace.mapped(call.tensor(0), odd, homogeneous=False)
 
 
 def _prelu(call: Call) -> Value:
     value, slope = call.tensor(0), call.tensor(1, "weight")
-    call.tracer.mapped(value, odd=False, homogeneous=True)
+    call.trace.mapped(value, odd=False, homogeneous=True)
     beside = _along(slope, 1 if len(value.axes) > 1 else 0, len(value.axes))
-    return call.tracer.multiplied(value, beside)
+    return call.trace.multiplied(value, beside)
 
 
 def _sum(call: Call) -> Value:
     value, other = call.optional(0, "input"), call.optional(1, "other")
     if value and other:
-        return call.tracer.added(value, other)
+        return call.trace.added(value, other)
     value = value or other
     if value is None:
         raise _Unknown
-    return call.tracer.mapped(value, odd=False, homogeneous=False)
+    return call.trace.mapped(value, odd=False, homogeneous=False)
 
 
 def _product(call: Call) -> Value:
     value, other = call.optional(0, "input"), call.optional(1, "other")
     if value and other:
-        return call.tracer.multiplied(value, other)
+        return call.trace.multiplied(value, other)
     value = value or other
     if value is None:
         raise _Unknown
     inverse = call.name in ("rdiv", "rtruediv")
-    return call.tracer.mapped(value, odd=True, homogeneous=not inverse)
+    return call.trace.mapped(value, odd=True, homogeneous=not inverse)
 
 
 def _quotient(call: Call) -> Value:
     value, other = call.tensor(0), call.optional(1, "other")
-    return call.tracer.multiplied(value, call.tracer.opaque(other)) if other else value
+    return call.trace.multiplied(value, call.trace.opaque(other)) if other else value
 
 
 def _matmul(call: Call) -> Value:
     a, b = call.tensor(0), call.tensor(1, "other" if call.name == "matmul" else "mat2")
-    return _matrix_product(call.tracer, a, b)
+    return _matrix_product(call.trace, a, b)
 
 
-def _matrix_product(tracer: Tracer, a: Value, b: Value) -> Value:
+def _matrix_product(trace: Trace, a: Value, b: Value) -> Value:
     along = max(len(b.axes) - 2, 0)
-    tracer.contracted(0, a, len(a.axes) - 1, b, along)
+    trace.contracted(0, a, len(a.axes) - 1, b, along)
     both = a.is_weight and b.is_weight
     rows = a.axes[-2:-1]
     columns = b.axes[-1:] if len(b.axes) > 1 else []
     for value, axis in ((a, rows), (b, columns)):
         if value.is_weight and not both:
-            tracer.assign([f for part in axis for f in part], "out")
-    batch = _aligned(Value(a.axes[:-2]), Value(b.axes[:-2]))
+            trace.assign([f for part in axis for f in part], "out")
+    batch = aligned(Value(a.axes[:-2]), Value(b.axes[:-2]))
     for x, y in batch:
         if x and y:
-            tracer.assign([*x, *y], "fixed")
+            trace.assign([*x, *y], "fixed")
             for factor in [*x, *y]:
                 factor.space.restrict()
-    axes = [tracer.unify(x, y) for x, y in batch] + rows + columns
-    return Value(axes if both else [_values_of(axis) for axis in axes], both)
+    axes = [trace.unify(x, y) for x, y in batch] + rows + columns
+    return Value(axes if both else [values_of(axis) for axis in axes], both)
 
 
 def _addmm(call: Call) -> Value:
     a, b = call.tensor(1, "mat1"), call.tensor(2, "mat2")
-    return call.tracer.added(_matrix_product(call.tracer, a, b), call.tensor(0))
+    return call.trace.added(_matrix_product(call.trace, a, b), call.tensor(0))
 
 
 def _linear(call: Call) -> Value:
-    tracer = call.tracer
+    trace = call.trace
     x, weight = call.tensor(0), call.tensor(1, "weight")
     bias = call.optional(2, "bias")
     if x.is_weight and not weight.is_weight:
         raise _Unknown
-    out = _matrix_product(tracer, x, Value(weight.axes[::-1], weight.is_weight))
-    return tracer.added(out, bias) if bias else out
+    out = _matrix_product(trace, x, Value(weight.axes[::-1], weight.is_weight))
+    return trace.added(out, bias) if bias else out
 
 
 def _convolution(call: Call) -> Value:
-    tracer = call.tracer
+    trace = call.trace
     transposed = "transpose" in call.name
     x, weight = call.tensor(0), call.tensor(1, "weight")
     bias = call.optional(2, "bias")
@@ -592,26 +339,26 @@ def _convolution(call: Call) -> Value:
     channel = len(x.axes) - count - 1
     shapes = [plain(size) for size in call.out.shape[channel + 1 :]]
     for axis in weight.axes[2:]:
-        tracer.hold(axis)
+        trace.hold(axis)
     inputs = x.axes[channel]
-    size = math.prod(f.space.size for f in leaves(inputs))
+    size = size_of(inputs)
     into, out = (0, 1) if transposed else (1, 0)
     if groups == 1:
-        tracer.contracted(0, x, channel, weight, into)
+        trace.contracted(0, x, channel, weight, into)
         channels = weight.axes[out]
-        tracer.assign(channels, "out")
+        trace.assign(channels, "out")
     elif groups == size and not transposed:
         many = call.out.shape[channel] // size
-        channels = tracer.unify(weight.axes[0], [*inputs, *plain(many)])
-        tracer.assign(channels, "fixed")
+        channels = trace.unify(weight.axes[0], [*inputs, *plain(many)])
+        trace.assign(channels, "fixed")
     else:
-        reason = f"{tracer.here()} is a convolution in {groups} groups"
+        reason = f"{trace.layer} is a convolution in {groups} groups"
         for axis in (inputs, *weight.axes[:2]):
-            tracer.hold(axis, reason)
+            trace.hold(axis, reason)
         channels = plain(call.out.shape[channel], reason)
-    value = Value([*x.axes[:channel], _values_of(channels), *shapes])
+    value = Value([*x.axes[:channel], values_of(channels), *shapes])
     if bias:
-        value = tracer.added(value, _along(bias, channel, len(value.axes)))
+        value = trace.added(value, _along(bias, channel, len(value.axes)))
     return value
 
 
@@ -623,15 +370,15 @@ def _along(value: Value, axis: int, ndim: int) -> Value:
 
 
 def _affine(
-    tracer: Tracer, value: Value, weight: Value | None, bias: Value | None
+    trace: Trace, value: Value, weight: Value | None, bias: Value | None
 ) -> Value:
     if weight:
-        value = tracer.multiplied(value, weight)
-    return tracer.added(value, bias) if bias else value
+        value = trace.multiplied(value, weight)
+    return trace.added(value, bias) if bias else value
 
 
 def _batch_norm(call: Call) -> Value:
-    tracer, value, ndim = call.tracer, call.tensor(0), call.out.ndim
+    trace, value, ndim = call.trace, call.tensor(0), call.out.ndim
     if call.get(5, "training", False):
         raise _Unknown
     mean, variance, weight, bias = (
@@ -645,14 +392,14 @@ def _batch_norm(call: Call) -> Value:
     )
     if mean is None or variance is None:
         raise _Unknown
-    value = tracer.added(value, mean)
-    value = tracer.mapped(value, odd=True, homogeneous=False)
-    value = tracer.multiplied(value, variance)
-    return _affine(tracer, value, weight, bias)
+    value = trace.added(value, mean)
+    value = trace.mapped(value, odd=True, homogeneous=False)
+    value = trace.multiplied(value, variance)
+    return _affine(trace, value, weight, bias)
 
 
 def _group_norm(call: Call) -> Value:
-    tracer, value, ndim = call.tracer, call.tensor(0), call.out.ndim
+    trace, value, ndim = call.trace, call.tensor(0), call.out.ndim
     instance = call.name == "instance_norm"
     channels = call.out.shape[1]
     groups = channels if instance else call.get(1, "num_groups")
@@ -661,38 +408,38 @@ def _group_norm(call: Call) -> Value:
         raise _Unknown
     weight, bias = call.optional(first, "weight"), call.optional(first + 1, "bias")
     if groups not in (1, channels):
-        tracer.hold(value.axes[1], f"{tracer.here()} normalises groups of channels")
-    value = tracer.mapped(value, odd=groups == channels, homogeneous=False)
+        trace.hold(value.axes[1], f"{trace.layer} normalises groups of channels")
+    value = trace.mapped(value, odd=groups == channels, homogeneous=False)
     parts = (None if part is None else _along(part, 1, ndim) for part in (weight, bias))
-    return _affine(tracer, value, *parts)
+    return _affine(trace, value, *parts)
 
 
 def _layer_norm(call: Call) -> Value:
-    tracer, value = call.tracer, call.tensor(0)
+    trace, value = call.trace, call.tensor(0)
     count = len(call.get(1, "normalized_shape"))
     centred = call.name == "layer_norm"
     if centred:
         for factor in (f for axis in value.axes[-count:] for f in axis):
             factor.space.restrict()
-    value = tracer.mapped(value, odd=True, homogeneous=False)
+    value = trace.mapped(value, odd=True, homogeneous=False)
     bias = call.optional(3, "bias") if centred else None
-    return _affine(tracer, value, call.optional(2, "weight"), bias)
+    return _affine(trace, value, call.optional(2, "weight"), bias)
 
 
 def _pooled(odd: bool) -> Callable[[Call], Value]:
     def rule(call: Call) -> Value:
-        tracer, value = call.tracer, call.tensor(0)
+        trace, value = call.trace, call.tensor(0)
         digits = re.search(r"(\d)d", call.name)
         count = int(digits[1]) if digits else call.out.ndim - 2
-        return _spread(tracer, value, call.out, count, odd)
+        return _spread(trace, value, call.out, count, odd)
 
     return rule
 
 
-def _spread(tracer: Tracer, value: Value, out: Tensor, count: int, odd: bool) -> Value:
+def _spread(trace: Trace, value: Value, out: Tensor, count: int, odd: bool) -> Value:
     """A function that mixes the entries of the last axes, for each unit alike."""
-    value = tracer.mapped(value, odd=odd, homogeneous=True)
-    reason = f"{tracer.here()} mixes neighbours along the axis"
+    value = trace.mapped(value, odd=odd, homogeneous=True)
+    reason = f"{trace.layer} mixes neighbours along the axis"
     for axis in value.axes[-count:]:
         for factor in axis:
             if not factor.space.still:
@@ -705,22 +452,22 @@ def _pad(call: Call) -> Value:
     count = len(call.get(1, "pad")) // 2
     value = call.tensor(0)
     if call.get(2, "mode", "constant") == "constant" and call.get(3, "value"):
-        value = call.tracer.mapped(value, odd=False, homogeneous=False)
-    return _spread(call.tracer, value, call.out, count, odd=True)
+        value = call.trace.mapped(value, odd=False, homogeneous=False)
+    return _spread(call.trace, value, call.out, count, odd=True)
 
 
 def _reshaped(call: Call) -> Value:
     value = call.tensor(0)
     factors, axes = value.factors(), []
     for size in call.out.shape:
-        axis: Axis = []
-        while size > 1:
+        axis, missing = [], size
+        while missing > 1:
             factor, need = factors[0], factors[0].space.size
-            if need <= size and size % need == 0:
+            if missing % need == 0:
                 axis.append(factor)
-                factors, size = factors[1:], size // need
-            elif need % size == 0:
-                _split(factor.space, size)
+                factors, missing = factors[1:], missing // need
+            elif need % missing == 0:
+                split(factor.space, missing)
                 factors = leaves(factors)
             else:
                 raise _Unknown
@@ -752,20 +499,20 @@ def _widened(call: Call) -> Value:
 
 def _reduced(odd: bool, homogeneous: bool) -> Callable[[Call], Value]:
     def rule(call: Call) -> Value:
-        tracer, value = call.tracer, call.tensor(0)
+        trace, value = call.trace, call.tensor(0)
         dim = call.get(1, "dim", call.kwargs.get("axis"))
         if isinstance(dim, Tensor):  # max(x, y)
-            both = tracer.added(value, tracer.value(dim))
-            return tracer.mapped(both, odd=False, homogeneous=True)
+            both = trace.added(value, call.value_of(dim))
+            return trace.mapped(both, odd=False, homogeneous=True)
         ndim = len(value.axes)
         dims = range(ndim) if dim is None else [dim] if isinstance(dim, int) else dim
         gone = {d % ndim for d in dims}
         for i in gone:
             for factor in value.axes[i]:
                 factor.space.restrict()
-        value = tracer.mapped(value, odd=odd, homogeneous=homogeneous)
+        value = trace.mapped(value, odd=odd, homogeneous=homogeneous)
         if value.is_weight:
-            value = tracer.opaque(value)
+            value = trace.opaque(value)
         kept = call.out.ndim == ndim
         axes = [
             [] if i in gone else axis
@@ -778,11 +525,12 @@ def _reduced(odd: bool, homogeneous: bool) -> Callable[[Call], Value]:
 
 
 def _indexed(call: Call) -> Value:
-    tracer, value, index = call.tracer, call.tensor(0), call.args[1]
+    trace, value, index = call.trace, call.tensor(0), call.args[1]
     index = index if isinstance(index, tuple) else (index,)
     used = sum(part is not None and part is not Ellipsis for part in index)
-    axes, left = [], list(value.axes)
-    sizes = [math.prod(f.space.size for f in leaves(axis)) for axis in left]
+    axes: list[Axis] = []
+    left = list(value.axes)
+    sizes = [size_of(axis) for axis in left]
     for part in index:
         if part is None:
             axes.append([])
@@ -793,23 +541,23 @@ def _indexed(call: Call) -> Value:
         elif isinstance(part, slice):
             axis, size = left.pop(0), sizes.pop(0)
             if part.indices(size) != (0, size, 1):
-                _picked(tracer, axis)
+                _picked(trace, axis)
                 axis = plain(len(range(*part.indices(size))))
             axes.append(axis)
         elif isinstance(part, int) and not isinstance(part, bool):
-            _picked(tracer, left.pop(0))
+            _picked(trace, left.pop(0))
             sizes.pop(0)
         else:
             raise _Unknown
     return Value([*axes, *left], value.is_weight)
 
 
-def _picked(tracer: Tracer, axis: Axis) -> None:
+def _picked(trace: Trace, axis: Axis) -> None:
     """Some of the units go another way than the others."""
     for factor in axis:
         if not factor.space.still:
-            factor.space.hold(f"{tracer.here()} takes some of the units")
-    tracer.assign(axis, "fixed")
+            factor.space.hold(f"{trace.layer} takes some of the units")
+    trace.assign(axis, "fixed")
 
 
 def _parts(call: Call) -> Value:
@@ -817,15 +565,15 @@ def _parts(call: Call) -> Value:
     gone = call.name in ("unbind", "select")
     first = gone or call.name == "narrow"
     dim = call.get(1 if first else 2, "dim", 0) % len(value.axes)
-    _picked(call.tracer, value.axes[dim])
+    _picked(call.trace, value.axes[dim])
     axes = list(value.axes)
     axes[dim : dim + 1] = [] if gone else [plain(call.out.shape[dim])]
     return Value(axes, value.is_weight)
 
 
 def _chained(call: Call) -> Value:
-    tracer = call.tracer
-    values = [tracer.value(tensor) for tensor in call.get(0, "tensors")]
+    trace = call.trace
+    values = [call.value_of(tensor) for tensor in call.get(0, "tensors")]
     dim = call.get(1, "dim", 0) % call.out.ndim
     if call.name == "stack":
         values = [
@@ -834,15 +582,15 @@ def _chained(call: Call) -> Value:
     for value in values:
         for factor in value.axes[dim]:
             if not factor.space.still:
-                factor.space.hold(f"{tracer.here()} joins units end to end")
-        tracer.assign(value.axes[dim], "fixed")
+                factor.space.hold(f"{trace.layer} joins units end to end")
+        trace.assign(value.axes[dim], "fixed")
     pieces = [
         Value([[] if i == dim else a for i, a in enumerate(v.axes)], v.is_weight)
         for v in values
     ]
     found = pieces[0]
     for piece in pieces[1:]:
-        found = tracer.added(found, piece)
+        found = trace.added(found, piece)
     axes = list(found.axes)
     axes[dim] = plain(call.out.shape[dim])
     return Value(axes, found.is_weight)
@@ -850,9 +598,9 @@ def _chained(call: Call) -> Value:
 
 def _embedding(call: Call) -> Value:
     index, weight = call.get(0, "input"), call.tensor(1, "weight")
-    call.tracer.hold(weight.axes[0])
-    call.tracer.assign(weight.axes[1], "out")
-    return Value([*(plain(s) for s in index.shape), _values_of(weight.axes[1])])
+    call.trace.hold(weight.axes[0])
+    call.trace.assign(weight.axes[1], "out")
+    return Value([*(plain(s) for s in index.shape), values_of(weight.axes[1])])
 
 
 def _table(names: str, rule: Callable[[Call], Value]) -> dict[str, Any]:
@@ -883,13 +631,11 @@ RULES: dict[str, Callable[[Call], Value]] = {
         "softshrink hardshrink",
         _elementwise(odd=True, homogeneous=False),
     ),
-    **_table(
-        "relu leaky_relu abs absolute", _elementwise(odd=False, homogeneous=True)
-    ),
+    **_table("relu leaky_relu abs absolute", _elementwise(odd=False, homogeneous=True)),
     **_table(
         "sigmoid log_sigmoid logsigmoid silu gelu elu selu celu mish softplus relu6 "
-        "hardsigmoid hardswish exp expm1 log log1p sqrt rsqrt cos square reciprocal erfc threshold "
-        "softmax log_softmax softmin normalize ones_like",
+        "hardsigmoid hardswish exp expm1 log log1p sqrt rsqrt cos square reciprocal "
+        "erfc threshold softmax log_softmax softmin normalize ones_like",
         _elementwise(odd=False, homogeneous=False),
     ),
     **_table("hardtanh clamp clip clamp_min", _clamp),
