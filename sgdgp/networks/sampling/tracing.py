@@ -158,7 +158,7 @@ class Tracer(TorchFunctionMode):
     def _error(self, name: str) -> ValueError:
         return ValueError(
             f"network: {self.trace.layer} calls {name!r} of hidden units, whose "
-            "symmetry is not known; give the group by hand: SymmetryGroup.given(network,"
+            "symmetry is not known; give it by hand: SymmetryGroup.given(network,"
             " {'hidden': ('odd', [('0.weight', 0), ('0.bias', 0), ('2.weight', 1)])})"
         )
 

@@ -180,7 +180,7 @@ def test_the_network_stays_as_it_is():
         (
             nn.Sequential(nn.Linear(3, 4), nn.LSTM(4, 2)),
             torch.randn(5, 2, 3),
-            r"layer '1' \(LSTM\) calls 'lstm'.*by hand: SymmetryGroup.given",
+            r"layer '1' \(LSTM\) calls 'lstm'.*give it by hand: SymmetryGroup.given",
         ),
         (nn.Linear(3, 2), None, "expected hidden units .* found none"),
         (nn.Conv1d(1, 2, 3), None, "x: the first layer of the network is Conv1d"),
