@@ -22,6 +22,9 @@ from sgdgp.networks.sampling import (
     compare,
     ensemble,
     mean_field,
+    prune,
+    pruning_masks,
+    sparsity_curve,
 )
 from sgdgp.networks.weight_solvers import (
     WeightCG,
@@ -67,5 +70,8 @@ __all__ = [
     "load",
     "mean_field",
     "process_group",
+    "prune",
+    "pruning_masks",
+    "sparsity_curve",
     "started",
 ]

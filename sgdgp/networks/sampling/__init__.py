@@ -3,6 +3,7 @@
 from sgdgp.networks.sampling.compact import CompactGaussian
 from sgdgp.networks.sampling.comparison import PosteriorComparison, compare
 from sgdgp.networks.sampling.draws import Draws
+from sgdgp.networks.sampling.pruning import prune, pruning_masks, sparsity_curve
 from sgdgp.networks.sampling.symmetry import Symmetry, SymmetryGroup
 from sgdgp.networks.sampling.variational import ensemble, mean_field
 
@@ -15,4 +16,7 @@ __all__ = [
     "compare",
     "ensemble",
     "mean_field",
+    "prune",
+    "pruning_masks",
+    "sparsity_curve",
 ]
