@@ -141,9 +141,7 @@ class SymmetryGroup:
             raise ValueError(
                 f"buffers: expected 'constant' or 'permuted', found {buffers!r}"
             )
-        inputs = _some_inputs(network) if x is None else arguments(x)
-        positional = tuple(inputs) if isinstance(inputs, tuple | list) else (inputs,)
-        args, kwargs = ((), inputs) if isinstance(inputs, dict) else (positional, {})
+        args, kwargs = call_arguments(_some_inputs(network) if x is None else x)
         moving = set(names)
         constants = {
             name: "the constant weights"
@@ -205,10 +203,7 @@ class SymmetryGroup:
         if not group.axes:
             raise ValueError("axes: expected a hidden layer, found none")
         if x is not None:
-            inputs = arguments(x)
-            by_name = isinstance(inputs, dict)
-            args = tuple(inputs) if isinstance(inputs, tuple | list) else (inputs,)
-            group._check(() if by_name else args, inputs if by_name else {})
+            group._check(*call_arguments(x))
         return group
 
     def restricted(self, *, signs: bool = True, scales: bool = True) -> SymmetryGroup:
@@ -406,6 +401,29 @@ class Symmetry:
         permutations, signs, scales = zip(*parts, strict=True)
         return Symmetry(self.group, permutations, signs, scales)
 
+    def unflattened(self, *batch: int) -> Symmetry:
+        """The same members in a batch of another shape."""
+        return Symmetry(
+            self.group,
+            *(
+                tuple(value.reshape(*batch, value.shape[-1]) for value in values)
+                for values in (self.permutations, self.signs, self.scales)
+            ),
+        )
+
+    def concatenated(self, others: Sequence[Symmetry]) -> Symmetry:
+        """These members and others, one batch after the other."""
+        return Symmetry(
+            self.group,
+            *(
+                tuple(map(torch.cat, zip(*parts, strict=True)))
+                for parts in zip(
+                    *((m.permutations, m.signs, m.scales) for m in (self, *others)),
+                    strict=True,
+                )
+            ),
+        )
+
     @property
     def transpositions(self) -> dict[str, Int[Tensor, "*batch"]]:
         """Fewest transpositions that make each permutation: n minus its cycles."""
@@ -436,6 +454,14 @@ class Symmetry:
                     parts = parts * factor.to(flat.dtype)[..., None, :, None]
                 flat = parts.reshape(*batch, -1)
         return flat
+
+
+def call_arguments(x: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """What a network is called with: inputs are one argument, several, or by name."""
+    inputs = arguments(x)
+    if isinstance(inputs, dict):
+        return (), inputs
+    return (tuple(inputs) if isinstance(inputs, tuple | list) else (inputs,)), {}
 
 
 def _transpositions(permutation: Tensor) -> Tensor:
