@@ -15,12 +15,16 @@ from sgdgp.networks.potential import Potential
 from sgdgp.networks.predictive import GaussianPrediction
 from sgdgp.networks.priors import GPrior, Isotropic, Kronecker, Layerwise
 from sgdgp.networks.sampling import (
+    Alignment,
     CompactGaussian,
     Draws,
     PosteriorComparison,
     SymmetryGroup,
+    align,
+    barrier,
     compare,
     ensemble,
+    match_weights,
     mean_field,
     prune,
     pruning_masks,
@@ -38,6 +42,7 @@ also_importable_as("sgdgp.networks.stored_values", codec)
 also_importable_as("sgdgp.networks.weight_priors", priors)
 
 __all__ = [
+    "Alignment",
     "Bernoulli",
     "Categorical",
     "Certificate",
@@ -62,12 +67,15 @@ __all__ = [
     "WeightCholesky",
     "WeightKronecker",
     "WeightSGD",
+    "align",
+    "barrier",
     "certify",
     "compare",
     "ensemble",
     "linearise",
     "linearize",
     "load",
+    "match_weights",
     "mean_field",
     "process_group",
     "prune",

@@ -1,5 +1,11 @@
 """Reference posteriors of a network's weights, without the Gaussian assumption."""
 
+from sgdgp.networks.sampling.alignment import (
+    Alignment,
+    align,
+    barrier,
+    match_weights,
+)
 from sgdgp.networks.sampling.compact import CompactGaussian
 from sgdgp.networks.sampling.comparison import PosteriorComparison, compare
 from sgdgp.networks.sampling.draws import Draws
@@ -8,13 +14,17 @@ from sgdgp.networks.sampling.symmetry import Symmetry, SymmetryGroup
 from sgdgp.networks.sampling.variational import ensemble, mean_field
 
 __all__ = [
+    "Alignment",
     "CompactGaussian",
     "Draws",
     "PosteriorComparison",
     "Symmetry",
     "SymmetryGroup",
+    "align",
+    "barrier",
     "compare",
     "ensemble",
+    "match_weights",
     "mean_field",
     "prune",
     "pruning_masks",

@@ -149,7 +149,7 @@ def test_the_barrier_of_a_parabola():
     ends = torch.tensor([-1.0, 0.0]), torch.tensor([1.0, 0.0])
     assert barrier(losses, *ends) == pytest.approx(1.0)
     assert barrier(lambda rows: -losses(rows), *ends) == 0.0
-    with pytest.raises(ValueError, match="found shapes .2,. and .3,."):
+    with pytest.raises(ValueError, match=r"found shapes .2,. and .3,."):
         barrier(losses, ends[0], torch.zeros(3))
 
 
