@@ -41,7 +41,8 @@ format: $(VENV)/installed-dev  ## let ruff rewrite what it can
 	$(BIN)/ruff format .
 
 notebook: $(VENV)/installed-test  ## execute the notebooks in their short form
-	SGDGP_SHORT=1 $(BIN)/python -m pytest --nbmake --nbmake-timeout=600 notebooks
+	OMP_NUM_THREADS=$(THREADS) SGDGP_SHORT=1 $(BIN)/python -m pytest -n $(WORKERS) --nbmake \
+	  --nbmake-timeout=600 notebooks
 
 wheel: $(VENV)/installed-dev  ## build the source archive, and the wheel from it
 	rm -rf dist
