@@ -59,11 +59,13 @@ def number_of(seed: int | torch.Generator) -> int:
 
 STREAMS = {
     "candidates": "starting points of one step of Thompson sampling",
+    "chains": "where chains of Hamiltonian Monte Carlo begin",
     "draw": "functions that a BoTorch model draws for base samples",
     "evidence": "probes of a network's evidence",
     "fantasies": "the solves behind fantasies",
     "first rows": "rows that a fit makes its first steps on",
     "functions": "prior functions of one step of Thompson sampling",
+    "hamiltonian": "velocities and decisions of one step of all chains",
     "hashes of examples": "multipliers of the hashes of a learned prior's examples",
     "initial": "first points of Thompson sampling",
     "learned from": "rows that Thompson sampling learns parameters from",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,8 @@ from sgdgp.bayesopt import maximise, thompson_sampling
 from sgdgp.botorch import PathwiseModel
 from sgdgp.core.errors import CheckpointError, StorageError
 from sgdgp.networks import Categorical, LearnedPrior, linearise
-from sgdgp.networks.sampling import Draws
+from sgdgp.networks.potential import Potential
+from sgdgp.networks.sampling import Draws, hmc
 from tests.models import gp, toy_data
 
 CG = sgdgp.CG(tolerance=1e-6, preconditioner=None)
@@ -217,6 +219,23 @@ def _sampling(path: Path | None, callback: Any = None) -> dict[str, Any]:
     return {"x": result.x, "y": result.y}
 
 
+def _chains(path: Path | None, callback: Any = None) -> dict[str, Any]:
+    potential = Potential.from_network(_network(), Categorical(), _loader())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        draws = hmc(
+            potential,
+            chains=2,
+            draws=4,
+            warmup=4,
+            leapfrog=1,
+            checkpoint=path,
+            callback=callback,
+            progress=False,
+        )
+    return {**_drawn(draws), "warnings": draws.warnings, "seconds": 0.0}
+
+
 def _checkpoint(run: Callable[..., dict[str, Any]], words: str, stop: int) -> Kind:
     def write(path: Path) -> dict[str, Any]:
         run(path, _stop_after(stop))
@@ -261,6 +280,7 @@ KINDS: dict[str, Kind] = {
     "sgdgp.networks.fit": _checkpoint(
         _network_fit, "checkpoint of a network's fit", 12
     ),
+    "sgdgp.networks.hmc": _checkpoint(_chains, "checkpoint of a Monte Carlo run", 2),
     "sgdgp.thompson_sampling": _checkpoint(
         _sampling, "record of a Thompson sampling run", 2
     ),

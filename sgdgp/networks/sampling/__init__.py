@@ -9,6 +9,7 @@ from sgdgp.networks.sampling.alignment import (
 from sgdgp.networks.sampling.compact import CompactGaussian
 from sgdgp.networks.sampling.comparison import PosteriorComparison, compare
 from sgdgp.networks.sampling.draws import Draws
+from sgdgp.networks.sampling.hamiltonian import hmc
 from sgdgp.networks.sampling.pruning import prune, pruning_masks, sparsity_curve
 from sgdgp.networks.sampling.symmetry import Symmetry, SymmetryGroup
 from sgdgp.networks.sampling.variational import ensemble, mean_field
@@ -24,6 +25,7 @@ __all__ = [
     "barrier",
     "compare",
     "ensemble",
+    "hmc",
     "match_weights",
     "mean_field",
     "prune",

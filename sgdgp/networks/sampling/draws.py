@@ -160,15 +160,16 @@ class Draws:
         """
         tangent = model.tangent
         self.check_fits(tangent)
-        function = tangent.function(x)
-        rows = self.flat.to(tangent.theta)
+        theta, network = tangent.theta, tangent.function(x)
         # A pass after which the width of the network is known, and so what fits.
-        tangent.at(x).jvp(torch.zeros_like(tangent.theta))
-        outputs = [
-            torch.func.vmap(function)(tangent.weights_of(some))
-            for some in rows.split(tangent.columns_forward(x))
-        ]
-        return torch.cat(outputs).unflatten(0, self.weights.shape[:2])
+        tangent.at(x).jvp(torch.zeros_like(theta))
+        together = max(1, tangent.columns_forward(x) // max(1, self.num_chains))
+        found = []
+        for some in self.weights.split(together, dim=1):
+            rows = some.flatten(0, 1).to(theta)
+            outputs = torch.func.vmap(network)(tangent.weights_of(rows))
+            found.append(outputs.unflatten(0, some.shape[:2]))
+        return torch.cat(found, 1)
 
     def predict(
         self, model: Model, x: Any
