@@ -7,11 +7,12 @@ how much, and a hash of each part that was written between two checkpoints.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import BinaryIO, Protocol
 
 import numpy as np
 import torch
@@ -33,7 +34,7 @@ class ChainStorage(Protocol):
         """The first ``count`` of them."""
 
 
-class InMemory:
+class InMemory(ChainStorage):
     """Draws in memory.
 
     Args:
@@ -51,7 +52,7 @@ class InMemory:
         return self._all[:count].transpose(0, 1)
 
 
-class InFile:
+class InFile(ChainStorage):
     """Draws in a file, of which memory holds none.
 
     Args:
@@ -76,15 +77,18 @@ class InFile:
         self.parts = [(count, found) for count, found in parts]
         self._path = path
         self._like = like.new_empty(like.shape, device="cpu")
-        self._file = path.open("r+b" if path.exists() else "w+b")
         self._size = 0
         for count, expected in self.parts:
-            if self._hash_upto(count) != expected:
-                self._file.close()
+            if not path.exists() or self._hash_upto(count) != expected:
                 raise CheckpointError(
                     f"checkpoint: the draws in {path} are missing, damaged or those of "
                     "another run; delete it and the checkpoint to start anew"
                 )
+
+    @functools.cached_property
+    def _file(self) -> BinaryIO:
+        """It is there from the first draw on."""
+        return self._path.open("r+b" if self._path.exists() else "w+b")
 
     def put(self, number: int, weights: Float[Tensor, "chains D"]) -> None:
         self._file.seek(number * self._like.nbytes)
@@ -92,7 +96,7 @@ class InFile:
 
     def close_part(self, count: int) -> None:
         """Wait until the disk has so many draws, and know the new ones by a hash."""
-        if not self.parts or count > self.parts[-1][0]:
+        if count > (self.parts[-1][0] if self.parts else 0):
             self._file.flush()
             os.fsync(self._file.fileno())
             self.parts.append((count, self._hash_upto(count)))
@@ -110,9 +114,9 @@ class InFile:
         return found.hexdigest()
 
     def draws(self, count: int) -> Float[Tensor, "chains count D"]:
-        self._file.flush()
         if not count:
             return self._like.new_empty(len(self._like), 0, self._like.shape[1])
+        self._file.flush()
         kind = torch.empty(0, dtype=self._like.dtype).numpy().dtype
         # Read when it is looked at; what is written to the tensor stays in memory.
         content = np.memmap(self._path, kind, "c", shape=(count, *self._like.shape))

@@ -49,7 +49,7 @@ class MassMatrix(Protocol):
         """u^T M u / 2."""
 
 
-class DenseMass:
+class DenseMass(MassMatrix):
     """A matrix.
 
     Args:
@@ -80,7 +80,7 @@ class DenseMass:
         return 0.5 * (u @ self._factor).square().sum(1)
 
 
-class DiagonalMass:
+class DiagonalMass(MassMatrix):
     """Independent weights.
 
     Args:
@@ -108,7 +108,7 @@ class DiagonalMass:
 
 
 @dataclass(frozen=True)
-class PriorMass:
+class PriorMass(MassMatrix):
     """The precision of a Gaussian over the weights, block by block."""
 
     prior: WeightPrior
@@ -124,7 +124,7 @@ class PriorMass:
 
 
 @dataclass(frozen=True)
-class PerChain:
+class PerChain(MassMatrix):
     """A mass matrix for each row."""
 
     masses: Sequence[MassMatrix]
