@@ -62,6 +62,7 @@ class InFile(ChainStorage):
             and its hash. What comes after them will be written anew.
 
     Attributes:
+        path: The file.
         parts: The same, with what ``close_part`` adds.
 
     Raises:
@@ -75,7 +76,7 @@ class InFile(ChainStorage):
         parts: Sequence[tuple[int, str]],
     ) -> None:
         self.parts = [(count, found) for count, found in parts]
-        self._path = path
+        self.path = path
         self._like = like.new_empty(like.shape, device="cpu")
         self._size = 0
         for count, expected in self.parts:
@@ -88,7 +89,7 @@ class InFile(ChainStorage):
     @functools.cached_property
     def _file(self) -> BinaryIO:
         """It is there from the first draw on."""
-        return self._path.open("r+b" if self._path.exists() else "w+b")
+        return self.path.open("r+b" if self.path.exists() else "w+b")
 
     def put(self, number: int, weights: Float[Tensor, "chains D"]) -> None:
         self._file.seek(number * self._like.nbytes)
@@ -119,5 +120,5 @@ class InFile(ChainStorage):
         self._file.flush()
         kind = torch.empty(0, dtype=self._like.dtype).numpy().dtype
         # Read when it is looked at; what is written to the tensor stays in memory.
-        content = np.memmap(self._path, kind, "c", shape=(count, *self._like.shape))
+        content = np.memmap(self.path, kind, "c", shape=(count, *self._like.shape))
         return torch.from_numpy(content).transpose(0, 1)

@@ -241,6 +241,11 @@ class HmcKeeper(Checkpoint):
         self.storage.close_part(count)
         self.write(state=asdict(state), parts=self.storage.parts)
 
+    def finish(self) -> None:
+        """Leave no draws behind that no checkpoint knows; those in use stay readable."""
+        if not self.path.exists():
+            self.storage.path.unlink(missing_ok=True)
+
 
 @torch.no_grad()
 def hmc(
@@ -389,6 +394,8 @@ def hmc(
     if keeper is not None and keeper.problem is not None:
         warnings.append(keeper.problem)
     found = _result(model, state, storage.draws(count), tuple(warnings))
+    if keeper is not None:
+        keeper.finish()
     for sentence in found.warnings:
         warn_user(sentence)
     return found
