@@ -242,7 +242,7 @@ class HmcKeeper(Checkpoint):
         self.write(state=asdict(state), parts=self.storage.parts)
 
     def finish(self) -> None:
-        """Leave no draws behind that no checkpoint knows; those in use stay readable."""
+        """Leave no draws behind that no checkpoint knows."""
         if not self.path.exists():
             self.storage.path.unlink(missing_ok=True)
 
