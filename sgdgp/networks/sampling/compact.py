@@ -35,7 +35,9 @@ from sgdgp.core.seeds import generator_of, standard_normal
 from sgdgp.networks.curvature import TangentData, WeightSystem
 from sgdgp.networks.evidence import EXACT_SIZE
 from sgdgp.networks.posterior import LinearisedPosterior
+from sgdgp.networks.sampling.alignment import match_weights
 from sgdgp.networks.sampling.draws import Draws
+from sgdgp.networks.sampling.symmetry import SymmetryGroup
 from sgdgp.tangent.network import chosen_weights
 
 Covariance: TypeAlias = Literal["diagonal", "low_rank", "full"]
@@ -200,12 +202,15 @@ class CompactGaussian:
                 f"shrinkage: expected a number from 0 to 1, found {shrinkage}"
             )
         if singular:
+            factors = root.mT * (1 - shrinkage) ** 0.5
+            found = cls(mean, shrinkage * variance, factors)
+            if shrinkage == 0:
+                return found
             warning = (
                 f"Correlations of {size} draws of {count} weights were shrunk by "
                 f"{shrinkage:.2g} of themselves."
             )
-            factors = root.mT * (1 - shrinkage) ** 0.5
-            return cls(mean, shrinkage * variance, factors, warnings=(warning,))
+            return replace(found, warnings=(warning,))
         deviation = variance.sqrt()
         z = root / deviation.where(deviation > 0, 1.0)
         values, vectors = torch.linalg.eigh(z.mT @ z)
@@ -311,12 +316,25 @@ class CompactGaussian:
             action: Takes rows of weights to rows; each weight moves to another place
                 and is multiplied by a number there.
         """
+        rows = torch.stack([self.mean, self.remainder.sqrt(), *self.factors.mT])
+        mean, own, *factors = action(rows)
         return replace(
             self,
-            mean=action(self.mean.unsqueeze(0))[0],
-            remainder=action(self.remainder.sqrt().unsqueeze(0))[0].square(),
-            factors=action(self.factors.mT).mT,
+            mean=mean,
+            remainder=own.square(),
+            factors=torch.stack(factors, 1) if factors else self.factors,
         )
+
+    def aligned(
+        self, reference: Float[Tensor, " D"], group: SymmetryGroup
+    ) -> CompactGaussian:
+        """The same in the frame of a network: with its means closest to some weights.
+
+        Args:
+            reference: Those weights, or the means of another Gaussian.
+            group: The network's symmetries.
+        """
+        return self.mapped(match_weights(self.mean, reference, group).apply)
 
     def mean_network(self, network: Network) -> Network:
         """A copy of a network with the mean for its weights."""

@@ -24,6 +24,7 @@ from sgdgp.core.checks import check_number
 from sgdgp.core.errors import warn_user
 from sgdgp.core.seeds import generator_of
 from sgdgp.networks.sampling.compact import CompactGaussian, Network
+from sgdgp.networks.sampling.symmetry import SymmetryGroup
 from sgdgp.tangent.network import chosen_weights
 
 Criterion: TypeAlias = Literal["signal_to_noise", "magnitude", "precision", "random"]
@@ -42,6 +43,7 @@ def pruning_masks(
     criterion: Criterion = "magnitude",
     *,
     posterior: CompactGaussian | None = None,
+    group: SymmetryGroup | None = None,
     per_layer: bool = False,
     biases: bool = False,
     seed: int | torch.Generator = 0,
@@ -53,7 +55,9 @@ def pruning_masks(
         sparsity: Fraction of the weights that go, from 0 to 1, rounded to whole
             weights.
         criterion: "signal_to_noise", "magnitude", "precision" or "random".
-        posterior: Whose deviations the first and third are by, in the network's frame.
+        posterior: Whose deviations the first and third are by.
+        group: The network's symmetries, by which the posterior is brought into its
+            frame. Default: it is there.
         per_layer: Whether the same fraction of each tensor goes. Default: of all.
         biases: Whether biases and normalisations (tensors of one axis) go as well.
         seed: Of "random".
@@ -68,7 +72,7 @@ def pruning_masks(
     Warns:
         UserWarning: The posterior's means have little to do with the network's weights.
     """
-    scores = _scores(network, criterion, posterior, biases, generator_of(seed))
+    scores = _scores(network, criterion, posterior, group, biases, generator_of(seed))
     return _masks(scores, sparsity, per_layer)
 
 
@@ -78,6 +82,7 @@ def prune(
     criterion: Criterion = "magnitude",
     *,
     posterior: CompactGaussian | None = None,
+    group: SymmetryGroup | None = None,
     per_layer: bool = False,
     biases: bool = False,
     seed: int | torch.Generator = 0,
@@ -86,7 +91,7 @@ def prune(
 
     Arguments and errors: as ``pruning_masks``.
     """
-    scores = _scores(network, criterion, posterior, biases, generator_of(seed))
+    scores = _scores(network, criterion, posterior, group, biases, generator_of(seed))
     return _pruned(network, _masks(scores, sparsity, per_layer))
 
 
@@ -97,6 +102,7 @@ def sparsity_curve(
     criterion: Criterion = "magnitude",
     *,
     posterior: CompactGaussian | None = None,
+    group: SymmetryGroup | None = None,
     per_layer: bool = False,
     biases: bool = False,
     seed: int | torch.Generator = 0,
@@ -109,6 +115,7 @@ def sparsity_curve(
         sparsities: Fractions of the weights that go.
         criterion: See ``pruning_masks``.
         posterior: See there.
+        group: See there.
         per_layer: See there.
         biases: See there.
         seed: See there.
@@ -116,7 +123,7 @@ def sparsity_curve(
     Returns:
         Pairs of a sparsity and the number.
     """
-    scores = _scores(network, criterion, posterior, biases, generator_of(seed))
+    scores = _scores(network, criterion, posterior, group, biases, generator_of(seed))
     found = []
     for sparsity in sparsities:
         pruned = _pruned(network, _masks(scores, sparsity, per_layer))
@@ -129,6 +136,7 @@ def _scores(
     network: nn.Module,
     criterion: Criterion,
     posterior: CompactGaussian | None,
+    group: SymmetryGroup | None,
     biases: bool,
     generator: torch.Generator,
 ) -> dict[str, Tensor]:
@@ -147,7 +155,7 @@ def _scores(
     weights: dict[str, Tensor] = dict(chosen_weights(network, None))
     deviations: dict[str, Tensor] = {}
     if needed and posterior is not None:
-        weights, deviations = _beside(network, posterior)
+        weights, deviations = _beside(network, posterior, group)
     prunable = {n: w for n, w in weights.items() if biases or w.ndim > 1}
     if not prunable:
         raise ValueError(
@@ -168,7 +176,7 @@ def _scores(
 
 
 def _beside(
-    network: nn.Module, posterior: CompactGaussian
+    network: nn.Module, posterior: CompactGaussian, group: SymmetryGroup | None
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Weights of a network and their deviations under a posterior, by name."""
     names = posterior.names or tuple(chosen_weights(network, None))
@@ -185,12 +193,14 @@ def _beside(
             f"posterior: expected one of {count} weights, found {len(posterior.mean)}"
         )
     flat = torch.cat([w.flatten() for w in weights.values()])
+    if group is not None:
+        posterior = posterior.aligned(flat, group)
     alike = torch.stack([flat, posterior.mean.to(flat)]).corrcoef()[0, 1]
     if float(alike) < _IN_FRAME:
         warn_user(
             f"posterior: the network's weights and its means correlate by "
             f"{float(alike):.2f}, so that its deviations are of another copy of the "
-            "network, or another mode; align it to the network first"
+            "network (give group=SymmetryGroup.of(network)), or of another mode"
         )
     parts = posterior.standard_deviation.to(flat).split(
         [w.numel() for w in weights.values()]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +12,8 @@ from torch import Tensor, nn
 from torch.distributions import MultivariateNormal, kl_divergence
 
 from sgdgp.networks import Gaussian, Isotropic, linearise
-from sgdgp.networks.sampling import CompactGaussian
+from sgdgp.networks.sampling import CompactGaussian, Draws, SymmetryGroup, align
+from sgdgp.tangent import Tangent
 
 D, K = 7, 40
 
@@ -152,6 +154,33 @@ def test_the_mean_network_is_a_copy_with_the_means():
         assert torch.equal(p, before[name])
     with pytest.raises(ValueError, match=r"expected one of \(26,\) weights, found 31"):
         CompactGaussian.of(rows.detach()).mean_network(perceptron(outputs=3))
+
+
+def test_aligned_draws_have_the_moments_that_were_scrambled():
+    network = perceptron()
+    group = SymmetryGroup.of(network)
+    theta = nn.utils.parameters_to_vector(network.parameters()).detach()
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(2, 20, len(theta), generator=generator, dtype=theta.dtype)
+    tangent = Tangent(network)
+    own = Draws(theta + 0.02 * noise, tangent.names, [*map(tuple, tangent.shapes)])
+    scrambled = replace(
+        own, weights=group.sample(1, 40).apply(own.flat).view_as(own.weights)
+    )
+    aligned, _ = align(scrambled, group, theta)
+    found, expected = CompactGaussian.of(aligned), CompactGaussian.of(own)
+    torch.testing.assert_close(found.mean, expected.mean)
+    torch.testing.assert_close(found.marginal_variance, expected.marginal_variance)
+    # Of a Gaussian as of its draws.
+    one = group.sample(2)
+    moved = CompactGaussian.of(own, "low_rank").mapped(one.apply)
+    assert float((moved.mean - theta).abs().max()) > 0.1
+    back = moved.aligned(theta, group)
+    assert back.divergence(CompactGaussian.of(own, "low_rank")) < 1e-8
+    x = torch.randn(5, 3, dtype=theta.dtype)
+    torch.testing.assert_close(
+        moved.mean_network(network)(x), back.mean_network(network)(x)
+    )
 
 
 def test_a_linearised_posterior_has_its_exact_variances():

@@ -13,6 +13,7 @@ from torch.nn.utils import prune as torch_prune
 from sgdgp.networks import Categorical, linearise
 from sgdgp.networks.sampling import (
     CompactGaussian,
+    SymmetryGroup,
     prune,
     pruning_masks,
     sparsity_curve,
@@ -150,8 +151,15 @@ def test_a_posterior_of_a_permuted_copy_is_noticed():
             1,
         )
 
+    moved = around.mapped(exchanged)
     with pytest.warns(UserWarning, match="deviations are of another copy"):
-        prune(model, 0.5, "precision", posterior=around.mapped(exchanged))
+        prune(model, 0.5, "precision", posterior=moved)
+    settings = {"criterion": "precision", "biases": True}
+    group = SymmetryGroup.of(model)
+    found = pruning_masks(model, 0.5, posterior=moved, group=group, **settings)
+    expected = pruning_masks(model, 0.5, posterior=around, **settings)
+    for name, mask in expected.items():
+        assert torch.equal(found[name], mask)
 
 
 def test_bad_input_is_refused():
