@@ -11,9 +11,10 @@ from pathlib import Path
 import torch
 
 from benchmarks.json_file import write_json
+from benchmarks.reference_posteriors import alignment
 from benchmarks.reference_posteriors.rows import Record, Row
 
-ROWS: dict[str, Row] = {}
+ROWS: dict[str, Row] = {**alignment.ROWS}
 """All rows by name; a module for each kind of question."""
 
 
