@@ -116,7 +116,8 @@ class SymmetryGroup:
 
         Linear, convolutional (in one group, or depthwise), normalising and embedding
         layers, activations, pooling, flattening and residual additions are followed. A
-        random member of the group is tried before it is returned.
+        random member of the group is tried before it is returned. Not followed is the
+        sign of a layer's only unit: ``given`` takes it.
 
         Args:
             network: In evaluation mode; or what has one as its ``tangent``, such as a
@@ -546,17 +547,12 @@ def _axes_of(
         if space.still:
             if space.reason:
                 fixed[name] = space.reason
-        elif {block.tensor for block in own} <= moving:
-            found_axes.append(
-                HiddenAxis(
-                    name,
-                    space.size,
-                    space.odd,
-                    space.homogeneous,
-                    tuple(own),
-                    reads.get(space),
-                )
-            )
+            continue
+        # Constants that hold no unit are the same for all.
+        blocks_of = tuple(block for block in own if block.tensor in moving)
+        if blocks_of:
+            flags = (space.size, space.odd, space.homogeneous)
+            found_axes.append(HiddenAxis(name, *flags, blocks_of, reads.get(space)))
     return tuple(found_axes), fixed
 
 

@@ -148,11 +148,11 @@ class Tracer(TorchFunctionMode):
         except (_Unknown, IndexError, AttributeError, TypeError) as error:
             raise self._error(name) from error
         for tensor in found:
-            if tensor.is_floating_point():
-                known = fitted(value, tensor.shape)
-                if known is None:
-                    raise self._error(name)
+            known = fitted(value, tensor.shape)
+            if known is not None:
                 self._values[id(tensor)] = tensor, known
+            elif tensor.is_floating_point():
+                raise self._error(name)
         return out
 
     def _error(self, name: str) -> ValueError:
@@ -448,6 +448,18 @@ def _spread(trace: Trace, value: Value, out: Tensor, count: int, odd: bool) -> V
     return Value([*value.axes[:-count], *mixed], value.is_weight)
 
 
+def _chosen(call: Call) -> Value:
+    trace = call.trace
+    condition, value, other = (
+        call.get(i, n) for i, n in enumerate(("condition", "input", "other"))
+    )
+    found = call.value_of(condition)
+    for tensor in (value, other):
+        if isinstance(tensor, Tensor):
+            found = trace.added(found, call.value_of(tensor))
+    return trace.mapped(found, odd=False, homogeneous=False)
+
+
 def _pad(call: Call) -> Value:
     count = len(call.get(1, "pad")) // 2
     value = call.tensor(0)
@@ -635,7 +647,7 @@ RULES: dict[str, Callable[[Call], Value]] = {
     **_table(
         "sigmoid log_sigmoid logsigmoid silu gelu elu selu celu mish softplus relu6 "
         "hardsigmoid hardswish exp expm1 log log1p sqrt rsqrt cos square reciprocal "
-        "erfc threshold softmax log_softmax softmin normalize ones_like",
+        "erfc threshold softmax log_softmax softmin normalize ones_like gt lt ge le",
         _elementwise(odd=False, homogeneous=False),
     ),
     **_table("hardtanh clamp clip clamp_min", _clamp),
@@ -647,6 +659,7 @@ RULES: dict[str, Callable[[Call], Value]] = {
     "prelu": _prelu,
     "batch_norm": _batch_norm,
     "pad": _pad,
+    "where": _chosen,
     "getitem": _indexed,
     "embedding": _embedding,
     **_table("add radd sub rsub subtract", _sum),

@@ -170,6 +170,11 @@ class Trace:
         while left and right:
             a, b = left[0], right[0]
             if a.space.size == b.space.size:
+                for one, beside in ((a, b), (b, a)):
+                    if beside.space.still and not (one.sources or one.space.still):
+                        one.space.reason = beside.space.reason or (
+                            f"{self.layer} joins them to what cannot be exchanged"
+                        )
                 _join(a.space, b.space)
                 found.append(Factor(a.space.leaves()[0], a.sources | b.sources))
                 left, right = left[1:], right[1:]
@@ -231,8 +236,9 @@ class Trace:
             if both or value.is_weight == other.is_weight:
                 for factor in [*a, *b]:
                     factor.space.restrict()
-            weight = a if value.is_weight else b
-            self.assign(weight, "fixed" if both or (a and b) else "out")
+            for axis, found in ((a, value), (b, other)):
+                if found.is_weight:
+                    self.assign(axis, "fixed" if both or (a and b) else "out")
             axes.append(values_of(self.unify(a, b)))
         return Value(axes, is_weight=both)
 

@@ -50,6 +50,42 @@ class Attention(nn.Module):
         return self.head((h + self.dense(self.norms[1](h))).mean(1))
 
 
+class Shared(nn.Module):
+    """One layer twice, a decoder that is the encoder, and scales of a residual."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encode, self.inner = nn.Linear(3, 6), nn.Linear(6, 6)
+        self.scale = nn.Parameter(torch.randn(6))
+
+    def forward(self, x):
+        h = torch.tanh(self.encode(x))
+        for _ in range(2):
+            h = h + self.scale * self.inner(h).tanh()
+        return F.linear(h, self.encode.weight.t())
+
+
+class Gates(nn.Module):
+    """Channels that are weighed by their means, maxima of pieces, constants."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.squeeze = nn.Conv2d(1, 6, 3), nn.Linear(6, 3)
+        self.excite, self.pieces = nn.Linear(3, 6), nn.Linear(6, 12)
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, x):
+        h = F.relu(self.stem(x))
+        h = (
+            h
+            * torch.sigmoid(self.excite(F.relu(self.squeeze(h.mean((2, 3))))))[
+                :, :, None, None
+            ]
+        )
+        h = self.pieces(h.amax((2, 3))).view(-1, 4, 3).max(-1).values
+        return self.head(torch.where(h > 0, h, 0.1 * h) / 2)
+
+
 def batch_norm(size: int) -> nn.BatchNorm2d:
     """One that has seen data."""
     norm = nn.BatchNorm2d(size)
@@ -109,6 +145,26 @@ NETWORKS = {
         IMAGES,
         {"stem": (6, False, True), "one": (4, False, False)},
     ),
+    "residual, batch norm without data": (
+        network_of(Residual(nn.BatchNorm2d(4))),
+        IMAGES,
+        {"stem": (6, False, True), "one": (4, False, False)},
+    ),
+    "shared": (
+        network_of(Shared()),
+        torch.randn(4, 3, dtype=torch.float64),
+        {"encode": (6, True, False)},
+    ),
+    "gates": (
+        network_of(Gates()),
+        IMAGES,
+        {
+            "stem": (6, False, False),
+            "squeeze": (3, False, True),
+            "pieces": (4, False, False),
+            "pieces'": (3, False, False),
+        },
+    ),
     "attention": (
         network_of(Attention()),
         torch.randint(7, (3, 5)),
@@ -155,6 +211,22 @@ def test_running_statistics_go_with_their_units_or_hold_them():
     assert [axis.name for axis in group.axes] == ["stem", "one"]
     moved = group.sample().apply_to(network)
     torch.testing.assert_close(moved(IMAGES), network(IMAGES), rtol=0, atol=1e-10)
+
+
+def test_a_constant_that_tells_units_apart_holds_them():
+    class Positions(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = nn.Linear(2, 3), nn.Linear(3, 4)
+            self.head = nn.Linear(4, 1)
+
+        def forward(self, x):
+            h = self.one(x).tanh() + torch.arange(3, dtype=x.dtype)
+            return self.head(self.two(h).tanh())
+
+    group = SymmetryGroup.of(network_of(Positions()))
+    assert [axis.name for axis in group.axes] == ["two"]
+    assert "joins them to what cannot be exchanged" in group.fixed["one"]
 
 
 def test_constant_weights_hold_their_units():
