@@ -77,6 +77,7 @@ STREAMS = {
     "restart": "one of the starts of a fit",
     "risk of a certificate": "draws that the Gibbs risk is by",
     "search of a certificate": "draws that tell posteriors apart",
+    "signs of outputs": "one probe of Hessian-free variances",
     "system": "a further solve of a posterior, of rows of its own",
     "update": "noise of new data",
     "weights of a certificate": "samples of the certified posterior",

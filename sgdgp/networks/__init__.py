@@ -7,6 +7,7 @@ from sgdgp.networks import priors
 from sgdgp.networks.calibration import Comparison
 from sgdgp.networks.certificate import Certificate, certify
 from sgdgp.networks.dual import Dual
+from sgdgp.networks.hessian_free import HessianFree
 from sgdgp.networks.learned_prior import LearnedPrior
 from sgdgp.networks.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
 from sgdgp.networks.linearisation import LinearisedNetwork, linearise, linearize
@@ -54,6 +55,7 @@ __all__ = [
     "GPrior",
     "Gaussian",
     "GaussianPrediction",
+    "HessianFree",
     "Isotropic",
     "Kronecker",
     "Layerwise",

@@ -580,12 +580,16 @@ class WeightSystem:
         images = self.likelihood.hessian_root_transpose(self.outputs, images)
         missing = -images if noise is None else noise - images
         u = torch.cholesky_solve(missing.flatten(0, 1).double(), self.factor)
-        u = u.to(b).view_as(missing)
-        return b + self._adjoint(
+        return b + self.pull(u.to(b))
+
+    def pull(self, u: Float[Tensor, "N k"]) -> Float[Tensor, "D k"]:
+        """phi^T u of a table with rows (example, output); one pass."""
+        table = u.unflatten(0, self.outputs.shape)
+        return self._adjoint(
             lambda batch: self.likelihood.hessian_root(
-                self.outputs[batch.rows], u[batch.rows]
+                self.outputs[batch.rows], table[batch.rows]
             ),
-            b.shape[1],
+            u.shape[1],
         )
 
     def weights_of(self, a: Float[Tensor, "N 1"]) -> Float[Tensor, "D 1"]:

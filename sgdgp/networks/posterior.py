@@ -21,7 +21,9 @@ from sgdgp.networks.curvature import TangentData, WeightSystem
 from sgdgp.networks.evidence import Evidence, linear_evidence, spectrum_of
 from sgdgp.networks.expectation_maximisation import EMStep
 from sgdgp.networks.fitting import Mean
+from sgdgp.networks.hessian_free import HessianFree
 from sgdgp.networks.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
+from sgdgp.networks.potential import Potential
 from sgdgp.networks.predictive import (
     GaussianPrediction,
     Link,
@@ -164,6 +166,37 @@ class LinearisedPosterior:
         """Outputs of all sample functions at x (K, b, C)."""
         outputs, added = self.fluctuations(x, batch_size=batch_size)
         return (outputs.unsqueeze(-1) + added).permute(2, 0, 1)
+
+    def variance(
+        self,
+        x: Any,
+        method: HessianFree | None = None,
+        *,
+        batch_size: int = PREDICTED_TOGETHER,
+        seed: int | torch.Generator = 0,
+    ) -> Float[Tensor, "b C"]:
+        """Variances of the outputs' functions (b, C), without a regression's noise.
+
+        Args:
+            x: Inputs as the network takes them; a tensor (b, ...) of any length.
+            method: ``HessianFree()`` for those by the network's own Hessian, in place
+                of the linear model's: what they differ by is what linearisation costs.
+                It passes over the training data. Default: those of the samples.
+            batch_size: Examples predicted at a time, by the samples.
+            seed: Of what ``method`` draws.
+
+        Raises:
+            TypeError: ``method`` is none.
+            ValueError: ``method`` needs training data, which files do not hold.
+        """
+        if method is None:
+            batches = self._in_batches(x, batch_size)
+            return torch.cat([variance_of(added) for _, added in batches])
+        if not isinstance(method, HessianFree):
+            raise TypeError(f"method: expected HessianFree() or None, found {method!r}")
+        mean, potential = self.weight_mean, Potential.of(self)
+        found = method.variance(potential, x, weight_mean=mean, seed=seed)
+        return found.variance * self.scale
 
     def predict(
         self, x: Any, link: Link = "probit", *, batch_size: int = PREDICTED_TOGETHER

@@ -219,10 +219,8 @@ class Potential:
         """What networks with these weights say at x."""
         self._check(weights)
         function = self.tangent.function(x)
-        most = self._networks_at_once(len(self.tangent.outputs(x)))
-        return torch.cat(
-            [self._forward(function, some) for some in weights.split(most)]
-        )
+        most = self.networks_at_once(len(self.tangent.outputs(x)))
+        return torch.cat([self.forward(function, some) for some in weights.split(most)])
 
     def _prior_pull(self, weights: Tensor) -> tuple[Tensor, Tensor]:
         """Theta - m and P (theta - m), as rows."""
@@ -240,10 +238,10 @@ class Potential:
             data = [(self.tangent.function(batch.x), batch)]
             share = self.stream.num_rows / len(batch.y)
         for function, part in data:
-            for some in slices(len(weights), self._networks_at_once(len(part.y))):
+            for some in slices(len(weights), self.networks_at_once(len(part.y))):
                 leaf = weights[some].detach().requires_grad_(with_slopes)
                 with torch.set_grad_enabled(with_slopes):
-                    found = self._loss(self._forward(function, leaf), part.y)
+                    found = self._loss(self.forward(function, leaf), part.y)
                     if with_slopes:
                         slopes[some] += torch.autograd.grad(found.sum(), leaf)[0]
                 losses[some] += found.detach()
@@ -256,7 +254,7 @@ class Potential:
             return -self.likelihood.log_prob(outputs.permute(1, 2, 0), y).sum(0)
         return torch.stack([self.likelihood(each, y) for each in outputs])
 
-    def _forward(self, function: _Outputs, rows: Tensor) -> Float[Tensor, "k b C"]:
+    def forward(self, function: _Outputs, rows: Tensor) -> Float[Tensor, "k b C"]:
         """Outputs of several networks, one by one where torch cannot batch a layer."""
         tensors = self.tangent.weights_of(rows)
         if not self._one_by_one:
@@ -306,7 +304,7 @@ class Potential:
         own = self.num_weights * theta.itemsize
         return max(outputs[0].nbytes, (sum(kept.values()) - own) // len(outputs))
 
-    def _networks_at_once(self, examples: int) -> int:
+    def networks_at_once(self, examples: int) -> int:
         """Networks whose graphs at so many examples fit into the memory budget."""
         # As much again are the gradients on their way back.
         return max(1, self._budget // (2 * examples * self._bytes_of_example))
