@@ -559,19 +559,17 @@ def _disagreements(draws: Draws, r_hat: Tensor | None) -> Iterator[str]:
     typical, worst = _extremes(r_hat)
     if typical <= _TYPICAL and worst <= _WORST:
         return
-    alone = [
-        _extremes(split_r_hat(draws.weights[c : c + 1]))
-        for c in range(draws.num_chains)
-    ]
+    alone = max(_extremes(split_r_hat(chain[None]))[0] for chain in draws.weights)
+    drifting = alone > _TYPICAL or draws.num_chains == 1
     found = (
         f"R-hat of aligned weights is {typical:.2f} in the median, {worst:.2f} at most"
     )
-    if max(typical for typical, _ in alone) > _TYPICAL:
+    if drifting:
         yield (
-            f"{found}, and single chains still drift: they have not mixed. Draw more "
-            "before weights are summarised."
+            f"{found}, up to {alone:.2f} in the median of a single chain: they have "
+            "not mixed. Draw more before weights are summarised."
         )
-    elif draws.num_chains > 1:
+    if draws.num_chains > 1 and (not drifting or typical > _TYPICAL * alone):
         yield (
             f"{found}: these chains are in different modes, which are no symmetric "
             "copies of each other. Their mean is no network, and their variance no "

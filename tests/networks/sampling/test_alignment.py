@@ -118,11 +118,18 @@ def test_chains_in_different_modes_are_reported():
 
 
 def test_chains_that_drift_are_reported():
-    group = SymmetryGroup.of(network_of(3))
-    _, _, draws = scrambled(group)
-    draws.weights += torch.linspace(0, 0.5, 20, dtype=torch.float64)[:, None]
-    _, report = align(draws, group.restricted(signs=False))
-    assert any("they have not mixed" in words for words in report.warnings)
+    """By themselves, and beside others that are elsewhere."""
+    group = SymmetryGroup.of(network_of(3)).restricted(signs=False)
+    _, there, draws = scrambled(group)
+    steps = torch.linspace(0, 0.5, 20, dtype=torch.float64)[:, None]
+    for apart in (0.0, 5.0):
+        moving = there + steps
+        moving[0] += apart
+        found = Draws(moving, draws.names, draws.shapes)
+        _, report = align(found, group)
+        assert any("they have not mixed" in words for words in report.warnings)
+        modes = any("in different modes" in words for words in report.warnings)
+        assert modes == (apart > 0)
 
 
 def test_convolutions_with_batch_norms_are_matched_with_their_buffers():
