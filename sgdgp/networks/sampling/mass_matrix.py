@@ -67,8 +67,8 @@ class DenseMass(MassMatrix):
                 "mass: expected a symmetric positive definite matrix, found one that "
                 f"is not at row {int(info)}"
             )
-        self._inverse = torch.cholesky_inverse(factor).to(like)
-        self._factor = factor.to(like)
+        self._inverse = torch.cholesky_inverse(factor).to(like).contiguous()
+        self._factor = factor.to(like).contiguous()
 
     def velocity(self, gradient: Float[Tensor, "k D"]) -> Float[Tensor, "k D"]:
         return gradient @ self._inverse
