@@ -465,9 +465,8 @@ def _digits(activation: type[nn.Module], seed: int) -> Record:
     draws = hmc(
         potential,
         chains=4,
-        draws=100,
-        warmup=100,
-        leapfrog=30,
+        draws=150,
+        warmup=60,
         start=rows,
         seed=seed,
         progress=False,

@@ -247,7 +247,7 @@ class Draws:
             elif float(moving.max()) > MIXED:
                 found.append(
                     "The chains have not mixed: the largest R-hat of the outputs is "
-                    f"{float(moving.max()):.2f}, expected at most {MIXED}. They are in "
+                    f"{float(moving.max()):.3f}, expected at most {MIXED}. They are in "
                     "different modes or too short, and no mean over them describes the "
                     "posterior. Draw more, or start all of them at one mode "
                     "(start=None)."
