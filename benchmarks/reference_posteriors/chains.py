@@ -65,22 +65,23 @@ class Teacher:
             return torch.rand(*shape, generator=generator, dtype=torch.float64)
 
         self.units = units
-        network = self._network()
+        first, last = nn.Linear(2, units).double(), nn.Linear(units, 1).double()
         angle = math.pi * (torch.arange(units) + 0.5 * uniform(units)) / units
         direction = torch.stack([angle.cos(), angle.sin()], 1)
         with torch.no_grad():
-            network[0].weight.copy_(direction * (1.5 + uniform(units, 1)))
-            network[0].bias.copy_(2 * uniform(units) - 1)
-            network[2].weight.copy_(1 + uniform(1, units))
-            network[2].bias.zero_()
+            first.weight.copy_(direction * (1.5 + uniform(units, 1)))
+            first.bias.copy_(2 * uniform(units) - 1)
+            last.weight.copy_(1 + uniform(1, units))
+            last.bias.zero_()
+        teacher = nn.Sequential(first, nn.Tanh(), last)
 
         def normal(*shape: int) -> Tensor:
             return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
         self.x, self.x_test = normal(EXAMPLES, 2), normal(200, 2)
         with torch.no_grad():
-            self.y = network(self.x) + NOISE * normal(EXAMPLES, 1)
-            self.f_test = network(self.x_test)
+            self.y = teacher(self.x) + NOISE * normal(EXAMPLES, 1)
+            self.f_test = teacher(self.x_test)
         self.data = [(self.x, self.y)]
         self._normal = normal
 
