@@ -11,10 +11,15 @@ from pathlib import Path
 import torch
 
 from benchmarks.json_file import write_json
-from benchmarks.reference_posteriors import alignment, chains
+from benchmarks.reference_posteriors import alignment, chains, pruning, weights
 from benchmarks.reference_posteriors.rows import Record, Row
 
-ROWS: dict[str, Row] = {**alignment.ROWS, **chains.ROWS}
+ROWS: dict[str, Row] = {
+    **alignment.ROWS,
+    **chains.ROWS,
+    **pruning.ROWS,
+    **weights.ROWS,
+}
 """All rows by name; a module for each kind of question."""
 
 
