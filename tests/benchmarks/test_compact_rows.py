@@ -1,4 +1,4 @@
-"""The rows of compact posteriors and of pruning in the study of reference posteriors."""
+"""The rows of compact posteriors and of pruning in the reference study."""
 
 from __future__ import annotations
 
