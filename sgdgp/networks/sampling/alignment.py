@@ -13,6 +13,7 @@ stay apart, and the report says so.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias, get_args
@@ -57,8 +58,12 @@ _NUMBERS = 2**24
 _LEAST_DRAWS = 4  # of a chain, for R-hat
 
 _TYPICAL, _WORST = 1.1, 1.5
-"""R-hat of weights above which chains are in different places: median, largest. The
-largest of many is above 1.1 by chance alone."""
+"""R-hat of weights above which chains are in different places: median, largest."""
+
+_FEW_DRAWS = 10  # of a chain: the largest R-hat of fewer says nothing
+
+_SOME_WEIGHTS = 10_000
+"""Weights by which the median R-hat of single chains is judged."""
 
 _CLEAR = 3.0
 """Standard deviations by which exchanging two units makes an assignment worse."""
@@ -552,15 +557,33 @@ def _extremes(r_hat: Tensor) -> tuple[float, float]:
     return (float(known.median()), float(known.max())) if len(known) else (1.0, 1.0)
 
 
+def _by_chance(draws: Draws) -> tuple[float, float]:
+    """Median and largest R-hat of weights that draws without fault may have, and more.
+
+    R-hat squared is 1 + (F - 1) / h for half chains of h draws, with F about chi-square
+    by its degrees of freedom k. The largest of D is bounded as by Laurent and Massart
+    (2000): k + 2 (k log D)^(1/2) + 2 log D.
+    """
+    half, k = draws.num_draws // 2, 2 * draws.num_chains - 1
+    allowed = max(_TYPICAL, 1 + 0.6 / half)  # 0.6: seen in the median of normal draws
+    if draws.num_draws < _FEW_DRAWS:
+        return allowed, math.inf
+    log = math.log(2 * draws.num_weights)
+    f = (k + 2 * math.sqrt(k * log) + 2 * log) / k
+    return allowed, max(_WORST, 2 * math.sqrt(1 + (f - 1) / half) - 1)
+
+
 def _disagreements(draws: Draws, r_hat: Tensor | None) -> Iterator[str]:
     """What aligned draws say against a summary of them all."""
     if r_hat is None:
         return
     typical, worst = _extremes(r_hat)
-    if typical <= _TYPICAL and worst <= _WORST:
+    allowed, most = _by_chance(draws)
+    if typical <= allowed and worst <= most:
         return
-    alone = max(_extremes(split_r_hat(chain[None]))[0] for chain in draws.weights)
-    drifting = alone > _TYPICAL or draws.num_chains == 1
+    some = draws.weights[..., :: -(-draws.num_weights // _SOME_WEIGHTS)]
+    alone = max(_extremes(split_r_hat(chain[None]))[0] for chain in some)
+    drifting = alone > allowed or draws.num_chains == 1
     found = (
         f"R-hat of aligned weights is {typical:.2f} in the median, {worst:.2f} at most"
     )

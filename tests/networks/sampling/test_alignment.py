@@ -187,3 +187,11 @@ def test_one_draw_and_draws_of_another_architecture_are_refused():
     words = r"'0.weight' of shape .7, 3. as the group's.*found .5, 3..*architecture"
     with pytest.raises(ValueError, match=words):
         align(draws, group)
+
+
+@pytest.mark.parametrize(("chains", "draws"), [(2, 4), (2, 10), (4, 10)])
+def test_few_draws_of_one_mode_are_no_disagreement(chains: int, draws: int):
+    """R-hat of the worst of many weights is large by chance alone."""
+    group = SymmetryGroup.of(network_of(40))
+    _, _, found = scrambled(group, chains, draws)
+    assert align(found, group, match="activations", x=X)[1].warnings == ()
