@@ -17,7 +17,6 @@ from benchmarks.reference_posteriors.alignment import (
 
 @pytest.mark.parametrize("transpositions", [0, 1, 5, 11])
 def test_a_permutation_of_so_many_transpositions(transpositions: int):
-    pytest.importorskip("sklearn")
     generator = torch.Generator().manual_seed(0)
     order = permutation(12, transpositions, generator)
     assert sorted(order) == list(range(12))
