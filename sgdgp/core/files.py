@@ -84,12 +84,12 @@ def load(path: str | os.PathLike[str], *given: Any, **settings: Any) -> Any:
             ``model``, a ``gpytorch.models.ExactGP`` built like the one that was saved,
             for a ``PathwiseModel`` its definition; for that of a network ``network``.
         **settings: The same by name. For a posterior ``solver``; for that of a network
-            ``output`` and ``memory_budget``; for a ``LearnedPrior`` ``device``; for a
-            ``PathwiseModel`` what ``PathwiseModel.load`` takes.
+            ``output`` and ``memory_budget``; for a ``LearnedPrior`` or ``Draws``
+            ``device``; for a ``PathwiseModel`` what ``PathwiseModel.load`` takes.
 
     Returns:
         The posterior, on the device of what is given, with all of its verbs; or the
-        ``PathwiseModel``, or the ``LearnedPrior``.
+        ``PathwiseModel``, the ``LearnedPrior``, or the ``Draws``.
 
     Raises:
         StorageError: The file is missing, damaged, nothing that was saved, or of a

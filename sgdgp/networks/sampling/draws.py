@@ -167,7 +167,12 @@ class Draws:
         found = []
         for some in self.weights.split(together, dim=1):
             rows = some.flatten(0, 1).to(theta)
-            outputs = torch.func.vmap(network)(tangent.weights_of(rows))
+            tensors = tangent.weights_of(rows)
+            try:
+                outputs = torch.func.vmap(network)(tensors)
+            except (RuntimeError, NotImplementedError):  # not by torch for this layer
+                each = ({n: t[i] for n, t in tensors.items()} for i in range(len(rows)))
+                outputs = torch.stack([network(one) for one in each])
             found.append(outputs.unflatten(0, some.shape[:2]))
         return torch.cat(found, 1)
 

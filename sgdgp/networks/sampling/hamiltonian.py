@@ -95,7 +95,7 @@ Start: TypeAlias = Literal["prior"] | Tensor | None
 
 
 @dataclass(frozen=True)
-class Progress:
+class HmcProgress:
     """Where a run is; what callbacks get.
 
     Attributes:
@@ -262,7 +262,7 @@ def hmc(
     checkpoint: str | os.PathLike[str] | None = None,
     checkpoint_every: int | float = 60,
     progress: bool | None = None,
-    callback: Callable[[Progress], bool | None] | None = None,
+    callback: Callable[[HmcProgress], bool | None] | None = None,
 ) -> Draws:
     """Draw weights of a network from its posterior, no Gaussian assumed.
 
@@ -280,7 +280,8 @@ def hmc(
             so that four of five proposals are accepted.
         start: Where chains begin. None: draws of the tangent model's posterior, about
             the trained weights. "prior": draws of the prior. Or weights, as rows
-            (chains, D): of networks trained apart, or of one with its units permuted.
+            (chains, D): of networks trained apart, or of one with its units permuted,
+            ``SymmetryGroup.of(model).sample(count=chains).apply(theta)``.
         mass: Another mass matrix, as a Gaussian over the weights of
             ``sgdgp.networks.priors``, a diagonal (D,) or a matrix (D, D). Default: the
             precision of the tangent model: where ``start`` is None of the trained
@@ -294,7 +295,7 @@ def hmc(
             ``draws`` adds to them.
         checkpoint_every: Seconds between two writes of the checkpoint, at least.
         progress: Show a progress bar. Default: on a terminal.
-        callback: Called with a ``Progress`` after every step; returning True stops.
+        callback: Called with a ``HmcProgress`` after every step; returning True stops.
 
     Returns:
         The draws; ``print`` them for a summary. What speaks against their use is in
@@ -495,7 +496,7 @@ class _Sampler:
             "not smooth where chains begin, or flat"
         )
 
-    def step(self, state: ChainState) -> tuple[ChainState, Progress]:
+    def step(self, state: ChainState) -> tuple[ChainState, HmcProgress]:
         """The state after one more step, and what is told of it."""
         chains = len(state.theta)
         generator = derived_generator(self.seed, "hamiltonian", state.step)
@@ -533,7 +534,7 @@ class _Sampler:
             self.mass = tangent_mass(self.potential, after.places)
             if after.adaptation is not None:
                 self._adapt_anew(after)
-        return after, Progress(
+        return after, HmcProgress(
             step=step,
             num_draws=max(0, step - self.warmup),
             acceptance=rate,

@@ -114,7 +114,7 @@ class PriorMass(MassMatrix):
     prior: WeightPrior
 
     def velocity(self, gradient: Float[Tensor, "k D"]) -> Float[Tensor, "k D"]:
-        return self.prior.solve(gradient.mT).mT
+        return self.prior.covariance(gradient.mT).mT
 
     def draw(self, z: Float[Tensor, "k D"]) -> Float[Tensor, "k D"]:
         return self.prior.root(z.mT).mT
@@ -175,8 +175,9 @@ def tangent_mass(
 ) -> MassMatrix:
     """The precision of the tangent model, J^T H J + P.
 
-    A matrix for up to 2,048 weights, beyond that with Kronecker factors of J^T H J. A
-    loss that is no likelihood has no H: its mass matrix is the prior's.
+    A matrix for up to 2,048 weights, beyond that with Kronecker factors of J^T H J, to
+    which independent weights add one precision a tensor: only then are products in
+    closed form. A loss that is no likelihood has no H: its mass matrix is the prior's.
 
     Args:
         potential: What is sampled.
@@ -204,7 +205,18 @@ def _at(potential: Potential, tangent: Tangent) -> MassMatrix:
     except ValueError as error:
         warn_user(f"The mass matrix is the prior's precision: {error}")
         return _of_prior(prior, like)
-    return PriorMass(precision_sum(prior, curvature))
+    return PriorMass(precision_sum(_by_tensor(prior, tangent), curvature))
+
+
+def _by_tensor(prior: WeightPrior, tangent: Tangent) -> WeightPrior:
+    """Independent weights with one variance a tensor, the geometric mean of its own."""
+    if not prior.is_diagonal:
+        return prior
+    logs = prior.marginal_variance().log()
+    means = [logs[s].mean().expand(s.stop - s.start) for s in tangent.slices.values()]
+    scales = torch.cat(means).mul(0.5).exp()
+    ones = torch.ones_like(scales[:1])
+    return DiagonalPrior(tangent.num_weights, ones, scales=scales)
 
 
 def _moved(tangent: Tangent, place: Float[Tensor, " D"]) -> Tangent:

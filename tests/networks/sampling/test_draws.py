@@ -177,3 +177,25 @@ def test_without_arviz_it_is_said_how_to_install_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "arviz", None)
     with pytest.raises(ImportError, match=r"pip install 'sgdgp\[arviz\]'"):
         some_draws().to_arviz()
+
+
+class Recurrent(nn.Module):
+    """What torch cannot batch over weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell, self.out = nn.GRU(2, 2, batch_first=True), nn.Linear(2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.cell(x)[0][:, -1])
+
+
+def test_networks_that_torch_cannot_batch_are_run_one_by_one():
+    net = Recurrent().double().eval()
+    tangent = Tangent(net)
+    draws = Draws(normal(2, 2, tangent.num_weights), tangent.names, tangent.shapes)
+    x = normal(3, 4, 2)
+    found = draws.function(SimpleNamespace(tangent=tangent, likelihood=None), x)
+    other = Recurrent().double().eval()
+    nn.utils.vector_to_parameters(draws.weights[1, 0], other.parameters())
+    torch.testing.assert_close(found[1, 0], other(x).detach())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 import signal
@@ -449,3 +450,22 @@ def test_followers_are_told_of_every_step():
     assert heard[-1].num_draws == 12
     rates = torch.tensor([p.acceptance for p in heard[8:]], dtype=torch.float64)
     torch.testing.assert_close(rates, draws.acceptance.mean(0))
+
+
+def test_many_weights_have_kronecker_factors_as_their_mass_matrix(monkeypatch):
+    name = "sgdgp.networks.sampling.mass_matrix._MOST_DENSE"
+    monkeypatch.setattr(name, 0)
+    potential = linear()
+    scales = torch.tensor([0.5, 1.0, 2.0, 0.3], dtype=torch.float64)
+    ones = torch.ones(1, dtype=torch.float64)
+    prior = DiagonalPrior(4, ones, scales=scales)
+    mass = tangent_mass(dataclasses.replace(potential, prior=prior))
+    x = next(iter(potential.stream)).x
+    # One output: the factors are exact; of the three weights' variances the mean is 1.
+    expected = x.mT @ x / NOISE + torch.eye(3, dtype=torch.float64)
+    u = torch.cat([normal(2, 3), torch.zeros(2, 1, dtype=torch.float64)], 1)
+    quadratic = 0.5 * (u[:, :3] @ expected * u[:, :3]).sum(1)
+    torch.testing.assert_close(mass.kinetic(u), quadratic)
+    bias = torch.tensor([[0.0, 0.0, 0.0, 1.0]], dtype=torch.float64)
+    precision = len(x) / NOISE + 1 / 0.3**2
+    torch.testing.assert_close(mass.velocity(bias), bias / precision)
