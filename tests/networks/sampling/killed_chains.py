@@ -25,7 +25,7 @@ def potential() -> Potential:
 
 
 def run(**settings) -> Draws:
-    common = {"chains": 2, "draws": 12, "warmup": 8, "seed": 3, "leapfrog": 2}
+    common = {"chains": 2, "draws": 6, "warmup": 6, "seed": 3, "leapfrog": 2}
     return hmc(potential(), progress=False, **{**common, **settings})
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import re
 import signal
@@ -79,7 +80,7 @@ def test_draws_of_a_gaussian_posterior_have_its_mean_and_covariance(mass: str):
         "tangent": None,
         "diagonal": covariance.inverse().diagonal(),
     }[mass]
-    draws = hmc(potential, chains=20, draws=50, warmup=30, mass=given, progress=False)
+    draws = hmc(potential, chains=20, draws=50, warmup=20, mass=given, progress=False)
     assert float(draws.acceptance.mean()) > 0.6
     deviation = covariance.diagonal().sqrt()
     # Chains that go from side to side know the mean better than independent draws.
@@ -100,7 +101,7 @@ def test_a_linearised_posterior_is_sampled_with_its_own_prior_and_noise():
     batch = next(iter(potential.stream))
     data = [(batch.x, batch.y)]
     posterior = fit(data, precision=2.0, steps=0, final_samples=2, progress=False)
-    draws = hmc(posterior, chains=20, draws=50, warmup=30, progress=False)
+    draws = hmc(posterior, chains=20, draws=50, warmup=20, progress=False)
     eye = torch.eye(4, dtype=torch.float64)
     precision = posterior.prior.matmul(eye)
     phi = torch.cat([batch.x, torch.ones_like(batch.x[:, :1])], 1)
@@ -364,28 +365,33 @@ def same(one: Draws, other: Draws) -> None:
     assert one.num_gradients == other.num_gradients
 
 
+@functools.cache
+def whole_run() -> Draws:
+    return killed_chains.run()
+
+
 def stopper(step: int) -> Any:
     return lambda progress: progress.step >= step
 
 
-@pytest.mark.parametrize("step", [3, 13])
+@pytest.mark.parametrize("step", [3, 9])
 @pytest.mark.filterwarnings("ignore")
 def test_a_run_that_goes_on_is_the_run_that_never_stopped(tmp_path: Path, step: int):
-    expected = killed_chains.run()
+    expected = whole_run()
     path = tmp_path / "run"
     stopped = killed_chains.run(checkpoint=path, callback=stopper(step))
-    assert stopped.num_draws == max(0, step - 8)
+    assert stopped.num_draws == max(0, step - 6)
     assert "The run was stopped after" in str(stopped)
     same(killed_chains.run(checkpoint=path), expected)
     same(killed_chains.run(checkpoint=path), expected)
-    longer = killed_chains.run(checkpoint=path, draws=16)
-    same(longer, killed_chains.run(draws=16))
+    longer = killed_chains.run(checkpoint=path, draws=8)
+    same(longer, killed_chains.run(draws=8))
 
 
 @pytest.mark.filterwarnings("ignore")
 def test_a_run_from_the_prior_goes_on_with_its_mass_matrices(tmp_path: Path):
     path = tmp_path / "run"
-    for step in (5, 11):
+    for step in (2, 8):
         killed_chains.run(checkpoint=path, start="prior", callback=stopper(step))
     found = killed_chains.run(checkpoint=path, start="prior")
     same(found, killed_chains.run(start="prior"))
@@ -396,21 +402,21 @@ def test_after_sigkill_the_run_ends_where_it_would_have_ended(tmp_path: Path):
     path = tmp_path / "run"
     module = "tests.networks.sampling.killed_chains"
     child = subprocess.run(
-        [sys.executable, "-m", module, str(path), "14"], check=False, timeout=120
+        [sys.executable, "-m", module, str(path), "9"], check=False, timeout=120
     )
     assert child.returncode == -signal.SIGKILL
     heard: list[Any] = []
-    same(killed_chains.run(checkpoint=path, callback=heard.append), killed_chains.run())
-    assert [progress.step for progress in heard] == list(range(15, 21))
+    same(killed_chains.run(checkpoint=path, callback=heard.append), whole_run())
+    assert [progress.step for progress in heard] == list(range(10, 13))
 
 
 @pytest.mark.filterwarnings("ignore")
 def test_other_runs_and_damaged_draws_are_refused(tmp_path: Path):
     path = tmp_path / "run"
-    killed_chains.run(checkpoint=path, callback=stopper(12))
+    killed_chains.run(checkpoint=path, callback=stopper(9))
     with pytest.raises(CheckpointError, match="setting seed is 4, expected 3"):
         killed_chains.run(checkpoint=path, seed=4)
-    with pytest.raises(CheckpointError, match="setting warmup is 9, expected 8"):
+    with pytest.raises(CheckpointError, match="setting warmup is 9, expected 6"):
         killed_chains.run(checkpoint=path, warmup=9)
     draws = path.with_name("run.draws")
     content = draws.read_bytes()
@@ -428,27 +434,27 @@ def test_other_runs_and_damaged_draws_are_refused(tmp_path: Path):
 @pytest.mark.filterwarnings("ignore")
 def test_an_interrupt_returns_what_there_is(tmp_path: Path):
     def interrupt(progress: Any) -> None:
-        if progress.step == 13:
+        if progress.step == 9:
             raise KeyboardInterrupt
 
-    expected = killed_chains.run()
-    with pytest.warns(UserWarning, match="interrupted after 5 of 12 draws"):
+    expected = whole_run()
+    with pytest.warns(UserWarning, match="interrupted after 3 of 6 draws"):
         found = killed_chains.run(callback=interrupt, checkpoint=tmp_path / "run")
-    assert torch.equal(found.weights, expected.weights[:, :5])
+    assert torch.equal(found.weights, expected.weights[:, :3])
     same(killed_chains.run(checkpoint=tmp_path / "run"), expected)
     early = killed_chains.run(callback=stopper(2))
     assert early.num_draws == 0
-    assert "after 0 of 12 draws, in warm-up" in str(early)
+    assert "after 0 of 6 draws, in warm-up" in str(early)
 
 
 @pytest.mark.filterwarnings("ignore")
 def test_followers_are_told_of_every_step():
     heard: list[Any] = []
     draws = killed_chains.run(callback=heard.append)
-    assert [progress.step for progress in heard] == list(range(1, 21))
+    assert [progress.step for progress in heard] == list(range(1, 13))
     assert heard[-1].num_gradients == draws.num_gradients
-    assert heard[-1].num_draws == 12
-    rates = torch.tensor([p.acceptance for p in heard[8:]], dtype=torch.float64)
+    assert heard[-1].num_draws == 6
+    rates = torch.tensor([p.acceptance for p in heard[6:]], dtype=torch.float64)
     torch.testing.assert_close(rates, draws.acceptance.mean(0))
 
 
