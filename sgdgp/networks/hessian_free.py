@@ -34,6 +34,7 @@ Deviations from the papers, and why:
 
 from __future__ import annotations
 
+import copy
 import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
@@ -42,7 +43,7 @@ from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import grad_and_value, vmap
 from torch.utils._pytree import tree_map
 
@@ -71,6 +72,10 @@ _MOST_ROWS = 256
 _CONTROL_STEPS = 10
 """Times the steps of a variance that the network itself may take to its optimum: one
 problem costs little beside those of all outputs."""
+
+_FRESH, _FAR = 50, 0.3
+"""Steps of a network on its way after which the Gauss-Newton matrix is formed anew, and
+deviations from where it was formed after which it is in the end."""
 
 _LARGE_DROP, _LARGE_DRIFT = 0.1, 0.3
 """Nats that the network was above its optimum, and deviations that an output moved on
@@ -394,7 +399,8 @@ class _TangentModel:
             found = self._solver.solve(self._system, rhs, torch.zeros_like(rhs))
             self._errors.append(found.errors)
             self.steps = max(self.steps, int(found.passes))
-            own = torch.linalg.vecdot(rhs, found.weights, dim=0)
+            # With the residual errors are of second order, and none is positive.
+            own = torch.linalg.vecdot(rhs + found.residuals, found.weights, dim=0)
             moves = prior.root(found.weights)
             yield _Response(rows, own, functools.partial(self._read, moves))
 
@@ -424,12 +430,15 @@ class _Whitening:
     A = phi^T phi + I by the eigenvectors of A that are not one. Else the prior's.
     """
 
-    def __init__(self, potential: Potential, precondition: bool) -> None:
+    def __init__(
+        self, potential: Potential, base: Float[Tensor, " D"], precondition: bool
+    ) -> None:
         self._prior = potential.prior
         self._vectors: Tensor | None = None
         if not precondition or not isinstance(potential.likelihood, Likelihood):
             return
-        data = TangentData(potential.tangent, potential.stream, potential.likelihood)
+        tangent = _moved(potential.tangent, base)
+        data = TangentData(tangent, potential.stream, potential.likelihood)
         if not data.keeps_jacobian or not data.has_cheap_gram(potential.likelihood):
             return
         system = WeightSystem(
@@ -463,15 +472,22 @@ class _NonlinearModel:
     def __init__(self, settings: HessianFree, potential: Potential) -> None:
         self._settings, self._potential = settings, potential
         self._base = potential.theta
-        self._whitening = _Whitening(potential, settings.precondition)
-        self._pairs = Pairs(1, settings.memory, self._base)
-        self.drop, self._left = 0.0, 0.0
+        self._refresh()
+        self.drop = 0.0
         self.steps = 0
         self._reached: list[Tensor] = []
         self._asymmetries: list[Tensor] = []
         self._curvatures: Tensor | None = None
         self._has_negative = False
         self._bring_to_optimum(_CONTROL_STEPS * settings.steps * settings.control)
+
+    def _refresh(self) -> None:
+        """Coordinates about the base, with nothing known yet of curvatures there."""
+        settings = self._settings
+        self._whitening = _Whitening(
+            self._potential, self._base, precondition=settings.precondition
+        )
+        self._pairs = Pairs(1, settings.memory, self._base)
 
     def _bring_to_optimum(self, steps: int) -> None:
         settings, potential = self._settings, self._potential
@@ -483,9 +499,17 @@ class _NonlinearModel:
 
         start = torch.zeros_like(self._base)[None]
         before = float(potential(self._weights(start)))
-        found = minimise(objective, start, steps=steps, pairs=self._pairs)
-        self._left = float(found.gradients.norm())
-        self._base = self._weights(found.points)[0]
+        while True:
+            some = min(steps, _FRESH) if settings.precondition else steps
+            found = minimise(objective, start, steps=some, pairs=self._pairs)
+            steps -= found.steps
+            self._left = float(found.gradients.norm())
+            self._base = self._weights(found.points)[0]
+            is_far = float(found.points.norm()) > _FAR
+            if is_far:
+                self._refresh()
+            if bool(found.converged) or found.steps < some or steps <= 0:
+                break
         self.drop = before - float(found.values)
 
     def _weights(self, z: Float[Tensor, "k D"]) -> Float[Tensor, "k D"]:
@@ -571,9 +595,9 @@ class _NonlinearModel:
         return (one - two) * inverse[:, None, None]
 
     def _curvatures_along(self, z: Float[Tensor, "k D"]) -> Float[Tensor, "s m"]:
-        """z^T H z / z^T z by differences over z and smaller and smaller parts of it."""
+        """z^T H z / z^T z by differences over a shift along z and smaller ones."""
         z = z[:: max(1, len(z) // _PROBED_ROWS)]
-        z = z[z.norm(dim=1) > 0]
+        z = self._settings.shift * nn.functional.normalize(z[z.norm(dim=1) > 0])
         found = []
         for part in (1.0, *_PARTS):
             one, two = (
@@ -593,7 +617,9 @@ class _NonlinearModel:
         """Range of the curvature over small displacements, in the upper quartile."""
         assert self._curvatures is not None
         small = self._curvatures[:, 1:]
-        ranges = (small.amax(1) - small.amin(1)) / small.median(1).values.abs()
+        # In these coordinates curvatures are about one, or above it.
+        level = small.median(1).values.abs().clamp_min(0.1)
+        ranges = (small.amax(1) - small.amin(1)) / level
         return float(ranges.quantile(0.75))
 
     @property
@@ -664,6 +690,23 @@ def _cautions_of_drift(drift: Tensor, drop: float) -> Iterator[str]:
             "deviations. These are the variances at the optimum. Train the network on "
             'with this prior and noise, or use mode="tangent", which needs no optimum'
         )
+
+
+def _moved(tangent: Tangent, base: Float[Tensor, " D"]) -> Tangent:
+    """The same network with other weights."""
+    if torch.equal(tangent.theta[:, 0], base):
+        return tangent
+    network = copy.deepcopy(tangent.network)
+    weights = tangent.weights_of(base[None])
+    with torch.no_grad():
+        for name, weight in weights.items():
+            network.get_parameter(name).copy_(weight[0])
+    return Tangent(
+        network,
+        weights=lambda name, _: name in weights,
+        output=tangent.output,
+        memory_budget=tangent.memory_budget,
+    )
 
 
 def _rows_of(

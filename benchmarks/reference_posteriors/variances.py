@@ -1,0 +1,325 @@
+"""Hessian-free variances beside the Hessian's, the Gauss-Newton matrix's and others.
+
+Networks are trained to their maximum a posteriori by L-BFGS, in float64. The Hessian is
+that of ``torch.func`` there, of up to 2,700 weights.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from jaxtyping import Float
+from sklearn.datasets import load_digits
+from torch import Tensor, nn
+from torch.func import functional_call, grad, jvp, vmap
+from torch.utils.data import DataLoader, TensorDataset
+
+from benchmarks.checks import Check
+from benchmarks.reference_posteriors.rows import Record, Row
+from benchmarks.uci.data import load_split
+from sgdgp.networks import (
+    Categorical,
+    Gaussian,
+    HessianFree,
+    Isotropic,
+    Likelihood,
+    Potential,
+    linearise,
+)
+from sgdgp.networks.curvature import TangentData, WeightSystem
+from sgdgp.networks.kronecker_curvature import kronecker_curvature
+from sgdgp.networks.priors import precision_sum
+
+_STEPS, _TOGETHER = 4000, 128
+"""Of L-BFGS, and columns of a Hessian at a time."""
+
+_LARGEST_NOISE, _SMALLEST_NOISE = 0.05, 1e-3
+"""Noise variances of standardised targets between which residuals choose."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A network with its data and prior.
+
+    Attributes:
+        network: Trained as far as it is.
+        likelihood: Of the targets.
+        x: Training inputs (n, d).
+        y: Their targets.
+        x_test: Inputs whose variances are asked for (b, d).
+        precision: Of the prior N(0, 1 / precision).
+    """
+
+    network: nn.Module
+    likelihood: Likelihood
+    x: Float[Tensor, "n d"]
+    y: Tensor
+    x_test: Float[Tensor, "b d"]
+    precision: float = 1.0
+
+    @cached_property
+    def potential(self) -> Potential:
+        """U."""
+        loader = DataLoader(TensorDataset(self.x, self.y), batch_size=len(self.x))
+        return Potential.from_network(
+            self.network, self.likelihood, loader, precision=self.precision
+        )
+
+    def loss(self, network: nn.Module) -> Tensor:
+        """U by torch alone."""
+        squares = sum(weight.square().sum() for weight in network.parameters())
+        fit = self.likelihood.loss(network(self.x), self.y).sum()
+        return fit + 0.5 * self.precision * squares
+
+    def fit(self, adam: int = 0) -> Problem:
+        """Train the network, by so many steps of Adam or to the optimum."""
+        weights = list(self.network.parameters())
+        if adam:
+            optimiser = torch.optim.Adam(weights, 1e-2)
+            for _ in range(adam):
+                optimiser.zero_grad()
+                self.loss(self.network).backward()
+                optimiser.step()
+            return self
+        search = torch.optim.LBFGS(
+            weights,
+            max_iter=_STEPS,
+            history_size=100,
+            tolerance_grad=1e-9,
+            tolerance_change=0.0,
+            line_search_fn="strong_wolfe",
+        )
+
+        def closure() -> Tensor:
+            search.zero_grad()
+            value = self.loss(self.network)
+            value.backward()
+            return value
+
+        search.step(closure)
+        return self
+
+    @cached_property
+    def hessian(self) -> Float[Tensor, "D D"]:
+        """Of U, column by column."""
+        tangent = self.potential.tangent
+
+        def loss(theta: Tensor) -> Tensor:
+            weights = {n: w[0] for n, w in tangent.weights_of(theta[None]).items()}
+            outputs = functional_call(self.network, weights, (self.x,))
+            fit = self.likelihood.loss(outputs, self.y).sum()
+            return fit + 0.5 * self.precision * theta.square().sum()
+
+        theta = self.potential.theta
+        unit = torch.eye(len(theta), dtype=theta.dtype)
+
+        def column(v: Tensor) -> Tensor:
+            return jvp(grad(loss), (theta,), (v,))[1]
+
+        return vmap(column, chunk_size=_TOGETHER)(unit)
+
+    @cached_property
+    def system(self) -> WeightSystem:
+        """Of the Gauss-Newton matrix."""
+        potential = self.potential
+        data = TangentData(potential.tangent, potential.stream, self.likelihood)
+        return WeightSystem(
+            data, potential.prior, self.likelihood, data.network_outputs
+        )
+
+    @cached_property
+    def gauss_newton(self) -> Float[Tensor, "D D"]:
+        """J^T H J + P."""
+        found = self.precision * self.system.gram
+        found.diagonal().add_(self.precision)
+        return found
+
+    @cached_property
+    def jacobian(self) -> Float[Tensor, "m D"]:
+        """Of all outputs at the test inputs."""
+        return self.potential.tangent.at(self.x_test).jacobian().flatten(0, 1)
+
+    def variance(self, matrix: Float[Tensor, "D D"]) -> Float[Tensor, " m"]:
+        """Those of a precision of the weights."""
+        return (self.jacobian * torch.linalg.solve(matrix, self.jacobian.mT).mT).sum(1)
+
+    def free(self, **settings: object) -> Float[Tensor, " m"]:
+        """Those without a Hessian."""
+        method = HessianFree(**settings)  # type: ignore[arg-type]
+        return method.variance(self.potential, self.x_test).variance.flatten()
+
+
+def perceptron(inputs: int, *hidden: int, outputs: int = 1, seed: int) -> nn.Module:
+    """A network of tanh in float64."""
+    torch.manual_seed(seed)
+    sizes, layers = (inputs, *hidden), []
+    for i in range(len(hidden)):
+        layers += [nn.Linear(sizes[i], sizes[i + 1]), nn.Tanh()]
+    return nn.Sequential(*layers, nn.Linear(sizes[-1], outputs)).double().eval()
+
+
+def gap(seed: int, *hidden: int) -> Problem:
+    """Two clusters of 30 inputs with a gap between them."""
+    generator = torch.Generator().manual_seed(seed)
+    uniform = torch.rand(60, 1, generator=generator, dtype=torch.float64)
+    x = 1.2 * uniform + torch.tensor([-2.0, 0.6]).repeat_interleave(30)[:, None]
+    noise = torch.randn(60, 1, generator=generator, dtype=torch.float64)
+    network = perceptron(1, *hidden, seed=seed)
+    x_test = torch.linspace(-3, 3, 60, dtype=torch.float64)[:, None]
+    y = torch.sin(3 * x) + 0.1 * noise
+    return Problem(network, Gaussian(noise=0.01), x, y, x_test)
+
+
+def regression(name: str, seed: int, hidden: int) -> Problem:
+    """A set of UCI."""
+    split = load_split(name, seed)
+    network = perceptron(split.x.shape[1], hidden, seed=seed)
+    return Problem(
+        network,
+        Gaussian(noise=_LARGEST_NOISE),
+        split.x,
+        split.y[:, None],
+        split.x_test[:60],
+    )
+
+
+def digits(seed: int) -> Problem:
+    """500 digits, 1 x 32; logits of 20 others."""
+    found = load_digits()
+    order = torch.randperm(
+        len(found.target), generator=torch.Generator().manual_seed(seed)
+    )
+    x, y = torch.tensor(found.data)[order] / 16, torch.tensor(found.target)[order]
+    network = perceptron(64, 32, outputs=10, seed=seed)
+    return Problem(network, Categorical(), x[:500], y[:500], x[500:520])
+
+
+def figures(found: Tensor, truth: Tensor) -> Record:
+    """How two sets of variances agree."""
+    wrong = ((found - truth) / truth).abs()
+    return {
+        "correlation": float(torch.corrcoef(torch.stack([found, truth]))[0, 1]),
+        "median": float(wrong.median()),
+        "p95": float(wrong.quantile(0.95)),
+        "worst": float(wrong.max()),
+        "negative": int((found <= 0).sum()),
+    }
+
+
+def _tangent(seed: int) -> Record:
+    """B1, and samples of the posterior beside: all are of the same Gaussian."""
+    problem = gap(seed, 50).fit()
+    truth = problem.variance(problem.gauss_newton)
+    # One column: its Krylov space grows by one dimension a step.
+    one = Problem(problem.network, problem.likelihood, problem.x, problem.y, X_GAP)
+    steps = (2, 4, 6, 8, 10, 20)
+    rising = [
+        float(one.free(mode="tangent", tolerance=1e-9, steps=s)[0]) for s in steps
+    ]
+    exact = float(one.variance(one.gauss_newton)[0])
+    loader = DataLoader(TensorDataset(problem.x, problem.y), batch_size=60)
+    posterior = linearise(problem.network, problem.likelihood, Isotropic()).fit(
+        loader, steps=0, precision=1.0, final_samples=_SAMPLES, seed=seed
+    )
+    ratio = posterior.variance(problem.x_test).flatten() / truth
+    return {
+        **figures(problem.free(mode="tangent", tolerance=1e-6), truth),
+        "rising": [value / exact for value in rising],
+        "steps": list(steps),
+        "sampled ratio": float(ratio.mean()),
+        "sampled worst": float((ratio - 1).abs().max() / math.sqrt(2 / _SAMPLES)),
+    }
+
+
+X_GAP = torch.zeros(1, 1, dtype=torch.float64)
+"""The middle of the gap."""
+
+_SAMPLES = 1024
+
+NONLINEAR = {
+    "gap, 1 x 50": (0.999, 0.01, 0.05),
+    "gap, 2 x 50": (0.995, 0.02, 0.10),
+    "yacht, 1 x 50": (0.995, 0.02, 0.10),
+}
+"""Networks, and what is asked of correlation, median and 95th percentile."""
+
+
+def _problem(name: str, seed: int) -> Problem:
+    if name.startswith("gap"):
+        return gap(seed, *([50] * int(name[5])))
+    return regression("yacht", seed, 50)
+
+
+def _nonlinear(seed: int) -> Record:
+    """B2, B3: default settings, and gradients alone."""
+    found: Record = {}
+    for name in NONLINEAR:
+        problem = _problem(name, seed).fit()
+        truth = problem.variance(problem.hessian)
+        lowest = float(torch.linalg.eigvalsh(problem.hessian)[0])
+        begun = time.process_time()
+        default = problem.free()
+        seconds = time.process_time() - begun
+        found[name] = {
+            **figures(default, truth),
+            "seconds": seconds,
+            "smallest eigenvalue": lowest,
+            "Gauss-Newton": figures(problem.variance(problem.gauss_newton), truth),
+            "shift 0.3": figures(problem.free(shift=0.3), truth),
+        }
+    return found
+
+
+def _order(seed: int) -> Record:
+    """B4: errors of both forms as the shift falls from one deviation to a tenth."""
+    problem = gap(seed, 50).fit()
+    truth = problem.variance(problem.hessian)
+    found: Record = {}
+    for form, symmetric in (("one-sided", False), ("symmetric", True)):
+        found[form] = [
+            figures(
+                problem.free(shift=shift, symmetric=symmetric, tolerance=1e-4), truth
+            )["p95"]
+            for shift in (1.0, 0.1)
+        ]
+    return found
+
+
+def _unconverged(seed: int) -> Record:
+    """B5: after 500 steps of Adam, against the Hessian at the optimum from there."""
+    problem = gap(seed, 50).fit(adam=500)
+    forms = {
+        "one-sided": {"symmetric": False, "control": False},
+        "one-sided with control": {"symmetric": False},
+        "symmetric": {"control": False},
+        "default": {},
+    }
+    variances = {name: problem.free(**form) for name, form in forms.items()}
+    problem.fit()
+    best = Problem(
+        problem.network, problem.likelihood, problem.x, problem.y, problem.x_test
+    )
+    truth = best.variance(best.hessian)
+    return {name: figures(variance, truth) for name, variance in variances.items()}
+
+
+def _probes(seed: int) -> Record:
+    """B6: 64 probes on energy."""
+    problem = regression("energy", seed, 30).fit()
+    truth = problem.variance(problem.hessian)
+    return figures(problem.free(probes=64), truth)
+
+
+def _logits(seed: int) -> Record:
+    """Each logit's variance on digits."""
+    problem = digits(seed).fit()
+    truth = problem.variance(problem.hessian)
+    return {
+        **figures(problem.free(), truth),
+        "Gauss-Newton": figures(problem.variance(problem.gauss_newton), truth),
+    }
