@@ -11,10 +11,17 @@ from pathlib import Path
 import torch
 
 from benchmarks.json_file import write_json
-from benchmarks.reference_posteriors import alignment, chains, pruning, weights
+from benchmarks.reference_posteriors import (
+    alignment,
+    chains,
+    pruning,
+    variances,
+    weights,
+)
 from benchmarks.reference_posteriors.rows import Record, Row
 
 ROWS: dict[str, Row] = {
+    **variances.ROWS,
     **alignment.ROWS,
     **chains.ROWS,
     **pruning.ROWS,

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -323,3 +324,224 @@ def _logits(seed: int) -> Record:
         **figures(problem.free(), truth),
         "Gauss-Newton": figures(problem.variance(problem.gauss_newton), truth),
     }
+
+
+IN_BETWEEN = {"energy": 30, "concrete": 50, "yacht": 50}
+"""Hidden units of networks of sets of UCI."""
+
+_APART = 60
+"""Test inputs in a gap, and beside it."""
+
+
+def without_middle(name: str, seed: int) -> tuple[Problem, Tensor]:
+    """A set of UCI without the middle third along a random direction.
+
+    Returns:
+        The problem, whose test inputs are those of the gap and then others, and the
+        targets of all of them (b,).
+    """
+    split = load_split(name, seed)
+    generator = torch.Generator().manual_seed(seed)
+    direction = torch.randn(split.x.shape[1], generator=generator, dtype=split.x.dtype)
+    along = split.x @ direction
+    low, high = along.quantile(1 / 3), along.quantile(2 / 3)
+    inside = (along > low) & (along < high)
+    outside = (~inside).nonzero()[:, 0]
+    order = outside[torch.randperm(len(outside), generator=generator)]
+    middle = inside.nonzero()[:, 0]
+    middle = middle[torch.randperm(len(middle), generator=generator)][:_APART]
+    test = torch.cat([middle, order[:_APART]])
+    train = order[_APART:]
+    network = perceptron(split.x.shape[1], IN_BETWEEN[name], seed=seed)
+    noise = _LARGEST_NOISE
+    for _ in range(2):
+        # Residuals say what the noise is, within reason.
+        problem = Problem(
+            network,
+            Gaussian(noise=noise),
+            split.x[train],
+            split.y[train, None],
+            split.x[test],
+        ).fit()
+        error = (network(problem.x) - problem.y).square().mean().item()
+        noise = min(max(error, _SMALLEST_NOISE), _LARGEST_NOISE)
+    return problem, split.y[test]
+
+
+def _in_between(seed: int) -> Record:
+    """The papers' comparison: uncertainty where there are no data between data."""
+    problems = {name: without_middle(name, seed) for name in IN_BETWEEN}
+    toy = gap(seed, 50).fit()
+    problems["gap"] = toy, torch.sin(3 * toy.x_test[:, 0])
+    return {name: _compared(*problem) for name, problem in problems.items()}
+
+
+def _compared(problem: Problem, y: Float[Tensor, " b"]) -> Record:
+    potential, diagonal = problem.potential, problem.gauss_newton.diagonal()
+    kronecker = precision_sum(
+        potential.prior,
+        kronecker_curvature(
+            problem.system.data, problem.likelihood, problem.system.outputs
+        ),
+    )
+    rows = problem.jacobian
+    truth = problem.variance(problem.hessian)
+    variances = {
+        "Hessian": truth,
+        "Hessian-free": problem.free(),
+        "Gauss-Newton": problem.variance(problem.gauss_newton),
+        "KFAC": (rows * kronecker.solve(rows.mT).mT).sum(1),
+        "diagonal": (rows.square() / diagonal).sum(1),
+    }
+    mean = potential.tangent.outputs(problem.x_test)[:, 0]
+    noise = problem.likelihood.variance
+    assert isinstance(noise, float)
+    if len(y) == 2 * _APART:
+        parts: dict[str, Any] = {
+            "between": slice(_APART),
+            "beside": slice(_APART, None),
+        }
+    else:  # the toy's gap is from -0.8 to 0.6
+        x = problem.x_test[:, 0]
+        parts = {"between": (x > -0.8) & (x < 0.6)}
+    found: Record = {"noise": noise}
+    for name, variance in variances.items():
+        record: Record = figures(variance, truth)
+        for part, some in parts.items():
+            spread = variance[some].clamp_min(0.0) + noise
+            error = (y - mean)[some]
+            record[part] = {
+                "nll": float(
+                    0.5 * (error**2 / spread + (2 * math.pi * spread).log()).mean()
+                ),
+                "coverage": float((error.abs() < 1.96 * spread.sqrt()).double().mean()),
+                "deviation": float(variance[some].clamp_min(0.0).sqrt().mean()),
+            }
+        found[name] = record
+    return found
+
+
+def _tangent_checks(records: Sequence[Record]) -> Iterable[Check]:
+    worst = max(r["worst"] for r in records)
+    yield Check(
+        "B1: tangent mode against J^T H J + P, relative error",
+        f"{worst:.1e}",
+        "at most 1e-6",
+        worst <= 1e-6,
+    )
+    for record in records:
+        rising = record["rising"]
+        yield Check(
+            "B1: part of the exact variance after "
+            + ", ".join(map(str, record["steps"]))
+            + " steps",
+            ", ".join(f"{value:.3f}" for value in rising),
+            "rising, at most 1",
+            rising == sorted(rising) and rising[-1] <= 1 + 1e-12,
+        )
+    ratio = sum(r["sampled ratio"] for r in records) / len(records)
+    away = max(r["sampled worst"] for r in records)
+    yield Check(
+        f"X1: {_SAMPLES} samples against the same, mean ratio; worst in its errors",
+        f"{ratio:.3f}; {away:.1f}",
+        "0.95 to 1.05; at most 4.5",
+        0.95 <= ratio <= 1.05 and away <= 4.5,
+    )
+
+
+def _agreement(what: str, record: Record, asked: tuple[float, float, float]) -> Check:
+    lowest, median, p95 = asked
+    return Check(
+        f"{what}: correlation, median, 95th percentile of the error",
+        f"{record['correlation']:.5f}, {record['median']:.2%}, {record['p95']:.2%}",
+        f"at least {lowest}; at most {median:.0%}, {p95:.0%}",
+        record["correlation"] >= lowest
+        and record["median"] <= median
+        and record["p95"] <= p95,
+    )
+
+
+def _nonlinear_checks(records: Sequence[Record]) -> Iterable[Check]:
+    for record in records:
+        for name, asked in NONLINEAR.items():
+            row = "B2" if name == "gap, 1 x 50" else "B3"
+            yield _agreement(f"{row}: {name}", record[name], asked)
+
+
+def _order_checks(records: Sequence[Record]) -> Iterable[Check]:
+    for record in records:
+        for form, least in (("one-sided", 5), ("symmetric", 30)):
+            first, last = record[form]
+            yield Check(
+                f"B4: {form}, error (p95) at a shift of 1 over that at 0.1",
+                f"{first / last:.0f} ({first:.2%}, {last:.2%})",
+                f"at least {least}",
+                first >= least * last,
+            )
+
+
+def _unconverged_checks(records: Sequence[Record]) -> Iterable[Check]:
+    for record in records:
+        plain = record["one-sided"]
+        for form in ("one-sided with control", "default"):
+            own = record[form]
+            yield Check(
+                f"B5: {form}, median error; negative variances",
+                f"{own['median']:.2%} (without {plain['median']:.0%}); "
+                f"{own['negative']} (without {plain['negative']})",
+                "at most a fifth; 0",
+                5 * own["median"] <= plain["median"] and own["negative"] == 0,
+            )
+
+
+def _probes_checks(records: Sequence[Record]) -> Iterable[Check]:
+    for record in records:
+        yield Check(
+            "B6: 64 probes on energy, correlation, median error",
+            f"{record['correlation']:.3f}, {record['median']:.1%}",
+            "at least 0.9; at most 20%",
+            record["correlation"] >= 0.9 and record["median"] <= 0.2,
+        )
+
+
+def _logits_checks(records: Sequence[Record]) -> Iterable[Check]:
+    for record in records:
+        yield Check(
+            "Digits, 1 x 32: variances of logits, correlation (Gauss-Newton's)",
+            f"{record['correlation']:.5f} "
+            f"({record['Gauss-Newton']['correlation']:.3f})",
+            "at least 0.99",
+            record["correlation"] >= 0.99,
+        )
+
+
+def _in_between_checks(records: Sequence[Record]) -> Iterable[Check]:
+    """Hessian-free is as the Hessian where it counts; others are beside."""
+    for name in ("gap", *IN_BETWEEN):
+        own = [record[name] for record in records]
+
+        def mean(method: str, part: str, key: str, own: list[Record] = own) -> float:
+            return sum(r[method][part][key] for r in own) / len(own)
+
+        methods = ("Hessian", "Hessian-free", "Gauss-Newton", "KFAC", "diagonal")
+        loss = {method: mean(method, "between", "nll") for method in methods}
+        cover = {method: mean(method, "between", "coverage") for method in methods}
+        away = abs(loss["Hessian-free"] - loss["Hessian"])
+        yield Check(
+            f"{name}, in the gap: NLL (coverage) of " + ", ".join(methods),
+            ", ".join(f"{loss[m]:.2f} ({cover[m]:.0%})" for m in methods),
+            "Hessian-free as the Hessian to 0.05",
+            away <= 0.05,
+        )
+
+
+ROWS = {
+    "variances-tangent": Row(_tangent, _tangent_checks),
+    "variances-nonlinear": Row(_nonlinear, _nonlinear_checks),
+    "variances-order": Row(_order, _order_checks),
+    "variances-unconverged": Row(_unconverged, _unconverged_checks),
+    "variances-probes": Row(_probes, _probes_checks),
+    "variances-logits": Row(_logits, _logits_checks),
+    "variances-between": Row(_in_between, _in_between_checks, (0, 1, 2)),
+}
+"""What ``python -m benchmarks.reference_posteriors`` runs of this module."""
