@@ -141,11 +141,12 @@ def compare(
         raise ValueError("y: expected x beside it")
     p, q = _gaussian("first", first), _gaussian("second", second)
     weights = _compare_weights(p, q)
-    caveats = [
-        f"The {name}: {sentence}"
-        for name, gaussian in (("first", p), ("second", q))
-        for sentence in gaussian.warnings
-    ]
+    caveats = []
+    for sentence in dict.fromkeys((*p.warnings, *q.warnings)):
+        whose = "Both" if sentence in p.warnings else "The second"
+        if sentence not in q.warnings:
+            whose = "The first"
+        caveats.append(f"{whose}: {sentence}")
     if p.deviations != q.deviations:
         caveats.append(
             f"The first's deviations are {p.deviations}, the second's {q.deviations}: "

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.distributions import Independent, Normal, kl_divergence
 
 from sgdgp.networks import (
+    Bernoulli,
     Categorical,
     Gaussian,
     Isotropic,
@@ -104,6 +105,30 @@ def test_functions_compare_by_their_mean_probabilities():
     assert found.deviation_ratio == pytest.approx(float(ratio))
 
 
+def test_labels_compare_by_whether_they_are_likelier_than_not():
+    x, y = data()
+    torch.manual_seed(0)
+    labels = nn.Sequential(nn.Linear(3, 1)).double().eval()
+    model = Potential.from_network(labels, Bernoulli(), [(x, y.double())])
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(2, 10, 4, generator=generator, dtype=torch.float64)
+    first, second = (
+        Draws(weights, model.tangent.names, [(1, 3), (1,)])
+        for weights in (rows, rows + 0.5)
+    )
+    found = compare(first, second, model=model, x=x, y=y).function
+    p, q = (each.predict(model, x) for each in (first, second))
+    assert isinstance(p, Tensor)
+    assert isinstance(q, Tensor)
+    assert found is not None
+    alike = ((p > 0.5) == (q > 0.5)).double().mean()
+    assert found.agreement == pytest.approx(float(alike))
+    assert found.total_variation == pytest.approx(float((p - q).abs().mean()))
+    assert found.scores is not None
+    right = ((p[:, 0] > 0.5) == y.bool()).double().mean()
+    assert found.scores["accuracy"][0] == pytest.approx(float(right))
+
+
 def test_a_permuted_copy_has_the_same_function_and_other_weights():
     x, _ = data()
     own = draws(classes())
@@ -135,7 +160,8 @@ def test_conditional_deviations_and_caveats_are_said():
     # Chains in two copies of the network.
     apart = draws(classes())
     apart.weights[1] += 5.0
-    assert "R-hat of the weights is" in str(compare(apart, q))
+    assert "The first: R-hat of the weights is" in str(compare(apart, q))
+    assert str(compare(apart, apart)).count("R-hat of the weights is") == 1
 
 
 @functools.cache
@@ -145,7 +171,7 @@ def regression() -> LinearisedPosterior:
     y = model(x).detach() + 0.1 * torch.randn(
         N, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64
     )
-    settings = {"steps": 0, "precision": 200.0, "final_samples": 300, "progress": False}
+    settings = {"steps": 0, "precision": 200.0, "final_samples": 100, "progress": False}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return linearise(model, Gaussian(0.01), Isotropic(), mean="network").fit(

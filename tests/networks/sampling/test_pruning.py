@@ -111,11 +111,11 @@ def test_a_plainly_trained_network_is_pruned_by_its_linearised_posterior():
     y = x[:, :3].argmax(1)
     model = network()
     optimizer = torch.optim.Adam(model.parameters(), 0.05)
-    for _ in range(60):
+    for _ in range(40):
         optimizer.zero_grad()
         nn.functional.cross_entropy(model(x), y).backward()
         optimizer.step()
-    settings = {"steps": 0, "precision": 0.3, "final_samples": 64, "progress": False}
+    settings = {"steps": 0, "precision": 0.3, "final_samples": 24, "progress": False}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         fitted = linearise(model, Categorical()).fit([(x, y)], **settings)
