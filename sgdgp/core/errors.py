@@ -40,4 +40,6 @@ def warn_user(message: str) -> None:
 
 
 def _is_ours(frame: FrameType) -> bool:
-    return str(frame.f_globals.get("__name__")).partition(".")[0] == "sgdgp"
+    name = str(frame.f_globals.get("__name__"))
+    # Functions of this package under torch.no_grad are called from there.
+    return name.partition(".")[0] == "sgdgp" or name == "torch.utils._contextlib"

@@ -193,6 +193,14 @@ def test_warnings_are_of_the_users_line():
     assert seen[0].filename == __file__
 
 
+def test_warnings_of_functions_without_gradients_are_of_the_users_line():
+    within = {"__name__": "sgdgp.x", "warn_user": unwrap(warn_user)}
+    exec("def decorated(): warn_user('word')", within)
+    with pytest.warns(UserWarning, match="word") as seen:
+        torch.no_grad()(within["decorated"])()
+    assert seen[0].filename == __file__
+
+
 class OtherForward(GP):
     def forward(self, x):
         return super().forward(2.0 * x)
