@@ -247,7 +247,6 @@ class HmcKeeper(Checkpoint):
             self.storage.path.unlink(missing_ok=True)
 
 
-@torch.no_grad()
 def hmc(
     model: LinearisedPosterior | Potential,
     *,

@@ -158,7 +158,7 @@ def given_mass(potential: Potential, given: WeightPrior | Tensor) -> MassMatrix:
                 f"mass: expected shape ({size},) or ({size}, {size}), found "
                 f"{tuple(given.shape)}"
             )
-        return (DiagonalMass if given.ndim == 1 else DenseMass)(given, like)
+        return (DiagonalMass if given.ndim == 1 else DenseMass)(given.detach(), like)
     raise TypeError(
         "mass: expected a prior of sgdgp.networks.priors, a tensor or None, found "
         f"{type(given).__name__}"

@@ -283,6 +283,7 @@ def test_too_large_a_step_is_said_aloud_and_no_step_that_is_not_finite_is_taken(
         )
     told = [str(warning.message) for warning in caught]
     assert told == list(draws.warnings)
+    assert not draws.weights.requires_grad
     assert any(
         re.search("Only .*% of the proposals .* 2.5 is too large", t) for t in told
     )
