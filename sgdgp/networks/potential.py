@@ -232,10 +232,11 @@ class Potential:
     ) -> tuple[Float[Tensor, " k"], Float[Tensor, "k D"]]:
         """Losses of the data, or of a batch for all, and their gradients or zeros."""
         self._check(weights)
+        self.tangent.check_unchanged()
         losses, slopes = weights.new_zeros(len(weights)), torch.zeros_like(weights)
         data, share = self._data, 1.0
         if batch is not None:
-            data = [(self.tangent.function(batch.x), batch)]
+            data = [self.at(batch)]
             share = self.stream.num_rows / len(batch.y)
         for function, part in data:
             for some in slices(len(weights), self.networks_at_once(len(part.y))):
@@ -270,6 +271,10 @@ class Potential:
         return False
 
     @functools.cached_property
+    def _num_outputs(self) -> int:
+        return self.tangent.outputs(next(iter(self.stream)).x).shape[1]
+
+    @functools.cached_property
     def _data(self) -> Iterable[tuple[_Outputs, Batch]]:
         """The batches with their networks, kept and joined where they are small."""
         kept: list[Batch] = []
@@ -277,11 +282,17 @@ class Potential:
         for batch in self.stream:
             size += sum(leaf.nbytes for leaf in _leaves((batch.x, batch.y)))
             if size > KEPT_BYTES:
-                return _Passes(self.tangent, self.stream)
+                return _Passes(self)
             kept.append(batch)
         most = max(1, _JOINED_BYTES // self._bytes_of_example)
         joined = list(_joined(kept, most))
-        return [(self.tangent.function(batch.x), batch) for batch in joined]
+        return list(map(self.at, joined))
+
+    def at(self, batch: Batch) -> tuple[_Outputs, Batch]:
+        """The network at a batch, whose targets are looked at."""
+        if isinstance(self.likelihood, Likelihood):
+            self.likelihood.check_targets(batch.y, self._num_outputs)
+        return self.tangent.function(batch.x), batch
 
     @functools.cached_property
     @torch.no_grad()
@@ -332,12 +343,10 @@ class Potential:
 class _Passes:
     """A data set that does not fit into memory, read anew in every pass."""
 
-    tangent: Tangent
-    stream: Stream
+    potential: Potential
 
     def __iter__(self) -> Iterator[tuple[_Outputs, Batch]]:
-        for batch in self.stream:
-            yield self.tangent.function(batch.x), batch
+        return map(self.potential.at, self.potential.stream)
 
 
 def _joined(batches: list[Batch], most: int) -> Iterator[Batch]:

@@ -111,7 +111,7 @@ class Tangent:
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        self._check_unchanged()
+        self._check_tensors()
         return vars(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -119,12 +119,18 @@ class Tangent:
         # They are of tensors that lie elsewhere now.
         self._versions = {n: _version(t) for n, t in self._held.items()}
 
-    def _check_unchanged(self) -> None:
-        """Refuse a network whose tensors have changed.
+    def check_unchanged(self) -> None:
+        """Refuse a network that is no longer what it was; who keeps functions asks.
 
         Raises:
-            RuntimeError: Names the first.
+            RuntimeError: A parameter or buffer has changed since the start.
+            ValueError: The network is no longer in evaluation mode.
         """
+        check_evaluation_mode(self.network)
+        self._check_tensors()
+
+    def _check_tensors(self) -> None:
+        """Refuse tensors that have changed; names the first."""
         for name, tensor in self._held.items():
             if _version(tensor) != self._versions[name]:
                 raise RuntimeError(
@@ -145,8 +151,7 @@ class Tangent:
             ValueError: The network is no longer in evaluation mode, or found to be no
                 function of each example alone.
         """
-        check_evaluation_mode(self.network)
-        self._check_unchanged()
+        self.check_unchanged()
         x = arguments(x)
         if not self._is_function:
             self._check_function(x)

@@ -207,3 +207,29 @@ class TestRefusals:
             found(torch.zeros(2, 30).double())
         with pytest.raises(ValueError, match=r"weights: expected torch\.float64"):
             found(torch.zeros(2, 31))
+
+    def test_targets_of_later_batches(self):
+        network, x, y = problem("Bernoulli")
+        found = Potential.from_network(
+            network, Bernoulli(), loader(x, y.index_fill(0, torch.tensor(9), 3))
+        )
+        with pytest.raises(ValueError, match="y: Bernoulli expects labels 0 and 1"):
+            found(found.theta[None])
+
+    def test_a_network_that_goes_on_to_be_trained(self):
+        network, x, y = problem("Categorical")
+        network.append(nn.Dropout()).eval()
+        found = Potential.from_network(network, Categorical(), loader(x, y))
+        found(found.theta[None])
+        network.train()
+        with pytest.raises(ValueError, match="is in training mode"):
+            found(found.theta[None])
+        network.eval()
+        found = Potential.from_network(
+            network, Categorical(), loader(x, y), weights="2.*"
+        )
+        found(found.theta[None])
+        with torch.no_grad():
+            network[0].weight.add_(1.0)
+        with pytest.raises(RuntimeError, match=r"'0\.weight' .* has changed"):
+            found.value_and_gradient(found.theta[None])

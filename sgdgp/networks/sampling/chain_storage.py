@@ -89,7 +89,10 @@ class InFile(ChainStorage):
     @functools.cached_property
     def _file(self) -> BinaryIO:
         """It is there from the first draw on."""
-        return self.path.open("r+b" if self.path.exists() else "w+b")
+        if not self.parts:
+            # What another run left: its draws may still be mapped, and stay so.
+            self.path.unlink(missing_ok=True)
+        return self.path.open("r+b" if self.parts else "w+b")
 
     def put(self, number: int, weights: Float[Tensor, "chains D"]) -> None:
         self._file.seek(number * self._like.nbytes)

@@ -27,7 +27,7 @@ def split_r_hat(draws: Float[Tensor, "c n *rest"]) -> Float[Tensor, "*rest"]:
     """The larger of the split R-hats of ranks and of folded ranks; 1 when mixed.
 
     Above 1.01 the paper calls chains not mixed; a fixed threshold for thousands of
-    quantities must be laxer. NaN where nothing ever moved.
+    quantities must be laxer. NaN where nothing ever moved, and where a draw is NaN.
 
     Args:
         draws: At least four draws of each chain; one chain is compared with itself.
@@ -89,7 +89,9 @@ def _by_quantity(draws: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
     for some in flat.split(max(1, _NUMBERS // (chains * count)), dim=2):
         # Of an odd number the middle one is left out.
         halves = torch.cat([some[:, :half], some[:, count - half :]]).double()
-        found.append(function(halves.permute(2, 0, 1).contiguous()))
+        value = function(halves.permute(2, 0, 1).contiguous())
+        # NaN has no rank.
+        found.append(value.masked_fill(some.isnan().any(0).any(0), math.nan))
     return torch.cat(found).reshape(rest)
 
 

@@ -244,6 +244,11 @@ class Draws:
                 f"{self.num_draws} draws of each chain only: whether they have mixed "
                 "cannot be said. Draw more."
             )
+        elif self.outputs is not None and bool(self.outputs.isnan().any()):
+            found.append(
+                "These draws cannot be used: outputs of some networks are NaN, such as "
+                "where weights overflow."
+            )
         elif self.outputs is not None:
             r_hat = split_r_hat(self.outputs)
             moving = r_hat[~r_hat.isnan()]

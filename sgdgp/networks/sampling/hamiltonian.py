@@ -236,6 +236,25 @@ class HmcKeeper(Checkpoint):
         path = self.path.with_name(f"{self.path.name}.draws")
         self.storage = InFile(path, like, parts)
 
+    def check(self, potential: Potential) -> None:
+        """Refuse a potential that is not the run's, in what settings do not tell.
+
+        Raises:
+            CheckpointError: It has other values where the chains were.
+        """
+        if self.state is None:
+            return
+        near = torch.finfo(self.state.energy.dtype).eps ** 0.5
+        found = potential(self.state.theta)
+        if not torch.allclose(found, self.state.energy, rtol=near, atol=near):
+            self.refuse(
+                [
+                    f"the potential where the chains were is {float(found[0]):.6g}, "
+                    f"expected {float(self.state.energy[0]):.6g} (other data, loss or "
+                    "output)"
+                ]
+            )
+
     def keep(self, state: ChainState, count: int) -> None:
         """Write where the run is, after so many draws."""
         self.storage.close_part(count)
@@ -347,6 +366,7 @@ def hmc(
             "seed": number,
         }
         keeper.find({**_identity(model), **own}, model.tangent.network, theta)
+        keeper.check(model)
     moves = mass is None and isinstance(start, str)
     sampler = _Sampler(model, matrix, number, warmup, leapfrog, moves)
     state = None if keeper is None else keeper.state

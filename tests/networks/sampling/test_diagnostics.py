@@ -24,6 +24,13 @@ ARVIZ = [0.9838868611503139, 33.04941092010859, 40.816326530612244]
 """R-hat, bulk and tail sample size of these two chains by arviz-stats 0.8."""
 
 
+def test_nan_is_worth_nothing():
+    draws = torch.stack([LISTED.double(), LISTED.double()], 2)
+    draws[1, 3, 0] = torch.nan
+    for function in (split_r_hat, bulk_ess, tail_ess):
+        assert function(draws).isnan().tolist() == [True, False]
+
+
 def test_independent_draws_are_mixed_and_worth_their_number():
     draws = autoregressive(0.0)
     assert float(split_r_hat(draws)) < 1.005

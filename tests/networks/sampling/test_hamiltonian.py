@@ -433,6 +433,38 @@ def test_other_runs_and_damaged_draws_are_refused(tmp_path: Path):
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_runs_of_another_potential_are_refused(tmp_path: Path):
+    base = classes()
+    network, batch = base.tangent.network, next(iter(base.stream))
+
+    def run(y: Tensor, loss: Any, **settings: Any) -> Draws:
+        potential = Potential.from_network(network, loss, [(batch.x, y)], **settings)
+        own = {"chains": 2, "draws": 2, "warmup": 2, "leapfrog": 1}
+        return quiet(potential, checkpoint=tmp_path / "run", **own)
+
+    loss = nn.CrossEntropyLoss(reduction="sum")
+    run(batch.y, loss)
+    smooth = nn.CrossEntropyLoss(reduction="sum", label_smoothing=0.1)
+    for y, other, settings in (
+        (batch.y.flip(0), loss, {}),
+        (batch.y, smooth, {}),
+        (batch.y, loss, {"output": lambda outputs: 2 * outputs}),
+    ):
+        with pytest.raises(CheckpointError, match="the potential where the chains"):
+            run(y, other, **settings)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_draws_are_not_those_of_the_next_run(tmp_path: Path):
+    path = tmp_path / "run"
+    draws = killed_chains.run(checkpoint=path)
+    expected = draws.weights.clone()
+    path.unlink()
+    killed_chains.run(checkpoint=path, seed=4)
+    assert torch.equal(draws.weights, expected)
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_an_interrupt_returns_what_there_is(tmp_path: Path):
     def interrupt(progress: Any) -> None:
         if progress.step == 9:
