@@ -541,10 +541,10 @@ def check_digits(records: Sequence[Record]) -> Iterable[Check]:
 
 
 ROWS = {
-    "teacher": Row(measure_teacher, check_teacher, (0, 1, 2)),
-    "bad_runs": Row(measure_bad_runs, check_bad_runs),
-    "cost_of_chains": Row(measure_cost, check_cost),
-    "digit_chains": Row(measure_digits, check_digits),
+    "chains-teacher": Row(measure_teacher, check_teacher, (0, 1, 2)),
+    "chains-refused": Row(measure_bad_runs, check_bad_runs),
+    "chains-cost": Row(measure_cost, check_cost),
+    "chains-digits": Row(measure_digits, check_digits),
 }
 
 
