@@ -227,10 +227,10 @@ def test_they_are_those_of_the_hessian(case, truth, checked):
 
 def test_gradients_alone_lead_to_the_same_optima(case):
     both = [
-        HessianFree(precondition=p, tolerance=1e-3).variance(case.potential, X[::4])
+        HessianFree(precondition=p).variance(case.potential, X[::4])
         for p in (True, False)
     ]
-    torch.testing.assert_close(both[0].variance, both[1].variance, rtol=2e-3, atol=0)
+    torch.testing.assert_close(both[0].variance, both[1].variance, rtol=5e-3, atol=0)
     assert both[1].steps > 2 * both[0].steps
 
 
@@ -240,7 +240,9 @@ def test_errors_fall_with_the_shift_and_faster_in_symmetric_form(case, truth):
     for symmetric in (False, True):
         worst = []
         for shift in (0.6, 0.06):
-            method = HessianFree(shift=shift, symmetric=symmetric, tolerance=1e-4)
+            method = HessianFree(
+                shift=shift, symmetric=symmetric, tolerance=1e-4, max_asymmetry=1e3
+            )
             found = method.variance(case.potential, X)
             worst.append(errors(found.variance, truth).quantile(0.95))
         falls.append(worst[0] / worst[1])
@@ -260,8 +262,8 @@ def test_covariances_are_those_of_the_hessian(case, truth):
 
 
 def test_an_optimum_that_is_none_is_found_before_it_is_taken_for_variance():
-    case, x = Case(steps=20, newton=0), X[::2]
-    best = trained(case.likelihood, *case.data, steps=20, newton=30)
+    case, x = Case(steps=20, newton=0), X[::3]
+    best = trained(case.likelihood, *case.data, steps=20, newton=12)
     truth = diagonal(exact(best, case.likelihood, case.data, x))
     one_sided = HessianFree(symmetric=False, control=False, steps=30)
     with pytest.warns(UserWarning, match="Use control=True"):
@@ -280,7 +282,7 @@ def test_an_optimum_that_is_none_is_found_before_it_is_taken_for_variance():
 
 def test_probes_are_unbiased_and_know_their_error(case, truth):
     truth = diagonal(truth)
-    method = HessianFree(probes=200)
+    method = HessianFree(probes=100)
     found = method.variance(case.potential, X, seed=3)
     assert found.standard_error is not None
     away = (found.variance - truth) / found.standard_error
