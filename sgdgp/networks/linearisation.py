@@ -253,7 +253,7 @@ class LinearisedNetwork:
         if keeper is not None and keeper.problem is not None:
             run.state.warnings.append(keeper.problem)
         settings = candidates[run.state.candidate]
-        return posterior_of(data, run.state, reason, settings)
+        return posterior_of(data, run.state, reason, settings, self.curvature_at)
 
     def _mean(self, centre: Tensor | None) -> Mean | None:
         if self.mean is not None or centre is not None:
@@ -316,7 +316,11 @@ def _what(found: object) -> str:
 
 
 def posterior_of(
-    data: TangentData, state: RunState, reason: str, settings: PriorSettings
+    data: TangentData,
+    state: RunState,
+    reason: str,
+    settings: PriorSettings,
+    curvature_at: CurvatureAt,
 ) -> LinearisedPosterior:
     """What a run has found, in weights."""
     warnings = list(state.warnings)
@@ -347,6 +351,7 @@ def posterior_of(
         passes=state.passes,
         seconds=state.seconds,
         warnings=tuple(warnings),
+        curvature_at=curvature_at,
         centre=data.centre,
         settings=settings,
         stream=data.stream,

@@ -20,7 +20,7 @@ from sgdgp.networks.calibration import Comparison, compare
 from sgdgp.networks.curvature import TangentData, WeightSystem
 from sgdgp.networks.evidence import Evidence, linear_evidence, spectrum_of
 from sgdgp.networks.expectation_maximisation import EMStep
-from sgdgp.networks.fitting import Mean
+from sgdgp.networks.fitting import CurvatureAt, Mean
 from sgdgp.networks.hessian_free import HessianFree
 from sgdgp.networks.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
 from sgdgp.networks.potential import Potential
@@ -79,6 +79,8 @@ class LinearisedPosterior:
         seconds: Wall time of the fit.
         warnings: Sentences that say what a user may want to do.
         scale: Factor on all variances; ``calibrate`` sets it.
+        curvature_at: Whose outputs the likelihood's Hessian was taken at. Posteriors
+            of files that do not say so have it at those of the "linear" model.
         centre: Prior mean minus the network's weights (D, 1), of which the linear model
             is about: f(x) + J(x) (centre + w). None: it is J(x) w.
         settings: The prior as it was given, with what the evidence chose. Like
@@ -99,6 +101,7 @@ class LinearisedPosterior:
     seconds: float = 0.0
     warnings: tuple[str, ...] = ()
     scale: float = 1.0
+    curvature_at: CurvatureAt = "linear"
     centre: Float[Tensor, "D 1"] | None = field(default=None, repr=False)
     settings: PriorSettings | None = field(default=None, repr=False)
     stream: Stream | None = field(default=None, repr=False)
@@ -194,8 +197,8 @@ class LinearisedPosterior:
             return torch.cat([variance_of(added) for _, added in batches])
         if not isinstance(method, HessianFree):
             raise TypeError(f"method: expected HessianFree() or None, found {method!r}")
-        mean, potential = self.weight_mean, Potential.of(self)
-        found = method.variance(potential, x, weight_mean=mean, seed=seed)
+        mean = self.weight_mean if self.curvature_at == "linear" else None
+        found = method.variance(Potential.of(self), x, weight_mean=mean, seed=seed)
         return found.variance * self.scale
 
     def predict(
@@ -237,6 +240,22 @@ class LinearisedPosterior:
             return likelihood.by_position(outputs)
         return outputs
 
+    def system(
+        self, stream: Stream, curvature_at: CurvatureAt | None = None
+    ) -> WeightSystem:
+        """The system that the samples are draws of, one pass over the training data.
+
+        Args:
+            stream: The training data.
+            curvature_at: Outputs of the likelihood's Hessian. Default: the samples'.
+        """
+        data = TangentData(self.tangent, stream, self.likelihood, self.centre)
+        if (curvature_at or self.curvature_at) == "network":
+            outputs = data.network_outputs
+        else:
+            outputs = data.outputs_of(self.weight_mean)
+        return WeightSystem(data, self.prior, self.likelihood, outputs)
+
     @torch.no_grad()
     def log_marginal_likelihood(
         self,
@@ -249,7 +268,7 @@ class LinearisedPosterior:
         """Estimate the evidence log p(y | x) of prior and weights on training data.
 
         It is that of the linear model by Laplace's approximation, exact for a Gaussian
-        likelihood. In a group of processes all of them have to call this.
+        likelihood: with the curvature at its optimum, whatever ``curvature_at``. In a group of processes all of them have to call this.
 
         Args:
             loader: The training data, as ``fit`` took them.
@@ -263,10 +282,9 @@ class LinearisedPosterior:
         """
         check_count("num_probes", num_probes, 2)
         stream = stream_of(loader, self.tangent.device, split)
-        data = TangentData(self.tangent, stream, self.likelihood, self.centre)
-        outputs = data.outputs_of(self.weight_mean)
-        self.likelihood.check_targets(data.targets, outputs.shape[1])
-        system = WeightSystem(data, self.prior, self.likelihood, outputs)
+        system = self.system(stream, "linear")
+        outputs = system.outputs
+        self.likelihood.check_targets(system.data.targets, outputs.shape[1])
         spectrum = spectrum_of(system, num_probes, seed_of(generator_of(seed)))
         mean = self.prior.whiten(self.weight_mean)
         loss = float(system.loss(outputs.unsqueeze(-1))[0])

@@ -14,11 +14,13 @@ from torch.utils.data import DataLoader, TensorDataset
 from sgdgp.networks import (
     Bernoulli,
     Categorical,
+    CompactGaussian,
     Gaussian,
     HessianFree,
     Isotropic,
     Potential,
     linearise,
+    load,
 )
 from sgdgp.networks.curvature import TangentData, WeightSystem
 
@@ -362,6 +364,34 @@ def test_posteriors_of_linearised_networks_have_them(case):
     torch.testing.assert_close(found, 2 * nonlinear, rtol=1e-3, atol=0)
     with pytest.raises(TypeError, match="method: expected HessianFree"):
         posterior.variance(X, "tangent")
+
+
+@pytest.mark.parametrize("place", ["linear", "network"])
+def test_their_curvature_is_where_the_samples_have_it(place, tmp_path):
+    x, y = data_of(Categorical())
+    network, path = network_of(outputs=3), tmp_path / "posterior"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        linearised = linearise(
+            network, Categorical(), Isotropic(), curvature_at=place, mean="linear"
+        )
+        fit = linearised.fit([(x, y)], steps=0, precision=0.2, final_samples=8)
+    fit.save(path)
+    posterior = load(path, network)
+    assert posterior.curvature_at == place
+    phi = posterior.tangent.at(x).jacobian()
+    outputs = network(x) if place == "network" else posterior.linear_mean(x)
+    probabilities = outputs.detach().softmax(1)
+    curvature = torch.diag_embed(probabilities) - torch.einsum(
+        "bi,bj->bij", probabilities, probabilities
+    )
+    matrix = torch.einsum("bid,bij,bje->de", phi, curvature, phi)
+    inverse = (matrix + 0.2 * torch.eye(len(matrix)).double()).inverse()
+    truth = torch.einsum("bid,de,bie->bi", phi, inverse, phi)
+    found = fit.variance(x, HessianFree("tangent", tolerance=1e-6))
+    torch.testing.assert_close(found, truth, rtol=1e-6, atol=0)
+    exact = CompactGaussian.of_posterior(fit).marginal_variance
+    torch.testing.assert_close(exact, inverse.diagonal(), rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,6 @@ from torch.distributions import LowRankMultivariateNormal, kl_divergence
 
 from sgdgp.core.checks import check_count, check_finite, check_matrix, check_number
 from sgdgp.core.seeds import generator_of, standard_normal
-from sgdgp.networks.curvature import TangentData, WeightSystem
 from sgdgp.networks.evidence import EXACT_SIZE
 from sgdgp.networks.posterior import LinearisedPosterior
 from sgdgp.networks.sampling.alignment import match_weights
@@ -394,11 +393,7 @@ def _exact_variance(posterior: LinearisedPosterior) -> Float[Tensor, " D"]:
     """The diagonal of R (I + phi^T phi)^-1 R^T."""
     stream, prior = posterior.stream, posterior.prior
     assert stream is not None
-    data = TangentData(
-        posterior.tangent, stream, posterior.likelihood, posterior.centre
-    )
-    outputs = data.outputs_of(posterior.weight_mean)
-    gram = WeightSystem(data, prior, posterior.likelihood, outputs).gram
+    gram = posterior.system(stream).gram
     stream.forget()
     identity = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
     inverse = torch.linalg.inv(gram + identity)
