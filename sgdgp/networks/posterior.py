@@ -268,7 +268,8 @@ class LinearisedPosterior:
         """Estimate the evidence log p(y | x) of prior and weights on training data.
 
         It is that of the linear model by Laplace's approximation, exact for a Gaussian
-        likelihood: with the curvature at its optimum, whatever ``curvature_at``. In a group of processes all of them have to call this.
+        likelihood: with the curvature at its optimum, whatever ``curvature_at``. In a
+        group of processes all of them have to call this.
 
         Args:
             loader: The training data, as ``fit`` took them.
