@@ -126,6 +126,13 @@ def checks(records: Sequence[Record]) -> Iterator[Check]:
             "beside each other",
             True,
         )
+    unmixed = [any("not mixed" in s for s in r["caveats"]["HMC"]) for r in records]
+    yield Check(
+        "MNIST: seeds whose chains had not mixed (deviations of HMC are rough there)",
+        f"{sum(unmixed)} of {len(unmixed)}",
+        "beside",
+        True,
+    )
 
 
 ROWS = {"pruning": Row(measure, checks, (0, 1, 2))}

@@ -29,9 +29,13 @@ def test_what_alignment_has_to_do_is_held_against_its_thresholds():
 def test_the_best_criterion_comes_first():
     size = len(pruning.SPARSITIES)
     records = [
-        {"curves": {"random": [0.1 + d] * size, "magnitude": [0.8 + d] * size}}
-        for d in (0.0, 0.1)
+        {
+            "curves": {"random": [0.1 + d] * size, "magnitude": [0.8 + d] * size},
+            "caveats": {"HMC": said},
+        }
+        for d, said in ((0.0, ["The chains have not mixed: wait."]), (0.1, []))
     ]
     found = list(pruning.checks(records))
     assert all(check.holds for check in found)
+    assert found[-1].figure == "1 of 2"
     assert found[0].figure == "magnitude 0.850 ± 0.050; random 0.150 ± 0.050"
