@@ -94,6 +94,8 @@ class Alignment:
     @property
     def variance_reduction(self) -> float:
         """The part of the draws' variance that was between symmetric copies."""
+        if not self.variance_before:
+            return 0.0  # one network many times
         return 1 - self.variance_after / self.variance_before
 
     @property
@@ -105,11 +107,10 @@ class Alignment:
         """The report."""
         group = self.symmetries.group
         chains, draws = self.symmetries.batch
-        change = self.variance_after / self.variance_before - 1
         lines = [
             f"{chains} chains x {draws} draws, aligned by {self.match}",
             f"  variance {self.variance_before:.4g} -> {self.variance_after:.4g} "
-            f"({change:+.1%})",
+            f"({-self.variance_reduction:+.1%})",
         ]
         if self.r_hat_before is not None and self.r_hat_after is not None:
             before, after = map(_extremes, (self.r_hat_before, self.r_hat_after))
@@ -151,8 +152,9 @@ def align(
             ``"activations"``: of a unit's values at some inputs.
         x: These inputs, as the network takes them.
         canonical: Whether units that may be rescaled are first given weights of one
-            norm on both sides. That changes the prior's density: it is for networks
-            that were trained apart, not for draws of a posterior.
+            norm on both sides. That changes the prior's density (aligned draws have no
+            energies): it is for networks that were trained apart, not for draws of a
+            posterior.
         seed: Decides in which order hidden layers are matched.
 
     Returns:
@@ -187,7 +189,11 @@ def align(
         step = _procrustes(features, own, generator)
     member = replace(step, group=group).compose(scaled(rows))
     aligned = member.apply(rows)
-    moved = replace(draws, weights=aligned.view_as(draws.weights))
+    moved = replace(
+        draws,
+        weights=aligned.view_as(draws.weights),
+        energies=None if canonical else draws.energies,
+    )
     r_hat = _r_hat(moved)
     return moved, Alignment(
         member.unflattened(*draws.weights.shape[:2]),
@@ -667,7 +673,7 @@ def _check(
                 f"reference: expected flat weights (D,), found {tuple(reference.shape)}"
             )
         check_finite("reference", reference)
-    elif reference not in ("procrustes", "first"):
+    elif not isinstance(reference, str) or reference not in ("procrustes", "first"):
         raise ValueError(
             "reference: expected 'procrustes', 'first' or flat weights, found "
             f"{reference!r}"
@@ -677,6 +683,9 @@ def _check(
     if match == "activations":
         if x is None:
             raise ValueError("x: expected inputs at which to match activations")
+        for leaf in tree_leaves(x):
+            if isinstance(leaf, Tensor) and leaf.is_floating_point():
+                check_finite("x", leaf)
         if group.network is None or any(axis.read is None for axis in group.axes):
             raise ValueError(
                 "match: expected 'weights', found 'activations': they can be read for "

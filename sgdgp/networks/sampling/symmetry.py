@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeAlias, get_args
 
@@ -116,7 +116,8 @@ class SymmetryGroup:
 
         Linear, convolutional (in one group, or depthwise), normalising and embedding
         layers, activations, pooling, flattening and residual additions are followed. A
-        random member of the group is tried before it is returned. Not followed is the
+        random member of the group, and one that moves every unit, are tried before it
+        is returned. Not followed is the
         sign of a layer's only unit: ``given`` takes it.
 
         Args:
@@ -137,6 +138,7 @@ class SymmetryGroup:
             ValueError: A layer that cannot be followed, no hidden units, or the network
                 is not a function of what has been followed.
         """
+        output = getattr(getattr(network, "tangent", network), "output", None)
         network, names, shapes = _layout(network, weights)
         if buffers not in get_args(Buffers):
             raise ValueError(
@@ -154,7 +156,7 @@ class SymmetryGroup:
             moving |= set(found)
         else:
             constants |= dict.fromkeys(found, "the buffer")
-        trace = traced(network, args, kwargs, constants)
+        trace = traced(network, args, kwargs, constants, output)
         axes, fixed = _axes_of(trace, moving)
         if not axes:
             why = "; ".join(f"{name!r}: {reason}" for name, reason in fixed.items())
@@ -163,7 +165,7 @@ class SymmetryGroup:
                 + (f" ({why})" if why else "")
             )
         group = cls(axes, names, shapes, fixed, network)
-        group._check(args, kwargs)
+        group._check(args, kwargs, output)
         return group
 
     @classmethod
@@ -193,6 +195,7 @@ class SymmetryGroup:
             ValueError: No such tensor, axis, kind or role, units of several numbers, or
                 the network's function changes.
         """
+        output = getattr(getattr(network, "tangent", network), "output", None)
         network, names, shapes = _layout(network, weights)
         sizes = dict(zip(names, shapes, strict=True))
         group = cls(
@@ -204,7 +207,7 @@ class SymmetryGroup:
         if not group.axes:
             raise ValueError("axes: expected a hidden layer, found none")
         if x is not None:
-            group._check(*call_arguments(x))
+            group._check(*call_arguments(x), output)
         return group
 
     def restricted(self, *, signs: bool = True, scales: bool = True) -> SymmetryGroup:
@@ -298,19 +301,27 @@ class SymmetryGroup:
                 f"the group's network has, found shape {tuple(weights.shape)}"
             )
 
-    def _check(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-        """Try a random member.
+    def _check(
+        self,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        output: Callable[[Any], Any] | None,
+    ) -> None:
+        """Try a random member, and one that moves every unit.
 
         Raises:
             ValueError: The network's function has changed.
         """
         assert self.network is not None
-        moved = self.sample().apply_to(self.network)
+        shifts = tuple(order.roll(1) for order in self.identity().permutations)
+        members = (self.sample(), replace(self.sample(1), permutations=shifts))
         with torch.no_grad():
-            before, after = (
-                torch.cat([leaf.flatten() for leaf in tree_leaves(out)])
-                for out in (n(*args, **kwargs) for n in (self.network, moved))
-            )
+            found = []
+            for one in (self.network, *(m.apply_to(self.network) for m in members)):
+                out = one(*args, **kwargs)
+                parts = tree_leaves(out if output is None else output(out))
+                found.append(torch.cat([part.flatten() for part in parts]))
+        before, after = found[0], torch.stack(found[1:])
         allowed = _TOLERANCE.get(before.dtype, 1e-3) * max(
             1.0, float(before.abs().max())
         )
@@ -370,9 +381,23 @@ class Symmetry:
         """A copy of a network of this architecture, with its units exchanged.
 
         Buffers go with them where the group has them (``buffers="permuted"``).
+
+        Raises:
+            ValueError: A batch of members, or a network of another architecture.
         """
-        assert not self.batch, "one member at a time"
+        if self.batch:
+            raise ValueError(
+                f"symmetry: expected one member, found a batch {self.batch} of them; "
+                "apply takes it to flat weights"
+            )
         moved = copy.deepcopy(network)
+        found = {name: tuple(p.shape) for name, p in moved.named_parameters()}
+        for name, shape in zip(self.group.names, self.group.shapes, strict=True):
+            if found.get(name) != shape:
+                raise ValueError(
+                    f"network: expected weights {name!r} of shape {shape} as the "
+                    f"group's network has, found {found.get(name)}"
+                )
         own = {block.tensor for axis in self.group.axes for block in axis.blocks}
         with torch.no_grad():
             for name, tensor in [*moved.named_parameters(), *moved.named_buffers()]:
@@ -390,12 +415,24 @@ class Symmetry:
         return Symmetry(self.group, back, signs, tuple(1 / s for s in scales))
 
     def compose(self, other: Symmetry) -> Symmetry:
-        """The other first, then this one."""
+        """The other first, then this one.
+
+        Raises:
+            ValueError: The other is of another network's group.
+        """
+        own, theirs = (
+            {axis.name: axis.size for axis in m.group.axes} for m in (self, other)
+        )
+        if own != theirs:
+            raise ValueError(
+                f"other: expected hidden units {own}, found {theirs}: it is of "
+                "another network"
+            )
         parts = []
         batch = torch.broadcast_shapes(self.batch, other.batch)
-        for i, own in enumerate(self.permutations):
+        for i, order in enumerate(self.permutations):
             permutation, sign, scale = (
-                values[i].expand(*batch, -1).gather(-1, own.expand(*batch, -1))
+                values[i].expand(*batch, -1).gather(-1, order.expand(*batch, -1))
                 for values in (other.permutations, other.signs, other.scales)
             )
             parts.append((permutation, self.signs[i] * sign, self.scales[i] * scale))

@@ -37,6 +37,7 @@ def traced(
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
     constants: Mapping[str, str],
+    output: Callable[[Any], Any] | None = None,
 ) -> Trace:
     """Run a network and find which units may be exchanged.
 
@@ -46,6 +47,7 @@ def traced(
         kwargs: Those with names.
         constants: Parameters and buffers that are the same in all draws, by name, and
             what they are: an axis along which their entries differ holds still.
+        output: Takes what the network returns to what counts. Default: all of it.
 
     Raises:
         ValueError: A function of torch whose symmetry is not known; names the layer.
@@ -59,6 +61,7 @@ def traced(
     try:
         with torch.no_grad(), tracer:
             out = network(*args, **kwargs)
+            out = out if output is None else output(out)
     finally:
         for hook in hooks:
             hook.remove()
@@ -79,6 +82,7 @@ class Tracer(TorchFunctionMode):
         self._layers: list[str] = []
         # The tensors are held so that no other has their id.
         self._values: dict[int, tuple[Tensor, Value]] = {}
+        self._indices: dict[int, tuple[Tensor, list[Factor]]] = {}
         held = [*network.named_parameters(), *network.named_buffers()]
         for name, tensor in held:
             axes = [
@@ -130,11 +134,16 @@ class Tracer(TorchFunctionMode):
         kwargs = kwargs or {}
         inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         values = [self.value(t) for t in inputs if id(t) in self._values]
+        for tensor in inputs:
+            for factor in self._indices.get(id(tensor), (tensor, []))[1]:
+                factor.space.hold(f"{self.trace.layer} asks which unit is largest")
         out = func(*args, **kwargs)
         found = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
         name = name_of(func)
         self.trace.calls += name in CONTRACTIONS
         moving = any(not f.space.still for v in values for f in v.factors())
+        if moving and name in ("setitem", "set"):  # in place, and nothing comes out
+            raise self._error(name)
         if not found or not moving:
             for tensor in found:  # what was known before it was changed in place
                 self._values.pop(id(tensor), None)
@@ -148,6 +157,11 @@ class Tracer(TorchFunctionMode):
         except (_Unknown, IndexError, AttributeError, TypeError) as error:
             raise self._error(name) from error
         for tensor in found:
+            if len(found) > 1 and not tensor.is_floating_point():
+                # Where a maximum is: of no matter to what asks for its value alone.
+                factors = [f for v in values for f in v.factors()]
+                self._indices[id(tensor)] = tensor, factors
+                continue
             known = fitted(value, tensor.shape)
             if known is not None:
                 self._values[id(tensor)] = tensor, known
@@ -287,6 +301,8 @@ def _product(call: Call) -> Value:
 
 def _quotient(call: Call) -> Value:
     value, other = call.tensor(0), call.optional(1, "other")
+    if call.kwargs.get("rounding_mode"):
+        value = call.trace.mapped(value, odd=False, homogeneous=False)
     return call.trace.multiplied(value, call.trace.opaque(other)) if other else value
 
 
@@ -340,6 +356,7 @@ def _convolution(call: Call) -> Value:
     shapes = [plain(size) for size in call.out.shape[channel + 1 :]]
     for axis in weight.axes[2:]:
         trace.hold(axis)
+    _mix(trace, x.axes[channel + 1 :])
     inputs = x.axes[channel]
     size = size_of(inputs)
     into, out = (0, 1) if transposed else (1, 0)
@@ -410,6 +427,8 @@ def _group_norm(call: Call) -> Value:
     if groups not in (1, channels):
         trace.hold(value.axes[1], f"{trace.layer} normalises groups of channels")
     value = trace.mapped(value, odd=groups == channels, homogeneous=False)
+    for factor in Value(value.axes[2:]).factors():  # their mean is taken off
+        factor.space.restrict()
     parts = (None if part is None else _along(part, 1, ndim) for part in (weight, bias))
     return _affine(trace, value, *parts)
 
@@ -439,13 +458,17 @@ def _pooled(odd: bool) -> Callable[[Call], Value]:
 def _spread(trace: Trace, value: Value, out: Tensor, count: int, odd: bool) -> Value:
     """A function that mixes the entries of the last axes, for each unit alike."""
     value = trace.mapped(value, odd=odd, homogeneous=True)
-    reason = f"{trace.layer} mixes neighbours along the axis"
-    for axis in value.axes[-count:]:
-        for factor in axis:
-            if not factor.space.still:
-                factor.space.hold(reason)
+    _mix(trace, value.axes[-count:])
     mixed = [plain(size) for size in out.shape[-count:]]
     return Value([*value.axes[:-count], *mixed], value.is_weight)
+
+
+def _mix(trace: Trace, axes: Sequence[Axis]) -> None:
+    """Units along these axes are neighbours."""
+    for axis in axes:
+        for factor in leaves(axis):
+            if not factor.space.still:
+                factor.space.hold(f"{trace.layer} mixes neighbours along the axis")
 
 
 def _chosen(call: Call) -> Value:

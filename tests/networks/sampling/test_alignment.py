@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -169,6 +170,8 @@ def test_the_barrier_of_a_parabola():
         ({"reference": torch.zeros(4)}, ValueError, "expected 44 weights along"),
         ({"match": "cosine"}, ValueError, "'weights' or 'activations', found 'cosine'"),
         ({"match": "activations"}, ValueError, "x: expected inputs"),
+        ({"reference": np.zeros(44)}, ValueError, "'first' or flat weights"),
+        ({"match": "activations", "x": X * torch.nan}, ValueError, "x: .* finite"),
     ],
 )
 def test_what_cannot_be_aligned_is_refused(change, error, words):
@@ -195,3 +198,12 @@ def test_few_draws_of_one_mode_are_no_disagreement(chains: int, draws: int):
     group = SymmetryGroup.of(network_of(40))
     _, _, found = scrambled(group, chains, draws)
     assert align(found, group, match="activations", x=X)[1].warnings == ()
+
+
+def test_one_network_many_times_has_no_variance():
+    group = SymmetryGroup.of(network_of(7))
+    weights = torch.randn(group.num_weights, dtype=torch.float64)
+    draws = Draws(weights.expand(2, 5, -1), group.names, group.shapes)
+    _, report = align(draws, group)
+    assert report.variance_reduction == 0
+    assert "variance 0 -> 0" in str(report)

@@ -125,3 +125,10 @@ def test_weights_of_another_network_are_refused():
     member = SymmetryGroup.of(mlp(nn.Tanh())).sample()
     with pytest.raises(ValueError, match="expected 32 weights along the last axis"):
         member.apply(torch.zeros(2, 31))
+    others = SymmetryGroup.of(mlp(nn.Tanh(), hidden=4))
+    with pytest.raises(ValueError, match=r"other: expected hidden units .'0': 5."):
+        member.compose(others.sample())
+    with pytest.raises(ValueError, match=r"'0.weight' of shape .5, 3. as the group's"):
+        member.apply_to(others.network)
+    with pytest.raises(ValueError, match="symmetry: expected one member, found a"):
+        others.sample(count=2).apply_to(others.network)

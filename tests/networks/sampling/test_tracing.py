@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from sgdgp.networks.sampling.symmetry import SymmetryGroup
+from sgdgp.tangent import Tangent
 
 
 class Residual(nn.Module):
@@ -263,17 +264,77 @@ def test_what_cannot_be_followed_is_refused(network, x, words):
         SymmetryGroup.of(network.eval(), x)
 
 
+class Between(nn.Module):
+    """Two layers with something between them that is not a layer."""
+
+    def __init__(self, between, hidden: int = 4) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(3, hidden), nn.Linear(hidden, 2)
+        self.between, self.table = between, nn.Embedding(hidden, 2)
+
+    def forward(self, x):
+        return self.between(self, F.gelu(self.one(x)))
+
+
+def changed_in_place(network, h):
+    h[:, 0] = 1
+    return network.two(h)
+
+
+def test_what_is_changed_in_place_is_refused():
+    with pytest.raises(ValueError, match="calls 'setitem' of hidden units"):
+        SymmetryGroup.of(Between(changed_in_place).eval())
+
+
+def test_who_asks_which_unit_is_largest_tells_them_apart():
+    first = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 3))
+    largest = Between(lambda net, h: net.two(h) + net.table(h.max(1)[1]))
+    group = SymmetryGroup.of(nn.Sequential(first, largest).eval())
+    assert [axis.name for axis in group.axes] == ["0.0", "0.2"]
+    assert "which unit is largest" in group.fixed["1.one"]
+    value = Between(lambda net, h: net.two(h) * h.max(1, keepdim=True)[0])
+    assert SymmetryGroup.of(value.eval()).axes[0].size == 4
+
+
+def test_neighbours_of_a_convolution_hold_still():
+    network = network_of(
+        nn.Linear(5, 12),
+        nn.GELU(),
+        nn.Unflatten(1, (3, 4)),
+        nn.ConvTranspose1d(3, 6, 2),
+        nn.InstanceNorm1d(6),
+        nn.Tanh(),
+        nn.Conv1d(6, 1, 2),
+    )
+    group = SymmetryGroup.of(network)
+    assert [(axis.size, axis.signs) for axis in group.axes] == [(3, False), (6, True)]
+    units = network_of(
+        nn.Unflatten(1, (5, 1)), nn.Linear(1, 6), nn.GroupNorm(5, 5), nn.Linear(6, 1)
+    )
+    group = SymmetryGroup.of(units, torch.randn(2, 5, dtype=torch.float64))
+    assert [(axis.size, axis.signs) for axis in group.axes] == [(6, False)]
+
+
+def test_what_is_taken_from_the_output_counts():
+    network = Between(lambda net, h: {"logits": net.two(h), "hidden": h}).eval()
+    tangent = Tangent(network, output=lambda found: found["logits"])
+    assert [axis.size for axis in SymmetryGroup.of(tangent).axes] == [4]
+    with pytest.raises(ValueError, match="found none"):
+        SymmetryGroup.of(network)
+
+
 class Hidden(nn.Module):
     """Tells two units apart behind the back of torch's functions."""
 
-    def __init__(self) -> None:
+    def __init__(self, size: int) -> None:
         super().__init__()
-        self.one, self.two = nn.Linear(2, 3), nn.Linear(3, 1)
+        self.one, self.two = nn.Linear(2, size), nn.Linear(size, 1)
 
     def forward(self, x):
         return self.two(self.one(x).tanh()) + float(self.one.bias.tolist()[0])
 
 
-def test_a_group_that_changes_the_function_is_refused():
+@pytest.mark.parametrize("size", [2, 3, 4, 5])
+def test_a_group_that_changes_the_function_is_refused(size):
     with pytest.raises(ValueError, match="its outputs change by"):
-        SymmetryGroup.of(network_of(Hidden()))
+        SymmetryGroup.of(network_of(Hidden(size)))
