@@ -55,7 +55,7 @@ from sgdgp.core.slices import slices
 from sgdgp.networks.curvature import TangentData, WeightSystem
 from sgdgp.networks.lbfgs import Pairs, minimise
 from sgdgp.networks.likelihoods import Likelihood
-from sgdgp.networks.potential import Potential
+from sgdgp.networks.potential import Potential, check_potential
 from sgdgp.networks.weight_solvers import WeightCG
 from sgdgp.tangent import Tangent
 from sgdgp.tangent.network import arguments
@@ -201,6 +201,7 @@ class HessianFree:
         Raises:
             ValueError: Tangent mode with a loss that is no ``Likelihood``.
         """
+        check_potential(potential)
         model = self._model(potential, weight_mean)
         outputs = model.outputs(x)
         shape, error = outputs.shape, None

@@ -80,7 +80,18 @@ class Potential:
     mean: Float[Tensor, " D"] | None = None
 
     def __post_init__(self) -> None:
+        if not isinstance(self.prior, WeightPrior):
+            raise TypeError(
+                "prior: expected a Gaussian such as DiagonalPrior or KroneckerPrior, "
+                f"found {type(self.prior).__name__}; settings become one in a fit "
+                "(Potential.of(posterior)), and Isotropic() is precision="
+            )
         self.prior.build(self.tangent, _no_probes)
+        size = (self.tangent.num_weights,)
+        if self.mean is not None and self.mean.shape != size:
+            raise ValueError(
+                f"mean: expected shape {size}, found {tuple(self.mean.shape)}"
+            )
         batch = next(iter(self.stream), None)
         if batch is None:
             return  # a process that has no examples
@@ -90,12 +101,12 @@ class Potential:
             self.likelihood.check_targets(batch.y, outputs.shape[1])
             placed = self.likelihood.with_targets(batch.y, outputs.shape[1])
             object.__setattr__(self, "likelihood", placed)
-        elif callable(self.likelihood):
+        elif callable(self.likelihood) and not isinstance(self.likelihood, type):
             _check_sum(self.likelihood, outputs, batch.y)
         else:
             raise TypeError(
                 "likelihood: expected Categorical(), Bernoulli(), Gaussian() or a loss "
-                f"function, found {type(self.likelihood).__name__}"
+                f"function, found {self.likelihood!r}"
             )
 
     @classmethod
@@ -207,8 +218,8 @@ class Potential:
 
         Args:
             weights: Rows.
-            batch: Some of the stream's examples, drawn at random, that stand for all:
-                the estimates are unbiased. Default: all.
+            batch: One of a pass over the stream, that stands for all: the mean over a
+                pass is exact, however uneven its batches are. Default: all.
         """
         losses, slopes = self._losses(weights, with_slopes=True, batch=batch)
         offsets, pulled = self._prior_pull(weights)
@@ -237,7 +248,7 @@ class Potential:
         data, share = self._data, 1.0
         if batch is not None:
             data = [self.at(batch)]
-            share = self.stream.num_rows / len(batch.y)
+            share = float(self.stream.num_batches)
         for function, part in data:
             for some in slices(len(weights), self.networks_at_once(len(part.y))):
                 leaf = weights[some].detach().requires_grad_(with_slopes)
@@ -390,6 +401,9 @@ def _check_sum(loss: LossFunction, outputs: Tensor, y: Tensor) -> None:
             "likelihood: expected a loss that returns one finite number for outputs "
             f"(b, C) and targets, found {once!r}"
         )
+    if float(once) == 0:  # a mean is no other there
+        outputs = -1 - outputs
+        once = loss(outputs, y)
     twice = float(loss(torch.cat([outputs, outputs]), torch.cat([y, y])))
     if abs(twice - 2 * float(once)) > 1e-3 * abs(float(once)):
         raise ValueError(
@@ -397,6 +411,20 @@ def _check_sum(loss: LossFunction, outputs: Tensor, y: Tensor) -> None:
             f"as large for every example twice, found {float(once):.6g} and then "
             f"{twice:.6g}; a mean over them is not the negative log likelihood "
             '(reduction="sum")'
+        )
+
+
+def check_potential(value: Any) -> None:
+    """Refuse what has no potential, or has yet to be given one.
+
+    Raises:
+        TypeError: Says how.
+    """
+    if not isinstance(value, Potential):
+        raise TypeError(
+            f"potential: expected a Potential, found {type(value).__name__}; "
+            "Potential.of(posterior) or Potential.from_network(network, likelihood, "
+            "loader) makes one"
         )
 
 

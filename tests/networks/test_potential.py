@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -233,3 +234,17 @@ class TestRefusals:
             network[0].weight.add_(1.0)
         with pytest.raises(RuntimeError, match=r"'0\.weight' .* has changed"):
             found.value_and_gradient(found.theta[None])
+
+    def test_what_is_no_potential_of_these_weights(self):
+        network, x, y = problem("Categorical")
+        data = loader(x, y)
+        with pytest.raises(TypeError, match=r"prior: .* found Isotropic; settings"):
+            Potential.from_network(network, Categorical(), data, prior=Isotropic())
+        with pytest.raises(TypeError, match=r"likelihood: .* found <class"):
+            Potential.from_network(network, Categorical, data)
+        found = Potential.from_network(network, Categorical(), data)
+        with pytest.raises(ValueError, match=r"mean: expected shape \(31,\)"):
+            replace(found, mean=torch.ones(1).double())
+        fitted = [(x, network(x).detach())]
+        with pytest.raises(ValueError, match="likelihood: expected a loss that sums"):
+            Potential.from_network(network, nn.MSELoss(), fitted)

@@ -178,7 +178,15 @@ class CompactGaussian:
         if covariance == "diagonal":
             return cls(mean, variance, root.new_zeros(count, 0))
         if covariance == "low_rank":
-            most = min(size - 2, count - 1)
+            _, values, directions = torch.linalg.svd(root, full_matrices=False)
+            # Draws that repeat have fewer directions than there are of them.
+            least = torch.finfo(root.dtype).eps * max(root.shape) * values[0]
+            most = min(int((values > least).sum()) - 1, size - 2, count - 1)
+            if most < 1:
+                raise ValueError(
+                    "draws: a low rank takes three different ones of two weights, "
+                    f"found {size} of {count}"
+                )
             rank = min(DEFAULT_RANK, most) if rank is None else rank
             check_count("rank", rank, 1)
             if rank > most:
@@ -186,8 +194,7 @@ class CompactGaussian:
                     f"rank: expected at most {most} with {size} draws of {count} "
                     f"weights, found {rank}"
                 )
-            _, values, directions = torch.linalg.svd(root, full_matrices=False)
-            factors = (values[:rank, None] * directions[:rank]).mT
+            factors = (values[:rank, None] * directions[:rank] * (variance > 0)).mT
             # Rounding may leave less than nothing.
             left = variance - factors.square().sum(1)
             left = left.maximum(torch.finfo(root.dtype).eps * variance)
@@ -213,7 +220,8 @@ class CompactGaussian:
         deviation = variance.sqrt()
         z = root / deviation.where(deviation > 0, 1.0)
         values, vectors = torch.linalg.eigh(z.mT @ z)
-        values = (1 - shrinkage) * values.clamp_min(0.0) + shrinkage
+        least = torch.finfo(root.dtype).eps * count * values[-1]
+        values = (1 - shrinkage) * values.where(values > least, 0.0) + shrinkage
         # What all directions have is the remainder, so that nothing cancels.
         own = 0.5 * values[0]
         factors = deviation[:, None] * vectors * (values - own).sqrt()
@@ -268,7 +276,7 @@ class CompactGaussian:
             varies = bool(self.marginal_variance[fixed] > 0)
             raise ValueError(
                 "shrinkage: without any, no more draws than weights have a singular "
-                "covariance and no density"
+                "covariance and no density (those that repeat are one)"
                 if varies
                 else f"draws: weight {fixed} is the same in all of them, so that they "
                 "have no density"

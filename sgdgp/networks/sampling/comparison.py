@@ -140,6 +140,11 @@ def compare(
     if y is not None and x is None:
         raise ValueError("y: expected x beside it")
     p, q = _gaussian("first", first), _gaussian("second", second)
+    if p.names and q.names and p.names != q.names:
+        raise ValueError(
+            f"second: expected weights {list(p.names)} as the first has, found "
+            f"{list(q.names)}"
+        )
     weights = _compare_weights(p, q)
     caveats = []
     for sentence in dict.fromkeys((*p.warnings, *q.warnings)):
@@ -230,13 +235,16 @@ def _compare_functions(
     p, q = (_probabilities(likelihood, each) for each in outputs)
     scores = None
     if y is not None:
-        classes = y.flatten().long()
+        counted = likelihood.counted(y)
+        # Positions without a label have no score.
+        at = slice(None) if counted is None else counted.flatten()
+        classes = y.flatten().long()[at]
         scores = {
-            "accuracy": (accuracy(p, classes), accuracy(q, classes)),
-            "nll": (
-                negative_log_likelihood(p, classes),
-                negative_log_likelihood(q, classes),
-            ),
+            name: (score(p[at], classes), score(q[at], classes))
+            for name, score in (
+                ("accuracy", accuracy),
+                ("nll", negative_log_likelihood),
+            )
         }
     return FunctionComparison(
         *deviations,

@@ -156,8 +156,14 @@ class Draws:
             x: Inputs as the network takes them.
 
         Raises:
-            ValueError: The draws are of another architecture; names what differs.
+            ValueError: There are none, or they are of another architecture; names what
+                differs.
         """
+        if not self.num_chains * self.num_draws:
+            raise ValueError(
+                "draws: expected at least one, found none, such as of a run that was "
+                "stopped in warm-up"
+            )
         tangent = model.tangent
         self.check_fits(tangent)
         theta, network = tangent.theta, tangent.function(x)

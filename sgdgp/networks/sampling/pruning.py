@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from sgdgp.core.checks import check_number
+from sgdgp.core.checks import check_number, check_variances
 from sgdgp.core.errors import warn_user
 from sgdgp.core.seeds import generator_of
 from sgdgp.networks.sampling.compact import CompactGaussian, Network
@@ -152,6 +152,11 @@ def _scores(
             f"posterior: {criterion!r} is by its deviations; give a CompactGaussian, "
             "such as CompactGaussian.of_posterior(linearise(network, ...).fit(...))"
         )
+    if posterior is not None and not isinstance(posterior, CompactGaussian):
+        raise TypeError(
+            f"posterior: expected a CompactGaussian, found {type(posterior).__name__}; "
+            "CompactGaussian.of(draws) or .of_posterior(posterior) makes one"
+        )
     weights: dict[str, Tensor] = dict(chosen_weights(network, None))
     deviations: dict[str, Tensor] = {}
     if needed and posterior is not None:
@@ -192,6 +197,7 @@ def _beside(
         raise ValueError(
             f"posterior: expected one of {count} weights, found {len(posterior.mean)}"
         )
+    check_variances("posterior", posterior.marginal_variance)
     flat = torch.cat([w.flatten() for w in weights.values()])
     if group is not None:
         posterior = posterior.aligned(flat, group)

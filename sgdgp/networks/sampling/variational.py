@@ -35,7 +35,7 @@ from sgdgp.core.checks import (
     check_positive,
 )
 from sgdgp.core.seeds import generator_of, standard_normal
-from sgdgp.networks.potential import Potential
+from sgdgp.networks.potential import Potential, check_potential
 from sgdgp.networks.sampling.compact import CompactGaussian
 from sgdgp.networks.sampling.draws import Draws
 from sgdgp.networks.stream import Batch
@@ -47,6 +47,12 @@ StepCallback: TypeAlias = Callable[[int, float], bool | None]
 _CHECKED_BY, _CHECKED_NUMBERS = 64, 4096
 """Draws that say whether a fit has converged, and numbers in all of them: few weights
 have more draws."""
+
+_STEPS_DOWN = (1.0, 0.1, 0.01, 0.001)
+"""Lengths of steps that may not help an optimum, relative to its weights."""
+
+_GAIN, _NATS = 0.01, 0.1
+"""Most that they help: part of the potential, or so many nats."""
 
 _CONVERGED = 0.1
 """Deviations that means may be off, and relative error of the deviations' precision."""
@@ -92,13 +98,17 @@ def mean_field(
         TypeError: An argument is of the wrong kind.
         ValueError: One does not fit; says which and why.
     """
+    check_potential(potential)
     check_count("samples", samples, 1)
     check_positive("init_scale", init_scale)
     theta, prior = potential.theta, potential.prior
-    if start is not None and start.shape != theta.shape:
-        raise ValueError(
-            f"start: expected shape {tuple(theta.shape)}, found {tuple(start.shape)}"
-        )
+    if start is not None:
+        if not isinstance(start, Tensor) or start.shape != theta.shape:
+            found = tuple(start.shape) if isinstance(start, Tensor) else repr(start)
+            raise ValueError(
+                f"start: expected a tensor of shape {tuple(theta.shape)}, found {found}"
+            )
+        check_finite("start", start)
     mean = (theta if start is None else start.to(theta)).clone()
     log_scale = torch.full_like(mean, init_scale).log()
     generator = generator_of(seed)
@@ -170,8 +180,9 @@ def ensemble(
 ) -> Draws:
     """Networks trained to optima of the potential from starts of their own.
 
-    By Adam as ``mean_field``, all in one batched tensor. Chains of ``hmc`` can start
-    from them: ``hmc(potential, start=ensemble(potential).flat)``.
+    By Adam as ``mean_field``, all in one batched tensor. Whether they are optima is
+    measured at the end, and said in ``warnings``. Chains of ``hmc`` can start from
+    them: ``hmc(potential, start=ensemble(potential).flat)``.
 
     Args:
         potential: Of the network.
@@ -193,6 +204,7 @@ def ensemble(
         TypeError: An argument is of the wrong kind.
         ValueError: One does not fit, or a layer cannot be initialised; says which.
     """
+    check_potential(potential)
     check_count("members", members, 1)
     tangent, generator = potential.tangent, generator_of(seed)
     if start is None:
@@ -224,14 +236,15 @@ def ensemble(
         callback=callback,
     )
     stopped = (f"Stopped after {reached} of {steps} steps.",) if reached < steps else ()
+    energies, doubts = _above_optima(potential, weights)
     return Draws(
         weights.unsqueeze(1),
         tangent.names,
         [tuple(shape) for shape in tangent.shapes],
-        energies=potential(weights).unsqueeze(1),
+        energies=energies.unsqueeze(1),
         num_gradients=reached * members,
         seconds=time.perf_counter() - began,
-        warnings=("Members of an ensemble: optima, not draws.", *stopped),
+        warnings=("Members of an ensemble: optima, not draws.", *stopped, *doubts),
     )
 
 
@@ -314,6 +327,29 @@ def _doubts(
             "more samples."
         )
     return tuple(found)
+
+
+def _above_optima(
+    potential: Potential, weights: Float[Tensor, "k D"]
+) -> tuple[Float[Tensor, " k"], tuple[str, ...]]:
+    """U of each network, and a warning of those that a single step still lowers."""
+    energies, slopes = potential.value_and_gradient(weights)
+    tiny = torch.finfo(weights.dtype).tiny
+    down = slopes / torch.linalg.vector_norm(slopes, dim=1, keepdim=True).clamp_min(
+        tiny
+    )
+    size, least = torch.linalg.vector_norm(weights, dim=1, keepdim=True), energies
+    for part in _STEPS_DOWN:
+        least = torch.fmin(least, potential(weights - part * size * down))
+    gain = energies - least
+    far = gain > (_GAIN * energies.abs()).clamp_min(_NATS)
+    if not bool(far.any()):
+        return energies, ()
+    return energies, (
+        f"{int(far.sum())} of {len(far)} members are no optima: one step down the "
+        f"gradient lowers the potential of one by {float(gain[far][0]):.3g} nats, from "
+        f"{float(energies[far][0]):.4g}. Give more steps, or another learning_rate.",
+    )
 
 
 def _initialised(

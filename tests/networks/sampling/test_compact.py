@@ -215,6 +215,12 @@ def test_bad_input_is_refused():
         CompactGaussian.of(rows[:5], "low_rank", rank=4)
     with pytest.raises(ValueError, match="rank: a diagonal covariance has none"):
         CompactGaussian.of(rows, rank=4)
+    with pytest.raises(ValueError, match="draws: a low rank takes three different"):
+        CompactGaussian.of(rows[:2].repeat(3, 1), "low_rank")
+    for repeated in (rows[:4].repeat(9, 1), rows[:4].repeat(9, 1).float()):
+        assert CompactGaussian.of(repeated, "low_rank").factors.shape[1] == 2
+        with pytest.raises(ValueError, match="those that repeat are one"):
+            CompactGaussian.of(repeated, "full").log_density(repeated)
     fixed = CompactGaussian.of(rows.where(torch.arange(D) != 2, 1.0))
     with pytest.raises(ValueError, match="weight 2 is the same in all"):
         fixed.log_density(rows)

@@ -204,3 +204,21 @@ def test_bad_input_is_refused():
         compare(p, p, x=data()[0])
     with pytest.raises(ValueError, match="other: expected 26 weights, found 3"):
         compare(p, CompactGaussian.of(torch.randn(5, 3, dtype=torch.float64)))
+    with pytest.raises(
+        ValueError, match=r"second: expected weights .'a'. as the first"
+    ):
+        compare(replace(p, names=("a",)), replace(p, names=("b",)))
+
+
+def test_positions_without_a_label_have_no_score():
+    x = torch.randn(4, 3, 3, dtype=torch.float64)
+    model = nn.Linear(3, 2).double().eval()
+    y = model(x).argmax(2)
+    y[:, 1] = -100
+    likelihood = Categorical(ignore_index=-100)
+    potential = Potential.from_network(model, likelihood, [(x, y)])
+    rows = potential.theta + 1e-6 * torch.randn(5, 8, dtype=torch.float64)
+    found = compare(
+        CompactGaussian.of(rows), CompactGaussian.of(rows), model=potential, x=x, y=y
+    )
+    assert found.function.scores["accuracy"] == (1, 1)

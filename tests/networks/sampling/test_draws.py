@@ -199,3 +199,11 @@ def test_networks_that_torch_cannot_batch_are_run_one_by_one():
     other = Recurrent().double().eval()
     nn.utils.vector_to_parameters(draws.weights[1, 0], other.parameters())
     torch.testing.assert_close(found[1, 0], other(x).detach())
+
+
+def test_no_draws_have_no_outputs_and_nan_is_no_mixing():
+    none = Draws(torch.zeros(2, 0, 17), ("a",), [(17,)])
+    with pytest.raises(ValueError, match="draws: expected at least one, found none"):
+        none.function(model(), X)
+    broken = some_draws(outputs=torch.full((2, 8, 1), torch.nan))
+    assert "outputs of some networks are NaN" in str(broken)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -175,3 +176,9 @@ def test_bad_input_is_refused():
         prune(model, 0.5, "precision", posterior=other)
     with pytest.raises(ValueError, match="biases=True prunes others"):
         prune(nn.LayerNorm(3), 0.5)
+    own = posterior(model)
+    still = replace(own, remainder=0 * own.mean, factors=0 * own.factors)
+    with pytest.raises(ValueError, match="posterior: expected positive finite"):
+        prune(model, 0.5, "precision", posterior=still)
+    with pytest.raises(TypeError, match=r"posterior: .* CompactGaussian\.of\(draws\)"):
+        prune(model, 0.5, "precision", posterior=model)

@@ -80,11 +80,17 @@ def test_a_batch_stands_for_all_data():
     potential = linear_potential(batch=20)
     rows = torch.randn(3, 4, dtype=torch.float64)
     whole = potential.value_and_gradient(rows)
-    parts = [potential.value_and_gradient(rows, batch) for batch in potential.stream]
-    assert len(parts) == 3
-    for i in range(2):
-        mean = torch.stack([part[i] for part in parts]).mean(0)
-        torch.testing.assert_close(mean, whole[i])
+    x, y = regression()
+    uneven = [(x[:50], y[:50]), (x[50:59], y[50:59]), (x[59:], y[59:])]
+    other = Potential.from_network(
+        potential.tangent.network, Gaussian(NOISE), uneven, precision=PRECISION
+    )
+    for each in (potential, other):
+        parts = [each.value_and_gradient(rows, batch) for batch in each.stream]
+        assert len(parts) == 3
+        for i in range(2):
+            mean = torch.stack([part[i] for part in parts]).mean(0)
+            torch.testing.assert_close(mean, whole[i])
 
 
 def test_a_fit_that_has_not_converged_says_so():
@@ -128,6 +134,13 @@ def test_an_ensemble_is_optima_from_starts_of_their_own():
     assert float(torch.pdist(found.flat).min()) > 1.0
     again = ensemble(potential, 4, steps=60, learning_rate=0.15)
     assert torch.equal(again.weights, found.weights)
+    assert found.warnings == ("Members of an ensemble: optima, not draws.",)
+
+
+def test_members_that_are_no_optima_are_reported():
+    for settings in ({"steps": 3}, {"steps": 20, "learning_rate": 1e3}):
+        found = ensemble(classes(), 2, **settings)
+        assert "2 of 2 members are no optima" in str(found)
 
 
 def test_members_do_not_feel_each_other():
@@ -141,8 +154,15 @@ def test_members_do_not_feel_each_other():
 
 def test_bad_input_is_refused():
     potential = linear_potential()
-    with pytest.raises(ValueError, match=r"start: expected shape \(4,\)"):
+    with pytest.raises(ValueError, match=r"start: expected a tensor of shape \(4,\)"):
         mean_field(potential, start=torch.zeros(3))
+    with pytest.raises(ValueError, match="start: expected finite values"):
+        mean_field(potential, start=torch.full((4,), torch.nan))
+    for trained in (mean_field, ensemble):
+        with pytest.raises(
+            TypeError, match=r"found Linear; Potential\.of\(posterior\)"
+        ):
+            trained(potential.tangent.network)
     with pytest.raises(ValueError, match="steps: expected at least 1"):
         mean_field(potential, steps=0)
     with pytest.raises(ValueError, match="start: expected 5 rows"):
