@@ -15,10 +15,10 @@ weights where chains begin about them, else of each chain's own. A matrix for al
 not do: in a copy of the network with its units permuted another M is right.
 
 The step size is learned in warm-up by dual averaging (Hoffman and Gelman, "The
-No-U-Turn sampler", JMLR 15, 2014), one for all chains: they have one target and one
-mass matrix, so that each step tells it as many acceptances as there are chains, and a
-chain in a place too narrow for it shows by its rejections instead of hiding behind
-small steps.
+No-U-Turn sampler", JMLR 15, 2014), one for all chains: they have one target, and masses
+that fit each place alike, so that each step tells it as many acceptances as there are
+chains, and a chain in a place too narrow for it shows by its rejections instead of
+hiding behind small steps.
 
 Everything random in step t of a run is a function of the seed and t, so that a run that
 goes on from a checkpoint is the run that was never stopped, bit by bit.
@@ -58,6 +58,7 @@ from sgdgp.networks.sampling.chain_storage import InFile, InMemory
 from sgdgp.networks.sampling.draws import Draws
 from sgdgp.networks.sampling.mass_matrix import (
     MassMatrix,
+    curvature_mass,
     given_mass,
     prior_mass,
     tangent_mass,
@@ -293,12 +294,15 @@ def hmc(
         leapfrog: Leapfrog steps of a trajectory on average: the number is uniform
             between half and three halves of it, so that no period of the dynamics
             resonates. Default: as many as make a trajectory of length pi / 2, a quarter
-            of the period where the mass matrix is right, at most 1,000.
+            of the period where the mass matrix is right, on average at most 1,000, in
+            warm-up 64.
         step_size: In posterior standard deviations of the mass matrix. Default: learned
             so that four of five proposals are accepted.
-        start: Where chains begin. None: draws of the tangent model's posterior, about
-            the trained weights. "prior": draws of the prior. Or weights, as rows
-            (chains, D): of networks trained apart, or of one with its units permuted,
+        start: Where chains begin. None: about the trained weights, in draws of the
+            tangent model's posterior, or with ``mass`` of N(theta, mass^-1); at the
+            trained weights where there is no such model, as of a loss function.
+            "prior": draws of the prior. Or weights, as rows (chains, D): of networks
+            trained apart, or of one with its units permuted,
             ``SymmetryGroup.of(model).sample(count=chains).apply(theta)``.
         mass: Another mass matrix, as a Gaussian over the weights of
             ``sgdgp.networks.priors``, a diagonal (D,) or a matrix (D, D). Default: the
@@ -641,7 +645,9 @@ def _starts(
     generator = derived_generator(seed, "chains")
     given = None if mass is None else given_mass(potential, mass)
     if start is None:
-        matrix = given or tangent_mass(potential)
+        matrix = given or curvature_mass(potential, potential.tangent)
+        if matrix is None:  # draws of the prior are nowhere near the trained weights
+            return like.repeat(chains, 1), prior_mass(potential)
         z = standard_normal(chains, size, like=like, generator=generator)
         return like + matrix.draw(z), matrix
     if isinstance(start, str) and start == "prior":

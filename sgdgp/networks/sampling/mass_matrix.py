@@ -57,10 +57,16 @@ class DenseMass(MassMatrix):
         like: In whose dtype products are.
 
     Raises:
-        ValueError: It is not positive definite.
+        ValueError: It is not.
     """
 
     def __init__(self, matrix: Float[Tensor, "D D"], like: Tensor) -> None:
+        skew = float((matrix - matrix.mT).abs().max())
+        if skew > torch.finfo(like.dtype).eps ** 0.5 * float(matrix.abs().max()):
+            raise ValueError(
+                "mass: expected a symmetric matrix, found entries that differ from "
+                f"those across the diagonal by {skew:.3g}"
+            )
         factor, info = torch.linalg.cholesky_ex(matrix.double())
         if int(info) or not bool(factor.isfinite().all()):
             raise ValueError(
@@ -173,27 +179,31 @@ def prior_mass(potential: Potential) -> MassMatrix:
 def tangent_mass(
     potential: Potential, places: Float[Tensor, "k D"] | None = None
 ) -> MassMatrix:
-    """The precision of the tangent model, J^T H J + P.
-
-    A matrix for up to 2,048 weights, beyond that with Kronecker factors of J^T H J, to
-    which independent weights add one precision a tensor: only then are products in
-    closed form. A loss that is no likelihood has no H: its mass matrix is the prior's.
+    """The precision of the tangent model, that of the prior where it has none.
 
     Args:
         potential: What is sampled.
         places: Weights of which each has one. Default: one, of the network's own.
     """
+    tangents = [potential.tangent]
     if places is not None:
         tangents = [_moved(potential.tangent, place) for place in places]
-        return PerChain([_at(potential, tangent) for tangent in tangents])
-    return _at(potential, potential.tangent)
+    masses = [curvature_mass(potential, t) or prior_mass(potential) for t in tangents]
+    return masses[0] if places is None else PerChain(masses)
 
 
-def _at(potential: Potential, tangent: Tangent) -> MassMatrix:
+def curvature_mass(potential: Potential, tangent: Tangent) -> MassMatrix | None:
+    """The precision of a tangent model, J^T H J + P.
+
+    A matrix for up to 2,048 weights, beyond that with Kronecker factors of J^T H J, to
+    which independent weights add one precision a tensor: only then are products in
+    closed form. None for a loss that is no likelihood, which has no H, and for layers
+    that have no such factors.
+    """
     like, size = potential.theta, potential.num_weights
     likelihood, prior = potential.likelihood, potential.prior
     if not isinstance(likelihood, Likelihood):
-        return _of_prior(prior, like)
+        return None
     data = TangentData(tangent, potential.stream, likelihood)
     if size <= _MOST_DENSE:
         one = DiagonalPrior(size, torch.ones_like(like[:1]))
@@ -204,7 +214,7 @@ def _at(potential: Potential, tangent: Tangent) -> MassMatrix:
         curvature = kronecker_curvature(data, likelihood, data.network_outputs)
     except ValueError as error:
         warn_user(f"The mass matrix is the prior's precision: {error}")
-        return _of_prior(prior, like)
+        return None
     return PriorMass(precision_sum(_by_tensor(prior, tangent), curvature))
 
 

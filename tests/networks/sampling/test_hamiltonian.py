@@ -160,6 +160,20 @@ def test_chains_begin_about_the_network_at_the_prior_or_where_they_are_told():
     assert float((first[0] - again.weights[:, 0]).abs().max()) > 1e-3
 
 
+def test_chains_of_a_loss_function_begin_at_the_network():
+    found = Potential.from_network(
+        network := nn.Linear(1, 1).eval(),
+        lambda f, y: (f - y).abs().sum(),
+        [(torch.ones(3, 1), torch.ones(3, 1))],
+        precision=1e-6,  # a draw of the prior would be a thousand away
+    )
+    draws = quiet(
+        found, chains=2, draws=1, warmup=0, step_size=1e-9, leapfrog=1, seed=1
+    )
+    theta = nn.utils.parameters_to_vector(network.parameters()).detach()
+    torch.testing.assert_close(draws.weights[:, 0], theta.expand(2, -1))
+
+
 def test_chains_in_permuted_copies_have_the_same_energies_to_draw():
     """Each has the mass matrix of its own copy."""
     potential = classes()
@@ -337,6 +351,11 @@ def test_chains_in_different_places_are_not_summarised_as_one():
             {"mass": -torch.eye(4)},
             ValueError,
             "mass: expected a symmetric positive def",
+        ),
+        (
+            {"mass": torch.eye(4) + torch.ones(4, 4).triu(1)},
+            ValueError,
+            "mass: expected a symmetric matrix, found entries that differ .* by 1",
         ),
         ({"mass": torch.ones(3)}, ValueError, r"mass: expected shape \(4,\) or \(4, 4"),
         ({"draws": 10**13}, ValueError, "GiB of memory.* give checkpoint="),
