@@ -5,7 +5,8 @@ a reference. Units of one hidden layer are then one assignment problem, of inner
 products of all weights that touch a unit, of their absolute values where units may
 change their signs: solved exactly. Of several layers one is matched at a time, as in
 Git Re-Basin (Ainsworth et al. 2023), to a local optimum. The reference is a network, or
-the running mean of the draws themselves (generalised Procrustes), which no draw biases.
+the mean of the aligned draws, in rounds that begin at the first of them (generalised
+Procrustes).
 
 Alignment brings together symmetric copies and nothing else: chains in different modes
 stay apart, and the report says so.

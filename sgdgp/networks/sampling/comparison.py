@@ -17,6 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sgdgp.core.checks import check_count
+from sgdgp.core.seeds import number_of
 from sgdgp.metrics import accuracy, negative_log_likelihood, rmse
 from sgdgp.networks.likelihoods import Bernoulli, Categorical, Gaussian
 from sgdgp.networks.posterior import LinearisedPosterior
@@ -139,6 +140,7 @@ def compare(
         raise ValueError("x: expected it and model, or neither")
     if y is not None and x is None:
         raise ValueError("y: expected x beside it")
+    seed = number_of(seed)  # once: both sides begin it anew
     p, q = _gaussian("first", first), _gaussian("second", second)
     if p.names and q.names and p.names != q.names:
         raise ValueError(
@@ -204,7 +206,7 @@ def _outputs(
     model: Model,
     x: Any,
     samples: int,
-    seed: int | torch.Generator,
+    seed: int,
 ) -> Float[Tensor, "K b C"]:
     if isinstance(side, LinearisedPosterior):
         return side.samples(x)

@@ -240,12 +240,15 @@ class Draws:
     def caveats(self) -> tuple[str, ...]:
         """What the draws themselves say against their use, in sentences."""
         found = []
-        if self.num_chains == 1:
+        is_chain = self.acceptance is not None or self.num_draws > 1
+        if is_chain and self.num_chains == 1:
             found.append(
                 "One chain only: R-hat compares its halves, and cannot know of what it "
                 "has never visited. Run four or more."
             )
-        if self.num_draws < _LEAST_DRAWS:
+        if not is_chain:
+            pass  # members of an ensemble, which do not mix
+        elif self.num_draws < _LEAST_DRAWS:
             found.append(
                 f"{self.num_draws} draws of each chain only: whether they have mixed "
                 "cannot be said. Draw more."

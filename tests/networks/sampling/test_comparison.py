@@ -196,6 +196,14 @@ def test_a_linearised_posterior_compares_with_its_own_gaussian():
     assert rmse == pytest.approx(float(of_mean.square().mean().sqrt()), abs=0.01)
 
 
+def test_a_generator_gives_both_sides_the_same_networks():
+    p = gaussian(0)
+    generator = torch.Generator().manual_seed(3)
+    found = compare(p, p, model=classes(), x=data()[0], samples=5, seed=generator)
+    assert found.function is not None
+    assert found.function.total_variation == 0.0
+
+
 def test_bad_input_is_refused():
     p = gaussian(0)
     with pytest.raises(TypeError, match="second: expected Draws"):
