@@ -118,7 +118,7 @@ def losses(network: nn.Module, rows: Float[Tensor, "k D"]) -> Float[Tensor, " k"
     """Mean negative log-likelihood of the test images."""
     x, y = (part[TRAIN:] for part in digits())
     tangent = Tangent(network)
-    logits = vmap(tangent.function(x))(tangent.weights_of(rows))
+    logits = tangent.outputs_of(rows, x)
     return vmap(functional.cross_entropy, in_dims=(0, None))(logits, y)
 
 

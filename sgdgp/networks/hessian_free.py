@@ -34,7 +34,6 @@ Deviations from the papers, and why:
 
 from __future__ import annotations
 
-import copy
 import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
@@ -450,7 +449,7 @@ class _Whitening:
         self._vectors: Tensor | None = None
         if not precondition or not isinstance(potential.likelihood, Likelihood):
             return
-        tangent = _moved(potential.tangent, base)
+        tangent = potential.tangent.moved(base)
         data = TangentData(tangent, potential.stream, potential.likelihood)
         rank = min(data.num_rows, tangent.num_weights)
         budget = resolve_budget(tangent.memory_budget, tangent.device)
@@ -725,23 +724,6 @@ def _cautions_of_drift(drift: Tensor, drop: float) -> Iterator[str]:
         )
 
 
-def _moved(tangent: Tangent, base: Float[Tensor, " D"]) -> Tangent:
-    """The same network with other weights."""
-    if torch.equal(tangent.theta[:, 0], base):
-        return tangent
-    network = copy.deepcopy(tangent.network)
-    weights = tangent.weights_of(base[None])
-    with torch.no_grad():
-        for name, weight in weights.items():
-            network.get_parameter(name).copy_(weight[0])
-    return Tangent(
-        network,
-        weights=lambda name, _: name in weights,
-        output=tangent.output,
-        memory_budget=tangent.memory_budget,
-    )
-
-
 def _rows_of(
     functional: _Functional, potential: Potential, memory: int
 ) -> Iterator[Tensor]:
@@ -769,7 +751,7 @@ def _summed(
     for some in slices(len(weights), potential.networks_at_once(signs.shape[1])):
         leaf = weights[some].detach().requires_grad_()
         with torch.enable_grad():
-            sums = (potential.forward(function, leaf) * signs[some]).sum((1, 2))
+            sums = (potential.tangent.batched(function, leaf) * signs[some]).sum((1, 2))
             gradients.append(torch.autograd.grad(sums.sum(), leaf)[0])
         values.append(sums.detach())
     return torch.cat(values), torch.cat(gradients)

@@ -21,7 +21,6 @@ from typing import Any, Protocol, TypeAlias, runtime_checkable
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.func import vmap
 from torch.utils._pytree import tree_leaves
 
 from sgdgp.core.checks import check_positive
@@ -225,13 +224,10 @@ class Potential:
         offsets, pulled = self._prior_pull(weights)
         return losses + 0.5 * (offsets * pulled).sum(1), slopes + pulled
 
-    @torch.no_grad()
     def outputs(self, weights: Float[Tensor, "k D"], x: Any) -> Float[Tensor, "k b C"]:
         """What networks with these weights say at x."""
         self._check(weights)
-        function = self.tangent.function(x)
-        most = self.networks_at_once(len(self.tangent.outputs(x)))
-        return torch.cat([self.forward(function, some) for some in weights.split(most)])
+        return self.tangent.outputs_of(weights, x)
 
     def _prior_pull(self, weights: Tensor) -> tuple[Tensor, Tensor]:
         """Theta - m and P (theta - m), as rows."""
@@ -253,7 +249,7 @@ class Potential:
             for some in slices(len(weights), self.networks_at_once(len(part.y))):
                 leaf = weights[some].detach().requires_grad_(with_slopes)
                 with torch.set_grad_enabled(with_slopes):
-                    found = self._loss(self.forward(function, leaf), part.y)
+                    found = self._loss(self.tangent.batched(function, leaf), part.y)
                     if with_slopes:
                         slopes[some] += torch.autograd.grad(found.sum(), leaf)[0]
                 losses[some] += found.detach()
@@ -265,21 +261,6 @@ class Potential:
         if isinstance(self.likelihood, Likelihood):
             return -self.likelihood.log_prob(outputs.permute(1, 2, 0), y).sum(0)
         return torch.stack([self.likelihood(each, y) for each in outputs])
-
-    def forward(self, function: _Outputs, rows: Tensor) -> Float[Tensor, "k b C"]:
-        """Outputs of several networks, one by one where torch cannot batch a layer."""
-        tensors = self.tangent.weights_of(rows)
-        if not self._one_by_one:
-            try:
-                return vmap(function)(tensors)
-            except (RuntimeError, NotImplementedError):
-                vars(self)["_one_by_one"] = True
-        each = [{n: t[i] for n, t in tensors.items()} for i in range(len(rows))]
-        return torch.stack([function(one) for one in each])
-
-    @functools.cached_property
-    def _one_by_one(self) -> bool:
-        return False
 
     @functools.cached_property
     def _num_outputs(self) -> int:

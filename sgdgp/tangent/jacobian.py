@@ -7,10 +7,11 @@ forward-mode sweep, those of its transpose one reverse-mode sweep.
 
 from __future__ import annotations
 
+import copy
 import functools
 import operator
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from typing import Any
 
 import torch
@@ -104,6 +105,8 @@ class Tangent:
         self._width = 0
         self._obstacle: str | None = None
         self._is_function = self._is_repeatable = False
+        # Found by the first of several networks: torch cannot batch a layer.
+        self._is_one_by_one = False
         self._is_examined = self._is_checked = False
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tangent:
@@ -187,6 +190,53 @@ class Tangent:
             name: rows[:, self.slices[name]].reshape(-1, *shape)
             for name, shape in zip(self.names, self.shapes, strict=True)
         }
+
+    @torch.no_grad()
+    def outputs_of(self, rows: Float[Tensor, "k D"], x: Any) -> Float[Tensor, "k b C"]:
+        """Outputs of the networks with these weights."""
+        function = self.function(x)
+        if not self._width:
+            with suppress(NotImplementedError):  # not for its derivatives
+                self.at(x).jvp(torch.zeros_like(self.theta))
+        most = self.columns_forward(x) if self._width else 8
+        return torch.cat([self.batched(function, some) for some in rows.split(most)])
+
+    def batched(
+        self, function: Callable[[dict[str, Tensor]], Tensor], rows: Tensor
+    ) -> Float[Tensor, "k b C"]:
+        """A function's outputs of some networks, one by one where torch has to.
+
+        Args:
+            function: That of a batch, see ``function``.
+            rows: Their weights (k, D).
+        """
+        tensors = self.weights_of(rows)
+        if not self._is_one_by_one:
+            try:
+                return vmap(function)(tensors)
+            except torch.cuda.OutOfMemoryError:
+                raise
+            except RuntimeError:
+                # What is the network's own error is raised once more.
+                found = _stacked(function, tensors)
+                self._is_one_by_one = True
+                return found
+        return _stacked(function, tensors)
+
+    def moved(self, row: Float[Tensor, " D"]) -> Tangent:
+        """The tangent model at other weights, of a copy of the network."""
+        if torch.equal(self.theta[:, 0], row):
+            return self
+        network = copy.deepcopy(self.network)
+        with torch.no_grad():
+            for name, weight in self.weights_of(row[None]).items():
+                network.get_parameter(name).copy_(weight[0])
+        return Tangent(
+            network,
+            weights=lambda name, _: name in self._theta,
+            output=self.output,
+            memory_budget=self.memory_budget,
+        )
 
     @property
     def theta(self) -> Float[Tensor, "D 1"]:
@@ -331,6 +381,14 @@ class Tangent:
                 f"found {out.dtype}"
             )
         return out.reshape(out.shape[0], -1)
+
+
+def _stacked(
+    function: Callable[[dict[str, Tensor]], Tensor], tensors: dict[str, Tensor]
+) -> Float[Tensor, "k b C"]:
+    count = len(next(iter(tensors.values())))
+    each = ({name: t[i] for name, t in tensors.items()} for i in range(count))
+    return torch.stack([function(weights) for weights in each])
 
 
 class TangentBatch:

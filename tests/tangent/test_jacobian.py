@@ -7,7 +7,7 @@ import pickle
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.func import functional_call, jacrev
 
 from sgdgp.tangent import Tangent
@@ -431,3 +431,63 @@ def test_wrong_shapes_of_vectors_are_refused():
         batch.jvp(normal(7, 1))
     with pytest.raises(ValueError, match=r"u: expected shape \(4, 2, 'k'\)"):
         batch.vjp(normal(4, 3, 1))
+
+
+# Networks with weights of their own
+
+
+class Recurrent(nn.Module):
+    """What torch cannot batch over weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell, self.out = nn.GRU(2, 2, batch_first=True), nn.Linear(2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.cell(x)[0][:, -1])
+
+
+@pytest.mark.parametrize("is_recurrent", [True, False])
+def test_many_networks_say_what_each_says(is_recurrent: bool):
+    torch.manual_seed(0)
+    kind = Recurrent if is_recurrent else lambda: nn.Sequential(nn.Linear(2, 3))
+    network, other, x = (
+        kind().double().eval(),
+        kind().double().eval(),
+        torch.randn(3, 2),
+    )
+    x = x.double().unsqueeze(1) if is_recurrent else x.double()
+    tangent = Tangent(network)
+    rows = torch.cat([tangent.theta, Tangent(other).theta], 1).mT
+    for _ in range(2):
+        outputs = tangent.outputs_of(rows, x)
+        torch.testing.assert_close(outputs[0], network(x).detach())
+        torch.testing.assert_close(outputs[1], other(x).detach())
+    moved = tangent.moved(rows[1])
+    assert torch.equal(moved.theta[:, 0], rows[1])
+    torch.testing.assert_close(moved.outputs(x), outputs[1])
+    assert tangent.moved(rows[0]) is tangent
+
+
+def test_out_of_memory_is_no_reason_to_go_one_by_one():
+    tangent, calls = Tangent(nn.Linear(2, 1).eval()), []
+
+    def full(weights: dict[str, Tensor]) -> Tensor:
+        calls.append(weights)
+        raise torch.cuda.OutOfMemoryError("full")
+
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        tangent.batched(full, tangent.theta.mT)
+    assert len(calls) == 1
+
+
+def test_errors_of_the_network_are_its_own():
+    tangent = Tangent(nn.Linear(2, 1).eval())
+
+    def broken(weights: dict[str, Tensor]) -> Tensor:
+        raise RuntimeError("no such thing")
+
+    with pytest.raises(RuntimeError, match="no such thing"):
+        tangent.batched(broken, tangent.theta.mT)
+    x = torch.ones(1, 2)
+    assert tangent.outputs_of(tangent.theta.mT, x).shape == (1, 1, 1)

@@ -36,6 +36,8 @@ LEAST_ACCEPTANCE = 0.4
 
 _LEAST_DRAWS = 4  # of a chain, for R-hat
 
+_TOGETHER = 256  # draws that are read and run at once
+
 Ess: TypeAlias = Literal["bulk", "tail"]
 """What an effective sample size is for: means and medians, or 5 % and 95 % quantiles"""
 
@@ -166,20 +168,11 @@ class Draws:
             )
         tangent = model.tangent
         self.check_fits(tangent)
-        theta, network = tangent.theta, tangent.function(x)
-        # A pass after which the width of the network is known, and so what fits.
-        tangent.at(x).jvp(torch.zeros_like(theta))
-        together = max(1, tangent.columns_forward(x) // max(1, self.num_chains))
         found = []
-        for some in self.weights.split(together, dim=1):
-            rows = some.flatten(0, 1).to(theta)
-            tensors = tangent.weights_of(rows)
-            try:
-                outputs = torch.func.vmap(network)(tensors)
-            except (RuntimeError, NotImplementedError):  # not by torch for this layer
-                each = ({n: t[i] for n, t in tensors.items()} for i in range(len(rows)))
-                outputs = torch.stack([network(one) for one in each])
-            found.append(outputs.unflatten(0, some.shape[:2]))
+        # Not all at once: weights may be in a file that memory does not hold.
+        for some in self.weights.split(max(1, _TOGETHER // self.num_chains), dim=1):
+            rows = some.flatten(0, 1).to(tangent.theta)
+            found.append(tangent.outputs_of(rows, x).unflatten(0, some.shape[:2]))
         return torch.cat(found, 1)
 
     def predict(

@@ -13,7 +13,6 @@ that with M^-1: u ~ N(0, M^-1), kinetic energy u^T M u / 2. Vectors are rows (k,
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NoReturn, Protocol, runtime_checkable
@@ -187,7 +186,7 @@ def tangent_mass(
     """
     tangents = [potential.tangent]
     if places is not None:
-        tangents = [_moved(potential.tangent, place) for place in places]
+        tangents = [potential.tangent.moved(place) for place in places]
     masses = [curvature_mass(potential, t) or prior_mass(potential) for t in tangents]
     return masses[0] if places is None else PerChain(masses)
 
@@ -227,21 +226,6 @@ def _by_tensor(prior: WeightPrior, tangent: Tangent) -> WeightPrior:
     scales = torch.cat(means).mul(0.5).exp()
     ones = torch.ones_like(scales[:1])
     return DiagonalPrior(tangent.num_weights, ones, scales=scales)
-
-
-def _moved(tangent: Tangent, place: Float[Tensor, " D"]) -> Tangent:
-    """The tangent model at other weights."""
-    network = copy.deepcopy(tangent.network)
-    parameters = dict(network.named_parameters())
-    with torch.no_grad():
-        for name, value in tangent.weights_of(place[None]).items():
-            parameters[name].copy_(value[0])
-    return Tangent(
-        network,
-        weights=lambda name, parameter: name in tangent.names,
-        output=tangent.output,
-        memory_budget=tangent.memory_budget,
-    )
 
 
 def _of_prior(prior: WeightPrior, like: Tensor) -> MassMatrix:

@@ -183,28 +183,6 @@ def test_without_arviz_it_is_said_how_to_install_it(monkeypatch):
         some_draws().to_arviz()
 
 
-class Recurrent(nn.Module):
-    """What torch cannot batch over weights."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.cell, self.out = nn.GRU(2, 2, batch_first=True), nn.Linear(2, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.out(self.cell(x)[0][:, -1])
-
-
-def test_networks_that_torch_cannot_batch_are_run_one_by_one():
-    net = Recurrent().double().eval()
-    tangent = Tangent(net)
-    draws = Draws(normal(2, 2, tangent.num_weights), tangent.names, tangent.shapes)
-    x = normal(3, 4, 2)
-    found = draws.function(SimpleNamespace(tangent=tangent, likelihood=None), x)
-    other = Recurrent().double().eval()
-    nn.utils.vector_to_parameters(draws.weights[1, 0], other.parameters())
-    torch.testing.assert_close(found[1, 0], other(x).detach())
-
-
 def test_no_draws_have_no_outputs_and_nan_is_no_mixing():
     none = Draws(torch.zeros(2, 0, 17), ("a",), [(17,)])
     with pytest.raises(ValueError, match="draws: expected at least one, found none"):
