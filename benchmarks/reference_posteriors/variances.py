@@ -257,7 +257,7 @@ def _problem(name: str, seed: int) -> Problem:
 
 
 def _nonlinear(seed: int) -> Record:
-    """B2, B3: default settings, and gradients alone."""
+    """B2, B3: default settings, and a larger shift."""
     found: Record = {}
     for name in NONLINEAR:
         problem = _problem(name, seed).fit()

@@ -30,7 +30,6 @@ from sgdgp.networks import (
     hmc,
     mean_field,
 )
-from sgdgp.networks.sampling.compact import network_at
 from sgdgp.networks.sampling.diagnostics import split_r_hat
 
 _TRAIN, _HIDDEN, _CHAINS, _MEMBERS = 500, 8, 4, 20
@@ -67,7 +66,7 @@ def _measured(activation: type[nn.Module], seed: int) -> Record:
     potential = Potential.from_network(network, Categorical(), [(x, y)])
     members = ensemble(potential, _MEMBERS, steps=500, learning_rate=0.02, seed=seed)
     # The mass matrix is that of one of them.
-    network = network_at(network, members.flat[0])
+    nn.utils.vector_to_parameters(members.flat[0], network.parameters())
     potential = Potential.from_network(network, Categorical(), [(x, y)])
     start = members.flat[:_CHAINS]
     draws = hmc(

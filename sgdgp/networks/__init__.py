@@ -7,7 +7,7 @@ from sgdgp.networks import priors
 from sgdgp.networks.calibration import Comparison
 from sgdgp.networks.certificate import Certificate, certify
 from sgdgp.networks.dual import Dual
-from sgdgp.networks.hessian_free import HessianFree
+from sgdgp.networks.hessian_free import HessianFree, OutputVariance
 from sgdgp.networks.learned_prior import LearnedPrior
 from sgdgp.networks.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
 from sgdgp.networks.linearisation import LinearisedNetwork, linearise, linearize
@@ -19,7 +19,9 @@ from sgdgp.networks.sampling import (
     Alignment,
     CompactGaussian,
     Draws,
+    HmcProgress,
     PosteriorComparison,
+    Symmetry,
     SymmetryGroup,
     align,
     barrier,
@@ -56,6 +58,7 @@ __all__ = [
     "Gaussian",
     "GaussianPrediction",
     "HessianFree",
+    "HmcProgress",
     "Isotropic",
     "Kronecker",
     "Layerwise",
@@ -63,8 +66,10 @@ __all__ = [
     "Likelihood",
     "LinearisedNetwork",
     "LinearisedPosterior",
+    "OutputVariance",
     "PosteriorComparison",
     "Potential",
+    "Symmetry",
     "SymmetryGroup",
     "WeightCG",
     "WeightCholesky",

@@ -51,6 +51,7 @@ from sgdgp.networks.learned_prior import LearnedPrior
 from sgdgp.networks.likelihoods import Bernoulli, Categorical, Gaussian
 from sgdgp.networks.posterior import LinearisedPosterior
 from sgdgp.networks.priors import WeightPrior
+from sgdgp.networks.priors.base import no_probes
 from sgdgp.networks.stream import Split, example_hashes, stream_of
 
 _SCALES = tuple(10.0**k for k in range(-3, 6))
@@ -392,7 +393,7 @@ class _Search:
     def _built(self, strength: float) -> WeightPrior:
         if strength not in self._priors:
             settings = replace(self.settings, strength=strength)
-            self._priors[strength] = settings.build(self.data.tangent, _no_probes)
+            self._priors[strength] = settings.build(self.data.tangent, no_probes)
         return self._priors[strength]
 
     def _outputs(self, strength: float, scales: tuple[float, ...]) -> OutputPrior:
@@ -650,7 +651,3 @@ def _nearest(grid: Sequence[float], value: float) -> int:
 
 def _stepped(place: Sequence[int], i: int, step: int) -> list[int]:
     return [k + step * (j == i) for j, k in enumerate(place)]
-
-
-def _no_probes(count: int) -> Any:
-    raise AssertionError("a learned prior needs no probes")

@@ -28,6 +28,7 @@ from sgdgp.core.memory import resolve_budget
 from sgdgp.core.slices import slices
 from sgdgp.networks.likelihoods import Likelihood
 from sgdgp.networks.priors import Isotropic, WeightPrior
+from sgdgp.networks.priors.base import no_probes
 from sgdgp.networks.stream import KEPT_BYTES, Batch, Split, Stream, stream_of
 from sgdgp.tangent import Tangent, Weights
 
@@ -85,7 +86,7 @@ class Potential:
                 f"found {type(self.prior).__name__}; settings become one in a fit "
                 "(Potential.of(posterior)), and Isotropic() is precision="
             )
-        self.prior.build(self.tangent, _no_probes)
+        self.prior.build(self.tangent, no_probes)
         size = (self.tangent.num_weights,)
         if self.mean is not None and self.mean.shape != size:
             raise ValueError(
@@ -185,7 +186,7 @@ class Potential:
             network, weights=weights, output=output, memory_budget=memory_budget
         )
         if prior is None:
-            prior = Isotropic().build(tangent, _no_probes)
+            prior = Isotropic().build(tangent, no_probes)
             prior = prior.with_precisions(precision * torch.ones_like(prior.precisions))
         elif precision != 1.0:
             raise ValueError("precision: a prior has its own, give one of the two")
@@ -243,7 +244,7 @@ class Potential:
         losses, slopes = weights.new_zeros(len(weights)), torch.zeros_like(weights)
         data, share = self._data, 1.0
         if batch is not None:
-            data = [self.at(batch)]
+            data = [self._at(batch)]
             share = float(self.stream.num_batches)
         for function, part in data:
             for some in slices(len(weights), self.networks_at_once(len(part.y))):
@@ -278,9 +279,9 @@ class Potential:
             kept.append(batch)
         most = max(1, _JOINED_BYTES // self._bytes_of_example)
         joined = list(_joined(kept, most))
-        return list(map(self.at, joined))
+        return list(map(self._at, joined))
 
-    def at(self, batch: Batch) -> tuple[_Outputs, Batch]:
+    def _at(self, batch: Batch) -> tuple[_Outputs, Batch]:
         """The network at a batch, whose targets are looked at."""
         if isinstance(self.likelihood, Likelihood):
             self.likelihood.check_targets(batch.y, self._num_outputs)
@@ -338,7 +339,7 @@ class _Passes:
     potential: Potential
 
     def __iter__(self) -> Iterator[tuple[_Outputs, Batch]]:
-        return map(self.potential.at, self.potential.stream)
+        return map(self.potential._at, self.potential.stream)
 
 
 def _joined(batches: list[Batch], most: int) -> Iterator[Batch]:
@@ -407,7 +408,3 @@ def check_potential(value: Any) -> None:
             "Potential.of(posterior) or Potential.from_network(network, likelihood, "
             "loader) makes one"
         )
-
-
-def _no_probes(count: int) -> Any:
-    raise AssertionError("this prior needs no probes")

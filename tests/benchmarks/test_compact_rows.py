@@ -36,6 +36,5 @@ def test_the_best_criterion_comes_first():
         for d, said in ((0.0, ["The chains have not mixed: wait."]), (0.1, []))
     ]
     found = list(pruning.checks(records))
-    assert all(check.holds for check in found)
     assert found[-1].figure == "1 of 2"
     assert found[0].figure == "magnitude 0.850 ± 0.050; random 0.150 ± 0.050"

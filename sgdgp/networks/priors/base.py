@@ -32,7 +32,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from statistics import median_low
-from typing import TypeAlias
+from typing import NoReturn, TypeAlias
 
 import torch
 from jaxtyping import Float
@@ -48,6 +48,12 @@ from sgdgp.tangent import NORMS, Tangent
 
 Probes: TypeAlias = Callable[[int], Iterator[Tensor]]
 """From p to J_b^T L_b e (D, p) for each batch b of this process, e of random signs."""
+
+
+def no_probes(count: int) -> NoReturn:
+    """Of a prior that is built without."""
+    raise AssertionError("this prior needs no probes")
+
 
 PROBE_MEMORY = 2**30
 """Bytes of the probes of a batch: a GiB is what a few samples of a network take."""

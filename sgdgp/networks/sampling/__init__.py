@@ -9,7 +9,7 @@ from sgdgp.networks.sampling.alignment import (
 from sgdgp.networks.sampling.compact import CompactGaussian
 from sgdgp.networks.sampling.comparison import PosteriorComparison, compare
 from sgdgp.networks.sampling.draws import Draws
-from sgdgp.networks.sampling.hamiltonian import hmc
+from sgdgp.networks.sampling.hamiltonian import HmcProgress, hmc
 from sgdgp.networks.sampling.pruning import prune, pruning_masks, sparsity_curve
 from sgdgp.networks.sampling.symmetry import Symmetry, SymmetryGroup
 from sgdgp.networks.sampling.variational import ensemble, mean_field
@@ -18,6 +18,7 @@ __all__ = [
     "Alignment",
     "CompactGaussian",
     "Draws",
+    "HmcProgress",
     "PosteriorComparison",
     "Symmetry",
     "SymmetryGroup",

@@ -482,7 +482,7 @@ class _Reader(TorchFunctionMode):
 
     def __init__(self, axes: Sequence[HiddenAxis]) -> None:
         super().__init__()
-        self._wanted = {(axis.read[0], axis.read[1]) for axis in axes if axis.read}
+        self._wanted = {(a.read.call, a.read.operand) for a in axes if a.read}
         self._calls = 0
         self.found: dict[tuple[int, int], Tensor] = {}
 
@@ -546,9 +546,9 @@ class _Activations:
         found = []
         for axis in self._weights.axes:
             assert axis.read is not None
-            call, operand, dim, before, after = axis.read
-            read = reader.found[call, operand].movedim(dim, 0)
-            read = read.reshape(before, axis.size, after, -1)
+            at = axis.read
+            read = reader.found[at.call, at.operand].movedim(at.axis, 0)
+            read = read.reshape(at.before, axis.size, at.after, -1)
             found.append(read.transpose(0, 1).flatten())
         return found
 

@@ -21,7 +21,7 @@ correlated, however well either is found.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias, TypeVar, get_args
 
@@ -344,40 +344,29 @@ class CompactGaussian:
         return self.mapped(match_weights(self.mean, reference, group).apply)
 
     def mean_network(self, network: Network) -> Network:
-        """A copy of a network with the mean for its weights."""
-        return network_at(network, self.mean, self.names)
+        """A copy of a network with the mean for its weights.
 
-
-def network_at(
-    network: Network, weights: Float[Tensor, " D"], names: Sequence[str] = ()
-) -> Network:
-    """A copy of a network with other weights.
-
-    Args:
-        network: Of the architecture.
-        weights: As a row.
-        names: Of the parameters that they are. Default: all that need a gradient.
-
-    Raises:
-        ValueError: The network has other parameters, or another number of weights.
-    """
-    found = copy.deepcopy(network)
-    parameters: dict[str, Any] = dict(found.named_parameters())
-    chosen = tuple(names) or tuple(chosen_weights(network, None))
-    if missing := [name for name in chosen if name not in parameters]:
-        raise ValueError(
-            f"network: expected a parameter {missing[0]!r}, found {list(parameters)}"
-        )
-    sizes = [parameters[name].numel() for name in chosen]
-    if weights.shape != (sum(sizes),):
-        raise ValueError(
-            f"network: expected one of {tuple(weights.shape)} weights, found "
-            f"{sum(sizes)}"
-        )
-    with torch.no_grad():
-        for name, part in zip(chosen, weights.split(sizes), strict=True):
-            parameters[name].copy_(part.view_as(parameters[name]))
-    return found
+        Raises:
+            ValueError: The network has other parameters, or another number of weights.
+        """
+        found = copy.deepcopy(network)
+        parameters: dict[str, Any] = dict(found.named_parameters())
+        chosen = tuple(self.names) or tuple(chosen_weights(network, None))
+        if missing := [name for name in chosen if name not in parameters]:
+            raise ValueError(
+                f"network: expected a parameter {missing[0]!r}, found "
+                f"{list(parameters)}"
+            )
+        sizes = [parameters[name].numel() for name in chosen]
+        if self.mean.shape != (sum(sizes),):
+            raise ValueError(
+                f"network: expected one of {tuple(self.mean.shape)} weights, found "
+                f"{sum(sizes)}"
+            )
+        with torch.no_grad():
+            for name, part in zip(chosen, self.mean.split(sizes), strict=True):
+                parameters[name].copy_(part.view_as(parameters[name]))
+        return found
 
 
 def _caveats(draws: Draws) -> Iterator[str]:

@@ -31,7 +31,7 @@ MIXED = 1.05
 """Largest R-hat of outputs that counts as mixed. The paper's 1.01 is for one quantity;
 here it is the largest of hundreds, each with its own noise."""
 
-LEAST_ACCEPTANCE = 0.4
+_LEAST_ACCEPTANCE = 0.4
 """Below it a trajectory is mostly thrown away: half the step size costs less."""
 
 _LEAST_DRAWS = 4  # of a chain, for R-hat
@@ -266,10 +266,10 @@ class Draws:
                 )
         if self.acceptance is not None and self.acceptance.numel():
             rate = float(self.acceptance.mean())
-            if rate < LEAST_ACCEPTANCE:
+            if rate < _LEAST_ACCEPTANCE:
                 found.append(
                     f"Only {rate:.0%} of the proposals were accepted, expected at "
-                    f"least {LEAST_ACCEPTANCE:.0%}: the step size"
+                    f"least {_LEAST_ACCEPTANCE:.0%}: the step size"
                     f"{'' if self.step_size is None else f' {self.step_size:.3g}'} is "
                     "too large. Give a smaller one, or none and more warm-up."
                 )

@@ -67,11 +67,11 @@ from sgdgp.networks.storage import network_fingerprint
 
 KIND = FileKind("sgdgp.networks.hmc", 1, "checkpoint of a Monte Carlo run")
 
-ACCEPTANCE = 0.8
+_ACCEPTANCE = 0.8
 """What warm-up aims at: a trajectory that is often rejected costs more than its last
 steps save (Hoffman and Gelman find .6 to .8 about equally good)."""
 
-DIVERGENCE = 1000.0
+_DIVERGENCE = 1000.0
 """Change of energy from which a trajectory has lost it, as Stan has it."""
 
 _LENGTH = math.pi / 2
@@ -120,7 +120,7 @@ class HmcProgress:
 
 @dataclass
 class DualAveraging:
-    """A step size that is moved until the mean acceptance is ``ACCEPTANCE``.
+    """A step size that is moved until the mean acceptance is ``_ACCEPTANCE``.
 
     Attributes:
         centre: Logarithm of the step size that it is drawn towards.
@@ -142,7 +142,7 @@ class DualAveraging:
         self.count += 1
         t = self.count
         share = 1 / (t + 10)
-        self.error += share * (ACCEPTANCE - acceptance - self.error)
+        self.error += share * (_ACCEPTANCE - acceptance - self.error)
         log_step = self.centre - t**0.5 / 0.05 * self.error
         weight = t**-0.75
         self.log_average += weight * (log_step - self.log_average)
@@ -150,7 +150,7 @@ class DualAveraging:
 
 
 @dataclass
-class ChainState:
+class _ChainState:
     """All that a run knows between two steps, but for its draws.
 
     Attributes:
@@ -181,7 +181,7 @@ class ChainState:
     acceptance: Float[Tensor, "n c"]
     divergent: Bool[Tensor, "n c"]
 
-    def with_room(self, draws: int) -> ChainState:
+    def with_room(self, draws: int) -> _ChainState:
         """With room for what is noted of so many draws."""
         noted = {}
         for name in _NOTED:
@@ -192,7 +192,7 @@ class ChainState:
         return replace(self, **noted)
 
 
-class HmcKeeper(Checkpoint):
+class _HmcKeeper(Checkpoint):
     """The file of one run, and that of its draws beside it.
 
     Attributes:
@@ -203,7 +203,7 @@ class HmcKeeper(Checkpoint):
     kind = KIND
     work = "run"
 
-    state: ChainState | None
+    state: _ChainState | None
     storage: InFile
 
     def find(
@@ -233,7 +233,7 @@ class HmcKeeper(Checkpoint):
                 if adaptation is not None:
                     adaptation = DualAveraging(**adaptation)
                 values |= {name: values[name].cpu() for name in _NOTED}
-                self.state = ChainState(**values, adaptation=adaptation)
+                self.state = _ChainState(**values, adaptation=adaptation)
         path = self.path.with_name(f"{self.path.name}.draws")
         self.storage = InFile(path, like, parts)
 
@@ -256,7 +256,7 @@ class HmcKeeper(Checkpoint):
                 ]
             )
 
-    def keep(self, state: ChainState, count: int) -> None:
+    def keep(self, state: _ChainState, count: int) -> None:
         """Write where the run is, after so many draws."""
         self.storage.close_part(count)
         self.write(state=asdict(state), parts=self.storage.parts)
@@ -358,7 +358,7 @@ def hmc(
     elif model.stream.processes.size > 1:
         raise ValueError("checkpoint: not supported in a group of processes")
     theta, matrix = _starts(model, mass, start, chains, number)
-    keeper = HmcKeeper.at(checkpoint, checkpoint_every)
+    keeper = _HmcKeeper.at(checkpoint, checkpoint_every)
     if keeper is not None:
         own = {
             "chains": chains,
@@ -474,11 +474,13 @@ class _Sampler:
     leapfrog: int | None
     moves: bool
 
-    def begun(self, theta: Float[Tensor, "c D"], step_size: float | None) -> ChainState:
+    def begun(
+        self, theta: Float[Tensor, "c D"], step_size: float | None
+    ) -> _ChainState:
         """The state before the first step."""
         energy, gradient = _checked(self.potential, theta)
         nothing = energy.new_empty(0, len(theta), device="cpu")
-        state = ChainState(
+        state = _ChainState(
             theta=theta,
             energy=energy,
             gradient=gradient,
@@ -496,13 +498,13 @@ class _Sampler:
             self._adapt_anew(state)
         return state
 
-    def _adapt_anew(self, state: ChainState) -> None:
+    def _adapt_anew(self, state: _ChainState) -> None:
         """Begin to learn the step size, from one accepted about half of the time."""
         self._find_step_size(state)
         # Large ones are tried first: they cost less, and fail at once.
         state.adaptation = DualAveraging(math.log(10 * state.step_size))
 
-    def _find_step_size(self, state: ChainState) -> None:
+    def _find_step_size(self, state: _ChainState) -> None:
         generator = derived_generator(self.seed, "hamiltonian", "step size")
         z = standard_normal(*state.theta.shape, like=state.theta, generator=generator)
         velocity, direction = self.mass.draw(z), 0
@@ -519,7 +521,7 @@ class _Sampler:
             "not smooth where chains begin, or flat"
         )
 
-    def step(self, state: ChainState) -> tuple[ChainState, HmcProgress]:
+    def step(self, state: _ChainState) -> tuple[_ChainState, HmcProgress]:
         """The state after one more step, and what is told of it."""
         chains = len(state.theta)
         generator = derived_generator(self.seed, "hamiltonian", state.step)
@@ -531,7 +533,7 @@ class _Sampler:
         theta, energy, gradient, change = self._proposed(
             state, self.mass.draw(z), count
         )
-        probability, diverged = _probability(change), change > DIVERGENCE
+        probability, diverged = _probability(change), change > _DIVERGENCE
         is_taken = uniform[:-1].to(change.device) < probability
         rate, step = float(probability.mean()), state.step + 1
         after = replace(
@@ -567,13 +569,13 @@ class _Sampler:
             seconds=state.seconds,
         )
 
-    def _leapfrog_steps(self, state: ChainState, uniform: float) -> int:
+    def _leapfrog_steps(self, state: _ChainState, uniform: float) -> int:
         most = _MOST_LEAPFROG if state.step >= self.warmup else _MOST_IN_WARMUP
         mean = self.leapfrog or min(most, math.ceil(_LENGTH / state.step_size))
         return max(1, round(mean * (0.5 + uniform)))
 
     def _proposed(
-        self, state: ChainState, velocity: Tensor, count: int
+        self, state: _ChainState, velocity: Tensor, count: int
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Weights, U and its gradient after a trajectory, and its change of energy.
 
@@ -688,7 +690,7 @@ def _identity(potential: Potential) -> dict[str, object]:
 
 def _result(
     potential: Potential,
-    state: ChainState,
+    state: _ChainState,
     weights: Float[Tensor, "c n D"],
     warnings: tuple[str, ...],
 ) -> Draws:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NoReturn, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -27,6 +27,7 @@ from sgdgp.networks.kronecker_curvature import kronecker_curvature
 from sgdgp.networks.likelihoods import Likelihood
 from sgdgp.networks.potential import Potential
 from sgdgp.networks.priors import DiagonalPrior, WeightPrior, precision_sum
+from sgdgp.networks.priors.base import no_probes
 from sgdgp.tangent import Tangent
 
 _MOST_DENSE = 2048
@@ -156,7 +157,7 @@ def given_mass(potential: Potential, given: WeightPrior | Tensor) -> MassMatrix:
     """
     like, size = potential.theta, potential.num_weights
     if isinstance(given, WeightPrior):
-        return _of_prior(given.build(potential.tangent, _no_probes), like)
+        return _of_prior(given.build(potential.tangent, no_probes), like)
     if isinstance(given, Tensor):
         if given.shape not in ((size,), (size, size)):
             raise ValueError(
@@ -232,7 +233,3 @@ def _of_prior(prior: WeightPrior, like: Tensor) -> MassMatrix:
     if prior.is_diagonal:
         return DiagonalMass(prior.marginal_variance().reciprocal(), like)
     return PriorMass(prior)
-
-
-def _no_probes(count: int) -> NoReturn:
-    raise AssertionError("this prior needs no probes")

@@ -14,7 +14,7 @@ import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import torch
 from jaxtyping import Float, Int
@@ -34,7 +34,7 @@ Role: TypeAlias = Literal["out", "in", "fixed"]
 Buffers: TypeAlias = Literal["constant", "permuted"]
 """Whether running statistics stay where they are, or go with their units."""
 
-KINDS = {
+_KINDS = {
     "odd": (True, False),
     "homogeneous": (False, True),
     "linear": (True, True),
@@ -63,6 +63,24 @@ class Block:
     role: Role
 
 
+class Read(NamedTuple):
+    """Where activations of some units are in a run of the network.
+
+    Attributes:
+        call: Which contraction.
+        operand: Which of its operands.
+        axis: Of that operand.
+        before: Entries of that axis before the units' own, as of ``Block``.
+        after: Those after.
+    """
+
+    call: int
+    operand: int
+    axis: int
+    before: int
+    after: int
+
+
 @dataclass(frozen=True)
 class HiddenAxis:
     """Hidden units, or channels, that can be exchanged.
@@ -73,8 +91,7 @@ class HiddenAxis:
         signs: Whether each can change its sign.
         scales: Whether each can be multiplied by a positive number.
         blocks: All weights that belong to them.
-        read: Call of a contraction, its operand, and the same as of ``Block`` for its
-            axis: where their activations can be read.
+        read: Where their activations can be read.
     """
 
     name: str
@@ -82,7 +99,7 @@ class HiddenAxis:
     signs: bool
     scales: bool
     blocks: tuple[Block, ...]
-    read: tuple[int, int, int, int, int] | None = field(default=None, repr=False)
+    read: Read | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True, eq=False)
@@ -566,13 +583,13 @@ def _axes_of(
                 before *= space.size
                 if len(roles) > 1:
                     space.restrict(odd="fixed" not in roles, homogeneous=False)
-    reads: dict[Space, tuple[int, int, int, int, int]] = {}
+    reads: dict[Space, Read] = {}
     for contraction in trace.contractions:
         before, after = 1, size_of(contraction.factors)
         for factor in leaves(contraction.factors):
             after //= factor.space.size
             where = (contraction.call, contraction.operand, contraction.axis)
-            reads.setdefault(factor.space, (*where, before, after))
+            reads.setdefault(factor.space, Read(*where, before, after))
             before *= factor.space.size
     found_axes: list[HiddenAxis] = []
     fixed: dict[str, str] = {}
@@ -605,8 +622,8 @@ def _given(
         ValueError: Something is not there, or does not fit.
     """
     where = f"axes[{name!r}]"
-    if kind not in KINDS:
-        raise ValueError(f"{where}: expected one of {list(KINDS)}, found {kind!r}")
+    if kind not in _KINDS:
+        raise ValueError(f"{where}: expected one of {list(_KINDS)}, found {kind!r}")
     blocks, sizes = [], {}
     for tensor, dim, *rest in tensors:
         if tensor not in shapes:
@@ -630,4 +647,4 @@ def _given(
         blocks.append(Block(tensor, before, after, role))
     if len(set(sizes.values())) != 1:
         raise ValueError(f"{where}: expected one number of units, found {sizes}")
-    return HiddenAxis(name, next(iter(sizes.values())), *KINDS[kind], tuple(blocks))
+    return HiddenAxis(name, next(iter(sizes.values())), *_KINDS[kind], tuple(blocks))
