@@ -35,6 +35,7 @@ Deviations from the papers, and why:
 from __future__ import annotations
 
 import functools
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -648,6 +649,8 @@ class _NonlinearModel:
     def kinks(self) -> float:
         """Range of the curvature over small displacements, in the upper quartile."""
         assert self._curvatures is not None
+        if not len(self._curvatures):  # no output moved: all is flat, or a kink holds
+            return 0.0 if self.converged == 1.0 else math.inf
         small = self._curvatures[:, 1:]
         # In these coordinates curvatures are about one, or above it.
         level = small.median(1).values.abs().clamp_min(0.1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 
 import jaxtyping
 import pytest
@@ -23,6 +24,7 @@ from sgdgp.networks import (
     load,
 )
 from sgdgp.networks.curvature import TangentData, WeightSystem
+from sgdgp.networks.lbfgs import minimise
 
 NOISE, PRECISION = 0.1, 1.0
 
@@ -329,6 +331,21 @@ def test_kinks_are_measured_and_said():
     assert any("smooth activation" in text for text in found.warnings)
     # The linear model has none.
     assert HessianFree("tangent").variance(case.potential, X[::3]).warnings == ()
+
+
+def test_a_kink_that_holds_every_output_is_said(case, monkeypatch):
+    def stuck(objective, start, **settings):
+        found = minimise(objective, start, **settings)
+        return replace(
+            found,
+            points=torch.zeros_like(found.points),
+            converged=torch.zeros_like(found.converged),
+        )
+
+    monkeypatch.setattr("sgdgp.networks.hessian_free.minimise", stuck)
+    with pytest.warns(UserWarning, match="The loss has kinks"):
+        found = HessianFree(steps=2).variance(case.potential, X[:1])
+    assert not found.variance.any()
 
 
 def test_a_loss_function_has_the_variances_of_its_likelihood(case):

@@ -272,14 +272,13 @@ class CompactGaussian:
             ValueError: It is singular, so that there is no density.
         """
         if not (self.remainder > 0).all():
-            fixed = int((self.remainder <= 0).nonzero()[0])
-            varies = bool(self.marginal_variance[fixed] > 0)
+            fixed = (self.marginal_variance <= 0).nonzero().flatten().tolist()
             raise ValueError(
                 "shrinkage: without any, no more draws than weights have a singular "
                 "covariance and no density (those that repeat are one)"
-                if varies
-                else f"draws: weight {fixed} is the same in all of them, so that they "
-                "have no density"
+                if not fixed
+                else f"draws: weight {fixed[0]} is the same in all of them, so that "
+                "they have no density"
             )
         factors = self.factors.double()
         if not factors.shape[1]:

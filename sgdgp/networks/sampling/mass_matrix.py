@@ -205,12 +205,15 @@ def curvature_mass(potential: Potential, tangent: Tangent) -> MassMatrix | None:
     if not isinstance(likelihood, Likelihood):
         return None
     data = TangentData(tangent, potential.stream, likelihood)
+    matrix = None
     if size <= _MOST_DENSE:
         one = DiagonalPrior(size, torch.ones_like(like[:1]))
         gram = WeightSystem(data, one, likelihood, data.network_outputs).gram
         unit = torch.eye(size, dtype=like.dtype, device=like.device)
-        return DenseMass(gram + prior.matmul(unit).double(), like)
+        matrix = gram + prior.matmul(unit).double()
     try:
+        if matrix is not None:  # which may not be definite: a prior next to none
+            return DenseMass(matrix, like)
         curvature = kronecker_curvature(data, likelihood, data.network_outputs)
     except ValueError as error:
         warn_user(f"The mass matrix is the prior's precision: {error}")

@@ -222,7 +222,9 @@ def test_bad_input_is_refused():
         with pytest.raises(ValueError, match="those that repeat are one"):
             CompactGaussian.of(repeated, "full").log_density(repeated)
     fixed = CompactGaussian.of(rows.where(torch.arange(D) != 2, 1.0))
-    with pytest.raises(ValueError, match="weight 2 is the same in all"):
-        fixed.log_density(rows)
+    whole = CompactGaussian.of(rows.where(torch.arange(D) != 2, 1.0), "full")
+    for singular in (fixed, whole):
+        with pytest.raises(ValueError, match="weight 2 is the same in all"):
+            singular.log_density(rows)
     with pytest.raises(ValueError, match="found 6"):
         CompactGaussian.of(rows).log_density(rows[:, :6])

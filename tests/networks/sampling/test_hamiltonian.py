@@ -510,6 +510,20 @@ def test_followers_are_told_of_every_step():
     torch.testing.assert_close(rates, draws.acceptance.mean(0))
 
 
+def test_where_the_tangent_model_is_singular_the_prior_is_the_mass_matrix():
+    ones = torch.ones(4, dtype=torch.float64)
+    wide = DiagonalPrior(4, 1e-300 * ones[:1], scales=ones)
+    potential = Potential.from_network(
+        linear().tangent.network,
+        Gaussian(noise=NOISE),
+        [(torch.ones(1, 3).double(), normal(1, 1))],
+        prior=wide,
+    )
+    with pytest.warns(UserWarning, match="The mass matrix is the prior's precision"):
+        mass = tangent_mass(potential)
+    torch.testing.assert_close(mass.kinetic(ones[None]), 2e-300 * ones[:1])
+
+
 def test_many_weights_have_kronecker_factors_as_their_mass_matrix(monkeypatch):
     name = "sgdgp.networks.sampling.mass_matrix._MOST_DENSE"
     monkeypatch.setattr(name, 0)
