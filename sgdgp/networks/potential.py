@@ -170,7 +170,9 @@ class Potential:
                 ``torch.nn.CrossEntropyLoss(reduction="sum")``.
             loader: Its training data, see ``LinearisedNetwork.fit``.
             precision: Of a prior N(0, 1 / precision) over every weight: weight decay
-                d on a mean over n examples is n d.
+                d on a mean cross-entropy over n examples is n d. A squared error says
+                nothing of the noise: give ``Gaussian(noise=v)`` for it, and n d / (2 v)
+                times the number of outputs.
             prior: Another prior about zero, in place of it.
             weights: Which weights are uncertain, see ``linearise``.
             output: Takes what the network returns to a tensor (b, ...).
