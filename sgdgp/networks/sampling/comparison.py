@@ -213,7 +213,7 @@ def _outputs(
     if isinstance(side, CompactGaussian):
         tangent = model.tangent
         rows = gaussian.sample(samples, seed=seed)
-        side = Draws(rows.unsqueeze(0), tangent.names, [*map(tuple, tangent.shapes)])
+        side = Draws(rows.unsqueeze(0), tangent.names, tangent.shapes)
     return side.function(model, x).flatten(0, 1)
 
 

@@ -240,7 +240,7 @@ def ensemble(
     return Draws(
         weights.unsqueeze(1),
         tangent.names,
-        [tuple(shape) for shape in tangent.shapes],
+        tangent.shapes,
         energies=energies.unsqueeze(1),
         num_gradients=reached * members,
         seconds=time.perf_counter() - began,

@@ -21,7 +21,7 @@ from sgdgp.core.errors import CheckpointError
 from sgdgp.networks import Categorical, Gaussian, linearise
 from sgdgp.networks.potential import Potential
 from sgdgp.networks.priors import DiagonalPrior, KroneckerPrior, KroneckerSum
-from sgdgp.networks.sampling import Draws, hmc
+from sgdgp.networks.sampling import Draws, hmc, mass_matrix
 from sgdgp.networks.sampling.hamiltonian import DualAveraging, trajectory
 from sgdgp.networks.sampling.mass_matrix import given_mass, tangent_mass
 from tests.networks.sampling import killed_chains
@@ -172,6 +172,18 @@ def test_chains_of_a_loss_function_begin_at_the_network():
     )
     theta = nn.utils.parameters_to_vector(network.parameters()).detach()
     torch.testing.assert_close(draws.weights[:, 0], theta.expand(2, -1))
+
+
+def test_layers_without_kronecker_factors_have_the_mass_of_the_prior(monkeypatch):
+    def refused(*args: Any) -> None:
+        raise ValueError("no factors of this layer")
+
+    monkeypatch.setattr(mass_matrix, "_MOST_DENSE", 0)
+    monkeypatch.setattr(mass_matrix, "kronecker_curvature", refused)
+    settings = {"draws": 1, "warmup": 0, "step_size": 1e-9, "leapfrog": 1}
+    with pytest.warns(UserWarning, match="the prior's precision: no factors of this"):
+        draws = hmc(potential := linear(), chains=2, progress=False, **settings)
+    torch.testing.assert_close(draws.weights[:, 0], potential.theta.expand(2, -1))
 
 
 def test_chains_in_permuted_copies_have_the_same_energies_to_draw():
