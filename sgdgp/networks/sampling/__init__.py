@@ -1,4 +1,4 @@
-"""Reference posteriors of a network's weights, without the Gaussian assumption."""
+"""References of posteriors: chains, their alignment, Gaussians of weights."""
 
 from sgdgp.networks.sampling.alignment import (
     Alignment,
