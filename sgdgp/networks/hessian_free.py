@@ -78,7 +78,7 @@ _SMALLER, _MOST_SMALLER = 0.25, 3
 
 _MOST_FACTORED = 3000
 """Weights, or rows of phi, up to which eigenvectors of its Gram matrix whiten weights:
-half a minute of one core, where hundreds of steps of many networks take minutes."""
+they cost what the steps of many networks cost that they save."""
 
 _FRESH, _FAR = 50, 0.3
 """Steps of a network on its way after which the Gauss-Newton matrix is formed anew, and
@@ -90,9 +90,12 @@ the way there, from which on the user is told: variances are those of another ne
 """
 
 _KINKED, _ASYMMETRIC, _FEW_CONVERGED = 0.15, 0.3, 0.95
-"""Range of the curvature over small displacements (0.02 at most in networks of tanh,
-0.7 and more with ReLU), asymmetry of the moves in the median, and the share of optima
-that must be found."""
+"""Range of the curvature over small displacements, asymmetry of the moves in the
+median, and the share of optima that must be found."""
+
+_SMOOTH = 1 / 8
+"""Of the curvature's change from one displacement to a fourth of it, the next such
+change: a sixteenth in a smooth loss, as much again where there are kinks."""
 
 _PROBED_ROWS, _PARTS = 16, (1 / 4, 1 / 16, 1 / 64)
 """Displacements along which the curvature is looked at, and parts of them over which it
@@ -153,8 +156,8 @@ class HessianFree:
             gradient in whitened weights. In tangent mode at most its square is left.
         memory: Pairs of steps and gradients that a minimisation keeps.
         precondition: Whether minimisers may use the Gauss-Newton matrix where it is
-            cheap to form; else they have gradients alone, and take some ten times as
-            many steps to the same optima.
+            cheap to form; else they have gradients alone, and take more steps to the
+            same optima.
     """
 
     mode: Mode = "nonlinear"
@@ -218,11 +221,8 @@ class HessianFree:
             variance = total / self.probes
             spread = (squares / self.probes - variance.square()).clamp_min(0.0)
             error = (spread / (self.probes - 1)).sqrt()
-        moved = (outputs - potential.tangent.outputs(x)).abs()
-        drift = torch.where(variance > 0, moved / variance.abs().sqrt(), torch.nan)
-        cautions = (*_cautions_of_drift(drift, model.drop), *model.cautions())
-        for message in cautions:
-            warn_user(message)
+        drift = _drift(model, potential, x, variance)
+        cautions = _told(model, drift)
         return OutputVariance(
             variance,
             error,
@@ -236,7 +236,12 @@ class HessianFree:
         )
 
     def covariance(
-        self, potential: Potential, x: Any, at: Any = None
+        self,
+        potential: Potential,
+        x: Any,
+        at: Any = None,
+        *,
+        weight_mean: Float[Tensor, "D 1"] | None = None,
     ) -> Float[Tensor, "b C b2 C2"]:
         """Covariances of all outputs at x with those at other inputs.
 
@@ -247,19 +252,27 @@ class HessianFree:
             potential: The loss, of a network at or near its optimum.
             x: Inputs as the network takes them.
             at: Other inputs. Default: x itself, where the matrix is made symmetric.
+            weight_mean: As of ``variance``, whose warnings are given.
         """
-        model = self._model(potential, None)
+        model = self._model(potential, weight_mean)
         shape = model.outputs(x).shape
-        parts = model.responses(_Each(potential, x, *shape))
-        read = [part.read(x if at is None else at) for part in parts]
+        own, read = [], []
+        for part in model.responses(_Each(potential, x, *shape)):
+            own.append(part.own)
+            read.append(part.read(x if at is None else at))
         found = torch.cat(read).unflatten(0, shape)
-        for message in model.cautions():
-            warn_user(message)
+        _told(model, _drift(model, potential, x, torch.cat(own).view(shape)))
         if at is not None:
             return found
         return 0.5 * (found + found.permute(2, 3, 0, 1))
 
-    def training_covariance(self, potential: Potential, x: Any) -> Float[Tensor, "b C"]:
+    def training_covariance(
+        self,
+        potential: Potential,
+        x: Any,
+        *,
+        weight_mean: Float[Tensor, "D 1"] | None = None,
+    ) -> Float[Tensor, "b C"]:
         """How strongly outputs at x vary together with those at the training inputs.
 
         This is what fine-tuning a network with the regulariser lam mean|f| and reading
@@ -267,10 +280,18 @@ class HessianFree:
         inputs: |mean_j s_j Cov(f(x), f(x_j))| with the signs s_j of the trained
         outputs. It is a score to rank inputs by at most. It is no variance: inputs far
         from all data have a large variance and little of this.
+
+        Args:
+            potential: The loss, of a network at or near its optimum.
+            x: Inputs as the network takes them.
+            weight_mean: As of ``variance``, whose warnings are given.
         """
-        model = self._model(potential, None)
+        model = self._model(potential, weight_mean)
         (response,) = model.responses(_TrainingMean(potential))
-        return response.read(x)[0].abs()
+        found = response.read(x)[0].abs()
+        # No variances of these outputs are known, hence no drift.
+        _told(model, torch.full_like(found, torch.nan))
+        return found
 
     def _model(
         self, potential: Potential, weight_mean: Tensor | None
@@ -613,13 +634,15 @@ class _NonlinearModel:
             slopes -= lam[some].unsqueeze(1) * pull
             # lam^2 times a variance is the square of a shift.
             allowed = tolerance * gain.clamp_min(0.0).sqrt()
+            # Outputs without a gradient are where they will be.
+            allowed = allowed.masked_fill(lam[some] == 0, torch.inf)
             return loss - gain, self._whitening.adjoint(slopes), allowed
 
         steps = self._settings.steps
         found = minimise(objective, start, steps=steps, pairs=pairs)
         self.steps = max(self.steps, found.steps)
         value, _ = functional(rows, self._weights(found.points))
-        return found.points, value - before, found.converged | (lam == 0)
+        return found.points, value - before, found.converged
 
     def _read(
         self, ends: tuple[Tensor, Tensor], inverse: Float[Tensor, " k"], x: Any
@@ -658,6 +681,16 @@ class _NonlinearModel:
         return float(ranges.quantile(0.75))
 
     @property
+    def _is_smooth(self) -> bool:
+        """Whether changes of the curvature fall as they do where nothing has kinks."""
+        assert self._curvatures is not None
+        if not len(self._curvatures):
+            return False
+        changes = self._curvatures[:, 1:].diff(dim=1).abs()
+        first, last = changes.quantile(0.75, dim=0)
+        return bool(last < _SMOOTH * first)
+
+    @property
     def asymmetry(self) -> float | None:
         """The median over all optima."""
         return (
@@ -680,14 +713,20 @@ class _NonlinearModel:
             nats = 0.5 * self._left**2
             yield (
                 f"The network is not at an optimum of this loss: about {nats:.2g} nats "
-                "are left to gain, which one-sided differences take for variance. "
+                "are left to gain, which "
+                + (
+                    "cancel in the difference of both sides if these end at the same "
+                    "optimum. "
+                    if settings.symmetric
+                    else "one-sided differences take for variance. "
+                )
                 + (
                     "Train the network longer, or give more steps"
                     if settings.control
                     else "Use control=True, or train the network longer"
                 )
             )
-        if self.kinks > _KINKED:
+        if self.kinks > _KINKED and not self._is_smooth:
             yield (
                 "The loss has kinks where the network is, such as those of ReLU: its "
                 f"curvature changes by {self.kinks:.0%} between a small displacement "
@@ -715,15 +754,37 @@ class _NonlinearModel:
             )
 
 
+def _drift(
+    model: _TangentModel | _NonlinearModel,
+    potential: Potential,
+    x: Any,
+    variance: Float[Tensor, "b C"],
+) -> Float[Tensor, "b C"]:
+    """How far outputs are from the network's, in deviations."""
+    moved = (model.outputs(x) - potential.tangent.outputs(x)).abs()
+    return torch.where(variance > 0, moved / variance.abs().sqrt(), torch.nan)
+
+
+def _told(
+    model: _TangentModel | _NonlinearModel, drift: Float[Tensor, "b C"]
+) -> tuple[str, ...]:
+    """What a user may want to do, after a warning of each."""
+    cautions = (*_cautions_of_drift(drift, model.drop), *model.cautions())
+    for message in cautions:
+        warn_user(message)
+    return cautions
+
+
 def _cautions_of_drift(drift: Tensor, drop: float) -> Iterator[str]:
     """What to say of a network that was brought to another optimum."""
     farthest = float(drift.nan_to_num(0.0).max())
     if drop > _LARGE_DROP or farthest > _LARGE_DRIFT:
+        moves = f", which moves outputs by up to {farthest:.2g} of their deviations"
         yield (
             f"The network was not at the optimum of this loss: {drop:.2g} nats were "
-            f"left to gain, which moves outputs by up to {farthest:.2g} of their "
-            "deviations. These are the variances at the optimum. Train the network on "
-            'with this prior and noise, or use mode="tangent", which needs no optimum'
+            f"left to gain{moves if farthest > 0 else ''}. These are the variances at "
+            "the optimum. Train the network on with this prior and noise, or use "
+            'mode="tangent", which needs no optimum'
         )
 
 

@@ -44,14 +44,15 @@ class Pairs:
         self._steps, self._changes = like.new_zeros(shape), like.new_zeros(shape)
         self._weights = like.new_zeros(shape[:2])
         self._scale = like.new_ones(problems)
-        self._next = 0
+        self._next = torch.zeros(problems, dtype=torch.long, device=like.device)
 
     def repeated(self, problems: int) -> Pairs:
         """Those of one problem as the first ones of others like it."""
         other = Pairs(0, len(self._steps), self._steps)
         for name in ("_steps", "_changes", "_weights"):
             setattr(other, name, getattr(self, name).repeat_interleave(problems, 1))
-        other._scale, other._next = self._scale.repeat(problems), self._next
+        other._scale = self._scale.repeat(problems)
+        other._next = self._next.repeat(problems)
         return other
 
     def product(
@@ -59,16 +60,17 @@ class Pairs:
     ) -> Float[Tensor, "k D"]:
         """Inverse Hessians of some problems times gradients (Nocedal, 1980)."""
         size = len(self._steps)
-        order = [(self._next - 1 - i) % size for i in range(size)]
-        found, shares = gradients.clone(), {}
+        # Of each problem from its newest pair to its oldest.
+        order = [(self._next[rows] - 1 - i) % size for i in range(size)]
+        found, shares = gradients.clone(), []
         for i in order:
             share = self._weights[i, rows] * _dot(self._steps[i, rows], found)
             found -= share.unsqueeze(1) * self._changes[i, rows]
-            shares[i] = share
+            shares.append(share)
         found *= self._scale[rows].unsqueeze(1)
-        for i in reversed(order):
+        for i, first in zip(reversed(order), reversed(shares), strict=True):
             share = self._weights[i, rows] * _dot(self._changes[i, rows], found)
-            found += (shares[i] - share).unsqueeze(1) * self._steps[i, rows]
+            found += (first - share).unsqueeze(1) * self._steps[i, rows]
         return found
 
     def add(
@@ -82,11 +84,12 @@ class Pairs:
         floor = torch.finfo(steps.dtype).eps * (squares * _dot(steps, steps)).sqrt()
         holds = curvature > floor
         rows, curvature, squares = rows[holds], curvature[holds], squares[holds]
-        self._steps[self._next, rows] = steps[holds]
-        self._changes[self._next, rows] = changes[holds]
-        self._weights[self._next, rows] = 1.0 / curvature
+        place = self._next[rows]
+        self._steps[place, rows] = steps[holds]
+        self._changes[place, rows] = changes[holds]
+        self._weights[place, rows] = 1.0 / curvature
         self._scale[rows] = curvature / squares
-        self._next = (self._next + 1) % len(self._steps)
+        self._next[rows] = (place + 1) % len(self._steps)
 
     def forget(self, rows: Tensor) -> None:
         """Begin anew with some problems."""

@@ -348,6 +348,17 @@ def test_a_kink_that_holds_every_output_is_said(case, monkeypatch):
     assert not found.variance.any()
 
 
+def test_a_smooth_network_that_is_at_no_optimum_has_no_kinks(case):
+    potential = potential_of(network_of(hidden=4), Gaussian(noise=1e-2), *case.data)
+    method = HessianFree(
+        control=False, symmetric=False, steps=2, shift=10.0, precondition=False
+    )
+    with pytest.warns(UserWarning, match="left to gain"):
+        found = method.variance(potential, X[::5])
+    assert found.kinks > 0.15
+    assert not any("kinks" in text for text in found.warnings)
+
+
 def test_a_loss_function_has_the_variances_of_its_likelihood(case):
     x, y = case.data
     potential = potential_of(
@@ -381,6 +392,41 @@ def test_posteriors_of_linearised_networks_have_them(case):
     torch.testing.assert_close(found, 2 * nonlinear, rtol=1e-3, atol=0)
     with pytest.raises(TypeError, match="method: expected HessianFree"):
         posterior.variance(X, "tangent")
+
+
+class Odd(nn.Module):
+    """A network that is zero at zero, whatever its weights."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = nn.Linear(1, 4, bias=False), nn.Linear(4, 1, bias=False)
+
+    def forward(self, x):
+        return self.two(torch.tanh(self.one(x)))
+
+
+def test_outputs_without_a_gradient_take_no_step(case):
+    torch.manual_seed(0)
+    potential = potential_of(Odd().double().eval(), case.likelihood, *case.data)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        alone, both, none = (
+            HessianFree().variance(potential, torch.tensor(x).double()[:, None])
+            for x in ([1.0], [1.0, 0.0], [0.0])
+        )
+    assert both.steps == alone.steps
+    assert both.variance[1] == none.variance == 0
+    assert none.converged == 1.0
+    assert none.kinks == 0.0
+
+
+def test_all_that_moves_a_network_says_so(case):
+    x, y = case.data
+    potential = potential_of(network_of(hidden=3), case.likelihood, x, y)
+    method = HessianFree(steps=20)
+    for call in (method.covariance, method.training_covariance):
+        with pytest.warns(UserWarning, match="was not at the optimum of this loss"):
+            call(potential, X[:1])
 
 
 @pytest.mark.parametrize("place", ["linear", "network"])

@@ -51,6 +51,19 @@ def test_what_is_known_of_a_hessian_saves_steps():
     assert again.steps < 0.7 * first.steps
 
 
+def test_the_newest_pair_of_a_problem_stays_so_while_others_go_on():
+    generator = torch.Generator().manual_seed(0)
+    steps = torch.randn(5, 6, generator=generator, dtype=torch.float64)
+    changes = steps * torch.arange(1, 7)
+    pairs, both = Pairs(2, 3, steps), torch.arange(2)
+    for i in range(3):
+        pairs.add(both, steps[i].expand(2, -1), changes[i].expand(2, -1))
+    for i in (3, 4):
+        pairs.add(both[:1], steps[i, None], changes[i, None])
+    # The secant equation is that of each problem's last step.
+    torch.testing.assert_close(pairs.product(both, changes[[4, 2]]), steps[[4, 2]])
+
+
 def test_a_budget_that_is_too_small_is_said():
     objective, minima, _ = quadratics()
     pairs = Pairs(len(minima), 10, minima)
