@@ -190,7 +190,8 @@ class LinearisedPosterior:
 
         Raises:
             TypeError: ``method`` is none.
-            ValueError: ``method`` needs training data, which files do not hold.
+            ValueError: ``method`` needs training data, which files do not hold: give
+                ``method.variance`` a ``Potential.of(posterior, loader)``.
         """
         if method is None:
             batches = self._in_batches(x, batch_size)

@@ -133,7 +133,8 @@ class Potential:
             if posterior.stream is None:
                 raise ValueError(
                     "loader: a posterior from a file does not hold its training data; "
-                    "give them"
+                    "make a potential of both, Potential.of(posterior, loader), which "
+                    "hmc(potential) and HessianFree().variance(potential, x) take"
                 )
             stream = posterior.stream
         else:

@@ -442,6 +442,8 @@ def test_their_curvature_is_where_the_samples_have_it(place, tmp_path):
     fit.save(path)
     posterior = load(path, network)
     assert posterior.curvature_at == place
+    with pytest.raises(ValueError, match=r"Potential.of\(posterior, loader\)"):
+        posterior.variance(x, HessianFree())
     phi = posterior.tangent.at(x).jacobian()
     outputs = network(x) if place == "network" else posterior.linear_mean(x)
     probabilities = outputs.detach().softmax(1)
