@@ -261,8 +261,8 @@ class Draws:
                     "The chains have not mixed: the largest R-hat of the outputs is "
                     f"{float(moving.max()):.3f}, expected at most {MIXED}. They are in "
                     "different modes or too short, and no mean over them describes the "
-                    "posterior. Draw more, or start all of them at one mode "
-                    "(start=None)."
+                    "posterior. Draw more; if they began apart, see whether chains "
+                    "that begin at one mode (start=None) mix."
                 )
         if self.acceptance is not None and self.acceptance.numel():
             rate = float(self.acceptance.mean())
