@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
 from benchmarks.checks import Check
+from benchmarks.reference_posteriors.alignment import digits
 from benchmarks.reference_posteriors.rows import Record, Row
 from sgdgp.networks import (
     Categorical,
@@ -338,8 +339,9 @@ def check_bad_runs(records: Sequence[Record]) -> Iterable[Check]:
 
 def measure_cost(seed: int) -> Record:
     """Gradients a second of chains, and of the same gradients alone; a killed run."""
-    x, y, _, _ = digits(seed, torch.float32)
-    network = digit_network(nn.Tanh, 8).float()
+    images, classes = digits()
+    x, y = images[:500].flatten(1), classes[:500]
+    network = nn.Sequential(nn.Linear(64, 8), nn.Tanh(), nn.Linear(8, 10)).eval()
     potential = Potential.from_network(network, Categorical(), [(x, y)])
     chains, count = 4, 1000
 
@@ -428,123 +430,10 @@ def _resumes(seed: int) -> bool:
         )
 
 
-def digits(seed: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """500 digits and their classes, and all others."""
-    from sklearn.datasets import load_digits
-
-    found = load_digits()
-    generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(len(found.target), generator=generator)
-    x = torch.tensor(found.data, dtype=dtype)[order] / 16
-    y = torch.tensor(found.target)[order]
-    return x[:500], y[:500], x[500:], y[500:]
-
-
-def digit_network(activation: type[nn.Module], units: int) -> nn.Sequential:
-    """64 pixels to 10 classes."""
-    layers = nn.Linear(64, units), activation(), nn.Linear(units, 10)
-    return nn.Sequential(*layers).eval()
-
-
-def measure_digits(seed: int) -> Record:
-    """A compact posterior of digits' weights from chains, as drawn and aligned."""
-    found = {}
-    for name, activation in (("ReLU", nn.ReLU), ("tanh", nn.Tanh)):
-        found[name] = _digits(activation, seed)
-    return found
-
-
-def _digits(activation: type[nn.Module], seed: int) -> Record:
-    started = time.process_time()
-    x, y, x_test, y_test = digits(seed, torch.float32)
-    torch.manual_seed(seed)
-    potential = Potential.from_network(
-        digit_network(activation, 8), Categorical(), [(x, y)]
-    )
-    rows = torch.randn(4, potential.num_weights)
-    rows = _descended(potential, 0.3 * rows, 400)
-    draws = hmc(
-        potential,
-        chains=4,
-        draws=150,
-        warmup=60,
-        start=rows,
-        seed=seed,
-        progress=False,
-    )
-    seconds = time.process_time() - started
-    group = SymmetryGroup.of(potential).restricted(scales=False)
-    aligned, report = align(draws, group)
-
-    def loss(which: Draws) -> float:
-        logits = potential.outputs(which.flat.mean(0)[None], x_test)[0]
-        return float(nn.functional.cross_entropy(logits, y_test))
-
-    def held_out(which: Draws) -> float:
-        """Mean log density of every fifth draw under a Gaussian of the others."""
-        is_out = torch.arange(which.num_draws) % 5 == 4
-        fitted = CompactGaussian.of(which.weights[:, ~is_out].flatten(0, 1))
-        rows = which.weights[:, is_out].flatten(0, 1)
-        return float(fitted.log_density(rows).mean())
-
-    probabilities = draws.predict(potential, x_test)
-    assert isinstance(probabilities, Tensor)
-    own = probabilities.log()[torch.arange(len(y_test)), y_test]
-    return {
-        "cpu seconds": seconds,
-        **_run(draws),
-        "gradients": draws.num_gradients,
-        "predictive accuracy": float(
-            (probabilities.argmax(1) == y_test).double().mean()
-        ),
-        "predictive loss": -float(own.mean()),
-        "reduction": report.variance_reduction,
-        "raw loss": loss(draws),
-        "loss": loss(aligned),
-        "raw log density": held_out(draws),
-        "log density": held_out(aligned),
-    }
-
-
-def _descended(
-    potential: Potential, rows: Float[Tensor, "k D"], steps: int
-) -> Float[Tensor, "k D"]:
-    """Optima by Adam, all rows at once."""
-    rows = rows.clone().requires_grad_()
-    adam = torch.optim.Adam([rows], lr=0.02)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(adam, steps)
-    for _ in range(steps):
-        rows.grad = potential.value_and_gradient(rows.detach())[1]
-        adam.step()
-        schedule.step()
-    return rows.detach()
-
-
-def check_digits(records: Sequence[Record]) -> Iterable[Check]:
-    """A6."""
-    for name in ("ReLU", "tanh"):
-        found = [record[name] for record in records]
-        falls = min(r["raw loss"] / r["loss"] for r in found)
-        yield Check(
-            f"digits, {name}: loss of the mean network, raw over aligned",
-            f"{falls:.1f}",
-            "at least 3",
-            falls >= 3,
-        )
-        rises = min(r["log density"] - r["raw log density"] for r in found)
-        yield Check(
-            f"digits, {name}: log density of held-out draws, aligned less raw",
-            f"{rises:.0f} nats",
-            "at least 30",
-            rises >= 30,
-        )
-
-
 ROWS = {
     "chains-teacher": Row(measure_teacher, check_teacher, (0, 1, 2)),
     "chains-refused": Row(measure_bad_runs, check_bad_runs),
     "chains-cost": Row(measure_cost, check_cost),
-    "chains-digits": Row(measure_digits, check_digits),
 }
 
 
