@@ -194,4 +194,4 @@ def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
 
-ROWS = {"weights": Row(measure, checks)}
+ROWS = {"weights": Row(measure, checks, (0, 1, 2))}
