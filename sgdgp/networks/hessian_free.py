@@ -90,12 +90,16 @@ the way there, from which on the user is told: variances are those of another ne
 """
 
 _KINKED, _ASYMMETRIC, _FEW_CONVERGED = 0.15, 0.3, 0.95
-"""Range of the curvature over small displacements, asymmetry of the moves in the
-median, and the share of optima that must be found."""
+"""Range of the curvature over small displacements, asymmetry of the moves (95th
+percentile), and the share of optima that must be found."""
 
 _SMOOTH = 1 / 8
 """Of the curvature's change from one displacement to a fourth of it, the next such
 change: a sixteenth in a smooth loss, as much again where there are kinks."""
+
+_REACH = 5.0
+"""Shifts. A minimum is one shift away where the curvature is that of the coordinates,
+five where it is 1/25 of it; farther ones are other optima of the network's loss."""
 
 _PROBED_ROWS, _PARTS = 16, (1 / 4, 1 / 16, 1 / 64)
 """Displacements along which the curvature is looked at, and parts of them over which it
@@ -113,8 +117,8 @@ class OutputVariance:
         drift: How far each output moved from the network to the optimum of the loss,
             in deviations (b, C); NaN where there is no positive variance.
         drop: By how many nats that lowered the loss.
-        asymmetry: What the symmetric form cancels, relative to what it leaves: median
-            over the optima. None in one-sided form.
+        asymmetry: What the symmetric form cancels, relative to what it leaves: 95th
+            percentile over the optima. None in one-sided form.
         kinks: Relative change of the curvature over ever smaller displacements; next
             to nothing in a smooth network.
         converged: Share of the minimisations that reached their tolerance.
@@ -576,6 +580,7 @@ class _NonlinearModel:
             factor = torch.where(shift > 0, settings.shift / shift, 1.0)
             lam = lam * factor
             up = z * factor.unsqueeze(1)
+            up *= (self._radius / up.norm(dim=1, keepdim=True)).clamp_max(1.0)
             down = torch.zeros_like(up)
             for attempt in range(1 + _MOST_SMALLER):
                 up, gain, reached = minimum(up, lam, settings.tolerance)
@@ -591,10 +596,11 @@ class _NonlinearModel:
                 if attempt == _MOST_SMALLER or not bool(curved.any()):
                     self._asymmetries.append(asymmetry)
                     break
-                # All others are where they belong, and take no step.
-                smaller = torch.where(curved, _SMALLER, 1.0)
-                lam = lam * smaller
-                up, down = (end * smaller.unsqueeze(1) for end in (up, down))
+                # These begin anew: where they are may be another optimum's valley,
+                # which does not lead back. All others take no step.
+                pairs.forget(curved.nonzero()[:, 0])
+                lam = torch.where(curved, _SMALLER * lam, lam)
+                up, down = (torch.where(curved[:, None], 0.0, z) for z in (up, down))
             self._reached.append(reached)
             if self._curvatures is None:
                 self._curvatures = self._curvatures_along(up)
@@ -639,10 +645,17 @@ class _NonlinearModel:
             return loss - gain, self._whitening.adjoint(slopes), allowed
 
         steps = self._settings.steps
-        found = minimise(objective, start, steps=steps, pairs=pairs)
+        found = minimise(
+            objective, start, steps=steps, pairs=pairs, radius=self._radius
+        )
         self.steps = max(self.steps, found.steps)
         value, _ = functional(rows, self._weights(found.points))
         return found.points, value - before, found.converged
+
+    @property
+    def _radius(self) -> float:
+        """How far from the optimum minima are looked for, in its coordinates."""
+        return _REACH * self._settings.shift
 
     def _read(
         self, ends: tuple[Tensor, Tensor], inverse: Float[Tensor, " k"], x: Any
@@ -692,12 +705,10 @@ class _NonlinearModel:
 
     @property
     def asymmetry(self) -> float | None:
-        """The median over all optima."""
-        return (
-            float(torch.cat(self._asymmetries).nanmedian())
-            if self._asymmetries
-            else None
-        )
+        """The 95th percentile over all optima."""
+        if not self._asymmetries:
+            return None
+        return float(torch.cat(self._asymmetries).nanquantile(0.95))
 
     @property
     def converged(self) -> float:
@@ -750,7 +761,7 @@ class _NonlinearModel:
         if asymmetry is not None and asymmetry > _ASYMMETRIC:
             yield (
                 f"Outputs move by {asymmetry:.0%} more to one side than to the other "
-                "(median): make shift smaller"
+                "(95th percentile): make shift smaller"
             )
 
 

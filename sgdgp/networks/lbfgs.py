@@ -94,6 +94,7 @@ class Pairs:
     def forget(self, rows: Tensor) -> None:
         """Begin anew with some problems."""
         self._weights[:, rows] = 0.0
+        self._scale[rows] = 1.0
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,12 @@ class Minima:
 
 @torch.no_grad()
 def minimise(
-    objective: Objective, start: Float[Tensor, "k D"], *, steps: int, pairs: Pairs
+    objective: Objective,
+    start: Float[Tensor, "k D"],
+    *,
+    steps: int,
+    pairs: Pairs,
+    radius: float = torch.inf,
 ) -> Minima:
     """Minimise all problems from their starting points.
 
@@ -126,6 +132,7 @@ def minimise(
         start: (k, D).
         steps: Most steps of each problem.
         pairs: What is known of their Hessians, which is added to.
+        radius: No step ends farther than this from zero.
     """
     every = torch.arange(len(start), device=start.device)
     points = start.clone()
@@ -143,7 +150,7 @@ def minimise(
         slope = _dot(d, g)
         wrong = ~(slope < 0)
         d[wrong], slope[wrong] = -g[wrong], -_dot(g[wrong], g[wrong])
-        moved = _searched(objective, rows, points, values, d, slope)
+        moved = _searched(objective, rows, points, values, d, slope, radius)
         stalls[rows] = torch.where(moved.accepted, 0, stalls[rows] + 1)
         pairs.forget(rows[~moved.accepted])
         rows, new = rows[moved.accepted], moved.accepted
@@ -174,6 +181,7 @@ def _searched(
     values: Tensor,
     directions: Tensor,
     slopes: Tensor,
+    radius: float,
 ) -> _Moved:
     """One step of each of some problems, of lengths from one downwards."""
     start, before = points[rows], values[rows]
@@ -198,7 +206,7 @@ def _searched(
         is_flat = (value <= before[left] + noise[left]) & (
             end.abs() <= _FLATTER * slope.abs()
         )
-        good = (falls | is_flat) & torch.isfinite(end)
+        good = (falls | is_flat) & torch.isfinite(end) & (trial.norm(dim=1) <= radius)
         done = left[good]
         found.points[done], found.values[done] = trial[good], value[good]
         found.gradients[done], found.allowed[done] = gradient[good], allowed[good]
