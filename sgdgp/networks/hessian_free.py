@@ -97,10 +97,6 @@ _SMOOTH = 1 / 8
 """Of the curvature's change from one displacement to a fourth of it, the next such
 change: a sixteenth in a smooth loss, as much again where there are kinks."""
 
-_REACH = 5.0
-"""Shifts. A minimum is one shift away where the curvature is that of the coordinates,
-five where it is 1/25 of it; farther ones are other optima of the network's loss."""
-
 _PROBED_ROWS, _PARTS = 16, (1 / 4, 1 / 16, 1 / 64)
 """Displacements along which the curvature is looked at, and parts of them over which it
 stays the same where there are no kinks."""
@@ -580,7 +576,6 @@ class _NonlinearModel:
             factor = torch.where(shift > 0, settings.shift / shift, 1.0)
             lam = lam * factor
             up = z * factor.unsqueeze(1)
-            up *= (self._radius / up.norm(dim=1, keepdim=True)).clamp_max(1.0)
             down = torch.zeros_like(up)
             for attempt in range(1 + _MOST_SMALLER):
                 up, gain, reached = minimum(up, lam, settings.tolerance)
@@ -596,8 +591,8 @@ class _NonlinearModel:
                 if attempt == _MOST_SMALLER or not bool(curved.any()):
                     self._asymmetries.append(asymmetry)
                     break
-                # These begin anew: where they are may be another optimum's valley,
-                # which does not lead back. All others take no step.
+                # These begin anew: from another optimum's valley no step leads back.
+                # All others are where they belong, and take none.
                 pairs.forget(curved.nonzero()[:, 0])
                 lam = torch.where(curved, _SMALLER * lam, lam)
                 up, down = (torch.where(curved[:, None], 0.0, z) for z in (up, down))
@@ -645,17 +640,10 @@ class _NonlinearModel:
             return loss - gain, self._whitening.adjoint(slopes), allowed
 
         steps = self._settings.steps
-        found = minimise(
-            objective, start, steps=steps, pairs=pairs, radius=self._radius
-        )
+        found = minimise(objective, start, steps=steps, pairs=pairs)
         self.steps = max(self.steps, found.steps)
         value, _ = functional(rows, self._weights(found.points))
         return found.points, value - before, found.converged
-
-    @property
-    def _radius(self) -> float:
-        """How far from the optimum minima are looked for, in its coordinates."""
-        return _REACH * self._settings.shift
 
     def _read(
         self, ends: tuple[Tensor, Tensor], inverse: Float[Tensor, " k"], x: Any

@@ -118,12 +118,7 @@ class Minima:
 
 @torch.no_grad()
 def minimise(
-    objective: Objective,
-    start: Float[Tensor, "k D"],
-    *,
-    steps: int,
-    pairs: Pairs,
-    radius: float = torch.inf,
+    objective: Objective, start: Float[Tensor, "k D"], *, steps: int, pairs: Pairs
 ) -> Minima:
     """Minimise all problems from their starting points.
 
@@ -132,7 +127,6 @@ def minimise(
         start: (k, D).
         steps: Most steps of each problem.
         pairs: What is known of their Hessians, which is added to.
-        radius: No step ends farther than this from zero.
     """
     every = torch.arange(len(start), device=start.device)
     points = start.clone()
@@ -150,7 +144,7 @@ def minimise(
         slope = _dot(d, g)
         wrong = ~(slope < 0)
         d[wrong], slope[wrong] = -g[wrong], -_dot(g[wrong], g[wrong])
-        moved = _searched(objective, rows, points, values, d, slope, radius)
+        moved = _searched(objective, rows, points, values, d, slope)
         stalls[rows] = torch.where(moved.accepted, 0, stalls[rows] + 1)
         pairs.forget(rows[~moved.accepted])
         rows, new = rows[moved.accepted], moved.accepted
@@ -181,7 +175,6 @@ def _searched(
     values: Tensor,
     directions: Tensor,
     slopes: Tensor,
-    radius: float,
 ) -> _Moved:
     """One step of each of some problems, of lengths from one downwards."""
     start, before = points[rows], values[rows]
@@ -206,7 +199,7 @@ def _searched(
         is_flat = (value <= before[left] + noise[left]) & (
             end.abs() <= _FLATTER * slope.abs()
         )
-        good = (falls | is_flat) & torch.isfinite(end) & (trial.norm(dim=1) <= radius)
+        good = (falls | is_flat) & torch.isfinite(end)
         done = left[good]
         found.points[done], found.values[done] = trial[good], value[good]
         found.gradients[done], found.allowed[done] = gradient[good], allowed[good]
