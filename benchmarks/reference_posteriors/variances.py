@@ -39,8 +39,9 @@ from sgdgp.networks.priors import precision_sum
 _STEPS, _TOGETHER = 2000, 128
 """Of L-BFGS, and columns of a Hessian at a time."""
 
-_LARGEST_NOISE, _SMALLEST_NOISE = 0.05, 1e-3
-"""Noise variances of standardised targets between which residuals choose."""
+_NOISE = 0.05
+"""Variance of standardised targets: with that of the residuals, a thirtieth of it, no
+optimiser gets to an optimum at which the Hessian is positive definite."""
 
 
 @dataclass(frozen=True)
@@ -182,7 +183,7 @@ def regression(name: str, seed: int, hidden: int) -> Problem:
     network = perceptron(split.x.shape[1], hidden, seed=seed)
     return Problem(
         network,
-        Gaussian(noise=_LARGEST_NOISE),
+        Gaussian(noise=_NOISE),
         split.x,
         split.y[:, None],
         split.x_test[:60],
@@ -357,19 +358,14 @@ def without_middle(name: str, seed: int) -> tuple[Problem, Tensor]:
     test = torch.cat([middle, order[:_APART]])
     train = order[_APART:]
     network = perceptron(split.x.shape[1], IN_BETWEEN[name], seed=seed)
-    noise = _LARGEST_NOISE
-    for _ in range(2):
-        # Residuals say what the noise is, within reason.
-        problem = Problem(
-            network,
-            Gaussian(noise=noise),
-            split.x[train],
-            split.y[train, None],
-            split.x[test],
-        ).fit()
-        error = (network(problem.x) - problem.y).square().mean().item()
-        noise = min(max(error, _SMALLEST_NOISE), _LARGEST_NOISE)
-    return problem, split.y[test]
+    problem = Problem(
+        network,
+        Gaussian(noise=_NOISE),
+        split.x[train],
+        split.y[train, None],
+        split.x[test],
+    )
+    return problem.fit(), split.y[test]
 
 
 def _in_between(seed: int) -> Record:
@@ -546,6 +542,6 @@ ROWS = {
     "variances-unconverged": Row(_unconverged, _unconverged_checks),
     "variances-probes": Row(_probes, _probes_checks),
     "variances-logits": Row(_logits, _logits_checks),
-    "variances-between": Row(_in_between, _in_between_checks, (0, 1, 2)),
+    "variances-between": Row(_in_between, _in_between_checks),
 }
 """What ``python -m benchmarks.reference_posteriors`` runs of this module."""
