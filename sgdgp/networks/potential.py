@@ -209,9 +209,7 @@ class Potential:
     @torch.no_grad()
     def __call__(self, weights: Float[Tensor, "k D"]) -> Float[Tensor, " k"]:
         """U of each row; infinite or NaN where outputs overflow."""
-        losses, _ = self._losses(weights, with_slopes=False)
-        offsets, pulled = self._prior_pull(weights)
-        return losses + 0.5 * (offsets * pulled).sum(1)
+        return self._evaluated(weights, with_slopes=False)[0]
 
     @torch.no_grad()
     def value_and_gradient(
@@ -224,24 +222,17 @@ class Potential:
             batch: One of a pass over the stream, that stands for all: the mean over a
                 pass is exact, however uneven its batches are. Default: all.
         """
-        losses, slopes = self._losses(weights, with_slopes=True, batch=batch)
-        offsets, pulled = self._prior_pull(weights)
-        return losses + 0.5 * (offsets * pulled).sum(1), slopes + pulled
+        return self._evaluated(weights, with_slopes=True, batch=batch)
 
     def outputs(self, weights: Float[Tensor, "k D"], x: Any) -> Float[Tensor, "k b C"]:
         """What networks with these weights say at x."""
         self._check(weights)
         return self.tangent.outputs_of(weights, x)
 
-    def _prior_pull(self, weights: Tensor) -> tuple[Tensor, Tensor]:
-        """Theta - m and P (theta - m), as rows."""
-        offsets = weights if self.mean is None else weights - self.mean
-        return offsets, self.prior.matmul(offsets.mT).mT
-
-    def _losses(
+    def _evaluated(
         self, weights: Tensor, with_slopes: bool, batch: Batch | None = None
     ) -> tuple[Float[Tensor, " k"], Float[Tensor, "k D"]]:
-        """Losses of the data, or of a batch for all, and their gradients or zeros."""
+        """U, by the data or a batch for all, and its gradient or the prior's alone."""
         self._check(weights)
         self.tangent.check_unchanged()
         losses, slopes = weights.new_zeros(len(weights)), torch.zeros_like(weights)
@@ -259,7 +250,9 @@ class Potential:
                 losses[some] += found.detach()
         losses, slopes = losses * share, slopes * share
         self.stream.processes.sum_(losses, slopes)
-        return losses, slopes
+        offsets = weights if self.mean is None else weights - self.mean
+        pulled = self.prior.matmul(offsets.mT).mT
+        return losses + 0.5 * (offsets * pulled).sum(1), slopes + pulled
 
     def _loss(self, outputs: Float[Tensor, "k b C"], y: Tensor) -> Float[Tensor, " k"]:
         if isinstance(self.likelihood, Likelihood):

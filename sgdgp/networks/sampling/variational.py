@@ -17,7 +17,6 @@ A deep ensemble is some optima of U from starts of their own, trained side by si
 from __future__ import annotations
 
 import copy
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeAlias
@@ -266,9 +265,9 @@ def _descend(
     check_followers(progress, callback)
     optimizer = torch.optim.Adam(parameters, learning_rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    show = sys.stderr.isatty() if progress is None else progress
+    hidden = None if progress is None else not progress
     batches = _batches(potential, generator)
-    with tqdm(total=steps, desc=title, unit="step", disable=not show) as bar:
+    with tqdm(total=steps, desc=title, unit="step", disable=hidden) as bar:
         for number in range(steps):
             value, slopes = gradients(next(batches))
             loss = float(value)
