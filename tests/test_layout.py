@@ -40,6 +40,15 @@ ARROWS: dict[str, set[str]] = {
         "posterior",
     },
     "networks": {"core", "metrics", "features", "tangent", "operators", "solvers"},
+    "tomography": {
+        "core",
+        "metrics",
+        "features",
+        "tangent",
+        "operators",
+        "solvers",
+        "networks",
+    },
     "bayesopt": {"core", "operators", "solvers", "posterior", "training"},
     "botorch": {
         "core",
