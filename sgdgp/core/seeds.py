@@ -70,6 +70,7 @@ STREAMS = {
     "initial": "first points of Thompson sampling",
     "learned from": "rows that Thompson sampling learns parameters from",
     "noise of fantasies": "imagined observations",
+    "noise of measurements": "simulated data of images",
     "observation noise": "observation noise of a BoTorch posterior's samples",
     "output": "later data of one of several outputs",
     "precisions": "probes of a long sum of precisions",
