@@ -35,6 +35,8 @@ _NOTHING = 1e-12
 class Beam(Measurement):
     """Rays through images (n, n), or through every slice of volumes (slices, n, n).
 
+    A scanner is described by its rays on a line through the rotation axis.
+
     Args:
         size: n.
         angles: In degrees; or how many, equidistant over a half or whole turn.
@@ -103,18 +105,25 @@ class Beam(Measurement):
     def _rays(self, angle: float) -> tuple[np.ndarray, np.ndarray]:
         """Points of the rays next to the rotation axis, and directions (bins, 2)."""
 
-    @abstractmethod
-    def _on_detector(self, across: Tensor, along: Tensor) -> tuple[Tensor, Tensor]:
-        """Where points are seen, by the axis's projection, and their magnification.
+    def _across(self) -> np.ndarray:
+        """Where the rays of the bins meet a line through the rotation axis (bins)."""
+        return (np.arange(self.bins) - self.axis) * self._pitch()
+
+    def _pitch(self) -> float:
+        """Distance of rays of neighbouring bins on that line."""
+        return self.spacing
+
+    def _magnified(self, along: Tensor) -> Tensor:
+        """How much larger things are seen than on that line.
 
         Args:
-            across: Coordinates along the detector.
-            along: Coordinates along the central ray.
+            along: How far they are behind it.
         """
+        return torch.ones_like(along)
 
-    def _obliquity(self) -> Tensor | float:
-        """Weights of bins before they are filtered (bins)."""
-        return 1.0
+    def _obliquity(self) -> np.ndarray:
+        """Cosines of the angles of rays to the central one (bins)."""
+        return np.ones(self.bins)
 
     def at(self, angles: int | Sequence[float] | Tensor | np.ndarray) -> Beam:
         """The same geometry at other angles, in degrees."""
@@ -131,7 +140,7 @@ class Beam(Measurement):
         """Filtered back-projection of data (*batch, views, [slices,] bins).
 
         With a ramp filter, as ``skimage.transform.iradon(circle=False)``. Angles count
-        alike, wherever they are.
+        alike, wherever they are: those of a fan should go around the whole turn.
         """
         y = self.as_data(data)
         if self.num_slices is not None:
@@ -144,8 +153,9 @@ class Beam(Measurement):
         total = y.new_zeros(len(rows), self.size**2)
         for view, degrees in enumerate(self.angles.tolist()):
             cos, sin = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
-            seen, scale = self._on_detector(j * cos - i * sin, j * sin + i * cos)
-            where = (seen / self.spacing + self.axis).flatten()
+            scale = self._magnified(j * sin + i * cos).flatten()
+            seen = (j * cos - i * sin).flatten() * scale
+            where = seen / self._pitch() + self.axis
             inside = (where >= 0) & (where <= self.bins - 1)
             first = where.floor().clamp(0, max(0, self.bins - 2)).long()
             second = (first + 1).clamp(max=self.bins - 1)
@@ -153,7 +163,7 @@ class Beam(Measurement):
             found = torch.lerp(
                 filtered[:, view, first], filtered[:, view, second], part
             )
-            weight = scale.square().flatten() * inside
+            weight = scale.square() * inside
             total.addcmul_(found, weight.to(y.dtype))
         total *= math.pi / (2 * self.num_views)
         return total.reshape(*batch, *self.image_shape[-2:])
@@ -166,8 +176,11 @@ class Beam(Measurement):
         kernel = -((math.pi * distance) ** -2) * (distance % 2)
         kernel[0] = 0.25
         ramp = (2 * torch.fft.rfft(kernel).real).to(rows)
-        spectrum = torch.fft.rfft(rows * self._obliquity(), length)
-        return torch.fft.irfft(spectrum * ramp, length)[..., : self.bins] / self.spacing
+        weights = torch.from_numpy(self._obliquity()).to(rows)
+        spectrum = torch.fft.rfft(rows * weights, length)
+        return (
+            torch.fft.irfft(spectrum * ramp, length)[..., : self.bins] / self._pitch()
+        )
 
     def stored_parts(self) -> dict[str, Any]:
         return {
@@ -273,13 +286,101 @@ class ParallelBeam(Beam):
         return math.ceil(math.sqrt(2) * size / spacing)
 
     def _rays(self, angle: float) -> tuple[np.ndarray, np.ndarray]:
-        cos, sin = math.cos(angle), math.sin(angle)
-        across = (np.arange(self.bins) - self.axis) * self.spacing
-        foot = across[:, None] * [cos, -sin]
-        return foot, np.broadcast_to([sin, cos], foot.shape)
+        along_detector, away = _axes(angle)
+        foot = self._across()[:, None] * along_detector
+        return foot, np.broadcast_to(away, foot.shape)
 
-    def _on_detector(self, across: Tensor, along: Tensor) -> tuple[Tensor, Tensor]:
-        return across, torch.ones_like(along)
+
+@register_stored_class
+class FanBeam(Beam):
+    """Rays from a point source to a flat detector, both of which turn about an axis.
+
+    At angle zero rays go down the rows from a source above, and bins lie along the
+    columns. From a distant source it is :class:`ParallelBeam`.
+
+    Args:
+        size: n of images (n, n).
+        angles: In degrees; or how many, equidistant in [0, 360).
+        source_distance: From the source to the rotation axis, in pixels.
+        detector_distance: From the rotation axis to the detector. Default: 0, a
+            detector in the axis, where nothing is magnified.
+        bins: Of the detector. Default: as many as see the image's diagonal.
+        slices: Of volumes (slices, n, n), each of which is projected by the same
+            matrix. Default: None, images.
+        spacing: Between bins, on the detector, in pixels.
+        axis: Where the rotation axis is on the detector, in bins. Default: bins // 2;
+            (bins - 1) / 2 for a detector that is centred.
+        dtype: Of images and data.
+        device: Where they lie.
+    """
+
+    turn = 360.0
+    source_distance: float
+    detector_distance: float
+
+    def __init__(
+        self,
+        size: int,
+        angles: int | Sequence[float] | Tensor | np.ndarray,
+        source_distance: float,
+        detector_distance: float = 0.0,
+        bins: int | None = None,
+        slices: int | None = None,
+        *,
+        spacing: float = 1.0,
+        axis: float | None = None,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        check_count("size", size, 1)
+        check_number("source_distance", source_distance)
+        check_number("detector_distance", detector_distance)
+        if not size / math.sqrt(2) < source_distance < math.inf:
+            raise ValueError(
+                "source_distance: expected a source outside of the image, more than "
+                f"{size / math.sqrt(2):.6g}, found {source_distance}"
+            )
+        if not 0 <= detector_distance < math.inf:
+            raise ValueError(
+                f"detector_distance: expected at least 0, found {detector_distance}"
+            )
+        self.source_distance = source_distance
+        self.detector_distance = detector_distance
+        super().__init__(size, angles, bins, slices, spacing, axis, dtype, device)
+
+    def stored_parts(self) -> dict[str, Any]:
+        distances = {
+            "source_distance": self.source_distance,
+            "detector_distance": self.detector_distance,
+        }
+        return {**super().stored_parts(), **distances}
+
+    def _default_bins(self, size: int, spacing: float) -> int:
+        radius, source = size / math.sqrt(2), self.source_distance
+        seen = 2 * radius * source / math.sqrt(source**2 - radius**2)
+        return math.ceil(seen * (1 + self.detector_distance / source) / spacing)
+
+    def _pitch(self) -> float:
+        return self.spacing / (1 + self.detector_distance / self.source_distance)
+
+    def _rays(self, angle: float) -> tuple[np.ndarray, np.ndarray]:
+        along_detector, away = _axes(angle)
+        source = -self.source_distance * away
+        direction = self._across()[:, None] * along_detector - source
+        direction /= np.linalg.norm(direction, axis=1, keepdims=True)
+        return source - (direction @ source)[:, None] * direction, direction
+
+    def _magnified(self, along: Tensor) -> Tensor:
+        return self.source_distance / (self.source_distance + along)
+
+    def _obliquity(self) -> np.ndarray:
+        return np.cos(np.arctan(self._across() / self.source_distance))
+
+
+def _axes(angle: float) -> tuple[np.ndarray, np.ndarray]:
+    """Directions (x, y) along the detector, and of the central ray."""
+    cos, sin = math.cos(angle), math.sin(angle)
+    return np.array([cos, -sin]), np.array([sin, cos])
 
 
 def _degrees(

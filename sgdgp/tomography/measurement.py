@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,7 +21,7 @@ from scipy.sparse.linalg import LinearOperator as SciPyOperator
 from torch import Tensor, nn
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
-from sgdgp.core.checks import check_finite, check_number
+from sgdgp.core.checks import check_finite, check_number, check_positive
 from sgdgp.core.codec import register_stored_class
 from sgdgp.core.seeds import derived_generator, number_of, standard_normal
 from sgdgp.tomography.linear_maps import (
@@ -34,6 +35,7 @@ from sgdgp.tomography.linear_maps import (
     check_linear,
     is_real,
 )
+from sgdgp.tomography.matrix_files import read_matrix
 
 _STEPS = 10
 """Steps of least squares for a first image: few enough not to fit the noise."""
@@ -118,12 +120,18 @@ class Measurement(nn.Module):
                 that is not linear, or an adjoint that is another map's.
         """
         if isinstance(thing, Measurement):
-            if image_shape is not None and tuple(image_shape) != thing.image_shape:
-                raise ValueError(
-                    f"image_shape: expected {thing.image_shape} as the measurement "
-                    f"has, found {tuple(image_shape)}"
-                )
-            return thing
+            for name, value, has in (
+                ("image_shape", image_shape, thing.image_shape),
+                ("view_shape", view_shape, thing.view_shape),
+            ):
+                if value is not None and tuple(value) != has:
+                    raise ValueError(
+                        f"{name}: expected {has} as the measurement has, found "
+                        f"{tuple(value)}"
+                    )
+            known = (thing.device, thing.dtype)
+            wanted = (torch.device(device or thing.device), dtype or thing.dtype)
+            return thing if wanted == known else thing.to(*wanted)
         shape = None if image_shape is None else tuple(int(n) for n in image_shape)
         views = None if view_shape is None else tuple(int(n) for n in view_shape)
         target = torch.device("cpu" if device is None else device)
@@ -156,6 +164,36 @@ class Measurement(nn.Module):
             check_linear(matrix)
             check_adjoint(matrix)
         return found
+
+    @staticmethod
+    def load(
+        path: str | os.PathLike[str],
+        image_shape: Sequence[int] | None = None,
+        *,
+        name: str | None = None,
+        view_shape: Sequence[int] | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> Measurement:
+        """The measurement by a matrix in a file, such as one of ASTRA or ODL.
+
+        Args:
+            path: Of ``scipy.sparse.save_npz`` (.npz), ``numpy.save`` (.npy), or MATLAB
+                up to version 7 (.mat). Columns go along the rows of an image: where
+                they go along its columns, as in MATLAB, images are transposed.
+            image_shape: As in :meth:`of`.
+            name: Of the variable, where there are several matrices.
+            view_shape: As in :meth:`of`.
+            dtype: As in :meth:`of`.
+            device: As in :meth:`of`.
+
+        Raises:
+            FileNotFoundError: There is none.
+            StorageError: Another kind of file, or not one matrix; says what is in it.
+        """
+        matrix = read_matrix(path, name)
+        kinds: dict[str, Any] = {"dtype": dtype, "device": device}
+        return Measurement.of(matrix, image_shape, view_shape=view_shape, **kinds)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -226,39 +264,46 @@ class Measurement(nn.Module):
         image: Any,
         noise: float = 0.05,
         *,
-        standard_deviation: float | None = None,
+        standard_deviation: float | Tensor | None = None,
+        photons: float | None = None,
         seed: int | torch.Generator = 0,
     ) -> Tensor:
-        """A x and Gaussian noise.
+        """A x and noise.
 
         Args:
             image: x, of shape (*batch, *image_shape).
-            noise: Standard deviation of the noise by the mean of |A x|.
-            standard_deviation: The standard deviation itself, in its place.
+            noise: Standard deviation of Gaussian noise by the mean of |A x|.
+            standard_deviation: The standard deviation itself, in its place; a number,
+                or one of each entry of the data.
+            photons: Along a ray through nothing: data are -log of the share of them
+                that is counted, where x is what a pixel attenuates. In its place.
             seed: Of the noise.
 
         Returns:
             Data of shape (*batch, num_views, *view_shape).
         """
-        x = self._tensor("image", image, self.image_shape)
-        for name, value in (
-            ("noise", noise),
-            ("standard_deviation", standard_deviation),
-        ):
-            if value is not None:
-                check_number(name, value)
-                if not 0 <= value < math.inf:
-                    raise ValueError(f"{name}: expected at least 0, found {value}")
+        clean = self(self._tensor("image", image, self.image_shape))
         generator = (
             seed
             if isinstance(seed, torch.Generator)
             else derived_generator(number_of(seed), "noise of measurements")
         )
-        clean = self(x)
-        size = noise * clean.abs().mean()
-        draws = standard_normal(*clean.shape, like=clean, generator=generator)
-        return clean + draws * (
-            size if standard_deviation is None else standard_deviation
+        if photons is not None:
+            check_positive("photons", photons)
+            expected = (photons * torch.exp(-clean)).to(generator.device)
+            counts = torch.poisson(expected, generator).to(clean)
+            # Where none comes through, half of one: the logarithm is finite.
+            return math.log(photons) - counts.clamp_min(0.5).log()
+        if standard_deviation is None:
+            check_number("noise", noise)
+            size = torch.as_tensor(noise * clean.abs().mean())
+        else:
+            size = torch.as_tensor(standard_deviation).to(clean)
+        if not ((size >= 0) & size.isfinite()).all():
+            name = "noise" if standard_deviation is None else "standard_deviation"
+            raise ValueError(f"{name}: expected at least 0, found {float(size.min())}")
+        return clean + size * standard_normal(
+            *clean.shape, like=clean, generator=generator
         )
 
     def as_data(self, data: Any) -> Tensor:
@@ -349,11 +394,13 @@ class Measurement(nn.Module):
         if found[max(0, len(found) - len(shape)) :] != shape:
             turned = shape[::-1] == found and len(shape) == 2
             raise ValueError(
-                f"{name}: expected shape {_batched(shape)}, found {found}"
-                + ("; give the transpose" if turned else "")
+                f"{name}: expected shape (..., {str(shape)[1:]} for {self}, found "
+                f"{found}" + ("; give the transpose" if turned else "")
             )
 
     def _tensor(self, name: str, value: Any, shape: tuple[int, ...]) -> Tensor:
+        if isinstance(value, np.ndarray):
+            value = np.ascontiguousarray(value)  # torch has no negative steps
         tensor = torch.as_tensor(value)
         if tensor.is_complex():
             raise TypeError(f"{name}: expected real numbers, found {tensor.dtype}")
@@ -514,7 +561,3 @@ def _floating_of(dtype: Any) -> torch.dtype:
 
 def _over(values: Tensor, axes: tuple[int, ...]) -> Tensor:
     return values.reshape(*values.shape, *(1 for _ in axes))
-
-
-def _batched(shape: tuple[int, ...]) -> str:
-    return f"(..., {', '.join(map(str, shape))})"

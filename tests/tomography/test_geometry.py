@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from scipy.ndimage import map_coordinates
 from skimage.transform import iradon, radon
 
-from sgdgp.tomography import ParallelBeam
+from sgdgp.tomography import FanBeam, ParallelBeam
 from sgdgp.tomography import geometry as geometry_module
 
 ANGLES = np.array([0, 33.3, 45, 90, 135, 171, -30, 359])
@@ -24,6 +25,65 @@ def test_parallel_beams_are_those_of_scikit_image(size: int):
     np.testing.assert_allclose(found, expected, atol=1e-12)
     back = iradon(expected.T, ANGLES, circle=False, output_size=size)
     np.testing.assert_allclose(beam.back_projection(expected), back, atol=1e-12)
+
+
+def scanner(fan: FanBeam) -> tuple[np.ndarray, np.ndarray]:
+    """Where the source is, and directions to the bins: (2, views, bins), as (x, y)."""
+    a = np.deg2rad(fan.angles.numpy())[:, None]
+    u = (np.arange(fan.bins) - fan.axis) * fan.spacing
+    across, away = np.stack([np.cos(a), -np.sin(a)]), np.stack([np.sin(a), np.cos(a)])
+    source = -fan.source_distance * away
+    direction = u * across + fan.detector_distance * away - source
+    return source, direction / np.linalg.norm(direction, axis=0)
+
+
+def test_fan_beams_are_sums_along_rays_from_the_source():
+    """Another computation of the same: from source to detector, by SciPy's splines."""
+    distances = {"source_distance": 40.0, "detector_distance": 20.0, "spacing": 1.3}
+    fan = FanBeam(15, 7, **distances, dtype=torch.float64)
+    image = np.random.default_rng(0).random((15, 15))
+    source, direction = scanner(fan)
+    nearest = -(source * direction).sum(0)
+    steps = np.arange(22) - 11
+    along = (nearest[..., None] + steps)[None] * direction[..., None]
+    points = (source[..., None] + along)[::-1] + 7
+    expected = map_coordinates(image, points, order=1, mode="grid-constant").sum(-1)
+    found = fan(torch.from_numpy(image))
+    np.testing.assert_allclose(found, expected, atol=1e-12)
+    assert (found[:, 0] < 0.2).all()  # the default detector sees all of the image
+
+
+def test_fan_beams_are_line_integrals():
+    """Of a disc and of a normal density, whose integrals are known."""
+    fan = FanBeam(64, 48, 90.0, 50.0, 90, spacing=1.5, axis=40.5, dtype=torch.float64)
+    source, direction = scanner(fan)
+    (x0, y0), radius, scale = (7, -5), 12, 6
+    distance = (x0 - source[0]) * direction[1] - (y0 - source[1]) * direction[0]
+    fine = (np.arange(64 * 8) + 0.5) / 8 - 0.5 - 32
+    x, y = np.meshgrid(fine - x0, fine - y0)
+    disc = (x**2 + y**2 < radius**2).reshape(64, 8, 64, 8).mean((1, 3))
+    chords = 2 * np.sqrt(np.clip(radius**2 - distance**2, 0, None))
+    error = np.abs(fan(torch.from_numpy(disc)).numpy() - chords)
+    assert error[np.abs(np.abs(distance) - radius) > 1].max() < 0.7  # of 24
+    assert error.mean() < 0.06
+    centre = np.arange(64) - 32
+    x, y = np.meshgrid(centre - x0, centre - y0)
+    blob = np.exp(-(x**2 + y**2) / (2 * scale**2))
+    integrals = np.sqrt(2 * np.pi) * scale * np.exp(-(distance**2) / (2 * scale**2))
+    data = fan(torch.from_numpy(blob))
+    np.testing.assert_allclose(data, integrals, atol=0.005 * integrals.max())
+    np.testing.assert_allclose(fan.back_projection(data), blob, atol=0.02)
+
+
+def test_a_fan_from_a_distant_source_is_a_parallel_beam():
+    beam = ParallelBeam(12, ANGLES, dtype=torch.float64)
+    fan = FanBeam(12, ANGLES, 1e9, dtype=torch.float64)
+    x = torch.rand(12, 12, dtype=torch.float64)
+    tolerance = {"atol": 1e-5, "rtol": 0.0}
+    torch.testing.assert_close(fan(x), beam(x), **tolerance)
+    data = beam(x)
+    images = fan.back_projection(data), beam.back_projection(data)
+    torch.testing.assert_close(*images, **tolerance)
 
 
 def test_every_slice_of_a_volume_is_projected_alike():
@@ -59,6 +119,13 @@ def test_bins_are_spaced_and_shifted():
     image = smooth[:, None] * smooth
     fine = ParallelBeam(33, 40, spacing=0.7)
     assert (fine.back_projection(fine(image)) - image).abs().max() < 0.02
+
+
+def test_distances_of_a_fan_are_refused_in_which_there_is_none():
+    with pytest.raises(ValueError, match=r"outside of the image, more than 5\.65"):
+        FanBeam(8, 3, source_distance=5.0)
+    with pytest.raises(ValueError, match="detector_distance: expected at least 0"):
+        FanBeam(8, 3, source_distance=9.0, detector_distance=-1.0)
 
 
 @pytest.mark.parametrize(
