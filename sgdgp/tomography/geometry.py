@@ -26,7 +26,7 @@ from sgdgp.tomography.linear_maps import SparseMatrix
 from sgdgp.tomography.measurement import Measurement
 
 _ENTRIES = 2.5
-"""Entries of the matrix by a point on a ray within the image; measured, at most."""
+"""Entries of the matrix by a point on a ray within the image: 2.2 were measured."""
 
 _NOTHING = 1e-12
 """Weights that are rounding errors of zero."""
@@ -90,12 +90,14 @@ class Beam(Measurement):
         self.axis = float(bins // 2 if axis is None else axis)
         self.angles = degrees
         self._check_memory(slices, dtype, device)
-        blocks = [self._block(math.radians(a)) for a in degrees.tolist()]
-        matrix = SparseMatrix.of(
-            sp.vstack(blocks, format="csr"), dtype, torch.device(device)
+        kind = np.float32 if dtype == torch.float32 else np.float64
+        rows = sp.vstack(
+            [self._block(a).astype(kind) for a in np.deg2rad(degrees.numpy())],
+            format="csr",
         )
+        matrix = SparseMatrix.of(rows, dtype, torch.device(device))
         shape = (size, size) if slices is None else (slices, size, size)
-        super().__init__(matrix, shape, (bins,))
+        super().__init__(matrix, shape, (bins,), stacked=slices is not None)
 
     @abstractmethod
     def _default_bins(self, size: int, spacing: float) -> int:
@@ -112,6 +114,10 @@ class Beam(Measurement):
     def _pitch(self) -> float:
         """Distance of rays of neighbouring bins on that line."""
         return self.spacing
+
+    def _density(self) -> float:
+        """Rays by pixel across them: the mean over the image."""
+        return 1 / self._pitch()
 
     def _magnified(self, along: Tensor) -> Tensor:
         """How much larger things are seen than on that line.
@@ -172,7 +178,7 @@ class Beam(Measurement):
         """Projections after the ramp filter."""
         # A power of two of at least twice the bins: no projection meets its own end.
         length = max(64, 2 ** math.ceil(math.log2(2 * self.bins)))
-        distance = torch.fft.fftfreq(length, 1 / length, dtype=torch.float64)
+        distance = torch.fft.fftfreq(length, 1 / length, device="cpu").double()
         kernel = -((math.pi * distance) ** -2) * (distance % 2)
         kernel[0] = 0.25
         ramp = (2 * torch.fft.rfft(kernel).real).to(rows)
@@ -224,7 +230,8 @@ class Beam(Measurement):
                 )
         weights, rows, columns = (np.concatenate(e) for e in zip(*entries, strict=True))
         shape = (self.bins, self.size**2)
-        return sp.coo_array((weights, (rows, columns)), shape=shape).tocsr()
+        where = (rows.astype(np.int32), columns.astype(np.int32))
+        return sp.coo_array((weights, where), shape=shape).tocsr()
 
     def _check_memory(
         self, slices: int | None, dtype: torch.dtype, device: torch.device | str
@@ -234,12 +241,14 @@ class Beam(Measurement):
         Raises:
             MemoryError: Says how many bytes are needed, and how many there are.
         """
-        count = len(self.angles)
-        points = len(self._points(math.radians(float(self.angles[0])))[0])
-        # The matrix and its transpose, by 32-bit indices; made on the CPU in float64.
+        count, side = len(self.angles), math.ceil(math.sqrt(2) * self.size)
+        points = math.ceil(self.size**2 * self._density())
+        # The matrix and its transpose, by 32-bit indices, or twice the matrix.
         matrix = 2 * math.ceil(_ENTRIES * points) * count * (dtype.itemsize + 4)
         images = (slices or 1) * (2 * self.size**2 + 2 * self.bins * count)
-        needed = matrix + images * dtype.itemsize
+        # Coordinates and weights of one view, in float64.
+        view = 8 * (4 * self.bins * side + 12 * points)
+        needed = matrix + images * dtype.itemsize + view
         available = free_memory(device)
         if needed > available:
             raise MemoryError(
@@ -362,6 +371,11 @@ class FanBeam(Beam):
 
     def _pitch(self) -> float:
         return self.spacing / (1 + self.detector_distance / self.source_distance)
+
+    def _density(self) -> float:
+        # By the mean over all angles, at the middle of an edge.
+        slope = self.size / (2 * self.source_distance)
+        return super()._density() / math.sqrt(1 - slope**2)
 
     def _rays(self, angle: float) -> tuple[np.ndarray, np.ndarray]:
         along_detector, away = _axes(angle)

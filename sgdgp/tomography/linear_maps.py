@@ -104,13 +104,13 @@ class SparseMatrix(LinearMap):
     def times(self, x: Float[Tensor, "k d"]) -> Float[Tensor, "k m"]:
         if self._forward is None:
             self._forward = _csr(self)
-        return (self._forward @ x.mT).mT
+        return _rows_times(x, self._forward)
 
     def adjoint_times(self, y: Float[Tensor, "k m"]) -> Float[Tensor, "k d"]:
         if self._transposed is None:
             matrix = self.scipy().T
             self._transposed = _csr(SparseMatrix.of(matrix, self.dtype, self.device))
-        return (self._transposed @ y.mT).mT
+        return _rows_times(y, self._transposed)
 
     def to(self, dtype: torch.dtype, device: torch.device) -> SparseMatrix:
         parts = (self.starts.to(device), self.columns.to(device))
@@ -312,7 +312,14 @@ def _csr(matrix: SparseMatrix) -> Tensor:
     with warnings.catch_warnings():
         # torch's sparse tensors say that they may change.
         warnings.simplefilter("ignore", UserWarning)
-        return torch.sparse_csr_tensor(*parts, matrix.shape)
+        return torch.sparse_csr_tensor(*parts, matrix.shape, device=matrix.device)
+
+
+def _rows_times(rows: Tensor, matrix: Tensor) -> Tensor:
+    # A product with one column takes three times as long as one with a vector.
+    if len(rows) == 1:
+        return (matrix @ rows[0])[None]
+    return (matrix @ rows.mT).mT
 
 
 def as_scipy(matrix: Any) -> Any:

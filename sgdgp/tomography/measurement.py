@@ -45,13 +45,13 @@ _STEPS = 10
 class Measurement(nn.Module):
     """A linear map A of images to data; made by :meth:`of`, or a geometry's.
 
-    Data come in views, such as the projection at one angle. Where a matrix has as many
-    columns as one slice of a volume has voxels, it measures every slice.
+    Data come in views, such as the projection at one angle.
 
     Args:
         linear: The map of flat images, or of flat slices.
         image_shape: Shape of an image, or of a volume: slices first.
         view_shape: Shape of one view of what ``linear`` measures.
+        stacked: It measures every slice of a volume.
 
     Attributes:
         image_shape: Shape of an image, such as (n, n), or (slices, n, n).
@@ -66,13 +66,13 @@ class Measurement(nn.Module):
         linear: LinearMap,
         image_shape: tuple[int, ...],
         view_shape: tuple[int, ...] = (),
+        stacked: bool = False,
     ) -> None:
         super().__init__()
         self.linear = linear
         self.image_shape = tuple(image_shape)
         m, d = linear.shape
-        whole = math.prod(image_shape) == d
-        if not whole and (len(image_shape) < 2 or math.prod(image_shape[1:]) != d):
+        if math.prod(image_shape[stacked:]) != d:
             raise ValueError(
                 f"image_shape: expected {d} pixels, or slices of {d} pixels, as A has "
                 f"columns, found {tuple(image_shape)}"
@@ -82,11 +82,10 @@ class Measurement(nn.Module):
                 f"view_shape: expected a divisor of the {m} rows of A, found "
                 f"{tuple(view_shape)}"
             )
-        self.num_slices = None if whole else self.image_shape[0]
         self.num_views = m // math.prod(view_shape)
+        self.num_slices = self.image_shape[0] if stacked else None
         self._row_shape = tuple(view_shape)
-        slices = () if whole else (self.image_shape[0],)
-        self.view_shape = (*slices, *self._row_shape)
+        self.view_shape = (*self.image_shape[:stacked], *self._row_shape)
 
     @staticmethod
     def of(
@@ -159,7 +158,8 @@ class Measurement(nn.Module):
                     "no square, found None"
                 )
             shape = (side, side)
-        found = Measurement(matrix, shape, () if views is None else views)
+        stacked = len(shape) > 1 and math.prod(shape) != d
+        found = Measurement(matrix, shape, () if views is None else views, stacked)
         if isinstance(matrix, Columns):
             check_linear(matrix)
             check_adjoint(matrix)
@@ -296,9 +296,11 @@ class Measurement(nn.Module):
             return math.log(photons) - counts.clamp_min(0.5).log()
         if standard_deviation is None:
             check_number("noise", noise)
-            size = torch.as_tensor(noise * clean.abs().mean())
+            size = noise * clean.abs().mean()
         else:
-            size = torch.as_tensor(standard_deviation).to(clean)
+            size = torch.as_tensor(
+                standard_deviation, dtype=self.dtype, device=self.device
+            )
         if not ((size >= 0) & size.isfinite()).all():
             name = "noise" if standard_deviation is None else "standard_deviation"
             raise ValueError(f"{name}: expected at least 0, found {float(size.min())}")
@@ -352,6 +354,7 @@ class Measurement(nn.Module):
             "linear": self.linear,
             "image_shape": self.image_shape,
             "view_shape": self._row_shape,
+            "stacked": self.num_slices is not None,
         }
 
     def __repr__(self) -> str:
@@ -401,7 +404,8 @@ class Measurement(nn.Module):
     def _tensor(self, name: str, value: Any, shape: tuple[int, ...]) -> Tensor:
         if isinstance(value, np.ndarray):
             value = np.ascontiguousarray(value)  # torch has no negative steps
-        tensor = torch.as_tensor(value)
+        place = value.device if torch.is_tensor(value) else self.device
+        tensor = torch.as_tensor(value, device=place)
         if tensor.is_complex():
             raise TypeError(f"{name}: expected real numbers, found {tensor.dtype}")
         tensor = tensor.to(self.device, self.dtype)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 import torch
 from gpytorch.kernels import (
@@ -24,6 +25,7 @@ from gpytorch.kernels import (
 from torch import nn
 
 import sgdgp
+from sgdgp import tomography
 from sgdgp.bayesopt import thompson_sampling
 from sgdgp.networks import Categorical, Gaussian, linearise
 from sgdgp.sklearn import SGDGPRegressor
@@ -136,3 +138,13 @@ def test_networks_do_not_ask_for_the_default_device(
     posterior = model.fit(batches, num_samples=2, final_samples=4, steps=2)
     posterior.predict(x_new)
     posterior.save(tmp_path / "posterior")
+
+
+def test_measurements_do_not_ask_for_the_default_device(elsewhere):
+    image = np.ones((4, 4))
+    elsewhere.start()
+    beam = tomography.FanBeam(4, 3, source_distance=9.0)
+    for some in (beam, beam.views([0, 2]), tomography.Measurement.of(np.eye(16))):
+        data = some.simulate(image, standard_deviation=0.1).tolist()
+        assert some.back_projection(data).device.type == "cpu"
+    tomography.Measurement.of(lambda x: 2 * x, (4, 4)).simulate(image, photons=9.0)
