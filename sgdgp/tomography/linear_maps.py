@@ -289,6 +289,10 @@ def check_adjoint(linear: LinearMap) -> None:
     # Half along A x, so that the products are no sums of both signs.
     y = image / image.norm().clamp_min(1e-30) + z / z.norm()
     back = linear.adjoint_times(y)
+    if back.shape != x.shape:
+        raise ValueError(
+            f"adjoint: expected {x.numel()} numbers of an image, found {back.numel()}"
+        )
     check_finite("A^T y for a random y", back)
     left = float((image.double() * y).sum())
     right = float((x.double() * back).sum())

@@ -493,7 +493,8 @@ def _matrix_or_operator(
     if torch.is_tensor(thing):
         place = device or thing.device
         if thing.layout == torch.strided:
-            matrix = thing.detach().to(place, dtype or _floating(thing.dtype))
+            kind = dtype or _floating(thing.dtype)
+            matrix = thing.detach().to(place, kind, copy=True)
             if matrix.ndim != 2:
                 raise ValueError(f"A: expected two axes, found {tuple(matrix.shape)}")
             check_finite("A", matrix)
@@ -504,7 +505,8 @@ def _matrix_or_operator(
         return None
     if thing.ndim != 2:
         raise ValueError(f"A: expected two axes, found {thing.shape}")
-    found = SparseMatrix.of(thing, dtype or _floating_of(thing.dtype), place)
+    kind = dtype or _floating_of(thing.dtype)
+    found = SparseMatrix.of(sp.csr_array(thing, copy=True), kind, place)
     check_finite("A", found.values)
     return found
 
@@ -523,7 +525,7 @@ def _function(
     try:
         with torch.no_grad():
             data = function(probe)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError, ValueError, IndexError) as error:
         raise ValueError(
             f"A: the function fails for images {tuple(probe.shape)} of {dtype} on "
             f"{device}: {error}"
