@@ -14,7 +14,7 @@ from sgdgp.networks.linearisation import LinearisedNetwork, linearise, linearize
 from sgdgp.networks.posterior import LinearisedPosterior, load
 from sgdgp.networks.potential import Potential
 from sgdgp.networks.predictive import GaussianPrediction
-from sgdgp.networks.priors import GPrior, Isotropic, Kronecker, Layerwise
+from sgdgp.networks.priors import Filters, GPrior, Isotropic, Kronecker, Layerwise
 from sgdgp.networks.sampling import (
     Alignment,
     CompactGaussian,
@@ -54,6 +54,7 @@ __all__ = [
     "Comparison",
     "Draws",
     "Dual",
+    "Filters",
     "GPrior",
     "Gaussian",
     "GaussianPrediction",

@@ -71,6 +71,7 @@ def linearise(
     output: Callable[[Any], Tensor] | None = None,
     curvature_at: CurvatureAt = "linear",
     mean: Mean | None = None,
+    offset: bool = False,
     memory_budget: int | None = None,
 ) -> LinearisedNetwork:
     """Take a trained network as a linear model in its weights.
@@ -92,6 +93,10 @@ def linearise(
             model's. A regression's noise is learned for it. Default: the network's
             for classes; for regression that with the larger evidence; with a
             ``LearnedPrior`` the linear model's.
+        offset: Whether the linear model is f(x) + J(x) (w - theta), with the network
+            theta's value at weights of zero, in place of J(x) w. They are the same for
+            a network that is homogeneous in its weights; not behind a sigmoid, where J
+            vanishes and f does not. A ``LearnedPrior`` has it anyway.
         memory_budget: Bytes for temporaries. Default: half of what is free.
 
     Returns:
@@ -125,7 +130,7 @@ def linearise(
     tangent = Tangent(
         network, weights=weights, output=output, memory_budget=memory_budget
     )
-    return LinearisedNetwork(tangent, likelihood, prior, curvature_at, mean)
+    return LinearisedNetwork(tangent, likelihood, prior, curvature_at, mean, offset)
 
 
 linearize = linearise
@@ -142,6 +147,7 @@ class LinearisedNetwork:
         prior: Settings of the weights' prior.
         curvature_at: Outputs at which the likelihood's Hessian is taken.
         mean: Whose outputs the posterior's mean is; None: what the evidence chooses.
+        offset: Whether the linear model keeps what the network says at zero weights.
     """
 
     tangent: Tangent
@@ -149,6 +155,7 @@ class LinearisedNetwork:
     prior: PriorSettings
     curvature_at: CurvatureAt
     mean: Mean | None = None
+    offset: bool = False
 
     @renamed_arguments(every="checkpoint_every")
     def fit(
@@ -214,6 +221,8 @@ class LinearisedNetwork:
         tangent = self.tangent
         stream = stream_of(loader, tangent.device, split)
         centre = self.prior.centre(tangent)
+        if centre is None and self.offset:
+            centre = -tangent.theta  # the prior's mean is zero
         data = TangentData(tangent, stream, self.likelihood, centre)
         budget = resolve_budget(tangent.memory_budget, tangent.device)
         column = tangent.num_weights * tangent.dtype.itemsize
@@ -267,7 +276,9 @@ class LinearisedNetwork:
         device = data.targets.device
         mark = torch.tensor([data.stream.mark], dtype=torch.float64, device=device)
         mark = data.total(mark)
-        chosen = {} if self.mean is None else {"mean": self.mean}
+        chosen: dict[str, object] = {} if self.mean is None else {"mean": self.mean}
+        if self.offset:
+            chosen["offset"] = True
         return {
             **chosen,
             "likelihood": self.likelihood,

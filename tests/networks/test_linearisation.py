@@ -442,3 +442,25 @@ def test_bad_arguments_of_linearise_are_refused(mlp):
         linearise(mlp, Categorical(), curvature_at="map")
     with pytest.raises(ValueError, match="eval"):
         linearise(nn.Sequential(nn.Linear(2, 2), nn.Dropout()), Categorical())
+
+
+def test_with_an_offset_the_model_is_the_expansion_at_the_trained_weights():
+    """Its mean is a Gaussian process's about f - J theta; without, one about zero."""
+    generator = torch.Generator().manual_seed(4)
+    x = torch.randn(12, 3, generator=generator, dtype=torch.float64)
+    y = torch.randn(12, 1, generator=generator, dtype=torch.float64)
+    torch.manual_seed(1)
+    network = nn.Sequential(nn.Linear(3, 9), nn.Tanh(), nn.Linear(9, 1), nn.Sigmoid())
+    network = network.double().eval()
+    for offset in (False, True):
+        posterior = linearise(
+            network, Gaussian(noise=0.3), Isotropic(), mean="linear", offset=offset
+        ).fit([(x, y)], steps=0, precision=2.0, final_samples=2)
+        tangent = posterior.tangent
+        j = tangent.at(x).jacobian()[:, 0]
+        start = (
+            network(x).detach() - j @ tangent.theta if offset else torch.zeros(12, 1)
+        )
+        k = j @ j.mT / 2.0
+        gain = torch.linalg.solve(k + 0.3 * torch.eye(12), y - start)
+        torch.testing.assert_close(posterior.linear_mean(x), start + k @ gain)

@@ -1,0 +1,529 @@
+"""The posterior of an image that a network shows, given one linear measurement.
+
+Near its weights theta the network of the deep image prior is f(w) = f + J (w - theta).
+Behind a measurement A it is a network of data, and its linearised Laplace posterior is
+that of any regression (``sgdgp.networks.linearise``), whose weights say what the image
+may be: with w ~ N(0, S) and noise of variance s^2,
+
+    x ~ N(x_hat, C),    C = K - K A^T (A K A^T + s^2 I)^-1 A K,    K = J S J^T,
+
+x_hat being the reconstruction (Antoran et al., "Uncertainty estimation for computed
+tomography with a linearised deep image prior", TMLR 2023, eq. 11). S and s^2 maximise
+the evidence of the data; the paper adds a prior of S by total variation, and takes the
+evidence at the trained weights instead of the linear model's. Measured on Shepp-Logan
+phantoms, the trained weights, most of which are still what they were drawn as, ask for
+so much variance that all pixels lie within two standard deviations. One precision for
+all weights, scaled by the Jacobian (``GPrior``), covers best.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from sgdgp.core.checks import check_count, check_finite, check_positive
+from sgdgp.core.memory import resolve_budget
+from sgdgp.core.slices import slices
+from sgdgp.metrics import interval_coverage
+from sgdgp.networks import (
+    Dual,
+    Gaussian,
+    GPrior,
+    LinearisedNetwork,
+    LinearisedPosterior,
+    WeightCholesky,
+)
+from sgdgp.networks import linearise as linearise_network
+from sgdgp.networks.priors import PriorSettings
+from sgdgp.networks.weight_solvers import WeightSolver
+from sgdgp.solvers import CG
+from sgdgp.solvers.base import Callback
+from sgdgp.solvers.preconditioners import Nystrom
+from sgdgp.tangent import NORMS, Tangent, TangentBatch, Weights
+from sgdgp.tomography.measurement import Measurement
+
+_MOST_ROWS = 2048
+"""Measured numbers up to which their covariance is a matrix, and learning exact."""
+
+_MOST_WORK = 2**41
+"""Multiplications of an exact covariance of pixels: a minute or two of a core."""
+
+_JACOBIAN = 2**26
+"""Numbers of a Jacobian that is formed at a time: 512 MiB in float64."""
+
+_COLUMNS = 4096
+"""Weights that are copied to float64 at a time."""
+
+_PROBES = 256
+"""Of the scales of weights: one batch of data says as much as one probe."""
+
+_RANK = 200
+"""Of a preconditioner."""
+
+_FLOOR = 1e-3
+"""Standard deviation of every pixel in scores, by the image's range: behind a saturated
+sigmoid the model is sure of a pixel to 1e-6, which no measurement is."""
+
+
+class Views(nn.Module):
+    """What a network's image looks like in views of a measurement.
+
+    An example is a set of views (b, v); its outputs are what they measure. All of them
+    share one pass through the network.
+
+    Args:
+        network: Shows an image.
+        input: For this input.
+        image_shape: Shape of the image.
+        measurement: A. Default: the image itself, whose first axis is that of views.
+    """
+
+    input: Tensor
+
+    def __init__(
+        self,
+        network: nn.Module,
+        input: Tensor,
+        image_shape: tuple[int, ...],
+        measurement: Measurement | None = None,
+    ) -> None:
+        super().__init__()
+        self.network = network
+        self.measurement = measurement
+        self.image_shape = image_shape
+        self.register_buffer("input", input, persistent=False)
+        self.eval()
+
+    def forward(self, views: Tensor) -> Tensor:
+        """Data (b, v, *view_shape)."""
+        image = self.network(self.input).reshape(self.image_shape)
+        data = image if self.measurement is None else self.measurement(image)
+        return data[views.flatten()].unflatten(0, views.shape)
+
+    def all_views(self) -> Tensor:
+        """The example of all views (1, V)."""
+        count = self.image_shape[0]
+        if self.measurement is not None:
+            count = self.measurement.num_views
+        return torch.arange(count, device=self.input.device)[None]
+
+
+def linearise(
+    network: nn.Module,
+    input: Tensor,
+    measurement: Any,
+    data: Any,
+    prior: PriorSettings | None = None,
+    *,
+    noise: float | None = None,
+    weights: Weights = None,
+    dtype: torch.dtype = torch.float64,
+    memory_budget: int | None = None,
+) -> LinearisedImage:
+    """Take a network that shows an image as a linear model of what is measured of it.
+
+    Args:
+        network: Shows the image for ``input``, fitted to the data.
+        input: What it is fed with.
+        measurement: A; whatever ``Measurement.of`` takes.
+        data: y (num_views, *view_shape).
+        prior: Of the weights. Default: ``GPrior(probes=256)``, one precision for
+            weights scaled by the Jacobian. ``Layerwise(block)`` has one for each block
+            of a network, ``Filters(groups=block)`` with smooth filters as well.
+        noise: Standard deviation of the noise. Default: learned.
+        weights: Which weights are uncertain, as in ``networks.linearise``. Default: all
+            but biases and those of normalisation layers, as published.
+        dtype: Of the posterior, for which the network is copied. The systems have
+            condition numbers beyond 1e6, which float32 only bears where a matrix of the
+            data is formed (in float64), or a good preconditioner helps; it takes half
+            the memory, for volumes.
+        memory_budget: Bytes for temporaries. Default: half of what is free.
+
+    Raises:
+        TypeError: An argument is of the wrong kind.
+        ValueError: Shapes do not match, or an argument is out of range.
+    """
+    if dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"dtype: expected float32 or float64, found {dtype}")
+    measurement = Measurement.of(measurement).to(dtype)
+    y = _one_of("data", measurement.as_data(data), measurement.data_shape)
+    if noise is not None:
+        check_positive("noise", noise)
+    network, input = copy.deepcopy(network).eval().to(dtype), input.to(dtype)
+    with torch.no_grad():
+        shown = tuple(network(input).shape)
+    if math.prod(shown) != math.prod(measurement.image_shape):
+        raise ValueError(
+            f"network: expected an image of shape {measurement.image_shape}, found "
+            f"{shown}"
+        )
+    model = linearise_network(
+        Views(network, input, measurement.image_shape, measurement),
+        Gaussian() if noise is None else Gaussian(noise=float(noise) ** 2),
+        GPrior(probes=_PROBES) if prior is None else prior,
+        weights=_filters_of(network) if weights is None else weights,
+        mean="linear",
+        offset=True,
+        memory_budget=memory_budget,
+    )
+    return LinearisedImage(model, measurement, y)
+
+
+linearize = linearise
+"""The same in US spelling."""
+
+
+def block(name: str) -> str:
+    """The block of a network that a weight belongs to, such as "up.1": a grouping.
+
+    That is the part of its name up to the first number, or the first layer.
+    """
+    parts = name.removeprefix("network.").split(".")
+    stop = next((i for i, part in enumerate(parts) if part.isdigit()), 0)
+    return ".".join(parts[: stop + 1])
+
+
+def _filters_of(network: nn.Module) -> Callable[[str, nn.Parameter], bool]:
+    """Chooses all weights but biases and those of normalisation layers."""
+    norms = [m for m in network.modules() if isinstance(m, NORMS)]
+    scales = {id(p) for norm in norms for p in norm.parameters(recurse=False)}
+    return lambda name, weight: (
+        weight.requires_grad and weight.ndim > 1 and id(weight) not in scales
+    )
+
+
+@dataclass(frozen=True)
+class LinearisedImage:
+    """A network that shows an image, as a linear model of the measured data.
+
+    Attributes:
+        model: The network behind the measurement, linearised.
+        measurement: A.
+        data: y (num_views, *view_shape).
+    """
+
+    model: LinearisedNetwork
+    measurement: Measurement
+    data: Tensor = field(repr=False)
+
+    def fit(
+        self,
+        *,
+        num_samples: int = 8,
+        final_samples: int = 64,
+        steps: int = 40,
+        precision: float | None = None,
+        solver: WeightSolver | str = "auto",
+        exact: bool | None = None,
+        batch_views: int | None = None,
+        seed: int | torch.Generator = 0,
+        progress: bool | None = None,
+        callback: Callback | None = None,
+        checkpoint: str | os.PathLike[str] | None = None,
+        checkpoint_every: int | float = 60,
+    ) -> ImagePosterior:
+        """Learn prior and noise by the evidence, and draw images.
+
+        Up to 2,048 measured numbers the evidence is exact, by the covariance matrix of
+        the data; beyond, it is maximised by expectation maximisation with samples.
+
+        Args:
+            num_samples: Samples that learn, where that is not exact.
+            final_samples: Images that are drawn.
+            steps: Most steps of learning. With 0 the prior has ``precision``.
+            precision: Of the prior, to start from; that of the last posterior where
+                data are added. Default: found.
+            solver: As in ``networks.linearise``. "auto": Cholesky up to 2,048 measured
+                numbers, then conjugate gradients for as many unknowns with a Nystrom
+                preconditioner; without one they fail here.
+            exact: Whether standard deviations are by the covariance matrix of the
+                pixels, without sampling error. Default: where that takes minutes.
+            batch_views: Views in a minibatch, for solvers that take them, such as
+                ``networks.Dual()`` and ``networks.WeightSGD()``. A minibatch costs a
+                pass through the network, whatever its size. Default: all views.
+            seed: Of everything random.
+            progress: Show a progress bar. Default: on a terminal.
+            callback: Called as solves advance; returning True stops.
+            checkpoint: File that keeps the fit, which goes on from there.
+            checkpoint_every: Seconds between two writes of it, at least.
+
+        Raises:
+            TypeError: An argument is of the wrong kind.
+            ValueError: An argument does not fit.
+            MemoryError: ``exact`` needs more memory than there is; says how much.
+        """
+        if exact:
+            self._check_exact()
+        seen = self.model.tangent.network
+        assert isinstance(seen, Views)
+        views = seen.all_views()
+        rows = self.data.numel()
+        if batch_views is None:
+            batch_views = self._views_at_once() if rows <= _MOST_ROWS else views.numel()
+        check_count("batch_views", batch_views, 1)
+        size = next(
+            n
+            for n in range(min(batch_views, views.numel()), 0, -1)
+            if views.numel() % n == 0
+        )
+        examples = views.reshape(-1, size)
+        loader = DataLoader(
+            TensorDataset(examples, self.data.reshape(len(examples), -1)), batch_size=1
+        )
+        if solver == "auto":
+            solver = WeightCholesky() if rows <= _MOST_ROWS else _preconditioned()
+        weights = self.model.fit(
+            loader,
+            num_samples=num_samples,
+            final_samples=final_samples,
+            steps=steps,
+            precision=precision,
+            solver=solver,
+            seed=seed,
+            progress=progress,
+            callback=callback,
+            checkpoint=checkpoint,
+            checkpoint_every=checkpoint_every,
+        )
+        return ImagePosterior(
+            replace(weights, mean_of="network"),
+            self.measurement,
+            self.is_small if exact is None else exact,
+        )
+
+    @property
+    def is_small(self) -> bool:
+        """Whether the covariance matrix of the pixels takes minutes at most."""
+        d, size = self.measurement.shape[1], self.model.tangent.num_weights
+        return d**2 * size <= _MOST_WORK and self._exact_bytes() <= self._budget()
+
+    def _exact_bytes(self) -> int:
+        d, size = self.measurement.shape[1], self.model.tangent.num_weights
+        # The Jacobian as it is found and scaled, and matrices of the pixels.
+        return 2 * d * size * self.measurement.dtype.itemsize + 4 * 8 * d**2
+
+    def _budget(self) -> int:
+        tangent = self.model.tangent
+        return resolve_budget(tangent.memory_budget, tangent.device)
+
+    def _check_exact(self) -> None:
+        needed, budget = self._exact_bytes(), self._budget()
+        if needed > budget:
+            raise MemoryError(
+                f"exact: the covariance of {self.measurement.shape[1]} pixels needs "
+                f"{needed / 1e9:.1f} GB, more than the memory budget of "
+                f"{budget / 1e9:.1f} GB; leave exact=False, for variances by samples"
+            )
+
+    def _views_at_once(self) -> int:
+        """Views whose Jacobian is held at a time."""
+        each = math.prod(self.measurement.view_shape) * self.model.tangent.num_weights
+        return max(1, _JACOBIAN // each)
+
+
+def _preconditioned() -> Dual:
+    return Dual(CG(preconditioner=Nystrom(rank=_RANK)), tolerance=0.01)
+
+
+@dataclass
+class ImagePosterior:
+    """A Gaussian posterior over images.
+
+    Attributes:
+        weights: That of the network behind the measurement, over its weights.
+        measurement: What was measured.
+        exact: Whether standard deviations are by the covariance of the pixels; else
+            they are by the samples.
+    """
+
+    weights: LinearisedPosterior
+    measurement: Measurement
+    exact: bool = False
+    _covariance: Tensor | None = field(default=None, repr=False)
+
+    @property
+    def image_shape(self) -> tuple[int, ...]:
+        """Shape of an image."""
+        return self.measurement.image_shape
+
+    @property
+    def noise(self) -> float:
+        """Standard deviation of the noise."""
+        variance = self.weights.likelihood.variance
+        assert isinstance(variance, float)
+        return math.sqrt(variance)
+
+    def seen_by(self, measurement: Measurement | None) -> TangentBatch:
+        """The tangent model of another measurement; None: of the image itself."""
+        tangent = self.weights.tangent
+        views = tangent.network
+        assert isinstance(views, Views)
+        seen = Views(views.network, views.input, views.image_shape, measurement)
+        other = Tangent(
+            seen,
+            weights=lambda name, _: name in tangent.names,
+            memory_budget=tangent.memory_budget,
+        )
+        return other.at(seen.all_views())
+
+    @cached_property
+    def _shown(self) -> TangentBatch:
+        """The tangent model of the image itself."""
+        return self.seen_by(None)
+
+    @cached_property
+    def mean(self) -> Float[Tensor, "*i"]:
+        """The image that the network shows (*image_shape)."""
+        return self._shown.outputs.reshape(self.image_shape)
+
+    @cached_property
+    def _fluctuations(self) -> Float[Tensor, K * i]:
+        """What the samples add to the mean."""
+        with torch.no_grad():
+            added = self._shown.jvp(self.weights.weight_samples)[0]
+        return added.mT.reshape(-1, *self.image_shape)
+
+    def samples(self, count: int | None = None) -> Float[Tensor, K * i]:
+        """Images of the posterior (count, *image_shape).
+
+        Args:
+            count: How many. Default: all that ``fit`` drew.
+
+        Raises:
+            ValueError: ``fit`` drew fewer.
+        """
+        have = self.weights.num_samples
+        count = have if count is None else count
+        check_count("count", count, 1)
+        if count > have:
+            raise ValueError(
+                f"count: expected at most the {have} samples that fit drew, found "
+                f"{count}; fit with final_samples={count}"
+            )
+        return self.mean + self._fluctuations[:count]
+
+    @torch.no_grad()
+    def covariance(self) -> Float[Tensor, "d d"]:
+        """C of all pixels, without sampling error (d, d), in float64."""
+        if self._covariance is None:
+            prior = self._prior_covariance()
+            d = len(prior)
+            measured = self.measurement.to(torch.float64)
+            cross = measured(prior.reshape(d, *self.image_shape)).reshape(d, -1)
+            data = measured(cross.mT.reshape(-1, *self.image_shape))
+            data = data.reshape(cross.shape[1], -1)
+            data = 0.5 * (data + data.mT)
+            data.diagonal().add_(self.noise**2)
+            root = torch.linalg.cholesky(data)
+            half = torch.linalg.solve_triangular(root, cross.mT, upper=False)
+            self._covariance = prior.addmm_(half.mT, half, alpha=-1)
+        return self._covariance
+
+    def _prior_covariance(self) -> Float[Tensor, "d d"]:
+        """K of all pixels, in float64."""
+        with torch.no_grad():
+            jacobian = self._shown.jacobian()[0]
+        phi = self.weights.prior.root_adjoint(jacobian.mT).mT
+        found = phi.new_zeros(len(phi), len(phi), dtype=torch.float64)
+        for columns in slices(phi.shape[1], _COLUMNS):
+            some = phi[:, columns].double()
+            found.addmm_(some, some.mT)
+        return found
+
+    @cached_property
+    def standard_deviation(self) -> Float[Tensor, "*i"]:
+        """Of every pixel (*image_shape)."""
+        if self.exact:
+            variance = self.covariance().diagonal().clamp_min(0.0).to(self.mean)
+            return variance.sqrt().reshape(self.image_shape)
+        return self._fluctuations.square().mean(0).sqrt()
+
+    def log_density(self, truth: Any, patch: int | None = 1) -> float:
+        """Log density of the true image, in nats and by the number of pixels.
+
+        Args:
+            truth: The image (*image_shape).
+            patch: Side of the patches that are taken for independent of each other: 1,
+                pixels; None, the whole image. Covariances of patches are exact where
+                standard deviations are; by samples, those between pixels are halved,
+                which leaves them positive definite however few samples there are (as
+                in SWAG).
+        """
+        error = (self._checked(truth) - self.mean).double()
+        if patch is None:
+            patch = max(self.image_shape)
+        check_count("patch", patch, 1)
+        floor = self._floor(truth)
+        if patch == 1:
+            variance = self.standard_deviation.double().square() + floor
+            each = error.square() / variance + variance.log()
+            return -0.5 * (float(each.mean()) + math.log(2 * math.pi))
+        total = 0.0
+        for pixels in self._patches(patch):
+            inside = self._covariance_of(pixels)
+            inside.diagonal().add_(floor)
+            root = torch.linalg.cholesky(inside)
+            white = torch.linalg.solve_triangular(
+                root, error.flatten()[pixels, None], upper=False
+            )
+            total += float(white.square().sum() + 2 * root.diagonal().log().sum())
+        return -0.5 * (total / error.numel() + math.log(2 * math.pi))
+
+    def coverage(self, truth: Any, level: float = 0.95) -> float:
+        """Share of pixels of the true image within their central intervals.
+
+        Args:
+            truth: The image (*image_shape).
+            level: Probability of an interval.
+        """
+        mean, y = self.mean.double(), self._checked(truth).double()
+        variance = self.standard_deviation.double().square() + self._floor(truth)
+        return interval_coverage(mean.flatten(), variance.flatten(), y.flatten(), level)
+
+    def _checked(self, truth: Any) -> Tensor:
+        x = torch.as_tensor(truth).to(self.mean)
+        check_finite("truth", x)
+        return _one_of("truth", x, self.image_shape)
+
+    def _floor(self, truth: Any) -> float:
+        """Variance of every pixel in scores."""
+        x = self._checked(truth)
+        return (_FLOOR * float(x.max() - x.min())) ** 2 or _FLOOR**2
+
+    def _patches(self, side: int) -> Iterator[Tensor]:
+        """Numbers of the pixels of each patch; those at the edge may be smaller."""
+        numbers = torch.arange(self.mean.numel(), device=self.mean.device)
+        parts = [numbers.reshape(self.image_shape)]
+        for axis in range(len(self.image_shape)):
+            parts = [q for p in parts for q in p.split(side, axis)]
+        return (part.flatten() for part in parts)
+
+    def _covariance_of(self, pixels: Tensor) -> Float[Tensor, "p p"]:
+        """C of some pixels, in float64."""
+        if self.exact:
+            return self.covariance()[pixels[:, None], pixels]
+        some = self._fluctuations.flatten(1)[:, pixels].double()
+        found = some.mT @ some / (2 * len(some))
+        found.diagonal().mul_(2)
+        return found
+
+
+def _one_of(name: str, value: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """A tensor that is not a batch of several.
+
+    Raises:
+        ValueError: It is.
+    """
+    if tuple(value.shape) != shape:
+        raise ValueError(f"{name}: expected shape {shape}, found {tuple(value.shape)}")
+    return value

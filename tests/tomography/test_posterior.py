@@ -1,0 +1,215 @@
+"""The posterior of an image is that of a Gaussian process, drawn and without draws."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.func import functional_call, jacrev
+
+from sgdgp.networks import Dual, Filters, Isotropic, Layerwise
+from sgdgp.solvers import CG
+from sgdgp.solvers.preconditioners import Nystrom
+from sgdgp.tomography import (
+    ImagePosterior,
+    LinearisedImage,
+    Measurement,
+    ParallelBeam,
+    UNet,
+    block,
+    linearise,
+)
+
+SIZE = 8
+SIGMA = 0.05
+
+
+@pytest.fixture(scope="module")
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return UNet(channels=(4, 4), skips=(0, 2)).double().eval()
+
+
+@pytest.fixture(scope="module")
+def z() -> torch.Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return torch.rand(1, 1, SIZE, SIZE, generator=generator, dtype=torch.float64)
+
+
+@pytest.fixture(scope="module")
+def geometry() -> ParallelBeam:
+    return ParallelBeam(SIZE, 5, dtype=torch.float64)
+
+
+@pytest.fixture(scope="module")
+def truth(network: nn.Module, z: torch.Tensor) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(2)
+    image = network(z)[0, 0].detach()
+    return image + 0.05 * torch.randn(image.shape, generator=generator).double()
+
+
+@pytest.fixture(scope="module")
+def model(network, z, geometry, truth) -> LinearisedImage:
+    return linearise(network, z, geometry, geometry.simulate(truth), noise=SIGMA)
+
+
+@pytest.fixture(scope="module")
+def posterior(model: LinearisedImage) -> ImagePosterior:
+    return model.fit(final_samples=512)
+
+
+def jacobian(network: nn.Module, z: torch.Tensor) -> torch.Tensor:
+    """J (d, D) in weights of convolutions, in the order of the network's."""
+    weights = {n: p.detach() for n, p in network.named_parameters() if p.ndim > 1}
+    found = jacrev(lambda w: functional_call(network, w, (z,)).flatten())(weights)
+    return torch.cat([part.flatten(1) for part in found.values()], 1)
+
+
+def closed_form(network, z, measurement, posterior) -> torch.Tensor:
+    """C by its formula, from dense matrices."""
+    j = jacobian(network, z)
+    k = j @ posterior.weights.prior.covariance(j.mT)
+    eye = torch.eye(SIZE**2, dtype=torch.float64)
+    a = measurement(eye.reshape(-1, SIZE, SIZE)).flatten(1).mT
+    s = a @ k @ a.mT + posterior.noise**2 * torch.eye(len(a), dtype=torch.float64)
+    return k - k @ a.mT @ torch.linalg.solve(s, a @ k)
+
+
+def test_the_covariance_is_that_of_the_formula(network, z, geometry, posterior) -> None:
+    expected = closed_form(network, z, geometry, posterior)
+    torch.testing.assert_close(posterior.covariance(), expected, rtol=1e-8, atol=1e-12)
+    sd = expected.diagonal().sqrt().reshape(SIZE, SIZE)
+    torch.testing.assert_close(posterior.standard_deviation, sd, rtol=1e-6, atol=1e-9)
+
+
+def test_the_mean_is_what_the_network_shows(network, z, posterior) -> None:
+    torch.testing.assert_close(posterior.mean, network(z)[0, 0].detach())
+    assert posterior.noise == pytest.approx(SIGMA)
+
+
+def test_samples_have_the_covariance_of_the_formula(posterior) -> None:
+    """The variances of 512 have a relative standard deviation of sqrt(2 / 512)."""
+    added = (posterior.samples() - posterior.mean).flatten(1)
+    variance = posterior.covariance().diagonal()
+    ratio = added.square().mean(0) / variance
+    spread = math.sqrt(2 / 512)
+    assert float((ratio - 1).square().mean().sqrt()) < 1.5 * spread
+    white = torch.linalg.lstsq(
+        torch.linalg.cholesky(posterior.covariance() + 1e-10 * torch.eye(64)), added.mT
+    ).solution
+    # A wrong correlation of pixels would leave some direction with another variance.
+    assert float(white.square().mean()) == pytest.approx(1.0, abs=0.1)
+
+
+@pytest.mark.parametrize("patch", [1, 3, None])
+def test_the_log_density_is_that_of_independent_patches(
+    posterior, truth, patch
+) -> None:
+    c = (
+        posterior.covariance()
+        + torch.eye(SIZE**2) * (1e-3 * float(truth.max() - truth.min())) ** 2
+    )
+    numbers = torch.arange(SIZE**2).reshape(SIZE, SIZE)
+    side = SIZE if patch is None else patch
+    total = 0.0
+    for i in range(0, SIZE, side):
+        for j in range(0, SIZE, side):
+            pixels = numbers[i : i + side, j : j + side].flatten()
+            total += torch.distributions.MultivariateNormal(
+                posterior.mean.flatten()[pixels], c[pixels][:, pixels]
+            ).log_prob(truth.flatten()[pixels])
+    expected = float(total) / SIZE**2
+    assert posterior.log_density(truth, patch) == pytest.approx(expected, rel=1e-6)
+
+
+def test_patches_by_samples_halve_covariances_between_pixels(model, truth) -> None:
+    posterior = model.fit(final_samples=16, exact=False)
+    added = (posterior.samples() - posterior.mean).flatten(1)
+    c = added.mT @ added / 32
+    c.diagonal().mul_(2).add_((1e-3 * float(truth.max() - truth.min())) ** 2)
+    joint = torch.distributions.MultivariateNormal(posterior.mean.flatten(), c)
+    expected = float(joint.log_prob(truth.flatten())) / SIZE**2
+    assert posterior.log_density(truth, None) == pytest.approx(expected, rel=1e-6)
+
+
+def test_coverage_counts_pixels_within_intervals(posterior, truth) -> None:
+    error = (truth - posterior.mean).abs()
+    floor = 1e-3 * float(truth.max() - truth.min())
+    sd = (posterior.standard_deviation.square() + floor**2).sqrt()
+    inside = (error <= 1.959964 * sd).double().mean()
+    assert posterior.coverage(truth) == pytest.approx(float(inside))
+    assert posterior.coverage(truth, 0.5) < posterior.coverage(truth, 0.99)
+
+
+def test_another_solver_draws_the_same_images(model) -> None:
+    solver = Dual(CG(preconditioner=Nystrom(rank=20)), tolerance=1e-6)
+    fixed = {"steps": 0, "precision": 1.0, "final_samples": 2, "exact": False}
+    same, found = model.fit(**fixed), model.fit(**fixed, solver=solver)
+    change = (found.samples() - same.samples()).norm()
+    assert float(change / (same.samples() - same.mean).norm()) < 1e-3
+
+
+def test_views_taken_apart_teach_the_same(network, z, geometry, truth) -> None:
+    model = linearise(network, z, geometry, geometry.simulate(truth), Isotropic())
+    whole, apart = (model.fit(final_samples=2, batch_views=b) for b in (None, 1))
+    assert apart.noise == pytest.approx(whole.noise, rel=1e-2)
+    torch.testing.assert_close(
+        apart.covariance(), whole.covariance(), rtol=0.05, atol=1e-6
+    )
+
+
+def test_learned_noise_is_that_of_the_data(network, z, geometry) -> None:
+    """The data are an image of the model with noise: the evidence finds its size."""
+    y = geometry.simulate(network(z)[0, 0].detach(), standard_deviation=0.1, seed=5)
+    posterior = linearise(network, z, geometry, y).fit(final_samples=8)
+    # 60 numbers know a variance to 18 %; the network's own weights fit some of them.
+    assert posterior.noise == pytest.approx(0.1, rel=0.3)
+
+
+def test_priors_of_blocks_and_filters_are_learned(network, z, geometry, truth) -> None:
+    y = geometry.simulate(truth)
+    model = linearise(network, z, geometry, y, Layerwise(block), dtype=torch.float32)
+    posterior = model.fit(final_samples=4)
+    labels = {block(name) for name in posterior.weights.tangent.names}
+    assert labels == {"down.0", "down.1", "skip.1", "up.1", "out"}
+    assert len(posterior.weights.precisions) == len(labels)
+    smooth = linearise(network, z, geometry, y, Filters(length=1.0, groups=block))
+    covariance = smooth.fit(final_samples=4)
+    expected = closed_form(network, z, geometry, covariance)
+    torch.testing.assert_close(covariance.covariance(), expected, rtol=1e-7, atol=1e-11)
+
+
+def test_inpainting_has_large_deviations_where_nothing_is_seen(network, z) -> None:
+    seen = torch.ones(SIZE, SIZE, dtype=torch.bool)
+    seen[2:6, 2:6] = False
+    mask = Measurement.of(
+        lambda x: x[:, seen], image_shape=(SIZE, SIZE), dtype=torch.float64
+    )
+    image = network(z)[0, 0].detach()
+    posterior = linearise(network, z, mask, mask(image), noise=0.01).fit(
+        final_samples=4, steps=0, precision=1.0
+    )
+    sd = posterior.standard_deviation
+    assert float(sd[~seen].mean()) > 1.5 * float(sd[seen].mean())
+
+
+def test_what_does_not_fit_is_refused(network, z, geometry, truth, posterior) -> None:
+    y = geometry.simulate(truth)
+    with pytest.raises(ValueError, match=r"data: expected shape .*5, 12"):
+        linearise(network, z, geometry, y[:4])
+    with pytest.raises(ValueError, match=r"data.*finite"):
+        linearise(network, z, geometry, y * math.nan)
+    with pytest.raises(ValueError, match="network: expected an image of shape"):
+        linearise(network, z[..., :4], geometry, y)
+    with pytest.raises(ValueError, match="noise: expected"):
+        linearise(network, z, geometry, y, noise=-1.0)
+    with pytest.raises(TypeError, match="dtype: expected float32 or float64"):
+        linearise(network, z, geometry, y, dtype=torch.float16)
+    with pytest.raises(MemoryError, match="exact: the covariance of 64 pixels needs"):
+        linearise(network, z, geometry, y, memory_budget=1000).fit(exact=True)
+    with pytest.raises(ValueError, match=r"count: expected at most the 512 samples"):
+        posterior.samples(1000)
+    with pytest.raises(ValueError, match=r"truth: expected shape \(8, 8\)"):
+        posterior.log_density(truth[:4])
