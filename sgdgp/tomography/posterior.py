@@ -27,7 +27,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -50,6 +50,8 @@ from sgdgp.solvers import CG
 from sgdgp.solvers.base import Callback
 from sgdgp.solvers.preconditioners import Nystrom
 from sgdgp.tangent import NORMS, Tangent, TangentBatch, Weights
+from sgdgp.tomography.design import Criterion, check_choice, chosen_views, root_of
+from sgdgp.tomography.geometry import Beam
 from sgdgp.tomography.measurement import Measurement
 
 _MOST_ROWS = 2048
@@ -447,6 +449,103 @@ class ImagePosterior:
             variance = self.covariance().diagonal().clamp_min(0.0).to(self.mean)
             return variance.sqrt().reshape(self.image_shape)
         return self._fluctuations.square().mean(0).sqrt()
+
+    def next_angles(
+        self, candidates: Any = 180, k: int = 5, criterion: Criterion = "eig"
+    ) -> Float[Tensor, " k"]:
+        """The angles to measure next, of a geometry of rays.
+
+        Args:
+            candidates: A geometry, angles in degrees, or how many equidistant ones.
+                Leave out those that cannot be measured again.
+            k: How many.
+            criterion: As in :meth:`next_views`.
+
+        Returns:
+            Angles in degrees (k), the best one first.
+
+        Raises:
+            TypeError: The measurement is not one by rays.
+            ValueError: An argument does not fit.
+            MemoryError: Too many candidates at a time.
+
+        Example:
+            >>> angles = posterior.next_angles(k=5)
+            >>> data = torch.cat([dip.data, scan(angles)])
+            >>> geometry = geometry.at(torch.cat([geometry.angles, angles]))
+            >>> dip = reconstruct(data, geometry, network=dip.network, input=dip.input)
+            >>> precision = posterior.weights.precision
+            >>> posterior = dip.linearise().fit(precision=precision)
+        """
+        if not isinstance(candidates, Beam):
+            if not isinstance(self.measurement, Beam):
+                raise TypeError(
+                    "next_angles: expected a posterior by a ParallelBeam or FanBeam, "
+                    f"found {type(self.measurement).__name__}; next_views takes any "
+                    "measurement"
+                )
+            candidates = self.measurement.at(candidates)
+        return candidates.angles[self.next_views(candidates, k, criterion)]
+
+    def next_views(
+        self, candidates: Any, k: int = 1, criterion: Criterion = "eig"
+    ) -> Int[Tensor, " k"]:
+        """The views to measure next: one after the other, each given those before it.
+
+        Criteria are, with the covariance V of what a view would measure and the noise's
+        variance s^2,
+
+        - "eig": the expected information gain, log det(I + V / s^2) / 2;
+        - "diagonal": the same of every number for itself, sum log(1 + V_ii / s^2) / 2;
+        - "variance": sum V_ii.
+
+        Where the posterior is not ``exact`` they are by the samples. K samples tell of
+        no more than K directions: V has that rank, which makes "eig" too small for
+        views of as many numbers, and after views of K numbers in all nothing is left to
+        learn. Have several times as many samples as the k views have numbers; the
+        first view by the other criteria needs few.
+
+        Args:
+            candidates: Views of the same image; whatever ``Measurement.of`` takes.
+                Measured ones may be among them: they are worth less.
+            k: How many; no view is chosen twice.
+            criterion: What a view is worth.
+
+        Returns:
+            Numbers of the views (k), the best one first.
+
+        Raises:
+            TypeError: An argument is of the wrong kind.
+            ValueError: Images of another shape, fewer than k candidates, or no such
+                criterion.
+            MemoryError: Too many candidates at a time; says how much they need.
+        """
+        shape = None if isinstance(candidates, Measurement) else self.image_shape
+        candidates = Measurement.of(candidates, shape)
+        if candidates.image_shape != self.image_shape:
+            raise ValueError(
+                f"candidates: expected views of images {self.image_shape}, found "
+                f"{candidates.image_shape}"
+            )
+        check_choice(k, candidates.num_views, criterion)
+        rows = self.measurement.shape[1] if self.exact else self.weights.num_samples
+        kind = torch.float64 if self.exact else self.mean.dtype
+        tangent = self.weights.tangent
+        needed = 2 * rows * candidates.shape[0] * kind.itemsize
+        budget = resolve_budget(tangent.memory_budget, tangent.device)
+        if needed > budget:
+            raise MemoryError(
+                f"candidates: {candidates.num_views} views of a covariance of rank "
+                f"{rows} need {needed / 1e9:.1f} GB, more than the memory budget of "
+                f"{budget / 1e9:.1f} GB; give fewer views"
+            )
+        if self.exact:
+            root = root_of(self.covariance()).reshape(-1, *self.image_shape)
+        else:
+            root = self._fluctuations / math.sqrt(rows)
+        seen = candidates.to(root.device, kind)(root)
+        seen = seen.reshape(*seen.shape[:2], -1)
+        return chosen_views(seen, self.noise, k, criterion)
 
     def log_density(self, truth: Any, patch: int | None = 1) -> float:
         """Log density of the true image, in nats and by the number of pixels.
