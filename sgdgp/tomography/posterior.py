@@ -42,6 +42,7 @@ from sgdgp.networks import (
     LinearisedNetwork,
     LinearisedPosterior,
     WeightCholesky,
+    load,
 )
 from sgdgp.networks import linearise as linearise_network
 from sgdgp.networks.priors import PriorSettings
@@ -72,9 +73,10 @@ _PROBES = 256
 _RANK = 200
 """Of a preconditioner."""
 
-_FLOOR = 1e-3
-"""Standard deviation of every pixel in scores, by the image's range: behind a saturated
-sigmoid the model is sure of a pixel to 1e-6, which no measurement is."""
+RESOLUTION = 1 / 510
+"""Standard deviation that every pixel has at least, by the range of the image: half a
+grey level of 256. Behind a saturated sigmoid the linear model is sure of a pixel to
+1e-6, which no measurement is, and white pixels of .99 have an absurd density."""
 
 
 class Views(nn.Module):
@@ -303,6 +305,27 @@ class LinearisedImage:
             self.is_small if exact is None else exact,
         )
 
+    def load(
+        self, path: str | os.PathLike[str], *, exact: bool | None = None
+    ) -> ImagePosterior:
+        """Read a posterior of this model that was saved.
+
+        Args:
+            path: The file.
+            exact: As in ``fit``.
+
+        Raises:
+            StorageError: The file is missing, damaged, or of another network.
+            MemoryError: ``exact`` needs more memory than there is.
+        """
+        if exact:
+            self._check_exact()
+        tangent = self.model.tangent
+        weights = load(path, tangent.network, memory_budget=tangent.memory_budget)
+        return ImagePosterior(
+            weights, self.measurement, self.is_small if exact is None else exact
+        )
+
     @property
     def is_small(self) -> bool:
         """Whether the covariance matrix of the pixels takes minutes at most."""
@@ -389,6 +412,11 @@ class ImagePosterior:
         return self._shown.outputs.reshape(self.image_shape)
 
     @cached_property
+    def resolution(self) -> float:
+        """Standard deviation that every pixel has on its own, whatever the samples."""
+        return RESOLUTION * float(self.mean.max() - self.mean.min())
+
+    @cached_property
     def _fluctuations(self) -> Float[Tensor, K * i]:
         """What the samples add to the mean."""
         with torch.no_grad():
@@ -416,7 +444,10 @@ class ImagePosterior:
 
     @torch.no_grad()
     def covariance(self) -> Float[Tensor, "d d"]:
-        """C of all pixels, without sampling error (d, d), in float64."""
+        """C of all pixels, without sampling error (d, d), in float64.
+
+        With ``resolution`` on its diagonal.
+        """
         if self._covariance is None:
             prior = self._prior_covariance()
             d = len(prior)
@@ -429,6 +460,7 @@ class ImagePosterior:
             root = torch.linalg.cholesky(data)
             half = torch.linalg.solve_triangular(root, cross.mT, upper=False)
             self._covariance = prior.addmm_(half.mT, half, alpha=-1)
+            self._covariance.diagonal().add_(self.resolution**2)
         return self._covariance
 
     def _prior_covariance(self) -> Float[Tensor, "d d"]:
@@ -444,11 +476,11 @@ class ImagePosterior:
 
     @cached_property
     def standard_deviation(self) -> Float[Tensor, "*i"]:
-        """Of every pixel (*image_shape)."""
+        """Of every pixel (*image_shape), at least ``resolution``."""
         if self.exact:
-            variance = self.covariance().diagonal().clamp_min(0.0).to(self.mean)
-            return variance.sqrt().reshape(self.image_shape)
-        return self._fluctuations.square().mean(0).sqrt()
+            variance = self.covariance().diagonal().clamp_min(self.resolution**2)
+            return variance.sqrt().to(self.mean).reshape(self.image_shape)
+        return (self._fluctuations.square().mean(0) + self.resolution**2).sqrt()
 
     def next_angles(
         self, candidates: Any = 180, k: int = 5, criterion: Criterion = "eig"
@@ -474,7 +506,7 @@ class ImagePosterior:
             >>> data = torch.cat([dip.data, scan(angles)])
             >>> geometry = geometry.at(torch.cat([geometry.angles, angles]))
             >>> dip = reconstruct(data, geometry, network=dip.network, input=dip.input)
-            >>> precision = posterior.weights.precision
+            >>> precision = float(posterior.weights.precisions[0])
             >>> posterior = dip.linearise().fit(precision=precision)
         """
         if not isinstance(candidates, Beam):
@@ -547,6 +579,16 @@ class ImagePosterior:
         seen = seen.reshape(*seen.shape[:2], -1)
         return chosen_views(seen, self.noise, k, criterion)
 
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write it to a file, which ``reconstruction.linearise().load`` reads.
+
+        Network and measurement are not in it: save the reconstruction as well.
+
+        Raises:
+            StorageError: Nothing can be written there.
+        """
+        self.weights.save(path)
+
     def log_density(self, truth: Any, patch: int | None = 1) -> float:
         """Log density of the true image, in nats and by the number of pixels.
 
@@ -562,16 +604,13 @@ class ImagePosterior:
         if patch is None:
             patch = max(self.image_shape)
         check_count("patch", patch, 1)
-        floor = self._floor(truth)
         if patch == 1:
-            variance = self.standard_deviation.double().square() + floor
+            variance = self.standard_deviation.double().square()
             each = error.square() / variance + variance.log()
             return -0.5 * (float(each.mean()) + math.log(2 * math.pi))
         total = 0.0
         for pixels in self._patches(patch):
-            inside = self._covariance_of(pixels)
-            inside.diagonal().add_(floor)
-            root = torch.linalg.cholesky(inside)
+            root = torch.linalg.cholesky(self._covariance_of(pixels))
             white = torch.linalg.solve_triangular(
                 root, error.flatten()[pixels, None], upper=False
             )
@@ -586,18 +625,13 @@ class ImagePosterior:
             level: Probability of an interval.
         """
         mean, y = self.mean.double(), self._checked(truth).double()
-        variance = self.standard_deviation.double().square() + self._floor(truth)
+        variance = self.standard_deviation.double().square()
         return interval_coverage(mean.flatten(), variance.flatten(), y.flatten(), level)
 
     def _checked(self, truth: Any) -> Tensor:
         x = torch.as_tensor(truth).to(self.mean)
         check_finite("truth", x)
         return _one_of("truth", x, self.image_shape)
-
-    def _floor(self, truth: Any) -> float:
-        """Variance of every pixel in scores."""
-        x = self._checked(truth)
-        return (_FLOOR * float(x.max() - x.min())) ** 2 or _FLOOR**2
 
     def _patches(self, side: int) -> Iterator[Tensor]:
         """Numbers of the pixels of each patch; those at the edge may be smaller."""
@@ -613,7 +647,7 @@ class ImagePosterior:
             return self.covariance()[pixels[:, None], pixels]
         some = self._fluctuations.flatten(1)[:, pixels].double()
         found = some.mT @ some / (2 * len(some))
-        found.diagonal().mul_(2)
+        found.diagonal().mul_(2).add_(self.resolution**2)
         return found
 
 
