@@ -19,7 +19,7 @@ from torch.func import functional_call, grad, vmap
 from torch.nn import functional
 
 from benchmarks.checks import Check
-from benchmarks.reference_posteriors.rows import Record, Row
+from benchmarks.study import Record, Row
 from sgdgp.networks import Draws, SymmetryGroup, align, barrier, match_weights
 from sgdgp.networks.sampling import Symmetry
 from sgdgp.tangent import Tangent

@@ -26,7 +26,7 @@ from torch.func import functional_call, grad, vmap
 
 from benchmarks.checks import Check
 from benchmarks.reference_posteriors.alignment import digits
-from benchmarks.reference_posteriors.rows import Record, Row
+from benchmarks.study import Record, Row
 from sgdgp.networks import (
     Categorical,
     CompactGaussian,

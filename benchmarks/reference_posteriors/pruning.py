@@ -18,7 +18,7 @@ from torch.nn import functional
 from benchmarks.checks import Check
 from benchmarks.learned_priors.training import trained
 from benchmarks.networks.data import read_images
-from benchmarks.reference_posteriors.rows import Record, Row
+from benchmarks.study import Record, Row
 from benchmarks.uci.columns import format_figure, mean_and_error
 from sgdgp.networks import (
     Categorical,

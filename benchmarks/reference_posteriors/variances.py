@@ -21,7 +21,7 @@ from torch.func import functional_call, grad, jvp, vmap
 from torch.utils.data import DataLoader, TensorDataset
 
 from benchmarks.checks import Check
-from benchmarks.reference_posteriors.rows import Record, Row
+from benchmarks.study import Record, Row
 from benchmarks.uci.data import load_split
 from sgdgp.networks import (
     Categorical,

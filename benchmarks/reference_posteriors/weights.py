@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from benchmarks.checks import Check
 from benchmarks.reference_posteriors.alignment import digits
-from benchmarks.reference_posteriors.rows import Record, Row
+from benchmarks.study import Record, Row
 from sgdgp.metrics import accuracy, negative_log_likelihood
 from sgdgp.networks import (
     Categorical,
