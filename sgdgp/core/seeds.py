@@ -61,6 +61,7 @@ STREAMS = {
     "candidates": "starting points of one step of Thompson sampling",
     "chains": "where chains of Hamiltonian Monte Carlo begin",
     "draw": "functions that a BoTorch model draws for base samples",
+    "dropout of a reconstruction": "what one step of a fit drops",
     "evidence": "probes of a network's evidence",
     "fantasies": "the solves behind fantasies",
     "first rows": "rows that a fit makes its first steps on",

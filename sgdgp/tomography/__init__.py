@@ -9,6 +9,7 @@ from sgdgp.tomography.posterior import (
     linearise,
     linearize,
 )
+from sgdgp.tomography.reconstruction import Reconstruction, reconstruct
 from sgdgp.tomography.unet import UNet
 
 __all__ = [
@@ -17,8 +18,10 @@ __all__ = [
     "LinearisedImage",
     "Measurement",
     "ParallelBeam",
+    "Reconstruction",
     "UNet",
     "block",
     "linearise",
     "linearize",
+    "reconstruct",
 ]

@@ -1,0 +1,872 @@
+"""Reconstructions by the deep image prior: a network fitted to one measurement.
+
+The image is x = f(theta), a network of a fixed input, and theta minimises
+
+    mean((A x - y)^2) + tv * sum |dx|
+
+by Adam (Ulyanov et al., "Deep image prior", 2018; with the total variation of Baguer
+et al., 2020). Untrained convolutional networks learn images before noise, so that a fit
+has to end in time.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeAlias, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sgdgp.core.checkpoint import Checkpoint, check_every
+from sgdgp.core.checks import (
+    check_count,
+    check_finite,
+    check_followers,
+    check_number,
+    check_positive,
+)
+from sgdgp.core.codec import (
+    encode,
+    fitting,
+    is_stored_class,
+    read_values,
+    register_stored_class,
+    write_values,
+)
+from sgdgp.core.errors import NotStorableError, StorageError, warn_user
+from sgdgp.core.files import FileKind, path_of, place_of, reads
+from sgdgp.core.hashes import digest, structure_of
+from sgdgp.core.memory import free_memory
+from sgdgp.core.seeds import derived_generator, number_of
+from sgdgp.solvers.base import Callback, Progress, progress_bar
+from sgdgp.tomography.measurement import Measurement
+from sgdgp.tomography.unet import UNet
+
+Schedule: TypeAlias = Literal["cosine", "constant"]
+"""Of the learning rate."""
+
+KIND = FileKind("sgdgp.tomography", 1, "reconstruction")
+FIT_KIND = FileKind("sgdgp.tomography.fit", 1, "checkpoint of a reconstruction")
+
+_EVERY = 10
+"""Steps between two entries of the history, and two calls of a callback."""
+
+_CLIP = 1.0
+"""Largest norm of a gradient, where the data have a mean square of one."""
+
+_TV = 1.0
+"""Strength of the total variation, where nobody says: exp(-_TV |dx|) is the prior of
+the difference of two pixels, in units of the image's range. Measured on Shepp-Logan
+phantoms and digits: the best is between 1 and 5, and flat."""
+
+_DIFFERENCES = 4
+"""Order of the differences between bins that are taken for noise."""
+
+_USUAL_NOISE = 0.05
+"""Of the mean of |y|, where data have no bins to tell it from."""
+
+_WELL_SCALED = (0.1, 1.05)
+"""Where the largest value of a smoothed first image may lie for [0, 1] to be taken as
+the range of images."""
+
+_HEADROOM = 2.0
+"""Largest value of an image by that of its smoothed first image, at most."""
+
+_NEGATIVE = 0.05
+"""Share of data below zero that noise does not explain."""
+
+_EXPLODED = 10.0
+"""A loss so many times that of the first step is divergence."""
+
+_LOST, _LOST_STEPS = 3.0, 300
+"""So is a loss so many times the best that was not reached again in so many steps."""
+
+_SLOWER = 0.3
+"""Factor of the learning rate after divergence."""
+
+_MOST_RESTARTS = 5
+
+_HEAVY = 2**28
+"""Bytes of a measurement that a file does not hold, unless they are a geometry's."""
+
+
+@dataclass(frozen=True)
+class FitEntry:
+    """One line of a fit's history.
+
+    Attributes:
+        step: Steps of Adam so far.
+        loss: mean((A x - y)^2) + tv * sum |dx|.
+        misfit: Its first part.
+        seconds: Wall time so far.
+    """
+
+    step: int
+    loss: float
+    misfit: float
+    seconds: float
+
+
+@dataclass(frozen=True, eq=False)
+class Reconstruction:
+    """An image, the network that shows it, and what it was reconstructed from.
+
+    Attributes:
+        image: The reconstruction (image_shape).
+        network: In evaluation mode, with the weights of the least loss.
+        input: What the network shows the image for (1, channels, ...).
+        measurement: A.
+        data: y, of shape (num_views, *view_shape).
+        tv: Weight of the total variation in the loss.
+        noise: Standard deviation of the noise, as estimated from the data alone.
+        reason: Why the fit ended: "finished", "stopped early", "interrupted" or
+            "diverged".
+        history: One entry for every 10 steps.
+        warnings: Sentences that say what a user may want to do about it.
+    """
+
+    image: Tensor
+    network: nn.Module = field(repr=False)
+    input: Tensor = field(repr=False)
+    measurement: Measurement = field(repr=False)
+    data: Tensor = field(repr=False)
+    tv: float
+    noise: float
+    reason: str
+    history: tuple[FitEntry, ...] = field(default=(), repr=False)
+    warnings: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        last = self.history[-1] if self.history else None
+        steps = f", {last.step} steps" if last else ""
+        return (
+            f"Reconstruction(image {tuple(self.image.shape)} by "
+            f"{type(self.network).__name__}, {self.reason}{steps}, tv={self.tv:.2g})"
+        )
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write it into a file, in one step; ``sgdgp.load`` reads it.
+
+        A network other than a ``UNet`` is not in the file, but its weights are; nor is
+        a measurement by a function, or by a matrix of more than 256 MiB. What is not
+        there has to be given on loading.
+
+        Raises:
+            StorageError: Nothing can be written there.
+        """
+        network: Any = self.network
+        if not is_stored_class(type(network)):
+            network = dict(network.state_dict())
+        values = {
+            "image": self.image,
+            "network": network,
+            "input": self.input,
+            "measurement": _stored(self.measurement),
+            "misfit": _misfit(self.measurement, self.image, self.data),
+            "data": self.data,
+            "tv": self.tv,
+            "noise": self.noise,
+            "reason": self.reason,
+            "history": _table(self.history),
+            "warnings": self.warnings,
+        }
+        write_values(place_of(path), KIND, values)
+
+
+def reconstruct(
+    data: Any,
+    measurement: Any,
+    network: nn.Module | None = None,
+    image_shape: Sequence[int] | None = None,
+    *,
+    iterations: int = 2000,
+    learning_rate: float = 2e-3,
+    schedule: Schedule = "cosine",
+    tv: float | None = None,
+    input: Tensor | None = None,
+    early_stopping: bool = True,
+    seed: int | torch.Generator = 0,
+    progress: bool | None = None,
+    callback: Callback | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
+    checkpoint_every: int | float = 60,
+) -> Reconstruction:
+    """Reconstruct an image or volume from one measurement by a deep image prior.
+
+    Args:
+        data: y, of shape (num_views, *view_shape), such as a sinogram.
+        measurement: A: a ``ParallelBeam`` or any ``Measurement``, or what
+            ``Measurement.of`` takes: a matrix, or a linear operator.
+        network: From inputs (1, channels, ...) to images (1, channels, ...). A copy is
+            fitted, from the weights as they are. Default: a ``UNet`` in two or three
+            dimensions with weights by ``seed``.
+        image_shape: Shape of the image, where ``measurement`` does not say.
+        iterations: Steps of Adam, at most.
+        learning_rate: Of Adam, at first.
+        schedule: Whether it falls to zero as a "cosine" or is "constant".
+        tv: Weight of the total variation. Default: by the noise, as estimated from
+            the data.
+        input: What the network is fed with. Default: the back-projection of the data.
+        early_stopping: End when the image turns from structure to noise; needs no
+            truth.
+        seed: Seed or generator of the weights, and of dropout.
+        progress: Show a progress bar. Default: on a terminal.
+        callback: Called every 10 steps; a ``Progress`` whose residual is
+            |A x - y| / |y|, and whose weights are the image. Returning True stops.
+        checkpoint: File that keeps the fit. Calling again after the process was killed
+            goes on from there.
+        checkpoint_every: Seconds between two writes of the checkpoint, at least.
+
+    Returns:
+        The reconstruction. After an interrupt (also from the keyboard) it is the best
+        so far, and its ``reason`` says so.
+
+    Raises:
+        TypeError: An argument is of the wrong kind.
+        ValueError: An argument does not fit; named, with what was found.
+        MemoryError: The network's activations do not fit; says how much they need.
+        CheckpointError: The checkpoint is of another fit, or damaged.
+
+    Example:
+        >>> geometry = sgdgp.tomography.ParallelBeam(size=128, angles=60)
+        >>> dip = sgdgp.tomography.reconstruct(sinogram, geometry)
+        >>> dip.image
+    """
+    check_followers(progress, callback)
+    check_every(checkpoint_every)
+    check_count("iterations", iterations, 1)
+    check_positive("learning_rate", learning_rate)
+    if schedule not in get_args(Schedule):
+        raise ValueError(
+            f'schedule: expected "cosine" or "constant", found {schedule!r}'
+        )
+    if tv is not None:
+        check_number("tv", tv)
+        if not 0 <= tv < math.inf:
+            raise ValueError(f"tv: expected a number of at least 0, found {tv}")
+    if not isinstance(early_stopping, bool):
+        raise TypeError(f"early_stopping: expected a bool, found {early_stopping!r}")
+    number = number_of(seed)
+    problem = _problem(data, measurement, image_shape, network, input, tv, number)
+    settings = _Settings(
+        iterations, float(learning_rate), schedule, early_stopping, number
+    )
+    keeper = _Keeper.at(checkpoint, checkpoint_every)
+    state = None
+    if keeper is not None:
+        state = keeper.find(_identity(problem, settings), problem.like.device)
+    fit = _Fit(problem, settings, state)
+    reason = fit.state.reason
+    try:
+        with progress_bar(progress, "deep image prior", callback) as listener:
+            while reason is None:
+                reason = fit.advance(listener)
+                if keeper is not None and keeper.is_due:
+                    keeper.keep(fit.state)
+    except KeyboardInterrupt:
+        reason = "interrupted"
+    finally:
+        # A step that was cut off leaves the file as it was.
+        if keeper is not None and fit.is_whole:
+            keeper.keep(fit.state)
+    warnings = [*problem.warnings, *fit.warnings(reason)]
+    if keeper is not None and keeper.problem is not None:
+        warnings.append(keeper.problem)
+    for sentence in warnings:
+        warn_user(sentence)
+    return fit.result(reason, tuple(warnings))
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """Arguments of the same names."""
+
+    iterations: int
+    learning_rate: float
+    schedule: Schedule
+    early_stopping: bool
+    seed: int
+
+    def rate(self, step: int) -> float:
+        """The learning rate of one step."""
+        if self.schedule == "constant":
+            return self.learning_rate
+        turn = math.cos(math.pi * step / self.iterations)
+        return 0.5 * self.learning_rate * (1 + turn)
+
+
+@dataclass(frozen=True, eq=False)
+class _Problem:
+    """What is fitted to what.
+
+    Attributes:
+        measurement: As it was given.
+        data: y, of its kind.
+        network: Ours to change.
+        input: z.
+        tv: Weight of the total variation.
+        noise: Its estimated standard deviation.
+        warnings: What was decided.
+        like: y of the network's kind.
+        measure: A of that kind.
+        scale: What losses are divided by for gradients: the mean square of y.
+    """
+
+    measurement: Measurement
+    data: Tensor
+    network: nn.Module
+    input: Tensor
+    tv: float
+    noise: float
+    warnings: tuple[str, ...]
+    like: Tensor
+    measure: Measurement
+    scale: float
+
+    def image(self) -> Tensor:
+        """f(theta) in the image's shape."""
+        found: Tensor = self.network(self.input)
+        return found.reshape(self.measurement.image_shape)
+
+    def loss(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss, and its first part."""
+        misfit = (self.measure(image) - self.like).square().mean()
+        if not self.tv:
+            return misfit, misfit
+        return misfit + self.tv * self.total_variation(image), misfit
+
+    def total_variation(self, image: Tensor) -> Tensor:
+        """Sum of |dx| over all axes but channels."""
+        axes = range(-min(self.input.ndim - 2, image.ndim), 0)
+        return torch.stack([image.diff(dim=a).abs().sum() for a in axes]).sum()
+
+
+def _problem(
+    data: Any,
+    measurement: Any,
+    image_shape: Sequence[int] | None,
+    network: nn.Module | None,
+    input: Tensor | None,
+    tv: float | None,
+    seed: int,
+) -> _Problem:
+    if network is not None and not isinstance(network, nn.Module):
+        raise TypeError(
+            f"network: expected a torch.nn.Module, found {type(network).__name__}"
+        )
+    measurement = Measurement.of(measurement, image_shape)
+    y = measurement.as_data(data)
+    if tuple(y.shape) != measurement.data_shape:
+        raise ValueError(
+            f"data: expected those of one image, {measurement.data_shape}, found shape "
+            f"{tuple(y.shape)}"
+        )
+    if not y.any():
+        raise ValueError("data: expected some that are not zero, found zeros only")
+    noise = _noise_of(y)
+    first = measurement.back_projection(y)
+    check_finite("back-projection of data", first)
+    low, high = _range_of(first, y)
+    unit, axes, warnings = high - low, len(measurement.image_shape), []
+    if network is None:
+        if axes not in (2, 3):
+            raise ValueError(
+                "network: needed for images of other than 2 or 3 axes, found shape "
+                f"{measurement.image_shape}"
+            )
+        if (low, high) != (0.0, 1.0):
+            warnings.append(
+                "Images seem to lie in other units than [0, 1], so the network's are "
+                + (f"within [0, {high:.3g}]" if low == 0 else "not bounded")
+                + ": give network=UNet(limits=...) if you know where they lie."
+            )
+        with torch.random.fork_rng(_devices(y)):
+            torch.manual_seed(seed)
+            network = UNet(dimensions=axes, sigmoid=low == 0, limits=(low, high))
+        network.to(y.device)
+    else:
+        network = copy.deepcopy(network)
+    parameter = next((p for p in network.parameters() if p.requires_grad), None)
+    if parameter is None:
+        raise ValueError("network: expected weights that need a gradient, found none")
+    if input is None:
+        flat = isinstance(network, UNet) and network.dimensions < axes
+        shape = (1, *((1,) * (not flat)), *measurement.image_shape)
+        input = (first / unit).reshape(shape)
+    elif not torch.is_tensor(input):
+        raise TypeError(f"input: expected a torch.Tensor, found {type(input).__name__}")
+    check_finite("input", input)
+    if tv is None:
+        tv = 2 * _TV * noise**2 / (y.numel() * unit)
+    kind: Any = {"dtype": parameter.dtype, "device": parameter.device}
+    found = _Problem(
+        measurement=measurement,
+        data=y,
+        network=network.train(),
+        input=input.detach().to(**kind),
+        tv=float(tv),
+        noise=noise,
+        warnings=tuple(warnings),
+        like=y.to(**kind),
+        measure=measurement.to(**kind),
+        scale=float(y.square().mean()),
+    )
+    _check_memory(found)
+    _check_output(found)
+    return found
+
+
+def _devices(tensor: Tensor) -> list[torch.device]:
+    """Whose generators are forked, too."""
+    return [tensor.device] if tensor.device.type == "cuda" else []
+
+
+def _noise_of(y: Tensor) -> float:
+    """Standard deviation of the noise in data, of which it takes no more than them.
+
+    Differences of a high order between neighbouring bins are mostly noise: half the
+    noise too much for coarse projections, a few per cent for fine ones.
+    """
+    if y.ndim < 2 or y.shape[-1] < 2 * _DIFFERENCES:
+        return _USUAL_NOISE * float(y.abs().mean())
+    order = _DIFFERENCES
+    differences = y.double().diff(n=order).abs().median()
+    # The median of |e| is .6745 for a standard normal e.
+    return float(differences) / (0.6745 * math.sqrt(math.comb(2 * order, order)))
+
+
+def _range_of(first: Tensor, y: Tensor) -> tuple[float, float]:
+    """Where images lie: [0, 1], another [0, high], or [-high, high] for no bounds.
+
+    Args:
+        first: A first image, with its artefacts.
+        y: Its data.
+    """
+    # Averages of neighbours, since single pixels are noise.
+    axes = min(first.ndim, 3)
+    pool = (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)[axes - 1]
+    last = first.reshape(-1, 1, *first.shape[first.ndim - axes :]).double()
+    smooth = pool(last, 3, 1, 1, count_include_pad=False)
+    top, size = float(smooth.max()), float(smooth.abs().max()) or 1.0
+    negative = float(-y.clamp(max=0).sum() / y.abs().sum())
+    if negative > _NEGATIVE:
+        return -size, size
+    if _WELL_SCALED[0] <= top <= _WELL_SCALED[1]:
+        return 0.0, 1.0
+    return 0.0, _HEADROOM * size
+
+
+def _check_memory(problem: _Problem) -> None:
+    """Refuse a network whose activations do not fit, before the first step.
+
+    Raises:
+        MemoryError: Says how many bytes are needed, and how many there are.
+    """
+    needed = _needed_memory(problem.network, problem.input)
+    available = free_memory(problem.like.device)
+    if needed is not None and needed > available:
+        raise MemoryError(
+            f"network: a step of {type(problem.network).__name__} for an image "
+            f"{problem.measurement.image_shape} needs about {needed:,} bytes, "
+            f"{available:,} are available; give a network of fewer channels, such as "
+            "UNet(channels=(8, 16, 32)), or a smaller image"
+        )
+
+
+def _needed_memory(network: nn.Module, input: Tensor) -> int | None:
+    """Bytes that one step takes beside the network, found by a run without values.
+
+    None for a network that cannot run so.
+    """
+    sizes: dict[int, int] = {}
+    kept: list[Tensor] = []
+    own = sum(p.nbytes for p in network.parameters())
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in sizes:
+            sizes[storage._cdata] = storage.nbytes()
+            kept.append(tensor)
+        return tensor
+
+    try:
+        ghost = copy.deepcopy(network).to("meta")
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            ghost(input.to("meta"))
+    except (RuntimeError, NotImplementedError, TypeError, ValueError):
+        return None
+    # Weights among them; moments, gradients and the best weights; and what a layer's
+    # gradients take while they are made.
+    return sum(sizes.values()) + 4 * own + 3 * max(sizes.values(), default=0)
+
+
+def _check_output(problem: _Problem) -> None:
+    """Refuse a network that does not show an image of the right shape.
+
+    Raises:
+        ValueError: Says what it shows, or why it does not take its input.
+    """
+    network, shape = problem.network, problem.measurement.image_shape
+    name, given = type(network).__name__, tuple(problem.input.shape)
+    network.eval()
+    try:
+        with torch.no_grad():
+            found = network(problem.input)
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(
+            f"network: {name} does not take the input of shape {given} ({error}); give "
+            "input= with the channels that it expects"
+        ) from error
+    network.train()
+    if not torch.is_tensor(found):
+        raise TypeError(
+            f"network: expected a tensor from {name}, found {type(found).__name__}"
+        )
+    if tuple(found.shape) not in ((1, 1, *shape), (1, *shape)):
+        raise ValueError(
+            f"network: expected images of shape {(1, 1, *shape)} from {name} for an "
+            f"input {given}, found {tuple(found.shape)}"
+        )
+    check_finite("network outputs", found)
+
+
+@register_stored_class
+@dataclass
+class _State:
+    """All that a fit knows between two steps.
+
+    Attributes:
+        weights: Of the network, buffers included.
+        best: Those of the least loss.
+        moments: Adam's, first and second of each weight; none before the first step.
+        step: How many steps are done.
+        adam_steps: How many since the moments were none.
+        best_step: That of the best weights.
+        best_loss: The least loss.
+        first_loss: That of the first step.
+        slower: Factor of the learning rate.
+        restarts: How often the fit went back to the best weights.
+        restart_step: When it last did.
+        history: Entries (n, 4).
+        seconds: Wall time so far.
+        reason: Why the fit ended; None if it has not.
+    """
+
+    weights: dict[str, Tensor]
+    best: dict[str, Tensor]
+    moments: list[list[Tensor]] = field(default_factory=list)
+    step: int = 0
+    adam_steps: int = 0
+    best_step: int = 0
+    best_loss: float = math.inf
+    first_loss: float = math.inf
+    slower: float = 1.0
+    restarts: int = 0
+    restart_step: int = 0
+    history: list[list[float]] = field(default_factory=list)
+    seconds: float = 0.0
+    reason: str | None = None
+
+
+class _Fit:
+    """One fit, ten steps at a time.
+
+    Args:
+        problem: What is fitted.
+        settings: How.
+        state: Where it was; None to begin.
+
+    Attributes:
+        state: Where it is.
+        is_whole: Whether the last step was done to its end.
+    """
+
+    def __init__(
+        self, problem: _Problem, settings: _Settings, state: _State | None
+    ) -> None:
+        self._problem, self._settings = problem, settings
+        if state is not None:
+            problem.network.load_state_dict(state.weights)
+        # Of the network itself, and so always what they are.
+        weights = dict(problem.network.state_dict())
+        if state is None:
+            state = _State(weights, {n: w.clone() for n, w in weights.items()})
+        state.weights = weights
+        self.state, self.is_whole = state, True
+        self._parameters = [p for p in problem.network.parameters() if p.requires_grad]
+        self._optimizer = self._begin(state.moments)
+        self._started = time.perf_counter() - state.seconds
+
+    def _begin(self, moments: list[list[Tensor]]) -> torch.optim.Adam:
+        """Adam with these moments, or none."""
+        found = torch.optim.Adam(self._parameters, foreach=True)
+        if moments:
+            steps = torch.tensor(float(self.state.adam_steps), device="cpu")
+            for p, (first, second) in zip(self._parameters, moments, strict=True):
+                found.state[p] = {
+                    "step": steps.clone(),
+                    "exp_avg": first,
+                    "exp_avg_sq": second,
+                }
+        return found
+
+    def advance(self, listener: Callback | None) -> str | None:
+        """Ten steps; why the fit ends with them, None if it does not."""
+        state, total = self.state, self._settings.iterations
+        with torch.random.fork_rng(_devices(self._problem.like)):
+            while state.reason is None and state.step < total:
+                image, loss, misfit = self._step()
+                if state.step % _EVERY == 0 or state.step == total:
+                    break
+        if state.reason is None and state.step == total:
+            state.reason = "finished"
+        state.seconds = time.perf_counter() - self._started
+        state.history.append([state.step, loss, misfit, state.seconds])
+        if listener is None:
+            return state.reason
+        size = self._problem.like.square().mean()
+        told = Progress(
+            passes=float(state.step),
+            seconds=state.seconds,
+            residuals=(misfit / size).sqrt()[None],
+            exact=False,
+            weights=lambda: image,
+        )
+        return ("interrupted" if listener(told) else None) or state.reason
+
+    def _step(self) -> tuple[Tensor, float, float]:
+        """One step of Adam; image, loss and misfit are those before it."""
+        state, settings, problem = self.state, self._settings, self._problem
+        stream = ("dropout of a reconstruction", state.step)
+        torch.manual_seed(derived_generator(settings.seed, *stream).initial_seed())
+        self._optimizer.zero_grad()
+        image = problem.image()
+        loss, misfit = problem.loss(image)
+        value = float(loss)
+        if state.step == 0:
+            state.first_loss = value
+            if not math.isfinite(value):
+                raise ValueError(f"data: the loss is not finite at first, {value}")
+        self.is_whole = False
+        if self._has_diverged(value):
+            self._restart()
+        else:
+            if value < state.best_loss:
+                state.best_loss, state.best_step = value, state.step
+                for name, weight in state.weights.items():
+                    state.best[name].copy_(weight)
+            (loss / problem.scale).backward()
+            nn.utils.clip_grad_norm_(self._parameters, _CLIP)
+            rate = state.slower * settings.rate(state.step)
+            self._optimizer.param_groups[0]["lr"] = rate
+            self._optimizer.step()
+            state.adam_steps += 1
+            if not state.moments:
+                found = (self._optimizer.state[p] for p in self._parameters)
+                state.moments = [[f["exp_avg"], f["exp_avg_sq"]] for f in found]
+        state.step += 1
+        self.is_whole = True
+        return image.detach(), value, float(misfit)
+
+    def _has_diverged(self, loss: float) -> bool:
+        state = self.state
+        if not loss <= _EXPLODED * state.first_loss:
+            return True
+        lost = state.step - max(state.best_step, state.restart_step) >= _LOST_STEPS
+        return lost and loss > _LOST * state.best_loss
+
+    def _restart(self) -> None:
+        """Back to the best weights, at a smaller rate; or the end."""
+        state = self.state
+        self._problem.network.load_state_dict(state.best)
+        state.moments, state.adam_steps = [], 0
+        self._optimizer = self._begin([])
+        state.restarts += 1
+        state.restart_step = state.step
+        state.slower *= _SLOWER
+        if state.restarts > _MOST_RESTARTS:
+            state.reason = "diverged"
+
+    def warnings(self, reason: str) -> list[str]:
+        """What users should know of the fit."""
+        state, total = self.state, self._settings.iterations
+        found = []
+        if reason == "interrupted":
+            found.append(
+                f"The fit was interrupted after {state.step} of {total} steps: the "
+                "image is the best so far."
+            )
+        if state.restarts:
+            found.append(
+                f"The loss diverged {state.restarts} times, after which "
+                + (
+                    "the fit was given up: the image is the best before"
+                    if reason == "diverged"
+                    else "the fit went on from the best weights with smaller steps"
+                )
+                + "; give a smaller learning_rate, "
+                f"{_SLOWER * self._settings.learning_rate:.1g} for one."
+            )
+        return found
+
+    @torch.no_grad()
+    def result(self, reason: str, warnings: tuple[str, ...]) -> Reconstruction:
+        """The reconstruction by the best weights."""
+        problem, state = self._problem, self.state
+        problem.network.load_state_dict(state.best)
+        problem.network.zero_grad()
+        problem.network.eval()
+        return Reconstruction(
+            image=problem.image(),
+            network=problem.network,
+            input=problem.input,
+            measurement=problem.measurement,
+            data=problem.data,
+            tv=problem.tv,
+            noise=problem.noise,
+            reason=reason,
+            history=_entries(state.history),
+            warnings=warnings,
+        )
+
+
+class _Keeper(Checkpoint):
+    """The file of one fit."""
+
+    kind = FIT_KIND
+    work = "reconstruction"
+
+    def find(self, components: dict[str, str], device: torch.device) -> _State | None:
+        """Where the fit was, or None if it has not begun.
+
+        Raises:
+            CheckpointError: The file is damaged, or of another fit.
+        """
+        found = self.open(components, device=device)
+        if found is None:
+            return None
+        with self.reading():
+            state = found["fit"]
+            if not isinstance(state, _State):
+                raise TypeError(f"found {type(state).__name__}")
+        return state
+
+    def keep(self, state: _State) -> None:
+        """Write where it is."""
+        self.write(fit=state)
+
+
+def _identity(problem: _Problem, settings: _Settings) -> dict[str, str]:
+    """What makes two fits the same one, by the names that users know."""
+    with torch.no_grad():
+        seen = problem.measure(problem.image())
+    weights = problem.network.state_dict()
+    return {
+        "data": digest(problem.like),
+        "measurement": f"{problem.measurement.shape} {digest(seen)}",
+        "input": f"{tuple(problem.input.shape)} {digest(problem.input)}",
+        **{f"weights {name}": digest(value) for name, value in weights.items()},
+        **structure_of(problem.network),
+        **{name: str(value) for name, value in vars(settings).items()},
+        "tv": f"{problem.tv:.8g}",
+    }
+
+
+def _table(history: Sequence[FitEntry]) -> Tensor:
+    rows = [[e.step, e.loss, e.misfit, e.seconds] for e in history]
+    return torch.tensor(rows, dtype=torch.float64, device="cpu").reshape(-1, 4)
+
+
+def _entries(rows: Sequence[Sequence[float]]) -> tuple[FitEntry, ...]:
+    return tuple(FitEntry(int(step), *rest) for step, *rest in rows)
+
+
+def _stored(measurement: Measurement) -> Measurement | None:
+    """A measurement that fits into a file; None for one by a function, or too large."""
+    tensors: dict[str, Tensor] = {}
+    try:
+        encode(measurement, "measurement", tensors)
+    except NotStorableError:
+        return None
+    heavy = sum(tensor.nbytes for tensor in tensors.values()) > _HEAVY
+    return None if heavy else measurement
+
+
+@torch.no_grad()
+def _misfit(measurement: Measurement, image: Tensor, data: Tensor) -> float:
+    """The mean square of A x - y."""
+    error = measurement(image.to(data)) - data
+    return float(error.double().square().mean())
+
+
+@reads(KIND)
+def _load(
+    path: str | os.PathLike[str],
+    network: nn.Module | None = None,
+    measurement: Any = None,
+    *,
+    device: torch.device | str = "cpu",
+) -> Reconstruction:
+    """What ``Reconstruction.save`` wrote.
+
+    Args:
+        path: The file.
+        network: One like that which was fitted, where it is no ``UNet``; a copy gets
+            the weights.
+        measurement: That of the data, where the file does not hold it.
+        device: Where it goes.
+
+    Raises:
+        StorageError: The file is damaged, or does not fit what is given.
+        TypeError: Something that the file does not hold is not given.
+    """
+    place = path_of(path)
+    found = read_values(place, KIND, device)
+    with fitting(place, "network"):
+        kept, image, data = found["network"], found["image"], found["data"]
+    if isinstance(kept, dict):
+        if not isinstance(network, nn.Module):
+            raise TypeError(
+                f"network: needed for {place}, which holds the weights of a network "
+                f"but not its code; expected a torch.nn.Module, found {network!r}"
+            )
+        with fitting(place, "network"):
+            network = copy.deepcopy(network)
+            network.load_state_dict(kept)
+            network = network.to(device).eval()
+    else:
+        network = kept
+    with fitting(place, "measurement"):
+        kept = found["measurement"]
+    if kept is None:
+        if measurement is None:
+            raise TypeError(
+                f"measurement: needed for {place}, which does not hold that of its data"
+            )
+        with fitting(place, "measurement"):
+            kept = Measurement.of(measurement, tuple(image.shape)).to(data.device)
+            expected, here = found["misfit"], _misfit(kept, image, data)
+            if not math.isclose(expected, here, rel_tol=1e-3):
+                raise StorageError(
+                    f"measurement: {place} belongs to another one: the mean square of "
+                    f"A x - y is {here:.4g}, expected {expected:.4g}"
+                )
+    with fitting(place, "network"):
+        return Reconstruction(
+            image=image,
+            network=network,
+            input=found["input"],
+            measurement=kept,
+            data=data,
+            tv=found["tv"],
+            noise=found["noise"],
+            reason=found["reason"],
+            history=_entries(found["history"].tolist()),
+            warnings=found["warnings"],
+        )
