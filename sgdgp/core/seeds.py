@@ -68,6 +68,7 @@ STREAMS = {
     "functions": "prior functions of one step of Thompson sampling",
     "hamiltonian": "velocities and decisions of one step of all chains",
     "hashes of examples": "multipliers of the hashes of a learned prior's examples",
+    "held-out data of a reconstruction": "data that tell when a fit is to end",
     "initial": "first points of Thompson sampling",
     "learned from": "rows that Thompson sampling learns parameters from",
     "noise of fantasies": "imagined observations",

@@ -6,7 +6,16 @@ The image is x = f(theta), a network of a fixed input, and theta minimises
 
 by Adam (Ulyanov et al., "Deep image prior", 2018; with the total variation of Baguer
 et al., 2020). Untrained convolutional networks learn images before noise, so that a fit
-has to end in time.
+has to end in time: a tenth of the data is held out until its misfit no longer falls;
+from the weights that predicted it best a short fit to all data follows, with a falling
+learning rate.
+
+Deviations from the papers:
+
+1. Steps. Losses are scaled so that most gradients are clipped, which is worth up to 7
+   dB in a thousand steps.
+2. Early stopping. Held-out data find the step of the best image to .2 dB on digits and
+   phantoms with 5 and 10 % noise, windowed variances of the image to 5 dB.
 """
 
 from __future__ import annotations
@@ -58,7 +67,19 @@ _EVERY = 10
 """Steps between two entries of the history, and two calls of a callback."""
 
 _CLIP = 1.0
-"""Largest norm of a gradient, where the data have a mean square of one."""
+"""Largest norm of a gradient, of losses in units of ``_UNIT`` mean(y^2)."""
+
+_UNIT = 0.01
+"""Small enough that most gradients are clipped: 39 dB in place of 32 for a digit."""
+
+_HELD_OUT, _LEAST_DATA = 0.1, 50
+"""Share of the data that finds where to stop, where there are so many data."""
+
+_SMOOTHING, _PATIENCE = 0.98, 300
+"""Of the held-out misfit, and steps without a fall of it that end the search."""
+
+_TAIL = 400
+"""Steps on all data at the end, at most a quarter of all."""
 
 _TV = 1.0
 """Strength of the total variation, where nobody says: exp(-_TV |dx|) is the prior of
@@ -185,7 +206,7 @@ def reconstruct(
     network: nn.Module | None = None,
     image_shape: Sequence[int] | None = None,
     *,
-    iterations: int = 2000,
+    iterations: int = 3000,
     learning_rate: float = 2e-3,
     schedule: Schedule = "cosine",
     tv: float | None = None,
@@ -209,12 +230,13 @@ def reconstruct(
         image_shape: Shape of the image, where ``measurement`` does not say.
         iterations: Steps of Adam, at most.
         learning_rate: Of Adam, at first.
-        schedule: Whether it falls to zero as a "cosine" or is "constant".
+        schedule: Whether it falls to zero as a "cosine" (with ``early_stopping`` in the
+            last steps) or is "constant".
         tv: Weight of the total variation. Default: by the noise, as estimated from
             the data.
         input: What the network is fed with. Default: the back-projection of the data.
-        early_stopping: End when the image turns from structure to noise; needs no
-            truth.
+        early_stopping: End when the image turns from structure to noise, as a tenth
+            of the data shows that is held out for most steps; needs no truth.
         seed: Seed or generator of the weights, and of dropout.
         progress: Show a progress bar. Default: on a terminal.
         callback: Called every 10 steps; a ``Progress`` whose residual is
@@ -293,12 +315,10 @@ class _Settings:
     early_stopping: bool
     seed: int
 
-    def rate(self, step: int) -> float:
-        """The learning rate of one step."""
-        if self.schedule == "constant":
-            return self.learning_rate
-        turn = math.cos(math.pi * step / self.iterations)
-        return 0.5 * self.learning_rate * (1 + turn)
+    @property
+    def tail(self) -> int:
+        """How many steps the last part has, in which the learning rate falls."""
+        return min(_TAIL, self.iterations // 4)
 
 
 @dataclass(frozen=True, eq=False)
@@ -315,7 +335,7 @@ class _Problem:
         warnings: What was decided.
         like: y of the network's kind.
         measure: A of that kind.
-        scale: What losses are divided by for gradients: the mean square of y.
+        scale: What losses are divided by for gradients.
     """
 
     measurement: Measurement
@@ -334,16 +354,26 @@ class _Problem:
         found: Tensor = self.network(self.input)
         return found.reshape(self.measurement.image_shape)
 
-    def loss(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        """The loss, and its first part."""
-        misfit = (self.measure(image) - self.like).square().mean()
+    def loss(self, image: Tensor, kept: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """The loss, its first part, and the misfit of the data that are not kept.
+
+        Args:
+            image: x.
+            kept: Ones for the data that count, zeros for others; None for all.
+        """
+        squares = (self.measure(image) - self.like).square()
+        misfit = held_out = squares.mean()
+        if kept is not None:
+            misfit = (squares * kept).sum() / kept.sum()
+            held_out = (squares.detach() * (1 - kept)).sum() / (1 - kept).sum()
         if not self.tv:
-            return misfit, misfit
-        return misfit + self.tv * self.total_variation(image), misfit
+            return misfit, misfit, held_out
+        return misfit + self.tv * self.total_variation(image), misfit, held_out
 
     def total_variation(self, image: Tensor) -> Tensor:
         """Sum of |dx| over all axes but channels."""
-        axes = range(-min(self.input.ndim - 2, image.ndim), 0)
+        has_channels = self.input.shape[2:] == image.shape[1:]
+        axes = range(1 if has_channels else 0, image.ndim)
         return torch.stack([image.diff(dim=a).abs().sum() for a in axes]).sum()
 
 
@@ -415,7 +445,7 @@ def _problem(
         warnings=tuple(warnings),
         like=y.to(**kind),
         measure=measurement.to(**kind),
-        scale=float(y.square().mean()),
+        scale=_UNIT * float(y.square().mean()),
     )
     _check_memory(found)
     _check_output(found)
@@ -543,16 +573,21 @@ class _State:
 
     Attributes:
         weights: Of the network, buffers included.
-        best: Those of the least loss.
+        best: The best ones.
         moments: Adam's, first and second of each weight; none before the first step.
+        best_moments: Those beside the best weights, while data are held out.
         step: How many steps are done.
         adam_steps: How many since the moments were none.
         best_step: That of the best weights.
-        best_loss: The least loss.
-        first_loss: That of the first step.
+        best_adam_steps: The same as Adam counts it.
+        held_out: Smoothed misfit of the held-out data.
+        best_value: What the best weights have least of: that, or the loss.
+        first_loss: The loss of the first step.
+        least_loss: The least loss since the fit last went back.
+        least_step: When that was.
         slower: Factor of the learning rate.
         restarts: How often the fit went back to the best weights.
-        restart_step: When it last did.
+        tail: First step on all data; None while some are held out.
         history: Entries (n, 4).
         seconds: Wall time so far.
         reason: Why the fit ended; None if it has not.
@@ -561,14 +596,19 @@ class _State:
     weights: dict[str, Tensor]
     best: dict[str, Tensor]
     moments: list[list[Tensor]] = field(default_factory=list)
+    best_moments: list[list[Tensor]] = field(default_factory=list)
     step: int = 0
     adam_steps: int = 0
     best_step: int = 0
-    best_loss: float = math.inf
+    best_adam_steps: int = 0
+    held_out: float | None = None
+    best_value: float = math.inf
     first_loss: float = math.inf
+    least_loss: float = math.inf
+    least_step: int = 0
     slower: float = 1.0
     restarts: int = 0
-    restart_step: int = 0
+    tail: int | None = None
     history: list[list[float]] = field(default_factory=list)
     seconds: float = 0.0
     reason: str | None = None
@@ -601,6 +641,9 @@ class _Fit:
         self.state, self.is_whole = state, True
         self._parameters = [p for p in problem.network.parameters() if p.requires_grad]
         self._optimizer = self._begin(state.moments)
+        self._kept = self._chosen() if settings.early_stopping else None
+        if self._kept is None and state.tail is None:
+            state.tail = 0
         self._started = time.perf_counter() - state.seconds
 
     def _begin(self, moments: list[list[Tensor]]) -> torch.optim.Adam:
@@ -616,25 +659,43 @@ class _Fit:
                 }
         return found
 
+    def _chosen(self) -> Tensor | None:
+        """Ones for data that are not held out; None for few data."""
+        like, seed = self._problem.like, self._settings.seed
+        if like.numel() < _LEAST_DATA:
+            return None
+        generator = derived_generator(seed, "held-out data of a reconstruction")
+        order = torch.randperm(like.numel(), generator=generator, device="cpu")
+        kept = torch.ones(like.numel(), dtype=like.dtype, device="cpu")
+        kept[order[: round(_HELD_OUT * like.numel())]] = 0
+        return kept.to(like.device).reshape(like.shape)
+
+    @property
+    def _last(self) -> int:
+        """How many steps there will be, as far as is known."""
+        total, tail = self._settings.iterations, self.state.tail
+        return total if not tail else min(total, tail + self._settings.tail)
+
     def advance(self, listener: Callback | None) -> str | None:
         """Ten steps; why the fit ends with them, None if it does not."""
-        state, total = self.state, self._settings.iterations
-        with torch.random.fork_rng(_devices(self._problem.like)):
-            while state.reason is None and state.step < total:
+        state, like = self.state, self._problem.like
+        with torch.random.fork_rng(_devices(like)):
+            while True:
                 image, loss, misfit = self._step()
-                if state.step % _EVERY == 0 or state.step == total:
+                is_over = state.reason is not None or state.step == self._last
+                if is_over or state.step % _EVERY == 0:
                     break
-        if state.reason is None and state.step == total:
-            state.reason = "finished"
+        if is_over and state.reason is None:
+            early = state.step < self._settings.iterations
+            state.reason = "stopped early" if early else "finished"
         state.seconds = time.perf_counter() - self._started
-        state.history.append([state.step, loss, misfit, state.seconds])
+        state.history.append([float(state.step), loss, misfit, state.seconds])
         if listener is None:
             return state.reason
-        size = self._problem.like.square().mean()
         told = Progress(
             passes=float(state.step),
             seconds=state.seconds,
-            residuals=(misfit / size).sqrt()[None],
+            residuals=(misfit / like.square().mean()).sqrt()[None],
             exact=False,
             weights=lambda: image,
         )
@@ -643,43 +704,84 @@ class _Fit:
     def _step(self) -> tuple[Tensor, float, float]:
         """One step of Adam; image, loss and misfit are those before it."""
         state, settings, problem = self.state, self._settings, self._problem
-        stream = ("dropout of a reconstruction", state.step)
-        torch.manual_seed(derived_generator(settings.seed, *stream).initial_seed())
+        generator = derived_generator(
+            settings.seed, "dropout of a reconstruction", state.step
+        )
+        torch.manual_seed(generator.initial_seed())
         self._optimizer.zero_grad()
         image = problem.image()
-        loss, misfit = problem.loss(image)
-        value = float(loss)
+        is_search = state.tail is None
+        loss, misfit, held_out = problem.loss(image, self._kept if is_search else None)
+        value = float(loss.detach())
         if state.step == 0:
             state.first_loss = value
-            if not math.isfinite(value):
-                raise ValueError(f"data: the loss is not finite at first, {value}")
+        # An interrupt from here on may leave weights and moments of two steps.
         self.is_whole = False
         if self._has_diverged(value):
             self._restart()
         else:
-            if value < state.best_loss:
-                state.best_loss, state.best_step = value, state.step
-                for name, weight in state.weights.items():
-                    state.best[name].copy_(weight)
+            self._note(value, float(held_out.detach()))
             (loss / problem.scale).backward()
             nn.utils.clip_grad_norm_(self._parameters, _CLIP)
-            rate = state.slower * settings.rate(state.step)
-            self._optimizer.param_groups[0]["lr"] = rate
+            self._optimizer.param_groups[0]["lr"] = self._rate()
             self._optimizer.step()
             state.adam_steps += 1
             if not state.moments:
                 found = (self._optimizer.state[p] for p in self._parameters)
                 state.moments = [[f["exp_avg"], f["exp_avg_sq"]] for f in found]
         state.step += 1
+        if is_search and (
+            state.step - state.best_step > _PATIENCE
+            or state.step >= settings.iterations - settings.tail
+        ):
+            self._end_search()
         self.is_whole = True
-        return image.detach(), value, float(misfit)
+        return image.detach(), value, float(misfit.detach())
+
+    def _rate(self) -> float:
+        """The learning rate of this step."""
+        state, settings = self.state, self._settings
+        rate = state.slower * settings.learning_rate
+        if settings.schedule == "constant" or state.tail is None:
+            return rate
+        done = (state.step - state.tail) / (self._last - state.tail)
+        return 0.5 * rate * (1 + math.cos(math.pi * done))
+
+    def _note(self, loss: float, held_out: float) -> None:
+        """Keep the weights if they are the best ones."""
+        state = self.state
+        if loss < state.least_loss:
+            state.least_loss, state.least_step = loss, state.step
+        value = loss
+        if state.tail is None:
+            last = held_out if state.held_out is None else state.held_out
+            value = _SMOOTHING * last + (1 - _SMOOTHING) * held_out
+            state.held_out = value
+        if not value < state.best_value:
+            return
+        state.best_value, state.best_step = value, state.step
+        state.best_adam_steps = state.adam_steps
+        for name, weight in state.weights.items():
+            state.best[name].copy_(weight)
+        if state.tail is None:
+            state.best_moments = [[m.clone() for m in pair] for pair in state.moments]
+
+    def _end_search(self) -> None:
+        """Go on from the best weights so far, with all data."""
+        state = self.state
+        self._problem.network.load_state_dict(state.best)
+        state.moments, state.best_moments = state.best_moments, []
+        state.adam_steps = state.best_adam_steps
+        self._optimizer = self._begin(state.moments)
+        state.tail, state.least_step = state.step, state.step
+        state.best_value = state.least_loss = math.inf
 
     def _has_diverged(self, loss: float) -> bool:
         state = self.state
         if not loss <= _EXPLODED * state.first_loss:
             return True
-        lost = state.step - max(state.best_step, state.restart_step) >= _LOST_STEPS
-        return lost and loss > _LOST * state.best_loss
+        is_lost = state.step - state.least_step >= _LOST_STEPS
+        return is_lost and loss > _LOST * state.least_loss
 
     def _restart(self) -> None:
         """Back to the best weights, at a smaller rate; or the end."""
@@ -688,7 +790,8 @@ class _Fit:
         state.moments, state.adam_steps = [], 0
         self._optimizer = self._begin([])
         state.restarts += 1
-        state.restart_step = state.step
+        state.least_loss, state.least_step = math.inf, state.step
+        state.held_out = None
         state.slower *= _SLOWER
         if state.restarts > _MOST_RESTARTS:
             state.reason = "diverged"
@@ -765,7 +868,7 @@ class _Keeper(Checkpoint):
 def _identity(problem: _Problem, settings: _Settings) -> dict[str, str]:
     """What makes two fits the same one, by the names that users know."""
     with torch.no_grad():
-        seen = problem.measure(problem.image())
+        seen = problem.measure.adjoint(problem.like)
     weights = problem.network.state_dict()
     return {
         "data": digest(problem.like),

@@ -21,6 +21,7 @@ from sgdgp.core.errors import CheckpointError, StorageError
 from sgdgp.networks import Categorical, LearnedPrior, linearise
 from sgdgp.networks.potential import Potential
 from sgdgp.networks.sampling import Draws, hmc
+from sgdgp.tomography import ParallelBeam, Reconstruction, UNet, reconstruct
 from tests.models import gp, toy_data
 
 CG = sgdgp.CG(tolerance=1e-6, preconditioner=None)
@@ -146,6 +147,47 @@ def _load_draws(path: Path) -> dict[str, Any]:
     return _drawn(sgdgp.load(path))
 
 
+def _reconstructed(path: Path | None, callback: Any = None) -> Reconstruction:
+    beam = ParallelBeam(8, 4)
+    with warnings.catch_warnings(), torch.random.fork_rng():
+        warnings.simplefilter("ignore")
+        torch.manual_seed(0)
+        return reconstruct(
+            beam.simulate(torch.ones(8, 8)),
+            beam,
+            UNet((2, 2), (0, 1)),
+            iterations=40,
+            checkpoint=path,
+            callback=callback,
+            progress=False,
+        )
+
+
+def _shown(found: Reconstruction) -> dict[str, Any]:
+    with torch.no_grad():
+        image = found.network(found.input)[0, 0]
+    return {
+        "image": image,
+        "data": found.measurement(image),
+        "losses": [entry.loss for entry in found.history],
+        "warnings": found.warnings,
+    }
+
+
+def _write_reconstruction(path: Path) -> dict[str, Any]:
+    found = _reconstructed(None)
+    found.save(path)
+    return _shown(found)
+
+
+def _load_reconstruction(path: Path) -> dict[str, Any]:
+    return _shown(sgdgp.load(path))
+
+
+def _reconstruction(path: Path | None, callback: Any = None) -> dict[str, Any]:
+    return _shown(_reconstructed(path, callback))
+
+
 def _definition() -> SingleTaskGP:
     x, y = toy_data(12)
     return SingleTaskGP(x, y.unsqueeze(1), outcome_transform=None)
@@ -268,6 +310,9 @@ KINDS: dict[str, Kind] = {
     "sgdgp.networks.draws": Kind(
         _write_draws, _load_draws, "draws of networks", True, Draws.load
     ),
+    "sgdgp.tomography": Kind(
+        _write_reconstruction, _load_reconstruction, "reconstruction", True
+    ),
     "sgdgp.botorch": Kind(
         _write_botorch,
         _load_botorch,
@@ -281,6 +326,9 @@ KINDS: dict[str, Kind] = {
         _network_fit, "checkpoint of a network's fit", 12
     ),
     "sgdgp.networks.hmc": _checkpoint(_chains, "checkpoint of a Monte Carlo run", 2),
+    "sgdgp.tomography.fit": _checkpoint(
+        _reconstruction, "checkpoint of a reconstruction", 2
+    ),
     "sgdgp.thompson_sampling": _checkpoint(
         _sampling, "record of a Thompson sampling run", 2
     ),
