@@ -25,7 +25,7 @@ import math
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal, TypeAlias, get_args
 
 import torch
@@ -198,6 +198,31 @@ class Reconstruction:
             "warnings": self.warnings,
         }
         write_values(place_of(path), KIND, values)
+
+    @staticmethod
+    def load(
+        path: str | os.PathLike[str],
+        device: torch.device | str = "cpu",
+        *,
+        network: nn.Module | None = None,
+        measurement: Any = None,
+    ) -> Reconstruction:
+        """What ``save`` wrote; ``sgdgp.load`` does the same.
+
+        Args:
+            path: The file.
+            device: Where it goes.
+            network: One like that which was fitted, where that is no ``UNet``; a copy
+                gets the weights.
+            measurement: That of the data, where the file does not hold it.
+
+        Raises:
+            StorageError: The file is damaged, or does not fit what is given.
+            TypeError: Something that the file does not hold is not given.
+        """
+        return load_reconstruction(
+            path, device, network=network, measurement=measurement
+        )
 
 
 def reconstruct(
@@ -909,67 +934,48 @@ def _misfit(measurement: Measurement, image: Tensor, data: Tensor) -> float:
 
 
 @reads(KIND)
-def _load(
+def load_reconstruction(
     path: str | os.PathLike[str],
+    device: torch.device | str = "cpu",
+    *,
     network: nn.Module | None = None,
     measurement: Any = None,
-    *,
-    device: torch.device | str = "cpu",
 ) -> Reconstruction:
-    """What ``Reconstruction.save`` wrote.
-
-    Args:
-        path: The file.
-        network: One like that which was fitted, where it is no ``UNet``; a copy gets
-            the weights.
-        measurement: That of the data, where the file does not hold it.
-        device: Where it goes.
-
-    Raises:
-        StorageError: The file is damaged, or does not fit what is given.
-        TypeError: Something that the file does not hold is not given.
-    """
+    """Read a reconstruction; see ``Reconstruction.load``."""
     place = path_of(path)
+    if not isinstance(device, str | torch.device):
+        raise TypeError(
+            f"device: expected one for {place}, a reconstruction, found {device!r}"
+        )
+    names = [each.name for each in fields(Reconstruction)]
     found = read_values(place, KIND, device)
-    with fitting(place, "network"):
-        kept, image, data = found["network"], found["image"], found["data"]
-    if isinstance(kept, dict):
+    with fitting(place, "version"):
+        values = {name: found[name] for name in (*names, "misfit")}
+        values["history"] = _entries(values["history"].tolist())
+    expected, weights = values.pop("misfit"), values["network"]
+    image, data = values["image"], values["data"]
+    if isinstance(weights, dict):
         if not isinstance(network, nn.Module):
             raise TypeError(
                 f"network: needed for {place}, which holds the weights of a network "
                 f"but not its code; expected a torch.nn.Module, found {network!r}"
             )
         with fitting(place, "network"):
-            network = copy.deepcopy(network)
-            network.load_state_dict(kept)
-            network = network.to(device).eval()
-    else:
-        network = kept
-    with fitting(place, "measurement"):
-        kept = found["measurement"]
-    if kept is None:
+            values["network"] = copy.deepcopy(network).eval()
+            values["network"].load_state_dict(weights)
+            values["network"].to(device)
+    if values["measurement"] is None:
         if measurement is None:
             raise TypeError(
                 f"measurement: needed for {place}, which does not hold that of its data"
             )
         with fitting(place, "measurement"):
-            kept = Measurement.of(measurement, tuple(image.shape)).to(data.device)
-            expected, here = found["misfit"], _misfit(kept, image, data)
+            given = Measurement.of(measurement, tuple(image.shape)).to(data.device)
+            here = _misfit(given, image, data)
             if not math.isclose(expected, here, rel_tol=1e-3):
                 raise StorageError(
                     f"measurement: {place} belongs to another one: the mean square of "
                     f"A x - y is {here:.4g}, expected {expected:.4g}"
                 )
-    with fitting(place, "network"):
-        return Reconstruction(
-            image=image,
-            network=network,
-            input=found["input"],
-            measurement=kept,
-            data=data,
-            tv=found["tv"],
-            noise=found["noise"],
-            reason=found["reason"],
-            history=_entries(found["history"].tolist()),
-            warnings=found["warnings"],
-        )
+        values["measurement"] = given
+    return Reconstruction(**values)

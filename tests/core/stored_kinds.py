@@ -155,8 +155,8 @@ def _reconstructed(path: Path | None, callback: Any = None) -> Reconstruction:
         return reconstruct(
             beam.simulate(torch.ones(8, 8)),
             beam,
-            UNet((2, 2), (0, 1)),
-            iterations=40,
+            UNet((1,), (0,)),
+            iterations=30,
             checkpoint=path,
             callback=callback,
             progress=False,
@@ -311,7 +311,11 @@ KINDS: dict[str, Kind] = {
         _write_draws, _load_draws, "draws of networks", True, Draws.load
     ),
     "sgdgp.tomography": Kind(
-        _write_reconstruction, _load_reconstruction, "reconstruction", True
+        _write_reconstruction,
+        _load_reconstruction,
+        "reconstruction",
+        True,
+        Reconstruction.load,
     ),
     "sgdgp.botorch": Kind(
         _write_botorch,
