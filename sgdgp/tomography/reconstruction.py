@@ -53,8 +53,10 @@ from sgdgp.core.files import FileKind, path_of, place_of, reads
 from sgdgp.core.hashes import digest, structure_of
 from sgdgp.core.memory import free_memory
 from sgdgp.core.seeds import derived_generator, number_of
+from sgdgp.networks.priors import PriorSettings
 from sgdgp.solvers.base import Callback, Progress, progress_bar
 from sgdgp.tomography.measurement import Measurement
+from sgdgp.tomography.posterior import LinearisedImage, linearise
 from sgdgp.tomography.unet import UNet
 
 Schedule: TypeAlias = Literal["cosine", "constant"]
@@ -170,6 +172,31 @@ class Reconstruction:
             f"Reconstruction(image {tuple(self.image.shape)} by "
             f"{type(self.network).__name__}, {self.reason}{steps}, tv={self.tv:.2g})"
         )
+
+    def linearise(
+        self, prior: PriorSettings | None = None, **settings: Any
+    ) -> LinearisedImage:
+        """The network as a linear model; ``fit`` it for the posterior of the image.
+
+        Args:
+            prior: Of the weights; see :func:`sgdgp.tomography.linearise`.
+            **settings: Its other arguments: noise, weights, dtype, memory_budget.
+
+        Raises:
+            TypeError: An argument is of the wrong kind.
+            ValueError: An argument is out of range.
+
+        Example:
+            >>> posterior = reconstruct(sinogram, geometry).linearise().fit()
+            >>> posterior.standard_deviation
+        """
+        return linearise(
+            self.network, self.input, self.measurement, self.data, prior, **settings
+        )
+
+    def linearize(self, *arguments: Any, **settings: Any) -> LinearisedImage:
+        """The same in US spelling."""
+        return self.linearise(*arguments, **settings)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write it into a file, in one step; ``sgdgp.load`` reads it.

@@ -73,6 +73,12 @@ def test_the_image_is_near_the_truth_and_what_the_network_shows(found: Reconstru
     assert repr(found).startswith("Reconstruction(image (8, 8) by UNet, ")
 
 
+def test_its_posterior_is_about_the_image(found: Reconstruction):
+    posterior = found.linearise(noise=0.1).fit(final_samples=2)
+    torch.testing.assert_close(posterior.mean.to(found.image), found.image)
+    assert posterior.noise == pytest.approx(0.1)
+
+
 def test_the_weights_are_those_of_the_least_loss():
     images: list[Tensor] = []
 
