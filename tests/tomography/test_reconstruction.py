@@ -21,6 +21,9 @@ from sgdgp.tomography import reconstruct as reconstruct_aloud
 
 BEAM = ParallelBeam(8, 4)
 
+# Fits of a few steps, as most are here, are far from the data.
+pytestmark = pytest.mark.filterwarnings("ignore:A x misses the data")
+
 
 def phantom(n: int = 8) -> Tensor:
     """A disc with a hole."""
@@ -203,6 +206,12 @@ def test_a_loss_that_explodes_is_brought_back():
     assert (BEAM(found.image) - found.data).square().mean() <= least
 
 
+def test_images_that_reach_beyond_the_network_are_noticed():
+    network = small(limits=(0.0, 0.2))
+    with pytest.warns(UserWarning, match=r"end of the network's range, 0.2, .*0.4"):
+        reconstruct(sinogram(), BEAM, network, iterations=150, learning_rate=0.03)
+
+
 def test_a_callback_or_the_keyboard_stops_the_fit_with_what_was_reached():
     def press(progress: Progress) -> None:
         if progress.passes == 20:
@@ -311,6 +320,7 @@ def test_a_network_that_does_not_fit_in_memory_is_refused_before_it_starts(
 ):
     place = "sgdgp.tomography.reconstruction.free_memory"
     monkeypatch.setattr(place, lambda device: 10**6)
+    monkeypatch.setattr("sgdgp.tomography.reconstruction._SMALL", 0)
     with pytest.raises(
         MemoryError, match=r"needs about \d,\d{3},\d{3} bytes, 1,000,000"
     ):
