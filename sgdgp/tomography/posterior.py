@@ -73,10 +73,11 @@ _PROBES = 256
 _RANK = 200
 """Of a preconditioner."""
 
-RESOLUTION = 1 / 510
-"""Standard deviation that every pixel has at least, by the range of the image: half a
-grey level of 256. Behind a saturated sigmoid the linear model is sure of a pixel to
-1e-6, which no measurement is, and white pixels of .99 have an absurd density."""
+RESOLUTION = 1 / 255
+"""Standard deviation that every pixel has at least, by the range of the image: a grey
+level of 256. Behind a saturated sigmoid the linear model is sure of a pixel to 1e-6,
+which no measurement is: a digit's white of .99 shown as 1 would cost thousands of nats.
+"""
 
 
 class Views(nn.Module):

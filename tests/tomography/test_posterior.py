@@ -75,7 +75,7 @@ def closed_form(network, z, measurement, posterior) -> torch.Tensor:
     a = measurement(eye.reshape(-1, SIZE, SIZE)).flatten(1).mT
     s = a @ k @ a.mT + posterior.noise**2 * torch.eye(len(a), dtype=torch.float64)
     c = k - k @ a.mT @ torch.linalg.solve(s, a @ k)
-    return c + eye * (float(posterior.mean.max() - posterior.mean.min()) / 510) ** 2
+    return c + eye * (float(posterior.mean.max() - posterior.mean.min()) / 255) ** 2
 
 
 def test_the_covariance_is_that_of_the_formula(network, z, geometry, posterior) -> None:
