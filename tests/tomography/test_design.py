@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import Tensor
 
 from sgdgp.networks import Isotropic
-from sgdgp.tomography import ImagePosterior, Measurement, ParallelBeam, UNet, linearise
+from sgdgp.tomography import (
+    ImagePosterior,
+    Measurement,
+    ParallelBeam,
+    UNet,
+    linearise,
+    reconstruct,
+)
 from sgdgp.tomography.design import Criterion, chosen_views, root_of
 
 CRITERIA: tuple[Criterion, ...] = ("eig", "diagonal", "variance")
@@ -98,18 +107,16 @@ def posterior(network, z) -> ImagePosterior:
 CANDIDATES = [20.0, 45.0, 0.0, 70.0, 95.0, 120.0, 160.0]
 
 
-@pytest.mark.parametrize("criterion", CRITERIA)
 def test_the_second_angle_is_chosen_as_if_the_first_were_measured(
-    posterior, network, z, criterion
+    posterior, network, z
 ) -> None:
-    first, second = posterior.next_angles(CANDIDATES, 2, criterion).tolist()
+    first, second = posterior.next_angles(CANDIDATES, 2).tolist()
     assert not {first, second} & {0.0, 70.0}  # those are measured
     later = fitted(network, z, [0.0, 70.0, first])
     others = [angle for angle in CANDIDATES if angle != first]
-    assert later.next_angles(others, 1, criterion).tolist() == [second]
+    assert later.next_angles(others, 1).tolist() == [second]
     geometry = posterior.measurement.at(CANDIDATES)
-    same = posterior.next_angles(geometry, 2, criterion).tolist()
-    assert same == [first, second]
+    assert posterior.next_angles(geometry, 2).tolist() == [first, second]
 
 
 def test_next_angles_are_equidistant_ones_by_default(posterior) -> None:
@@ -131,14 +138,14 @@ def test_rows_of_a_matrix_are_views_of_one_number(posterior, criterion) -> None:
 
 
 def test_many_samples_choose_as_the_covariance_does(network, z, posterior) -> None:
-    sampled = fitted(network, z, [0.0, 70.0], exact=False, final_samples=400)
+    sampled = fitted(network, z, [0.0, 70.0], exact=False, final_samples=256)
     every = posterior.measurement.at(CANDIDATES)
     rows = every(torch.eye(SIZE**2).double().reshape(-1, SIZE, SIZE))
     views = rows.permute(1, 2, 0)
     for criterion in CRITERIA:
         values = worth(posterior.covariance(), views, SIGMA, criterion)
         found = int(sampled.next_views(every, 1, criterion))
-        assert float(values[found]) > 0.9 * float(values.max())
+        assert float(values[found]) > 0.8 * float(values.max())
 
 
 def test_what_cannot_be_chosen_is_refused(posterior) -> None:
@@ -151,3 +158,25 @@ def test_what_cannot_be_chosen_is_refused(posterior) -> None:
     plain = ImagePosterior(posterior.weights, Measurement.of(torch.eye(SIZE**2)), True)
     with pytest.raises(TypeError, match="next_views takes any"):
         plain.next_angles()
+
+
+def test_a_user_goes_on_with_what_was_fitted(network, z) -> None:
+    """Angles are added, and network, prior and noise are fitted on."""
+    geometry = ParallelBeam(SIZE, [0.0, 70.0])
+    truth = network(z)[0, 0].detach().float()
+    data = geometry.simulate(truth)
+    options = {"early_stopping": False, "progress": False}
+    kinds = {"steps": 0, "final_samples": 2, "progress": False}
+    dip = reconstruct(
+        data, geometry, copy.deepcopy(network).float(), iterations=10, **options
+    )
+    posterior = dip.linearise(noise=SIGMA).fit(precision=10.0, **kinds)
+    angles = posterior.next_angles(k=2)
+    more = geometry.at(torch.cat([geometry.angles, angles]))
+    data = torch.cat([data, geometry.at(angles).simulate(truth, seed=1)])
+    later = reconstruct(
+        data, more, dip.network, input=dip.input, iterations=10, **options
+    )
+    precision = float(posterior.weights.precisions[0])
+    again = later.linearise(noise=posterior.noise).fit(precision=precision, **kinds)
+    assert again.next_angles(k=1)[0] not in angles
