@@ -1,0 +1,1 @@
+"""Uncertainty of tomographic reconstructions, held against other methods."""
