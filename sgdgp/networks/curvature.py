@@ -30,6 +30,11 @@ from sgdgp.core.slices import slices
 from sgdgp.networks.likelihoods import Gaussian, Likelihood
 from sgdgp.networks.priors import WeightPrior
 from sgdgp.networks.stream import Batch, Stream
+from sgdgp.solvers.preconditioners import (
+    LowRankInverse,
+    damped_inverse,
+    nystrom_factor,
+)
 from sgdgp.tangent import Tangent
 
 _EXAMPLES, _SAMPLES = 32, 8
@@ -200,6 +205,9 @@ class TangentData:
     likelihood: Likelihood | None = None
     centre: Float[Tensor, "D 1"] | None = None
     _kernels: dict[object, Tensor] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
+    _sketches: dict[object, tuple[WeightSystem, Tensor]] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
 
@@ -650,6 +658,30 @@ class WeightSystem:
         images = at.jvp(self.prior.root(v))
         images = self.likelihood.hessian(self.outputs[batch.rows], images)
         return self.prior.root_adjoint(at.vjp(images))
+
+    @torch.no_grad()
+    def preconditioner(self, rank: int, generator: torch.Generator) -> LowRankInverse:
+        """(F F^T + I)^-1 with phi^T phi ~ F F^T by a Nystrom sketch of ``rank``.
+
+        The sketch takes one pass with as many columns, the first time. From there on
+        F is scaled as precisions and a Gaussian's noise are, which leaves it exact.
+        """
+        key, sketches = (self.prior.root_at_one, rank), self.data._sketches
+        passes = 0.0 if key in sketches else 1.0
+        if key not in sketches:
+            found = nystrom_factor(self.product, rank, self.data.zeros(1), generator)
+            sketches.clear()
+            sketches[key] = (self, found)
+        then, factor = sketches[key]
+        ratio = (then.prior.precisions / self.prior.precisions).double()
+        factor = factor.clone()
+        for s, g in zip(self.prior.groups, self.prior.group_of, strict=True):
+            factor[s] *= ratio[g].sqrt()
+        before, now = then.likelihood.variance, self.likelihood.variance
+        if isinstance(before, float) and isinstance(now, float):
+            factor *= (before / now) ** 0.5
+        unit = factor.new_ones(len(factor), 1)
+        return damped_inverse(factor, unit, self.outputs.dtype, passes)
 
     def noise(self, samples: range, seed: int) -> Float[Tensor, "D s"]:
         """phi^T eps of some samples, eps ~ N(0, I) drawn for every example, one pass.

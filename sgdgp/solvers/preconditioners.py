@@ -16,7 +16,7 @@ the noise is seven digits below the largest eigenvalue.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -159,19 +159,35 @@ class Nystrom(LowRank):
     def factor(
         self, system: System, generator: torch.Generator
     ) -> tuple[Tensor, float]:
-        n = system.n
-        sketch = standard_normal(
-            n, min(n, self.rank), like=system.rhs, generator=generator
-        )
-        sketch = torch.linalg.qr(sketch).Q
-        image = system.operator.matmul(sketch).double()
-        core = sketch.double().mT @ image
-        core = 0.5 * (core + core.mT)
-        # Rounding of the product, not of float64, limits what is known of K.
-        shift = torch.finfo(system.rhs.dtype).eps * float(core.diagonal().sum())
-        values, vectors = torch.linalg.eigh(core)
-        kept = values > shift
-        return image @ (vectors[:, kept] / values[kept].sqrt()), 1.0
+        matmul, like = system.operator.matmul, system.rhs
+        return nystrom_factor(matmul, self.rank, like, generator), 1.0
+
+
+def nystrom_factor(
+    product: Callable[[Tensor], Tensor],
+    rank: int,
+    like: Float[Tensor, "n k"],
+    generator: torch.Generator,
+) -> Float[Tensor, "n r"]:
+    """L with K ~ L L^T in float64, by one product with ``rank`` columns.
+
+    Args:
+        product: K times a matrix, K symmetric and positive semi-definite.
+        rank: Columns of the sketch.
+        like: What K is multiplied with.
+        generator: Of the sketch.
+    """
+    n = like.shape[0]
+    sketch = standard_normal(n, min(n, rank), like=like, generator=generator)
+    sketch = torch.linalg.qr(sketch).Q
+    image = product(sketch).double()
+    core = sketch.double().mT @ image
+    core = 0.5 * (core + core.mT)
+    # Rounding of the product, not of float64, limits what is known of K.
+    shift = torch.finfo(like.dtype).eps * float(core.diagonal().sum())
+    values, vectors = torch.linalg.eigh(core)
+    kept = values > shift
+    return image @ (vectors[:, kept] / values[kept].sqrt())
 
 
 @register_stored_class
@@ -203,10 +219,19 @@ def inverse_of(
 
     Memory beside the factor: 8 n r bytes, and n r in the system's dtype.
     """
-    scale = system.noise.double().rsqrt()
+    return damped_inverse(factor, system.noise, system.rhs.dtype, passes)
+
+
+def damped_inverse(
+    factor: Float[Tensor, "n r"],
+    noise: Float[Tensor, "n 1"],
+    dtype: torch.dtype,
+    passes: float = 0.0,
+) -> LowRankInverse:
+    """The inverse of L L^T + Sigma in a dtype; overwrites ``factor``."""
+    scale = noise.double().rsqrt()
     factor *= scale
     basis, squares = left_singular(factor)
-    dtype = system.rhs.dtype
     shrinkage = (1.0 - (1.0 + squares[:1]) / (1.0 + squares)).unsqueeze(1)
     return LowRankInverse(
         scale.to(dtype),
