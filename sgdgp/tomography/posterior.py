@@ -36,20 +36,18 @@ from sgdgp.core.memory import resolve_budget
 from sgdgp.core.slices import slices
 from sgdgp.metrics import interval_coverage
 from sgdgp.networks import (
-    Dual,
     Gaussian,
     GPrior,
     LinearisedNetwork,
     LinearisedPosterior,
+    WeightCG,
     WeightCholesky,
     load,
 )
 from sgdgp.networks import linearise as linearise_network
 from sgdgp.networks.priors import PriorSettings
 from sgdgp.networks.weight_solvers import WeightSolver
-from sgdgp.solvers import CG
 from sgdgp.solvers.base import Callback
-from sgdgp.solvers.preconditioners import Nystrom
 from sgdgp.tangent import NORMS, Tangent, TangentBatch, Weights
 from sgdgp.tomography.design import Criterion, check_choice, chosen_views, root_of
 from sgdgp.tomography.geometry import Beam
@@ -70,8 +68,8 @@ _COLUMNS = 4096
 _PROBES = 256
 """Of the scales of weights: one batch of data says as much as one probe."""
 
-_RANK = 200
-"""Of a preconditioner."""
+_RANK, _TOLERANCE, _MOST_PASSES = 200, 0.1, 100.0
+"""Of conjugate gradients in the weights, their bounds on errors, and their passes."""
 
 RESOLUTION = 1 / 255
 """Standard deviation that every pixel has at least, by the range of the image: a grey
@@ -164,7 +162,8 @@ def linearise(
     y = _one_of("data", measurement.as_data(data), measurement.data_shape)
     if noise is not None:
         check_positive("noise", noise)
-    network, input = copy.deepcopy(network).eval().to(dtype), input.to(dtype)
+    network = _laid_out(copy.deepcopy(network).eval().to(dtype))
+    input = input.to(dtype)
     with torch.no_grad():
         shown = tuple(network(input).shape)
     if math.prod(shown) != math.prod(measurement.image_shape):
@@ -357,8 +356,18 @@ class LinearisedImage:
         return max(1, _JACOBIAN // each)
 
 
-def _preconditioned() -> Dual:
-    return Dual(CG(preconditioner=Nystrom(rank=_RANK)), tolerance=0.01)
+def _preconditioned() -> WeightCG:
+    return WeightCG(_TOLERANCE, _MOST_PASSES, _RANK)
+
+
+def _laid_out(network: nn.Module) -> nn.Module:
+    """With channels beside each other in volumes on a CPU.
+
+    Convolutions of eight channels at 64^3 are two to six times as fast so.
+    """
+    if any(p.ndim == 5 and p.device.type == "cpu" for p in network.parameters()):
+        return network.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
+    return network
 
 
 @dataclass
