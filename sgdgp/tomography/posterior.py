@@ -69,7 +69,14 @@ _PROBES = 256
 """Of the scales of weights: one batch of data says as much as one probe."""
 
 _RANK, _TOLERANCE, _MOST_PASSES = 200, 0.1, 100.0
-"""Of conjugate gradients in the weights, their bounds on errors, and their passes."""
+"""Of conjugate gradients in the weights, and their bounds on errors, which are a tenth
+of them. For 544 rays of a 24 x 24 phantom that determine 162 of 5,328 weights, mean and
+16 samples take 228, 102, 49 and 20 passes with a rank of 0, 50, 100 and 200, and images
+are off by 1 % (float64; in float32 312, 138, 74 and 31). Among the data in place of the
+weights (``Dual``) a rank of 200 takes 170, and 610 do not suffice with 50: an error
+there is larger by the root of the largest eigenvalue. 48 x 48 pixels and 1,360 rays,
+319 dimensions: one column takes 10 passes to 1 % with a rank of 200, and 60 to 20 %
+without; 16 at a time 20 to 2 % without."""
 
 RESOLUTION = 1 / 255
 """Standard deviation that every pixel has at least, by the range of the image: a grey
@@ -248,8 +255,8 @@ class LinearisedImage:
             precision: Of the prior, to start from; that of the last posterior where
                 data are added. Default: found.
             solver: As in ``networks.linearise``. "auto": Cholesky up to 2,048 measured
-                numbers, then conjugate gradients for as many unknowns with a Nystrom
-                preconditioner; without one they fail here.
+                numbers, then conjugate gradients in the weights with a Nystrom
+                preconditioner, without which they hardly converge.
             exact: Whether standard deviations are by the covariance matrix of the
                 pixels, without sampling error. Default: where that takes minutes.
             batch_views: Views in a minibatch, for solvers that take them, such as
@@ -264,10 +271,12 @@ class LinearisedImage:
         Raises:
             TypeError: An argument is of the wrong kind.
             ValueError: An argument does not fit.
-            MemoryError: ``exact`` needs more memory than there is; says how much.
+            MemoryError: ``exact``, or so many samples, need more memory than there is;
+                says how much.
         """
         if exact:
             self._check_exact()
+        self._check_samples(final_samples)
         seen = self.model.tangent.network
         assert isinstance(seen, Views)
         views = seen.all_views()
@@ -348,6 +357,19 @@ class LinearisedImage:
                 f"exact: the covariance of {self.measurement.shape[1]} pixels needs "
                 f"{needed / 1e9:.1f} GB, more than the memory budget of "
                 f"{budget / 1e9:.1f} GB; leave exact=False, for variances by samples"
+            )
+
+    def _check_samples(self, count: int) -> None:
+        """Refuse images that do not fit, before long work."""
+        d, size = self.measurement.shape[1], self.model.tangent.num_weights
+        # Images and what they add to the mean; their weights, whitened and not.
+        each = 2 * (d + size) * self.measurement.dtype.itemsize
+        budget = self._budget()
+        if count * each > budget:
+            raise MemoryError(
+                f"final_samples: {count} images of {d} pixels need "
+                f"{count * each / 1e9:.1f} GB with their {size} weights, more than the "
+                f"memory budget of {budget / 1e9:.1f} GB, which holds {budget // each}"
             )
 
     def _views_at_once(self) -> int:

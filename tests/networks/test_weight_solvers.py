@@ -25,6 +25,7 @@ from sgdgp.networks import (
 )
 from sgdgp.networks.curvature import TangentData, WeightSystem, curvature_probes
 from sgdgp.networks.linearisation import chosen_solver
+from sgdgp.networks.priors.base import no_probes
 from sgdgp.networks.stream import stream_of
 from sgdgp.networks.weight_solvers import largest_batch_eigenvalue, relative_errors
 from sgdgp.tangent import Tangent
@@ -34,6 +35,7 @@ from tests.networks.kinds import inputs_of, network_of
 SOLVERS = {
     "cholesky": WeightCholesky(tolerance=1e-9),
     "cg": WeightCG(tolerance=1e-5),
+    "preconditioned": WeightCG(tolerance=1e-5, rank=6),
     "sgd": WeightSGD(tolerance=0.1, max_passes=500.0),
     "dual": Dual(tolerance=1e-2),
 }
@@ -255,6 +257,26 @@ def test_auto_factorises_few_rows(monkeypatch, rows):
     system = ROWS["labels"]()
     found = chosen_solver("auto", system.data, system.likelihood)
     assert isinstance(found, WeightCholesky if rows >= 18 else WeightCG)
+
+
+def test_a_preconditioner_follows_precisions_and_noise_without_a_pass():
+    """With all of the rank it is the inverse itself."""
+    system, _, _, _ = tiny_system()
+    prior = Layerwise().build(system.data.tangent, no_probes)
+    system = replace(system, prior=prior, likelihood=Gaussian(noise=0.1))
+    generator = torch.Generator().manual_seed(0)
+    assert system.preconditioner(system.num_weights, generator).passes == 1.0
+    alpha = torch.linspace(2.0, 3.0, system.prior.num_groups).to(system.outputs)
+    moved = replace(
+        system,
+        prior=system.prior.with_precisions(alpha),
+        likelihood=system.likelihood.with_noise(0.03),
+    )
+    inverse = moved.preconditioner(system.num_weights, generator)
+    assert inverse.passes == 0.0
+    v = columns(system.num_weights, 2)
+    found = inverse(moved.precision(v))
+    torch.testing.assert_close(found / inverse.magnitude, v, rtol=1e-5, atol=1e-6)
 
 
 def test_the_step_size_is_safe_for_every_batch():

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from torch.func import functional_call, jacrev
 
-from sgdgp.networks import Dual, Filters, Isotropic, Layerwise
-from sgdgp.solvers import CG
+from sgdgp.networks import Dual, Filters, Isotropic, Layerwise, WeightCG, WeightSGD
+from sgdgp.solvers import CG, SDD
 from sgdgp.solvers.preconditioners import Nystrom
 from sgdgp.tomography import (
     ImagePosterior,
@@ -139,12 +139,25 @@ def test_coverage_counts_pixels_within_intervals(posterior, truth) -> None:
     assert posterior.coverage(truth, 0.5) < posterior.coverage(truth, 0.99)
 
 
-def test_another_solver_draws_the_same_images(model) -> None:
-    solver = Dual(CG(preconditioner=Nystrom(rank=20)), tolerance=1e-6)
-    fixed = {"steps": 0, "precision": 1.0, "final_samples": 2, "exact": False}
-    same, found = model.fit(**fixed), model.fit(**fixed, solver=solver)
+@pytest.mark.parametrize(
+    ("solver", "batch_views", "error"),
+    [
+        (WeightCG(tolerance=1e-4, rank=20), None, 1e-3),
+        (Dual(CG(preconditioner=Nystrom(rank=20)), tolerance=1e-6), None, 1e-3),
+        (Dual(SDD(), tolerance=0.1, batch_size=1), 1, 0.1),
+        (WeightSGD(tolerance=0.3), 1, 0.1),
+    ],
+    ids=["weights", "data", "minibatches of views", "in the weights"],
+)
+def test_another_solver_draws_the_same_images(
+    model, solver, batch_views, error
+) -> None:
+    fixed = {"steps": 0, "precision": 1e4, "final_samples": 2, "exact": False}
+    same = model.fit(**fixed)
+    found = model.fit(**fixed, solver=solver, batch_views=batch_views)
     change = (found.samples() - same.samples()).norm()
-    assert float(change / (same.samples() - same.mean).norm()) < 1e-3
+    assert float(change / (same.samples() - same.mean).norm()) < error
+    assert not found.weights.warnings
 
 
 def test_views_taken_apart_teach_the_same(network, z, geometry, truth) -> None:
@@ -199,7 +212,9 @@ def test_a_saved_posterior_comes_back(model, posterior, tmp_path) -> None:
     torch.testing.assert_close(same.standard_deviation, posterior.standard_deviation)
 
 
-def test_what_does_not_fit_is_refused(network, z, geometry, truth, posterior) -> None:
+def test_what_does_not_fit_is_refused(
+    network, z, geometry, truth, model, posterior
+) -> None:
     y = geometry.simulate(truth)
     with pytest.raises(ValueError, match=r"data: expected shape .*5, 12"):
         linearise(network, z, geometry, y[:4])
@@ -213,6 +228,10 @@ def test_what_does_not_fit_is_refused(network, z, geometry, truth, posterior) ->
         linearise(network, z, geometry, y, dtype=torch.float16)
     with pytest.raises(MemoryError, match="exact: the covariance of 64 pixels needs"):
         linearise(network, z, geometry, y, memory_budget=1000).fit(exact=True)
+    each = 16 * (SIZE**2 + model.model.tangent.num_weights)
+    little = linearise(network, z, geometry, y, memory_budget=10 * each)
+    with pytest.raises(MemoryError, match=r"final_samples: 64 .* GB, which holds 10$"):
+        little.fit(exact=False)
     with pytest.raises(ValueError, match=r"count: expected at most the 512 samples"):
         posterior.samples(1000)
     with pytest.raises(ValueError, match=r"truth: expected shape \(8, 8\)"):
