@@ -52,13 +52,13 @@ def reconstruct_quietly(*args: Any, **settings: Any) -> Reconstruction:
         return reconstruct(*args, **settings)
 
 
-SHORT: dict[str, Any] = {"iterations": 60, "early_stopping": False}
+SHORT: dict[str, Any] = {"iterations": 30, "early_stopping": False}
 
 
 @pytest.fixture(scope="module")
 def found() -> Reconstruction:
     """With everything by default but the size of the network."""
-    return reconstruct(sinogram(), BEAM, small(), iterations=150, learning_rate=3e-2)
+    return reconstruct(sinogram(), BEAM, small(), iterations=100, learning_rate=3e-2)
 
 
 def test_the_image_is_near_the_truth_and_what_the_network_shows(found: Reconstruction):
@@ -72,7 +72,7 @@ def test_the_image_is_near_the_truth_and_what_the_network_shows(found: Reconstru
     with torch.no_grad():
         assert torch.equal(found.network(found.input)[0, 0], found.image)
     assert found.reason in ("finished", "stopped early")
-    assert found.history[-1].step <= 150
+    assert found.history[-1].step <= 100
     assert repr(found).startswith("Reconstruction(image (8, 8) by UNet, ")
 
 
@@ -95,7 +95,7 @@ def test_the_weights_are_those_of_the_least_loss():
         variation = x.diff(dim=0).abs().sum() + x.diff(dim=1).abs().sum()
         return float((BEAM(x) - data).square().mean() + 1e-3 * variation)
 
-    assert [entry.step for entry in found.history] == [10, 20, 30, 40, 50, 60]
+    assert [entry.step for entry in found.history] == [10, 20, 30]
     for entry, image in zip(found.history, images, strict=True):
         assert entry.loss == pytest.approx(loss(image), rel=1e-5)
     assert loss(found.image) <= min(entry.loss for entry in found.history) * 1.00001
@@ -131,15 +131,15 @@ def test_a_seed_is_all_that_is_random_and_the_network_given_stays_as_it_is():
 def test_the_fit_is_the_same_in_other_units():
     """Of images and of data: the network is scaled, and so is its input."""
     data = sinogram()
-    found = reconstruct(data, BEAM, iterations=10)
+    found = reconstruct(data, BEAM, iterations=2)
     for unit in (1e-3, 200.0):
-        scaled = reconstruct_quietly(unit * data, BEAM, iterations=10)
-        other = reconstruct_quietly(7 * unit * data, BEAM, iterations=10)
+        scaled = reconstruct_quietly(unit * data, BEAM, iterations=2)
+        other = reconstruct_quietly(7 * unit * data, BEAM, iterations=2)
         torch.testing.assert_close(other.image, 7 * scaled.image, rtol=1e-3, atol=0)
         assert other.network.limits[1] > 7 * unit
         assert any("other units than [0, 1]" in word for word in scaled.warnings)
     assert found.network.limits == (0.0, 1.0)
-    assert found.warnings == ()
+    assert not any("units" in sentence for sentence in found.warnings)
 
 
 def test_images_with_negative_values_have_no_sigmoid():
@@ -182,11 +182,11 @@ def test_a_fit_to_noise_ends_early(monkeypatch: pytest.MonkeyPatch):
     beam = ParallelBeam(8, 12)
     data = torch.randn(12, 12, generator=torch.Generator().manual_seed(0))
     network = small(sigmoid=False)
-    settings = {"iterations": 160, "learning_rate": 3e-2, "tv": 0.0}
+    settings = {"iterations": 120, "learning_rate": 3e-2, "tv": 0.0}
     found = reconstruct(data, beam, network, **settings)
     assert found.reason == "stopped early"
     # Steps until the held-out misfit has not fallen, and a quarter of all.
-    assert 20 + 40 < found.history[-1].step < 160
+    assert 20 + 30 < found.history[-1].step < 120
     reason = reconstruct(data, beam, network, **SHORT).reason
     assert reason == "finished"
 
@@ -209,7 +209,7 @@ def test_a_loss_that_explodes_is_brought_back():
 def test_images_that_reach_beyond_the_network_are_noticed():
     network = small(limits=(0.0, 0.2))
     with pytest.warns(UserWarning, match=r"end of the network's range, 0.2, .*0.4"):
-        reconstruct(sinogram(), BEAM, network, iterations=150, learning_rate=0.03)
+        reconstruct(sinogram(), BEAM, network, iterations=40, learning_rate=0.1)
 
 
 def test_a_callback_or_the_keyboard_stops_the_fit_with_what_was_reached():
@@ -218,7 +218,7 @@ def test_a_callback_or_the_keyboard_stops_the_fit_with_what_was_reached():
             signal.raise_signal(signal.SIGINT)
 
     for callback in (lambda progress: progress.passes >= 20, press):
-        with pytest.warns(UserWarning, match="interrupted after 20 of 60 steps"):
+        with pytest.warns(UserWarning, match="interrupted after 20 of 30 steps"):
             found = reconstruct(sinogram(), BEAM, small(), callback=callback, **SHORT)
         assert found.reason == "interrupted"
         assert len(found.history) == 2
@@ -227,7 +227,7 @@ def test_a_callback_or_the_keyboard_stops_the_fit_with_what_was_reached():
 
 def test_a_killed_fit_goes_on_bit_by_bit(tmp_path: Path):
     """With dropout, from a search with held-out data into the last steps."""
-    settings: dict[str, Any] = {"iterations": 60, "seed": 3}
+    settings: dict[str, Any] = {"iterations": 40, "seed": 3}
     whole = reconstruct(sinogram(), BEAM, small(dropout=0.1), **settings)
     settings |= {"checkpoint": tmp_path / "fit", "checkpoint_every": 1e-6}
 
@@ -240,7 +240,7 @@ def test_a_killed_fit_goes_on_bit_by_bit(tmp_path: Path):
             sinogram(), BEAM, small(dropout=0.1), callback=kill, **settings
         )
 
-    for step in (30, 50):
+    for step in (20, 30):
         if (child := os.fork()) == 0:
             run(step)
             os._exit(1)
