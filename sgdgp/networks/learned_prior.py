@@ -224,8 +224,10 @@ class LearnedPrior(PriorSettings):
         tangent = posterior.tangent
         stream = _stream_of(posterior, loader, split)
         seen, before = _seen_by(posterior, stream)
-        # A file does not say what the prior of its posterior has seen.
-        is_known = posterior.centre is None if before is None else bool(before.about)
+        # A file does not say what the prior of its posterior has seen; a centre may
+        # be that of a learned prior, or an offset's.
+        is_free = posterior.centre is None or posterior.settings is not None
+        is_known = is_free if before is None else bool(before.about)
         return cls(
             names=tangent.names,
             shapes=[tuple(shape) for shape in tangent.shapes],

@@ -93,9 +93,9 @@ def linearise(
             model's. A regression's noise is learned for it. Default: the network's
             for classes; for regression that with the larger evidence; with a
             ``LearnedPrior`` the linear model's.
-        offset: Whether the linear model is f(x) + J(x) (w - theta), with the network
-            theta's value at weights of zero, in place of J(x) w. They are the same for
-            a network that is homogeneous in its weights; not behind a sigmoid, where J
+        offset: Whether the linear model is f(x) + J(x) (w - theta), the expansion at
+            the trained weights theta, in place of J(x) w. Where f = J theta they are
+            the same, as in the weights of a last layer; not behind a sigmoid, where J
             vanishes and f does not. A ``LearnedPrior`` has it anyway.
         memory_budget: Bytes for temporaries. Default: half of what is free.
 
@@ -147,7 +147,7 @@ class LinearisedNetwork:
         prior: Settings of the weights' prior.
         curvature_at: Outputs at which the likelihood's Hessian is taken.
         mean: Whose outputs the posterior's mean is; None: what the evidence chooses.
-        offset: Whether the linear model keeps what the network says at zero weights.
+        offset: Whether the linear model keeps f(x) - J(x) theta, its value at zero.
     """
 
     tangent: Tangent
@@ -221,6 +221,7 @@ class LinearisedNetwork:
         tangent = self.tangent
         stream = stream_of(loader, tangent.device, split)
         centre = self.prior.centre(tangent)
+        mean = self._mean(centre)
         if centre is None and self.offset:
             centre = -tangent.theta  # the prior's mean is zero
         data = TangentData(tangent, stream, self.likelihood, centre)
@@ -235,7 +236,7 @@ class LinearisedNetwork:
             seed=seed_of(generator_of(seed)),
             columns=max(1, min(_MOST_COLUMNS, budget // (_LIVE_COLUMNS * column))),
             curvature_at=self.curvature_at,
-            mean=self._mean(centre),
+            mean=mean,
         )
         keeper, state = None, None
         if checkpoint is not None:

@@ -464,3 +464,9 @@ def test_with_an_offset_the_model_is_the_expansion_at_the_trained_weights():
         k = j @ j.mT / 2.0
         gain = torch.linalg.solve(k + 0.3 * torch.eye(12), y - start)
         torch.testing.assert_close(posterior.linear_mean(x), start + k @ gain)
+
+
+def test_an_offset_leaves_the_mean_of_classes_to_the_network(mlp, digits):
+    model = linearise(mlp, Categorical(), weights="last_layer", offset=True)
+    posterior = model.fit(train(digits), steps=0, precision=1.0, final_samples=2)
+    assert posterior.mean_of == "network"

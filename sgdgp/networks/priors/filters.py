@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn.modules.conv import _ConvNd
 
 from sgdgp.core.checks import check_positive
 from sgdgp.networks.priors.base import (
@@ -70,10 +71,10 @@ class Filters(PriorSettings):
             raise ValueError(f"length: expected one, found {self.length}")
         like = tangent.theta
         blocks = []
-        for shape in tangent.shapes:
-            scales = like.new_ones(shape.numel())
-            sizes = shape[2:]
-            if not sizes.numel() > 1 or len(shape) < 3:
+        for name, shape in zip(tangent.names, tangent.shapes, strict=True):
+            scales, sizes = like.new_ones(shape.numel()), shape[2:]
+            owner = tangent.network.get_submodule(name.rpartition(".")[0])
+            if not isinstance(owner, _ConvNd) or sizes.numel() == 1 or len(shape) < 3:
                 blocks.append(MatrixRoot.independent(scales))
                 continue
             root = _filter_root(sizes, self._lengths[0]).to(like)
@@ -85,4 +86,11 @@ def _filter_root(sizes: torch.Size, length: float) -> Float[Tensor, "p p"]:
     """The Cholesky factor of exp(-|p - q| / length) over a kernel's positions."""
     axes = [torch.arange(n, dtype=torch.float64, device="cpu") for n in sizes]
     positions = torch.cartesian_prod(*axes).reshape(-1, len(sizes))
-    return torch.linalg.cholesky((-torch.cdist(positions, positions) / length).exp())
+    covariance = (-torch.cdist(positions, positions) / length).exp()
+    root, info = torch.linalg.cholesky_ex(covariance)
+    if int(info):
+        raise ValueError(
+            f"length: expected one that leaves weights of a kernel distinct, found "
+            f"{length:g}"
+        )
+    return root

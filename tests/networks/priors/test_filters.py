@@ -56,5 +56,28 @@ def test_lengths_that_are_none_are_refused(network):
         Filters(length=-1.0)
     with pytest.raises(ValueError, match="length: expected at least one"):
         Filters(length=())
+    with pytest.raises(ValueError, match="length: expected one that leaves"):
+        Filters(length=1e17).build(Tangent(network), no_probes)
     with pytest.raises(ValueError, match="length: expected one, found"):
         Filters().build(Tangent(network), no_probes)
+
+
+def test_weights_of_other_layers_are_independent():
+    torch.manual_seed(0)
+    network = nn.Bilinear(2, 3, 2).double()
+    module = nn.Sequential(nn.Flatten(), _Squared(network)).eval()
+    prior = Filters(length=1.0).build(Tangent(module), no_probes)
+    eye = torch.eye(prior.num_weights, dtype=torch.float64)
+    torch.testing.assert_close(prior.covariance(eye), eye)
+
+
+class _Squared(nn.Module):
+    """A bilinear layer of its input, and of a part of it."""
+
+    def __init__(self, layer: nn.Bilinear) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x):
+        """(b, 3) -> (b, 2)."""
+        return self.layer(x[:, :2], x)
