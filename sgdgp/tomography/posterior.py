@@ -26,12 +26,14 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from sgdgp.core.checks import check_count, check_finite, check_positive
+from sgdgp.core.errors import warn_user
 from sgdgp.core.memory import resolve_budget
 from sgdgp.core.slices import slices
 from sgdgp.metrics import interval_coverage
@@ -49,6 +51,7 @@ from sgdgp.networks.priors import PriorSettings
 from sgdgp.networks.weight_solvers import WeightSolver
 from sgdgp.solvers.base import Callback
 from sgdgp.tangent import NORMS, Tangent, TangentBatch, Weights
+from sgdgp.tangent.network import chosen_weights
 from sgdgp.tomography.design import Criterion, check_choice, chosen_views, root_of
 from sgdgp.tomography.geometry import Beam
 from sgdgp.tomography.measurement import Measurement
@@ -78,7 +81,7 @@ there is larger by the root of the largest eigenvalue. 48 x 48 pixels and 1,360 
 319 dimensions: one column takes 10 passes to 1 % with a rank of 200, and 60 to 20 %
 without; 16 at a time 20 to 2 % without."""
 
-RESOLUTION = 1 / 255
+_RESOLUTION = 1 / 255
 """Standard deviation that every pixel has at least, by the range of the image: a grey
 level of 256. Behind a saturated sigmoid the linear model is sure of a pixel to 1e-6,
 which no measurement is: a digit's white of .99 shown as 1 would cost thousands of nats.
@@ -96,6 +99,7 @@ class Views(nn.Module):
         input: For this input.
         image_shape: Shape of the image.
         measurement: A. Default: the image itself, whose first axis is that of views.
+        data: y. Files of fits know input, measurement and data by this module's state.
     """
 
     input: Tensor
@@ -106,12 +110,15 @@ class Views(nn.Module):
         input: Tensor,
         image_shape: tuple[int, ...],
         measurement: Measurement | None = None,
+        data: Tensor | None = None,
     ) -> None:
         super().__init__()
         self.network = network
         self.measurement = measurement
         self.image_shape = image_shape
-        self.register_buffer("input", input, persistent=False)
+        self.register_buffer("input", input)
+        if measurement is not None and data is not None:
+            self.register_buffer("seen", measurement.adjoint(data))
         self.eval()
 
     def forward(self, views: Tensor) -> Tensor:
@@ -165,12 +172,13 @@ def linearise(
     """
     if dtype not in (torch.float32, torch.float64):
         raise TypeError(f"dtype: expected float32 or float64, found {dtype}")
-    measurement = Measurement.of(measurement).to(dtype)
+    device = next((p.device for p in network.parameters()), torch.device("cpu"))
+    input = torch.as_tensor(input).detach().to(device, dtype)
+    measurement = Measurement.of(measurement).to(device, dtype)
     y = _one_of("data", measurement.as_data(data), measurement.data_shape)
     if noise is not None:
         check_positive("noise", noise)
     network = _laid_out(copy.deepcopy(network).eval().to(dtype))
-    input = input.to(dtype)
     with torch.no_grad():
         shown = tuple(network(input).shape)
     if math.prod(shown) != math.prod(measurement.image_shape):
@@ -178,11 +186,14 @@ def linearise(
             f"network: expected an image of shape {measurement.image_shape}, found "
             f"{shown}"
         )
+    names = chosen_weights(
+        network, _filters_of(network) if weights is None else weights
+    )
     model = linearise_network(
-        Views(network, input, measurement.image_shape, measurement),
+        Views(network, input, measurement.image_shape, measurement, y),
         Gaussian() if noise is None else Gaussian(noise=float(noise) ** 2),
         GPrior(probes=_PROBES) if prior is None else prior,
-        weights=_filters_of(network) if weights is None else weights,
+        weights=lambda name, _: name.removeprefix("network.") in names,
         mean="linear",
         offset=True,
         memory_budget=memory_budget,
@@ -254,14 +265,15 @@ class LinearisedImage:
             steps: Most steps of learning. With 0 the prior has ``precision``.
             precision: Of the prior, to start from; that of the last posterior where
                 data are added. Default: found.
-            solver: As in ``networks.linearise``. "auto": Cholesky up to 2,048 measured
-                numbers, then conjugate gradients in the weights with a Nystrom
+            solver: As in ``LinearisedNetwork.fit``. "auto": Cholesky up to 2,048
+                measured numbers, then conjugate gradients in the weights with a Nystrom
                 preconditioner, without which they hardly converge.
             exact: Whether standard deviations are by the covariance matrix of the
                 pixels, without sampling error. Default: where that takes minutes.
             batch_views: Views in a minibatch, for solvers that take them, such as
                 ``networks.Dual()`` and ``networks.WeightSGD()``. A minibatch costs a
-                pass through the network, whatever its size. Default: all views.
+                pass through the network, whatever its size. No more than these, and a
+                divisor of the number of views. Default: as many as pay.
             seed: Of everything random.
             progress: Show a progress bar. Default: on a terminal.
             callback: Called as solves advance; returning True stops.
@@ -308,11 +320,15 @@ class LinearisedImage:
             checkpoint=checkpoint,
             checkpoint_every=checkpoint_every,
         )
-        return ImagePosterior(
-            replace(weights, mean_of="network"),
-            self.measurement,
-            self.is_small if exact is None else exact,
-        )
+        if weights.reason == "interrupted":
+            warn_user(weights.warnings[-1])
+        return self._posterior(replace(weights, mean_of="network"), exact)
+
+    def _posterior(
+        self, weights: LinearisedPosterior, exact: bool | None
+    ) -> ImagePosterior:
+        exact = self._is_small if exact is None else exact
+        return ImagePosterior(weights, self.measurement, exact)
 
     def load(
         self, path: str | os.PathLike[str], *, exact: bool | None = None
@@ -324,27 +340,29 @@ class LinearisedImage:
             exact: As in ``fit``.
 
         Raises:
-            StorageError: The file is missing, damaged, or of another network.
+            StorageError: The file is missing, damaged, or of another network, input,
+                measurement or data.
             MemoryError: ``exact`` needs more memory than there is.
         """
         if exact:
             self._check_exact()
         tangent = self.model.tangent
         weights = load(path, tangent.network, memory_budget=tangent.memory_budget)
-        return ImagePosterior(
-            weights, self.measurement, self.is_small if exact is None else exact
-        )
+        return self._posterior(weights, exact)
 
     @property
-    def is_small(self) -> bool:
+    def _is_small(self) -> bool:
         """Whether the covariance matrix of the pixels takes minutes at most."""
-        d, size = self.measurement.shape[1], self.model.tangent.num_weights
-        return d**2 * size <= _MOST_WORK and self._exact_bytes() <= self._budget()
+        m, d = self.measurement.shape
+        work = d**2 * (self.model.tangent.num_weights + m)
+        return work <= _MOST_WORK and self._exact_bytes() <= self._budget()
 
     def _exact_bytes(self) -> int:
-        d, size = self.measurement.shape[1], self.model.tangent.num_weights
-        # The Jacobian as it is found and scaled, and matrices of the pixels.
-        return 2 * d * size * self.measurement.dtype.itemsize + 4 * 8 * d**2
+        (m, d), size = self.measurement.shape, self.model.tangent.num_weights
+        # The Jacobian as it is found and scaled; matrices of pixels, what is measured
+        # of them, and the smaller of the two systems.
+        jacobian = 2 * d * size * self.measurement.dtype.itemsize
+        return jacobian + 8 * (3 * d**2 + 3 * m * d + 3 * min(m, d) ** 2)
 
     def _budget(self) -> int:
         tangent = self.model.tangent
@@ -392,12 +410,13 @@ def _laid_out(network: nn.Module) -> nn.Module:
     return network
 
 
-@dataclass
+@dataclass(frozen=True, eq=False, repr=False)
 class ImagePosterior:
     """A Gaussian posterior over images.
 
     Attributes:
-        weights: That of the network behind the measurement, over its weights.
+        weights: That of the network behind the measurement, over its weights; its own
+            ``noise`` is a variance. A ``scale`` of it scales all variances here.
         measurement: What was measured.
         exact: Whether standard deviations are by the covariance of the pixels; else
             they are by the samples.
@@ -406,7 +425,13 @@ class ImagePosterior:
     weights: LinearisedPosterior
     measurement: Measurement
     exact: bool = False
-    _covariance: Tensor | None = field(default=None, repr=False)
+
+    def __repr__(self) -> str:
+        how = "exact" if self.exact else f"{self.weights.num_samples} samples"
+        return (
+            f"ImagePosterior(image {self.image_shape}, noise={self.noise:.3g}, {how}, "
+            f"{self.weights.reason})"
+        )
 
     @property
     def image_shape(self) -> tuple[int, ...]:
@@ -420,23 +445,19 @@ class ImagePosterior:
         assert isinstance(variance, float)
         return math.sqrt(variance)
 
-    def seen_by(self, measurement: Measurement | None) -> TangentBatch:
-        """The tangent model of another measurement; None: of the image itself."""
+    @property
+    def _shown(self) -> TangentBatch:
+        """The tangent model of the image; not kept, as it holds the network's graph."""
         tangent = self.weights.tangent
         views = tangent.network
         assert isinstance(views, Views)
-        seen = Views(views.network, views.input, views.image_shape, measurement)
-        other = Tangent(
+        seen = Views(views.network, views.input, views.image_shape)
+        image = Tangent(
             seen,
             weights=lambda name, _: name in tangent.names,
             memory_budget=tangent.memory_budget,
         )
-        return other.at(seen.all_views())
-
-    @cached_property
-    def _shown(self) -> TangentBatch:
-        """The tangent model of the image itself."""
-        return self.seen_by(None)
+        return image.at(seen.all_views())
 
     @cached_property
     def mean(self) -> Float[Tensor, "*i"]:
@@ -446,13 +467,14 @@ class ImagePosterior:
     @cached_property
     def resolution(self) -> float:
         """Standard deviation that every pixel has on its own, whatever the samples."""
-        return RESOLUTION * float(self.mean.max() - self.mean.min())
+        return _RESOLUTION * float(self.mean.max() - self.mean.min())
 
     @cached_property
     def _fluctuations(self) -> Float[Tensor, K * i]:
         """What the samples add to the mean."""
         with torch.no_grad():
             added = self._shown.jvp(self.weights.weight_samples)[0]
+        added = added * self.weights.scale**0.5
         return added.mT.reshape(-1, *self.image_shape)
 
     def samples(self, count: int | None = None) -> Float[Tensor, K * i]:
@@ -474,26 +496,36 @@ class ImagePosterior:
             )
         return self.mean + self._fluctuations[:count]
 
-    @torch.no_grad()
     def covariance(self) -> Float[Tensor, "d d"]:
         """C of all pixels, without sampling error (d, d), in float64.
 
         With ``resolution`` on its diagonal.
         """
-        if self._covariance is None:
-            prior = self._prior_covariance()
-            d = len(prior)
-            measured = self.measurement.to(torch.float64)
-            cross = measured(prior.reshape(d, *self.image_shape)).reshape(d, -1)
-            data = measured(cross.mT.reshape(-1, *self.image_shape))
-            data = data.reshape(cross.shape[1], -1)
-            data = 0.5 * (data + data.mT)
-            data.diagonal().add_(self.noise**2)
-            root = torch.linalg.cholesky(data)
-            half = torch.linalg.solve_triangular(root, cross.mT, upper=False)
-            self._covariance = prior.addmm_(half.mT, half, alpha=-1)
-            self._covariance.diagonal().add_(self.resolution**2)
         return self._covariance
+
+    @cached_property
+    @torch.no_grad()
+    def _covariance(self) -> Float[Tensor, "d d"]:
+        prior = self._prior_covariance()
+        m, d = self.measurement.shape
+        if m <= d:
+            cross = self._measured(prior)
+            system = self._measured(cross.mT) / self.noise**2
+            half = _half(system, cross.mT / self.noise)
+            found = prior.addmm_(half.mT, half, alpha=-1)
+        else:
+            root = root_of(prior)
+            images = self._measured(root) / self.noise
+            half = _half(images @ images.mT, root)
+            found = half.mT @ half
+        found.mul_(self.weights.scale)
+        found.diagonal().add_(self.resolution**2)
+        return found
+
+    def _measured(self, images: Float[Tensor, "k d"]) -> Float[Tensor, "k m"]:
+        """A x of flat images in float64."""
+        measurement = self.measurement.to(torch.float64)
+        return measurement(images.reshape(-1, *self.image_shape)).flatten(1)
 
     def _prior_covariance(self) -> Float[Tensor, "d d"]:
         """K of all pixels, in float64."""
@@ -513,6 +545,11 @@ class ImagePosterior:
             variance = self.covariance().diagonal().clamp_min(self.resolution**2)
             return variance.sqrt().to(self.mean).reshape(self.image_shape)
         return (self._fluctuations.square().mean(0) + self.resolution**2).sqrt()
+
+    @property
+    def _budget(self) -> int:
+        tangent = self.weights.tangent
+        return resolve_budget(tangent.memory_budget, tangent.device)
 
     def next_angles(
         self, candidates: Any = 180, k: int = 5, criterion: Criterion = "eig"
@@ -594,9 +631,7 @@ class ImagePosterior:
         check_choice(k, candidates.num_views, criterion)
         rows = self.measurement.shape[1] if self.exact else self.weights.num_samples
         kind = torch.float64 if self.exact else self.mean.dtype
-        tangent = self.weights.tangent
-        needed = 2 * rows * candidates.shape[0] * kind.itemsize
-        budget = resolve_budget(tangent.memory_budget, tangent.device)
+        needed, budget = 2 * rows * candidates.shape[0] * kind.itemsize, self._budget
         if needed > budget:
             raise MemoryError(
                 f"candidates: {candidates.num_views} views of a covariance of rank "
@@ -661,7 +696,9 @@ class ImagePosterior:
         return interval_coverage(mean.flatten(), variance.flatten(), y.flatten(), level)
 
     def _checked(self, truth: Any) -> Tensor:
-        x = torch.as_tensor(truth).to(self.mean)
+        if not torch.is_tensor(truth):
+            truth = torch.from_numpy(np.ascontiguousarray(truth))
+        x = truth.to(self.mean)
         check_finite("truth", x)
         return _one_of("truth", x, self.image_shape)
 
@@ -677,10 +714,27 @@ class ImagePosterior:
         """C of some pixels, in float64."""
         if self.exact:
             return self.covariance()[pixels[:, None], pixels]
+        needed, budget = 24 * len(pixels) ** 2, self._budget
+        if needed > budget:
+            raise MemoryError(
+                f"patch: the covariance of {len(pixels)} pixels needs "
+                f"{needed / 1e9:.1f} GB, more than the memory budget of "
+                f"{budget / 1e9:.1f} GB; take smaller patches"
+            )
         some = self._fluctuations.flatten(1)[:, pixels].double()
         found = some.mT @ some / (2 * len(some))
         found.diagonal().mul_(2).add_(self.resolution**2)
         return found
+
+
+def _half(
+    system: Float[Tensor, "r r"], right: Float[Tensor, "r d"]
+) -> Float[Tensor, "r d"]:
+    """L^-1 B with L L^T = S + I; S is overwritten."""
+    system = 0.5 * (system + system.mT)
+    system.diagonal().add_(1.0)
+    root = torch.linalg.cholesky(system)
+    return torch.linalg.solve_triangular(root, right, upper=False)
 
 
 def _one_of(name: str, value: Tensor, shape: tuple[int, ...]) -> Tensor:

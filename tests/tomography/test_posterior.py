@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import math
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 from torch.func import functional_call, jacrev
 
+from sgdgp.core.errors import CheckpointError, StorageError
 from sgdgp.networks import Dual, Filters, Isotropic, Layerwise, WeightCG, WeightSGD
 from sgdgp.solvers import CG, SDD
 from sgdgp.solvers.preconditioners import Nystrom
@@ -85,6 +89,23 @@ def test_the_covariance_is_that_of_the_formula(network, z, geometry, posterior) 
     torch.testing.assert_close(posterior.standard_deviation, sd, rtol=1e-6, atol=1e-9)
 
 
+def test_more_data_than_pixels_have_the_same_covariance(network, z, truth) -> None:
+    many = ParallelBeam(SIZE, 9, dtype=torch.float64)
+    model = linearise(network, z, many, many.simulate(truth), noise=SIGMA)
+    posterior = model.fit(final_samples=2, steps=0, precision=1.0)
+    expected = closed_form(network, z, many, posterior)
+    torch.testing.assert_close(posterior.covariance(), expected, rtol=1e-6, atol=1e-10)
+
+
+def test_a_scale_of_the_weights_scales_all_variances(posterior) -> None:
+    scaled = replace(posterior, weights=replace(posterior.weights, scale=4.0))
+    own = posterior.resolution**2
+    expected = 4 * (posterior.standard_deviation.square() - own) + own
+    torch.testing.assert_close(scaled.standard_deviation, expected.sqrt())
+    added, same = scaled.samples() - scaled.mean, posterior.samples() - posterior.mean
+    torch.testing.assert_close(added, 2 * same)
+
+
 def test_the_mean_is_what_the_network_shows(network, z, posterior) -> None:
     torch.testing.assert_close(posterior.mean, network(z)[0, 0].detach())
     assert posterior.noise == pytest.approx(SIGMA)
@@ -136,6 +157,8 @@ def test_coverage_counts_pixels_within_intervals(posterior, truth) -> None:
     error = (truth - posterior.mean).abs()
     inside = (error <= 1.959964 * posterior.standard_deviation).double().mean()
     assert posterior.coverage(truth) == pytest.approx(float(inside))
+    flipped = np.ascontiguousarray(truth.numpy()[::-1])[::-1]
+    assert posterior.coverage(flipped) == posterior.coverage(truth)
     assert posterior.coverage(truth, 0.5) < posterior.coverage(truth, 0.99)
 
 
@@ -204,12 +227,49 @@ def test_inpainting_has_large_deviations_where_nothing_is_seen(network, z) -> No
     assert float(sd[~seen].mean()) > 1.5 * float(sd[seen].mean())
 
 
-def test_a_saved_posterior_comes_back(model, posterior, tmp_path) -> None:
-    posterior.save(tmp_path / "posterior.safetensors")
-    same = model.load(tmp_path / "posterior.safetensors")
+def test_a_saved_posterior_comes_back_for_the_same_data_only(
+    model, posterior, network, z, geometry, truth, tmp_path
+) -> None:
+    path = tmp_path / "posterior.safetensors"
+    posterior.save(path)
+    same = copy.deepcopy(model.load(path))
     assert same.noise == posterior.noise
     torch.testing.assert_close(same.samples(3), posterior.samples(3), rtol=0, atol=0)
     torch.testing.assert_close(same.standard_deviation, posterior.standard_deviation)
+    y = geometry.simulate(truth)
+    turned = geometry.at(geometry.angles + 1)
+    for other in (
+        linearise(network, z, turned, y),
+        linearise(network, z + 1, geometry, y),
+        linearise(network, z, geometry, 2 * y),
+    ):
+        with pytest.raises(StorageError, match=r"seen|input"):
+            other.load(path)
+
+
+def test_a_fit_goes_on_from_its_checkpoint_for_the_same_data_only(
+    model, network, z, geometry, truth, tmp_path
+) -> None:
+    fixed = {"final_samples": 2, "checkpoint": tmp_path / "fit.safetensors"}
+    with pytest.warns(UserWarning, match="interrupted"):
+        model.fit(callback=lambda _: True, **fixed)
+    found = model.fit(**fixed)
+    assert found.weights.reason == "finished"
+    with pytest.raises(CheckpointError):
+        linearise(network, z, geometry, geometry.simulate(truth), noise=SIGMA).fit(
+            **{**fixed, "seed": 1}
+        )
+    turned = geometry.at(geometry.angles + 1)
+    with pytest.raises(CheckpointError):
+        linearise(network, z, turned, geometry.simulate(truth), noise=SIGMA).fit(
+            **fixed
+        )
+
+
+def test_weights_are_chosen_by_the_names_of_the_network(network, z, geometry, truth):
+    y = geometry.simulate(truth)
+    model = linearise(network, z, geometry, y, weights=["out.weight"])
+    assert model.model.tangent.names == ("network.out.weight",)
 
 
 def test_what_does_not_fit_is_refused(
