@@ -81,7 +81,7 @@ there is larger by the root of the largest eigenvalue. 48 x 48 pixels and 1,360 
 319 dimensions: one column takes 10 passes to 1 % with a rank of 200, and 60 to 20 %
 without; 16 at a time 20 to 2 % without."""
 
-_RESOLUTION = 1 / 255
+RESOLUTION = 1 / 255
 """Standard deviation that every pixel has at least, by the range of the image: a grey
 level of 256. Behind a saturated sigmoid the linear model is sure of a pixel to 1e-6,
 which no measurement is: a digit's white of .99 shown as 1 would cost thousands of nats.
@@ -467,7 +467,7 @@ class ImagePosterior:
     @cached_property
     def resolution(self) -> float:
         """Standard deviation that every pixel has on its own, whatever the samples."""
-        return _RESOLUTION * float(self.mean.max() - self.mean.min())
+        return RESOLUTION * float(self.mean.max() - self.mean.min())
 
     @cached_property
     def _fluctuations(self) -> Float[Tensor, K * i]:
