@@ -95,6 +95,25 @@ def _of_process() -> Iterator[int]:
                 yield allowed - size * int(pages[used])
 
 
+def check_fits(what: str, needed: int, available: int, remedy: str) -> None:
+    """Refuse what does not fit in memory, before it is made.
+
+    Args:
+        what: Argument or class, and what of it takes memory.
+        needed: Bytes, about.
+        available: Bytes; see :func:`free_memory`.
+        remedy: What to give in its place.
+
+    Raises:
+        MemoryError: Says both numbers of bytes.
+    """
+    if needed > available:
+        raise MemoryError(
+            f"{what} needs about {needed:,} bytes, {available:,} are available; "
+            f"{remedy}"
+        )
+
+
 @contextlib.contextmanager
 def named_if_too_large(what: str) -> Iterator[None]:
     """Say what did not fit in memory, and which argument helps.

@@ -1,6 +1,6 @@
 """Reconstructions from linear measurements, and their uncertainty."""
 
-from sgdgp.tomography.geometry import FanBeam, ParallelBeam
+from sgdgp.tomography.geometry import Beam, FanBeam, ParallelBeam
 from sgdgp.tomography.measurement import Measurement
 from sgdgp.tomography.posterior import (
     ImagePosterior,
@@ -13,6 +13,7 @@ from sgdgp.tomography.reconstruction import Reconstruction, reconstruct
 from sgdgp.tomography.unet import UNet
 
 __all__ = [
+    "Beam",
     "FanBeam",
     "ImagePosterior",
     "LinearisedImage",

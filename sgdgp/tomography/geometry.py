@@ -21,7 +21,7 @@ from torch import Tensor
 
 from sgdgp.core.checks import check_count, check_finite, check_number, check_positive
 from sgdgp.core.codec import register_stored_class
-from sgdgp.core.memory import free_memory
+from sgdgp.core.memory import check_fits, free_memory
 from sgdgp.tomography.linear_maps import SparseMatrix
 from sgdgp.tomography.measurement import Measurement
 
@@ -249,14 +249,13 @@ class Beam(Measurement):
         # Coordinates and weights of one view, in float64.
         view = 8 * (4 * self.bins * side + 12 * points)
         needed = matrix + images * dtype.itemsize + view
-        available = free_memory(device)
-        if needed > available:
-            raise MemoryError(
-                f"{type(self).__name__}: the projection of {slices or 1} x {self.size} "
-                f"x {self.size} pixels at {count} angles needs about {needed:,} bytes "
-                f"({matrix:,} for matrices), {available:,} are available; give fewer "
-                "angles, a smaller size or fewer bins"
-            )
+        check_fits(
+            f"{type(self).__name__}: the projection of {slices or 1} x {self.size} "
+            f"x {self.size} pixels at {count} angles",
+            needed,
+            free_memory(device),
+            "give fewer angles, a smaller size or fewer bins",
+        )
 
 
 @register_stored_class
@@ -405,9 +404,12 @@ def _degrees(
         return torch.arange(int(angles), device="cpu").double() * turn / int(angles)
     try:
         found = torch.as_tensor(angles, dtype=torch.float64, device="cpu")
+        if not found.ndim:
+            raise TypeError("one number that is no int may be either")
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(
-            f"angles: expected their number, or angles in degrees, found {angles!r}"
+            "angles: expected their number as an int, or a sequence of degrees, found "
+            f"{angles!r}"
         ) from error
     found = found.detach().flatten().clone()
     if not len(found):

@@ -218,7 +218,33 @@ class TorchFunction(LinearMap):
         )
         assert function is not None
         shapes = (self.image_shape, self.data_shape)
-        return TorchFunction(function, *shapes, adjoint, dtype, device)
+        found = TorchFunction(function, *shapes, adjoint, dtype, device)
+        if (dtype, device) != (self.dtype, self.device):
+            found._check_converted(self.dtype, self.device)
+        return found
+
+    @torch.no_grad()
+    def _check_converted(self, dtype: torch.dtype, device: torch.device) -> None:
+        """Refuse a function with tensors of its own that stay what they were.
+
+        Args:
+            dtype: Of what it took before.
+            device: Of that.
+        """
+        zero = torch.zeros(2, self.shape[1], dtype=self.dtype, device=self.device)
+        try:
+            data = self.times(zero)
+            images = self.adjoint_times(data)
+            kind = f"data of {data.dtype} and images of {images.dtype}"
+            if {data.dtype, images.dtype} == {self.dtype}:
+                return
+        except (RuntimeError, TypeError, ValueError) as error:
+            kind = str(error)
+        raise TypeError(
+            f"A: the function takes {dtype} on {device} only, found {self.dtype} on "
+            f"{self.device} ({kind}); convert its tensors by .to(x) for images x, or "
+            f"give dtype={dtype} to linearise"
+        )
 
 
 class Columns(LinearMap):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import struct
 import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,8 +13,21 @@ from typing import Any
 import numpy as np
 import scipy.io
 import scipy.sparse as sp
+from scipy.io.matlab import MatReadError
 
+from sgdgp.core.codec import MISFITS
 from sgdgp.core.errors import StorageError
+
+_DAMAGE = (
+    *MISFITS,
+    EOFError,
+    OSError,
+    MatReadError,
+    struct.error,
+    zipfile.BadZipFile,
+    zlib.error,
+)
+"""What libraries raise for a file that is damaged, or of another kind."""
 
 
 def read_matrix(path: str | os.PathLike[str], name: str | None = None) -> Any:
@@ -45,7 +60,7 @@ def read_matrix(path: str | os.PathLike[str], name: str | None = None) -> Any:
         raise StorageError(
             f"path: {path} is of MATLAB 7.3; save it by save(..., '-v7')"
         ) from error
-    except (ValueError, TypeError, KeyError, OSError, zipfile.BadZipFile) as error:
+    except _DAMAGE as error:
         if isinstance(error, StorageError):
             raise
         raise StorageError(f"path: {path} cannot be read: {error}") from error

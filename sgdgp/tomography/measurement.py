@@ -6,10 +6,11 @@ derivative that the network has.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,12 @@ from scipy.sparse.linalg import LinearOperator as SciPyOperator
 from torch import Tensor, nn
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
-from sgdgp.core.checks import check_finite, check_number, check_positive
+from sgdgp.core.checks import (
+    check_count,
+    check_finite,
+    check_number,
+    check_positive,
+)
 from sgdgp.core.codec import register_stored_class
 from sgdgp.core.seeds import derived_generator, number_of, standard_normal
 from sgdgp.tomography.linear_maps import (
@@ -36,6 +42,9 @@ from sgdgp.tomography.linear_maps import (
     is_real,
 )
 from sgdgp.tomography.matrix_files import read_matrix
+
+_NOISE = 0.05
+"""Of the mean of |A x|, where nobody says."""
 
 _STEPS = 10
 """Steps of least squares for a first image: few enough not to fit the noise."""
@@ -118,21 +127,20 @@ class Measurement(nn.Module):
             ValueError: Shapes do not match, entries that are not finite, a function
                 that is not linear, or an adjoint that is another map's.
         """
+        shape = _shape_of("image_shape", image_shape)
+        views = _shape_of("view_shape", view_shape)
         if isinstance(thing, Measurement):
             for name, value, has in (
-                ("image_shape", image_shape, thing.image_shape),
-                ("view_shape", view_shape, thing.view_shape),
+                ("image_shape", shape, thing.image_shape),
+                ("view_shape", views, thing.view_shape),
             ):
-                if value is not None and tuple(value) != has:
+                if value is not None and value != has:
                     raise ValueError(
-                        f"{name}: expected {has} as the measurement has, found "
-                        f"{tuple(value)}"
+                        f"{name}: expected {has} as the measurement has, found {value}"
                     )
             known = (thing.device, thing.dtype)
             wanted = (torch.device(device or thing.device), dtype or thing.dtype)
             return thing if wanted == known else thing.to(*wanted)
-        shape = None if image_shape is None else tuple(int(n) for n in image_shape)
-        views = None if view_shape is None else tuple(int(n) for n in view_shape)
         target = torch.device("cpu" if device is None else device)
         matrix = _matrix_or_operator(thing, dtype, target if device else None)
         if matrix is None:
@@ -247,6 +255,7 @@ class Measurement(nn.Module):
             index: A number, a slice, a mask or a sequence of numbers; also twice.
 
         Raises:
+            TypeError: Not whole numbers.
             ValueError: None is left.
             IndexError: There is no such view.
         """
@@ -262,7 +271,7 @@ class Measurement(nn.Module):
     def simulate(
         self,
         image: Any,
-        noise: float = 0.05,
+        noise: float | None = None,
         *,
         standard_deviation: float | Tensor | None = None,
         photons: float | None = None,
@@ -272,7 +281,8 @@ class Measurement(nn.Module):
 
         Args:
             image: x, of shape (*batch, *image_shape).
-            noise: Standard deviation of Gaussian noise by the mean of |A x|.
+            noise: Standard deviation of Gaussian noise by the mean of |A x|, of each
+                image its own. Default: 0.05.
             standard_deviation: The standard deviation itself, in its place; a number,
                 or one of each entry of the data.
             photons: Along a ray through nothing: data are -log of the share of them
@@ -281,7 +291,20 @@ class Measurement(nn.Module):
 
         Returns:
             Data of shape (*batch, num_views, *view_shape).
+
+        Raises:
+            ValueError: Out of range, or several kinds of noise at a time.
         """
+        kinds = {
+            "noise": noise,
+            "standard_deviation": standard_deviation,
+            "photons": photons,
+        }
+        given = [name for name, value in kinds.items() if value is not None]
+        if len(given) > 1:
+            raise ValueError(
+                f"{', '.join(kinds)}: expected one of them, found {' and '.join(given)}"
+            )
         clean = self(self._tensor("image", image, self.image_shape))
         generator = (
             seed
@@ -295,8 +318,10 @@ class Measurement(nn.Module):
             # Where none comes through, half of one: the logarithm is finite.
             return math.log(photons) - counts.clamp_min(0.5).log()
         if standard_deviation is None:
+            noise = _NOISE if noise is None else noise
             check_number("noise", noise)
-            size = noise * clean.abs().mean()
+            axes = tuple(range(-len(self.data_shape), 0))
+            size = noise * clean.abs().mean(axes, keepdim=True)
         else:
             size = torch.as_tensor(
                 standard_deviation, dtype=self.dtype, device=self.device
@@ -308,14 +333,23 @@ class Measurement(nn.Module):
             *clean.shape, like=clean, generator=generator
         )
 
-    def as_data(self, data: Any) -> Tensor:
-        """Data as a tensor of this measurement's kind, checked.
+    def as_data(self, data: Any, *, single: bool = False) -> Tensor:
+        """Data as a tensor of this measurement's kind, checked, without a graph.
+
+        Args:
+            data: Of shape (*batch, num_views, *view_shape).
+            single: Refuse those of a batch.
 
         Raises:
-            ValueError: Another shape than (*batch, num_views, *view_shape), or entries
-                that are not finite.
+            ValueError: Another shape, or entries that are not finite.
         """
-        return self._tensor("data", data, self.data_shape)
+        found = self._tensor("data", data, self.data_shape).detach()
+        if single and tuple(found.shape) != self.data_shape:
+            raise ValueError(
+                f"data: expected those of one image, {self.data_shape}, found shape "
+                f"{tuple(found.shape)}"
+            )
+        return found
 
     @torch.no_grad()
     def back_projection(self, data: Any) -> Tensor:
@@ -377,9 +411,17 @@ class Measurement(nn.Module):
         """Numbers of the chosen views."""
         every = torch.arange(self.num_views, device="cpu")
         if not isinstance(index, slice):
-            index = torch.as_tensor(index, device="cpu")
-            if not index.numel():
-                index = index.long()
+            found = index
+            with contextlib.suppress(TypeError, ValueError, RuntimeError):
+                found = torch.as_tensor(index, device="cpu")
+            if not torch.is_tensor(found) or (
+                found.numel() and (found.is_floating_point() or found.is_complex())
+            ):
+                raise TypeError(
+                    "views: expected a number, a slice, a mask or a sequence of "
+                    f"numbers of views, found {index!r}"
+                )
+            index = found if found.numel() else found.long()
         chosen = every[index].reshape(-1)
         if not len(chosen):
             raise ValueError("views: expected at least one view, found none")
@@ -549,6 +591,17 @@ def _function(
         check_linear(found)
         check_adjoint(found)
     return found
+
+
+def _shape_of(name: str, shape: Any) -> tuple[int, ...] | None:
+    if shape is None:
+        return None
+    if not isinstance(shape, Iterable):
+        raise TypeError(f"{name}: expected a sequence of ints, found {shape!r}")
+    sides = tuple(shape)
+    for side in sides:
+        check_count(name, side, 1)
+    return tuple(int(side) for side in sides)
 
 
 def _floating(dtype: torch.dtype) -> torch.dtype:

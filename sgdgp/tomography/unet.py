@@ -10,7 +10,7 @@ mode, reverse mode twice, or ``vmap``.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -70,6 +70,13 @@ class UNet(nn.Module):
         limits: tuple[float, float] = (0.0, 1.0),
     ) -> None:
         super().__init__()
+        for name, value in (
+            ("channels", channels),
+            ("skips", skips),
+            ("limits", limits),
+        ):
+            if not isinstance(value, Iterable):
+                raise TypeError(f"{name}: expected a sequence, found {value!r}")
         self.channels, self.skips = tuple(channels), tuple(skips)
         self.dimensions = dimensions
         self.in_channels, self.out_channels = in_channels, out_channels

@@ -81,6 +81,13 @@ def test_what_torch_holds_unused_on_a_gpu_is_free(monkeypatch: pytest.MonkeyPatc
     assert memory.free_memory("cuda") == 68 * GB
 
 
+def test_what_does_not_fit_is_refused_with_both_numbers():
+    memory.check_fits("x: a matrix", 2000, 2000, "give a smaller one")
+    words = "x: a matrix needs about 2,001 bytes, 2,000 are available; give a smaller"
+    with pytest.raises(MemoryError, match=words):
+        memory.check_fits("x: a matrix", 2001, 2000, "give a smaller one")
+
+
 @pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA")])
 def test_what_does_not_fit_is_named_with_the_argument_that_helps(error: Exception):
     with (

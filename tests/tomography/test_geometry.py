@@ -134,7 +134,10 @@ def test_distances_of_a_fan_are_refused_in_which_there_is_none():
         (ValueError, "angles: expected at least one angle", {"angles": []}),
         (ValueError, "angles: expected at least 1, found 0", {"angles": 0}),
         (ValueError, "angles: expected finite", {"angles": [0.0, torch.nan]}),
-        (TypeError, "angles: expected their number, or", {"angles": "all"}),
+        (TypeError, "angles: expected their number as an int, or", {"angles": "all"}),
+        (TypeError, r"sequence of degrees, found 60\.0", {"angles": 60.0}),
+        (TypeError, r"found tensor\(3\)", {"angles": torch.tensor(3)}),
+        (TypeError, "found True", {"angles": True}),
         (ValueError, "size: expected at least 1", {"size": 0}),
         (ValueError, "slices: expected at least 1", {"slices": 0}),
         (ValueError, "spacing: expected a positive", {"spacing": 0.0}),
@@ -152,7 +155,7 @@ def test_what_does_not_fit_is_refused_before_it_is_made(
     monkeypatch: pytest.MonkeyPatch,
 ):
     monkeypatch.setattr(geometry_module, "free_memory", lambda device: 10**5)
-    with pytest.raises(MemoryError, match=r"needs about [\d,]+ bytes .* 100,000 are"):
+    with pytest.raises(MemoryError, match=r"needs about [\d,]+ bytes, 100,000 are"):
         ParallelBeam(16, 10)
     monkeypatch.undo()
     with pytest.raises(MemoryError, match=r"of 5000 x 5000 x 5000 pixels at 10 angles"):

@@ -200,6 +200,18 @@ def test_files_without_one_matrix_are_refused(tmp_path: Path):
         Measurement.load(text)
     with pytest.raises(StorageError, match=r"cannot be read: .*allow_pickle=False"):
         Measurement.load(pickled)
+    whole = {"a.npz": sp.save_npz, "b.npy": np.save, "c.mat": savemat}
+    for name, save in whole.items():
+        place, a = tmp_path / name, np.arange(900.0).reshape(30, 30)
+        save(place, {"A": a} if save is savemat else sp.csr_array(a))
+        if save is np.save:
+            np.save(place, a)
+        content = place.read_bytes()
+        damaged = bytes(b ^ 85 * (i > 150) for i, b in enumerate(content[:-99]))
+        for bad in (b"", content[:60], content[:-99], damaged):
+            place.write_bytes(bad)
+            with pytest.raises(StorageError, match=f"{name} cannot be read"):
+                Measurement.load(place)
     with pytest.raises(StorageError, match=r"expected \.npz, \.npy or \.mat"):
         Measurement.load(Path(__file__))
     with pytest.raises(FileNotFoundError, match="path: expected a file"):
@@ -257,6 +269,38 @@ def test_simulated_noise_is_a_share_of_the_mean_signal():
     assert scores.std() == pytest.approx(1.0, rel=0.05)
 
 
+def test_noise_of_a_batch_is_by_each_image():
+    a = ParallelBeam(4, 2)
+    x = torch.ones(4, 4) * torch.tensor([0.0, 1.0, 100.0])[:, None, None]
+    noise = a.simulate(x, seed=1) - a(x)
+    assert (noise[0] == 0).all()
+    sizes = noise.abs().amax((-2, -1)) / a(x).abs().mean((-2, -1))
+    assert (sizes[1:] < 0.25).all()
+    assert (sizes[1:] > 0.02).all()
+
+
+def test_data_carry_no_graph():
+    data = torch.ones(2, 6, requires_grad=True)
+    assert not BEAM.as_data(data).requires_grad
+    assert not BEAM.as_data(2 * data, single=True).requires_grad
+
+
+def test_a_function_that_cannot_be_converted_says_so():
+    def halved(images: Tensor) -> Tensor:
+        return F.conv2d(images[:, None], KERNEL[None, None])[:, 0]
+
+    a = Measurement.of(halved, (4, 4), dtype=torch.float32)
+    for some in (a, a.views([0])):
+        with pytest.raises(
+            TypeError, match=r"takes torch\.float32 on cpu only, found torch\.float64"
+        ):
+            some.to(torch.float64)
+    assert a.to(torch.float32).dtype == torch.float32
+    always = Measurement.of(blur, (4, 4), lambda y: unblur(y).float())
+    with pytest.raises(TypeError, match=r"images of torch\.float32"):
+        always.to(torch.float64)
+
+
 def test_a_first_image_is_a_few_steps_of_least_squares():
     mask = torch.arange(12) % 3 > 0
     inpainting = Measurement.of(torch.eye(12)[mask], (3, 4))
@@ -308,7 +352,20 @@ VALUE_ERRORS: dict[str, Callable[[], Any]] = {
     "adjoint: expected None": lambda: Measurement.of(matrix(), (3, 4), unblur),
     "image_shape: expected": lambda: Measurement.of(BEAM, (5, 5)),
     "view_shape: expected": lambda: Measurement.of(BEAM, view_shape=(2,)),
+    "view_shape: expected at least 1": lambda: Measurement.of(
+        matrix(), (3, 4), view_shape=(-1,)
+    ),
+    "image_shape: expected at least 1": lambda: Measurement.of(matrix(), (-3, -4)),
     "at least one view": lambda: BEAM.views([]),
+    "expected one of them, found noise and photons": lambda: BEAM.simulate(
+        np.ones((4, 4)), 0.1, photons=9.0
+    ),
+    "found standard_deviation and": lambda: BEAM.simulate(
+        np.ones((4, 4)), standard_deviation=0.1, photons=9.0
+    ),
+    "data: expected those of one image": lambda: BEAM.as_data(
+        np.ones((3, 2, 6)), single=True
+    ),
     "noise: expected at least 0": lambda: BEAM.simulate(np.ones((4, 4)), -1.0),
     "photons: expected a pos": lambda: BEAM.simulate(np.ones((4, 4)), photons=0.0),
     "images: expected shape": lambda: BEAM(torch.ones(5, 5)),
@@ -323,6 +380,9 @@ TYPE_ERRORS: dict[str, Callable[[], Any]] = {
     "A: expected real": lambda: Measurement.of(sp.csr_array([[1j]])),
     "view_as_real": lambda: Measurement.of(torch.fft.fft2, (2, 2)),
     "images: expected torch.float32": lambda: BEAM(torch.ones(4, 4).double()),
+    "image_shape: expected a sequence of": lambda: Measurement.of(matrix(), 12),
+    r"views: expected a number, .* found \[1\.5\]": lambda: BEAM.views([1.5]),
+    "mask or a sequence of numbers of views, found 'all'": lambda: BEAM.views("all"),
     "images: expected a torch.Tensor": lambda: BEAM(np.ones((4, 4))),
 }
 

@@ -150,6 +150,12 @@ def test_what_does_not_fit_is_refused(settings: dict, words: str):
         network(**settings)
 
 
+@pytest.mark.parametrize("name", ["channels", "skips", "limits"])
+def test_one_number_is_no_sequence(name: str):
+    with pytest.raises(TypeError, match=f"{name}: expected a sequence, found 32"):
+        network(**{name: 32})
+
+
 def test_images_of_other_channels_or_dimensions_are_refused():
     for wrong in (an_input(4, 4, 4), an_input(4, 4).expand(1, 2, 4, 4)):
         with pytest.raises(ValueError, match=r"expected images \(b, 1, n, n\)"):
