@@ -53,8 +53,18 @@ def shepp_logan(size: int, slices: int | None = None) -> Tensor:
     return _means(value, size, slices).clamp(0.0, 1.0)
 
 
-def rectangles(size: int, seed: int, count: int = 3, spread: float = 0.05) -> Tensor:
-    """Rectangles that all lie one way (size, size), up to a spread in radians."""
+def rectangles(
+    size: int,
+    seed: int,
+    count: int = 3,
+    spread: float = 0.05,
+    across: tuple[float, float] = (0.1, 0.25),
+    along: tuple[float, float] = (0.25, 0.5),
+) -> Tensor:
+    """Rectangles that all lie one way (size, size), up to a spread in radians.
+
+    Half their sides are drawn from ``across`` and ``along``.
+    """
     random = torch.Generator().manual_seed(seed)
 
     def between(low: float, high: float) -> float:
@@ -65,7 +75,7 @@ def rectangles(size: int, seed: int, count: int = 3, spread: float = 0.05) -> Te
         (
             mode + between(-spread, spread),
             (between(-0.5, 0.5), between(-0.5, 0.5)),
-            (between(0.1, 0.25), between(0.25, 0.5)),
+            (between(*across), between(*along)),
             between(0.3, 1.0),
         )
         for _ in range(count)
