@@ -23,7 +23,7 @@ from benchmarks.tomography.digits import plus_minus
 from benchmarks.tomography.methods import network
 from benchmarks.tomography.phantoms import rectangles
 from benchmarks.tomography.scores import psnr
-from sgdgp.tomography import Measurement, ParallelBeam, reconstruct
+from sgdgp.tomography import Measurement, ParallelBeam, Reconstruction, reconstruct
 from sgdgp.tomography.design import Criterion, chosen_views, root_of
 
 _SIZE, _NOISE = 40, 0.05
@@ -45,16 +45,20 @@ def _measure(seed: int) -> Record:
     truth = rectangles(_SIZE, seed, across=(0.05, 0.15), along=(0.4, 0.7))
     every = ParallelBeam(_SIZE, _DEGREES)
     data = every.simulate(truth, _NOISE, seed=seed)
-    settings = {"learning_rate": _RATE, "seed": seed, "progress": False}
     start = _equidistant(_START)
-    first = reconstruct(
-        data[start],
-        every.views(start),
-        network(seed, _CHANNELS),
-        iterations=_ITERATIONS,
-        **settings,
-    )
 
+    def fitted(views: list[int]) -> Reconstruction:
+        return reconstruct(
+            data[views],
+            every.views(views),
+            network(seed, _CHANNELS),
+            iterations=_ITERATIONS,
+            learning_rate=_RATE,
+            seed=seed,
+            progress=False,
+        )
+
+    first = fitted(start)
     posterior = first.linearise().fit(final_samples=2, seed=seed, progress=False)
     others = [v for v in range(_DEGREES) if v not in start]
     chosen = {"equidistant": _equidistant(_START + _MORE)}
@@ -63,18 +67,8 @@ def _measure(seed: int) -> Record:
         chosen[criterion] = [*start, *(others[i] for i in found)]
     for name, lengths in (("independent pixels", (0.0,)), ("Matern", _LENGTHS)):
         chosen[name] = _by_process(every, data, start, lengths, posterior.noise)
-    figures = {}
-    for name, views in chosen.items():
-        fit = reconstruct(
-            data[views],
-            every.views(views),
-            network(seed, _CHANNELS),
-            iterations=_ITERATIONS,
-            **settings,
-        )
-        figures[name] = psnr(fit.image, truth)
     return {
-        "psnr": figures,
+        "psnr": {name: psnr(fitted(v).image, truth) for name, v in chosen.items()},
         "first psnr": psnr(first.image, truth),
         "angles": chosen,
         "seconds of a core": time.process_time() - begun,
@@ -82,7 +76,7 @@ def _measure(seed: int) -> Record:
 
 
 def _by_process(
-    every: ParallelBeam,
+    every: Measurement,
     data: Tensor,
     start: list[int],
     lengths: Sequence[float],
