@@ -282,6 +282,71 @@ def test_what_a_file_does_not_hold_is_given_on_loading(tmp_path: Path):
             sgdgp.load(place, **{**given, **changed})
 
 
+def test_what_a_measurement_was_made_of_is_given_on_loading(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("sgdgp.tomography.reconstruction._HEAVY", 0)
+    matrix = torch.eye(4).double()
+
+    def halved(x: Tensor) -> Tensor:
+        return x.flatten(1) / 2
+
+    for thing, shape, views in (
+        (matrix, (2, 2), (2,)),
+        (matrix, (3, 2, 2), (2,)),
+        (halved, (2, 2), (4,)),
+    ):
+        a = Measurement.of(thing, shape, view_shape=views, dtype=torch.float64)
+        network = UNet((2,), (0,), len(shape))
+        found = reconstruct(torch.ones(a.data_shape), a, network, iterations=1)
+        found.save(tmp_path / "file")
+        again = sgdgp.load(tmp_path / "file", measurement=thing)
+        assert again.measurement.data_shape == a.data_shape
+        # The network is of float32.
+        assert torch.equal(again.measurement(again.image), a(found.image))
+        assert again.image.dtype == torch.float64
+    with pytest.raises(StorageError, match="does not fit this measurement: "):
+        sgdgp.load(tmp_path / "file", measurement=torch.eye(4)[:3])
+    with pytest.raises(TypeError, match=r"network: .* holds its own, UNet; expected n"):
+        sgdgp.load(tmp_path / "file", measurement=halved, network=network)
+
+
+def test_what_a_file_holds_is_not_given_again(tmp_path: Path, found: Reconstruction):
+    found.save(tmp_path / "file")
+    with pytest.raises(TypeError, match="holds that of its data, ParallelBeam"):
+        sgdgp.load(tmp_path / "file", measurement=BEAM)
+
+
+def test_only_projections_have_neighbours_and_the_sign_of_images():
+    """Not the Fourier coefficients of a disc, which are in [0, 1]."""
+
+    def sampled(images: Tensor) -> Tensor:
+        return torch.view_as_real(torch.fft.fft2(images, norm="ortho")[:, ::2])
+
+    a = Measurement.of(sampled, (8, 8))
+    found = reconstruct(a.simulate(phantom()), a, iterations=1)
+    assert found.network.limits == (0.0, 1.0)
+    assert found.noise == pytest.approx(0.05 * float(found.data.abs().mean()))
+    with pytest.warns(UserWarning, match="not bounded"):
+        reconstruct(a.simulate(2 * phantom() - 1), a, iterations=1)
+
+
+def test_noise_is_told_from_bins_that_differ():
+    data = torch.zeros(4, 12)
+    data[:, 4:8] = sinogram()[:, 4:8]  # most differences are none
+    assert reconstruct(data, BEAM, small(), iterations=1).noise > 0
+    with pytest.warns(UserWarning, match="noise cannot be told from differences of"):
+        found = reconstruct(torch.ones(4, 12), BEAM, small(), iterations=1)
+    assert found.noise == pytest.approx(0.05)
+
+
+def test_an_image_of_one_axis_has_a_flat_input():
+    found = reconstruct(
+        torch.ones(3), torch.eye(4)[:3], nn.Linear(4, 4), (4,), tv=0.1, **SHORT
+    )
+    assert found.image.shape == (4,)
+
+
 @pytest.mark.parametrize(
     ("settings", "error", "words"),
     [
