@@ -607,8 +607,8 @@ class ImagePosterior:
         Where the posterior is not ``exact`` they are by the samples. K samples tell of
         no more than K directions: V has that rank, which makes "eig" too small for
         views of as many numbers, and after views of K numbers in all nothing is left to
-        learn. Have several times as many samples as the k views have numbers; the
-        first view by the other criteria needs few.
+        learn. Have several times as many samples as the k views have numbers (there is
+        a warning below as many); the first view by the other criteria needs few.
 
         Args:
             candidates: Views of the same image; whatever ``Measurement.of`` takes.
@@ -641,6 +641,13 @@ class ImagePosterior:
                 f"candidates: {candidates.num_views} views of a covariance of rank "
                 f"{rows} need {needed / 1e9:.1f} GB, more than the memory budget of "
                 f"{budget / 1e9:.1f} GB; give fewer views"
+            )
+        numbers = k * candidates.shape[0] // candidates.num_views
+        if not self.exact and rows < numbers:
+            warn_user(
+                f"{rows} samples tell less than the {numbers} numbers of {k} views: "
+                "which views come after the first is up to chance; fit with "
+                f"final_samples={4 * numbers}, or choose fewer."
             )
         if self.exact:
             root = root_of(self.covariance()).reshape(-1, *self.image_shape)

@@ -148,6 +148,12 @@ def test_many_samples_choose_as_the_covariance_does(network, z, posterior) -> No
         assert float(values[found]) > 0.8 * float(values.max())
 
 
+def test_few_samples_are_said_to_tell_little(network, z) -> None:
+    sampled = fitted(network, z, [0.0, 70.0], exact=False, final_samples=8)
+    with pytest.warns(UserWarning, match="8 samples .* 18 numbers .*final_samples=72"):
+        assert len(sampled.next_angles(CANDIDATES, 2)) == 2
+
+
 def test_what_cannot_be_chosen_is_refused(posterior) -> None:
     with pytest.raises(ValueError, match=r"k: expected at most the 7 .* found 8"):
         posterior.next_angles(CANDIDATES, 8)
