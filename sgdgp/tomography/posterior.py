@@ -34,7 +34,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from sgdgp.core.checks import check_count, check_finite, check_positive
 from sgdgp.core.errors import warn_user
-from sgdgp.core.memory import resolve_budget
+from sgdgp.core.memory import check_fits, resolve_budget
 from sgdgp.core.slices import slices
 from sgdgp.metrics import interval_coverage
 from sgdgp.networks import (
@@ -179,7 +179,7 @@ def linearise(
         raise TypeError(f"dtype: expected float32 or float64, found {dtype}")
     input = torch.as_tensor(input).detach().to(device, dtype)
     measurement = Measurement.of(measurement).to(device, dtype)
-    y = _one_of("data", measurement.as_data(data), measurement.data_shape)
+    y = measurement.as_data(data, single=True)
     if noise is not None:
         check_positive("noise", noise)
     network = _laid_out(copy.deepcopy(network).eval().to(dtype))
@@ -359,7 +359,9 @@ class LinearisedImage:
         """Whether the covariance matrix of the pixels takes minutes at most."""
         m, d = self.measurement.shape
         work = d**2 * (self.model.tangent.num_weights + m)
-        return work <= _MOST_WORK and self._exact_bytes() <= self._budget()
+        return work <= _MOST_WORK and self._exact_bytes() <= _budget_of(
+            self.model.tangent
+        )
 
     def _exact_bytes(self) -> int:
         (m, d), size = self.measurement.shape, self.model.tangent.num_weights
@@ -368,31 +370,26 @@ class LinearisedImage:
         jacobian = 2 * d * size * self.measurement.dtype.itemsize
         return jacobian + 8 * (3 * d**2 + 3 * m * d + 3 * min(m, d) ** 2)
 
-    def _budget(self) -> int:
-        tangent = self.model.tangent
-        return resolve_budget(tangent.memory_budget, tangent.device)
-
     def _check_exact(self) -> None:
-        needed, budget = self._exact_bytes(), self._budget()
-        if needed > budget:
-            raise MemoryError(
-                f"exact: the covariance of {self.measurement.shape[1]} pixels needs "
-                f"{needed / 1e9:.1f} GB, more than the memory budget of "
-                f"{budget / 1e9:.1f} GB; leave exact=False, for variances by samples"
-            )
+        check_fits(
+            f"exact: the covariance of {self.measurement.shape[1]} pixels",
+            self._exact_bytes(),
+            _budget_of(self.model.tangent),
+            "leave exact=False, for variances by samples",
+        )
 
     def _check_samples(self, count: int) -> None:
         """Refuse images that do not fit, before long work."""
         d, size = self.measurement.shape[1], self.model.tangent.num_weights
         # Images and what they add to the mean; their weights, whitened and not.
         each = 2 * (d + size) * self.measurement.dtype.itemsize
-        budget = self._budget()
-        if count * each > budget:
-            raise MemoryError(
-                f"final_samples: {count} images of {d} pixels need "
-                f"{count * each / 1e9:.1f} GB with their {size} weights, more than the "
-                f"memory budget of {budget / 1e9:.1f} GB, which holds {budget // each}"
-            )
+        budget = _budget_of(self.model.tangent)
+        check_fits(
+            f"final_samples: {count} times {d} pixels and {size} weights",
+            count * each,
+            budget,
+            f"take at most {budget // each}",
+        )
 
     def _views_at_once(self) -> int:
         """Views whose Jacobian is held at a time."""
@@ -550,11 +547,6 @@ class ImagePosterior:
             return variance.sqrt().to(self.mean).reshape(self.image_shape)
         return (self._fluctuations.square().mean(0) + self.resolution**2).sqrt()
 
-    @property
-    def _budget(self) -> int:
-        tangent = self.weights.tangent
-        return resolve_budget(tangent.memory_budget, tangent.device)
-
     def next_angles(
         self, candidates: Any = 180, k: int = 5, criterion: Criterion = "eig"
     ) -> Float[Tensor, " k"]:
@@ -635,13 +627,12 @@ class ImagePosterior:
         check_choice(k, candidates.num_views, criterion)
         rows = self.measurement.shape[1] if self.exact else self.weights.num_samples
         kind = torch.float64 if self.exact else self.mean.dtype
-        needed, budget = 2 * rows * candidates.shape[0] * kind.itemsize, self._budget
-        if needed > budget:
-            raise MemoryError(
-                f"candidates: {candidates.num_views} views of a covariance of rank "
-                f"{rows} need {needed / 1e9:.1f} GB, more than the memory budget of "
-                f"{budget / 1e9:.1f} GB; give fewer views"
-            )
+        check_fits(
+            f"candidates: what {candidates.num_views} views see of {rows} images",
+            2 * rows * candidates.shape[0] * kind.itemsize,
+            _budget_of(self.weights.tangent),
+            "give fewer views",
+        )
         numbers = k * candidates.shape[0] // candidates.num_views
         if not self.exact and rows < numbers:
             warn_user(
@@ -711,7 +702,11 @@ class ImagePosterior:
             truth = torch.from_numpy(np.ascontiguousarray(truth))
         x = truth.to(self.mean)
         check_finite("truth", x)
-        return _one_of("truth", x, self.image_shape)
+        if tuple(x.shape) != self.image_shape:
+            raise ValueError(
+                f"truth: expected shape {self.image_shape}, found {tuple(x.shape)}"
+            )
+        return x
 
     def _patches(self, side: int) -> Iterator[Tensor]:
         """Numbers of the pixels of each patch; those at the edge may be smaller."""
@@ -725,13 +720,12 @@ class ImagePosterior:
         """C of some pixels, in float64."""
         if self.exact:
             return self.covariance()[pixels[:, None], pixels]
-        needed, budget = 24 * len(pixels) ** 2, self._budget
-        if needed > budget:
-            raise MemoryError(
-                f"patch: the covariance of {len(pixels)} pixels needs "
-                f"{needed / 1e9:.1f} GB, more than the memory budget of "
-                f"{budget / 1e9:.1f} GB; take smaller patches"
-            )
+        check_fits(
+            f"patch: the covariance of {len(pixels)} pixels",
+            24 * len(pixels) ** 2,
+            _budget_of(self.weights.tangent),
+            "take smaller patches",
+        )
         some = self._fluctuations.flatten(1)[:, pixels].double()
         found = some.mT @ some / (2 * len(some))
         found.diagonal().mul_(2).add_(self.resolution**2)
@@ -748,12 +742,5 @@ def _half(
     return torch.linalg.solve_triangular(root, right, upper=False)
 
 
-def _one_of(name: str, value: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """A tensor that is not a batch of several.
-
-    Raises:
-        ValueError: It is.
-    """
-    if tuple(value.shape) != shape:
-        raise ValueError(f"{name}: expected shape {shape}, found {tuple(value.shape)}")
-    return value
+def _budget_of(tangent: Tangent) -> int:
+    return resolve_budget(tangent.memory_budget, tangent.device)
