@@ -290,7 +290,7 @@ def test_what_does_not_fit_is_refused(
         linearise(network, z, geometry, y, memory_budget=1000).fit(exact=True)
     each = 16 * (SIZE**2 + model.model.tangent.num_weights)
     little = linearise(network, z, geometry, y, memory_budget=10 * each)
-    with pytest.raises(MemoryError, match=r"final_samples: 64 .* bytes.*take at most 10$"):
+    with pytest.raises(MemoryError, match=r"final_samples: 64 .*at most 10$"):
         little.fit(exact=False)
     with pytest.raises(ValueError, match=r"count: expected at most the 512 samples"):
         posterior.samples(1000)
