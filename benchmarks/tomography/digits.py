@@ -21,13 +21,14 @@ from benchmarks.tomography.scores import (
     posterior_scores,
     sample_scores,
 )
-from sgdgp.tomography import ParallelBeam, linearise, reconstruct
+from sgdgp.tomography import ParallelBeam, reconstruct
 
 ANGLES, NOISE = (5, 10, 20, 30), (5, 10)
 
-_CHANNELS = (8, 8, 8)
-_SETTINGS: dict[str, Any] = {"iterations": 400, "learning_rate": 1e-2}
-"""Small and fast, of all methods alike: 200 digits are reconstructed twice."""
+_CHANNELS = (16, 16, 16)
+_SETTINGS: dict[str, Any] = {"iterations": 600, "learning_rate": 5e-3}
+"""Of all methods alike, for minutes in place of hours. With 8 channels, errors at 20
+and 30 angles are those of a network that is too small, which no method foresees."""
 
 
 def _measure(angles: int, noise: int) -> Callable[[int], Record]:
@@ -43,9 +44,7 @@ def _measure(angles: int, noise: int) -> Callable[[int], Record]:
             progress=False,
             **_SETTINGS,
         )
-        posterior = linearise(fit.network, fit.input, geometry, data).fit(
-            final_samples=2, seed=seed, progress=False
-        )
+        posterior = fit.linearise().fit(final_samples=2, seed=seed, progress=False)
         ours = posterior_scores(posterior, truth)
         ours["noise"] = posterior.noise / float((data - geometry(truth)).std())
         other = dropout_samples(data, geometry, _CHANNELS, seed, **_SETTINGS)

@@ -27,7 +27,6 @@ from sgdgp.tomography import (
     ImagePosterior,
     ParallelBeam,
     Reconstruction,
-    linearise,
     reconstruct,
 )
 
@@ -57,8 +56,7 @@ def _problem(size: int, seed: int) -> tuple[Tensor, ParallelBeam, Tensor]:
 
 
 def _posterior(fit: Reconstruction, **settings: Any) -> ImagePosterior:
-    model = linearise(fit.network, fit.input, fit.measurement, fit.data)
-    return model.fit(progress=False, **settings)
+    return fit.linearise().fit(progress=False, **settings)
 
 
 def _measure(size: int) -> Callable[[int], Record]:
