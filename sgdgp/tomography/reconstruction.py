@@ -127,8 +127,12 @@ _MOST_RESTARTS = 5
 _SMALL = 2**16
 """Pixels that fit in any memory: to find out takes seconds."""
 
-_MISSED = 0.05
-"""Of the data's root mean square: what a fit may miss whatever the noise."""
+_MISSED, _MISSED_BY_GUESS = 0.05, 0.3
+"""Of the data's root mean square: what a fit may miss whatever the noise, and where that
+is but a guess."""
+
+_FLAT = 1e-3
+"""Range of an image, by that of its first one, that shows nothing."""
 
 _HEAVY = 2**28
 """Bytes of a measurement that a file does not hold, unless they are a geometry's."""
@@ -950,9 +954,19 @@ class _Fit:
                 + "; give a smaller learning_rate, "
                 f"{_SLOWER * settings.learning_rate:.1g} for one."
             )
+        if reason == "interrupted":
+            return
         size = float(problem.like.square().mean().sqrt())
         missed = math.sqrt(_misfit(problem.measure, image, problem.like))
-        if reason == "interrupted" or missed < max(2 * problem.noise, _MISSED * size):
+        is_known = isinstance(problem.measurement, Beam)
+        usual = _MISSED if is_known else _MISSED_BY_GUESS
+        if missed < max(2 * problem.noise, usual * size):
+            return
+        if float(image.max() - image.min()) <= _FLAT * float(problem.input.std()):
+            yield (
+                "The network shows the same everywhere: its sigmoid is stuck, and the "
+                "image has no derivatives; give a smaller learning_rate or another seed."
+            )
             return
         network = problem.network
         high = network.limits[1] if isinstance(network, UNet) else math.inf
