@@ -128,8 +128,8 @@ _SMALL = 2**16
 """Pixels that fit in any memory: to find out takes seconds."""
 
 _MISSED, _MISSED_BY_GUESS = 0.05, 0.3
-"""Of the data's root mean square: what a fit may miss whatever the noise, and where that
-is but a guess."""
+"""Of the data's root mean square: what a fit may miss whatever the noise, and where
+that is but a guess."""
 
 _FLAT = 1e-3
 """Range of an image, by that of its first one, that shows nothing."""
@@ -964,8 +964,8 @@ class _Fit:
             return
         if float(image.max() - image.min()) <= _FLAT * float(problem.input.std()):
             yield (
-                "The network shows the same everywhere: its sigmoid is stuck, and the "
-                "image has no derivatives; give a smaller learning_rate or another seed."
+                "The network shows the same everywhere: its sigmoid is stuck, and has "
+                "no derivatives; give a smaller learning_rate, or another seed."
             )
             return
         network = problem.network
