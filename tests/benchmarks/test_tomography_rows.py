@@ -11,7 +11,7 @@ import torch
 
 from benchmarks.checks import SHORT, Check
 from benchmarks.study import Row, Study
-from benchmarks.tomography import digits, shepp_logan
+from benchmarks.tomography import digits, shepp_logan, volumes
 from benchmarks.tomography.phantoms import rectangles
 from benchmarks.tomography.phantoms import shepp_logan as phantom
 from benchmarks.tomography.scores import oracle, pixel_scores, psnr, sample_scores
@@ -145,3 +145,22 @@ def test_a_table_is_of_what_is_there(tmp_path: Path, capsys: pytest.CaptureFixtu
     asked = ["--table", "--results", str(tmp_path), "--seeds", "1", "2"]
     assert study.main(asked) == SHORT
     assert "falls short" in capsys.readouterr().out
+
+
+def test_a_larger_volume_takes_time_by_its_voxels():
+    record = {
+        "size": 64,
+        "seconds of a core": {"reconstruction": 100.0, "posterior": 350.0},
+        "seconds of a column": {"jvp": 0.4, "vjp": 0.5},
+        "peak GB": 9.0,
+        **dict.fromkeys(
+            ("psnr", "filtered back-projection", "log density", "oracle"), 1.0
+        ),
+        "coverage": 0.95,
+        "correlation": 0.5,
+    }
+    record["modelled"] = {"128": volumes.modelled(record, 128)}
+    assert record["modelled"]["128"]["hours of a core"] == pytest.approx(1.0)
+    assert record["modelled"]["128"]["seconds of a vjp"] == pytest.approx(4.0)
+    found = list(volumes.check([record]))
+    assert [c.holds for c in found] == [False] + [True] * (len(found) - 1)

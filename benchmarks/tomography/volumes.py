@@ -1,0 +1,241 @@
+"""A volume of 64^3 voxels: uncertainty of every one, its memory and its time."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from benchmarks.checks import Check
+from benchmarks.study import Record, Row
+from benchmarks.tomography.phantoms import shepp_logan
+from benchmarks.tomography.scores import oracle, pixel_scores, psnr
+from benchmarks.uci.memory import peak_rss_mb
+from sgdgp.networks import GPrior, WeightCG
+from sgdgp.tomography import (
+    ImagePosterior,
+    LinearisedImage,
+    ParallelBeam,
+    UNet,
+    linearise,
+    reconstruct,
+)
+from sgdgp.tomography.posterior import Views
+
+SIZE, ANGLES = 64, 20
+
+_CHANNELS, _SKIPS = (8, 24, 24), (0, 4, 4)
+"""Few where voxels are many. 24 rather than 16 at 32^3, where PyTorch has fast
+convolutions of one volume with more than 20 channels only."""
+
+_ITERATIONS, _RATE = 200, 3e-3
+
+_PROBES, _RANK, _TOLERANCE, _PRECISION = 16, 96, 0.5, 5.0
+"""The bound on errors is a tenth of what samples differ by from each other."""
+
+_LEARNING, _SAMPLES, _STEPS = 16, 16, 3
+"""Samples say what a standard deviation is to a fifth. All of them learn: sixteen
+columns share a Krylov space, and the last step's are nearly what is drawn."""
+
+_COLUMNS = 4
+"""That products are timed with."""
+
+_MEMORY = 8.0
+"""GB at most."""
+
+_LARGE = 128
+
+_FIGURE = Path(__file__).parent / "measured" / "volume.png"
+
+
+def measure(seed: int) -> Record:
+    """The whole way, phase by phase, and what a larger volume would take."""
+    return measured(SIZE, seed, _FIGURE)
+
+
+def measured(size: int, seed: int, figure: Path | None = None) -> Record:
+    """The same for a volume of any size.
+
+    Args:
+        size: Voxels along each axis.
+        seed: Of noise, network and samples.
+        figure: Where three slices go.
+    """
+    truth = shepp_logan(size, size)
+    geometry = ParallelBeam(size, ANGLES, slices=size)
+    data = geometry.simulate(truth, 0.05, seed=seed)
+    torch.manual_seed(seed)
+    network = UNet(_CHANNELS, _SKIPS, dimensions=3)
+    network.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
+    clock = _Clock()
+    fit = reconstruct(
+        data,
+        geometry,
+        network,
+        iterations=_ITERATIONS,
+        learning_rate=_RATE,
+        early_stopping=False,
+        seed=seed,
+        progress=False,
+    )
+    clock.tell("reconstruction")
+    model = linearise(
+        fit.network,
+        fit.input,
+        geometry,
+        data,
+        GPrior(probes=_PROBES),
+        dtype=torch.float32,
+        memory_budget=2 * 10**9,
+    )
+    posterior = model.fit(
+        num_samples=_LEARNING,
+        final_samples=_SAMPLES,
+        steps=_STEPS,
+        precision=_PRECISION,
+        solver=WeightCG(_TOLERANCE, 60.0, _RANK),
+        seed=seed,
+        progress=False,
+    )
+    clock.tell("posterior")
+    deviation = posterior.standard_deviation
+    clock.tell("images")
+    if figure is not None:
+        draw(figure, truth, posterior)
+    history = posterior.weights.history
+    found = {
+        "size": size,
+        "weights": model.model.tangent.num_weights,
+        "measured numbers": data.numel(),
+        "filtered back-projection": psnr(geometry.back_projection(data), truth),
+        **pixel_scores(posterior.mean, deviation, truth),
+        "oracle": oracle(posterior.mean, truth),
+        "noise": posterior.noise / float((data - geometry(truth)).std()),
+        "precision": float(posterior.weights.precisions[0]),
+        "effective dimension": sum(history[-1].effective_dimension),
+        "steps": len(history),
+        "passes": posterior.weights.passes,
+        "passes of learning": history[-1].passes,
+        "warnings": list(posterior.weights.warnings),
+        "seconds of a core": clock.seconds,
+        "seconds of a column": _rates(model),
+        "peak GB": peak_rss_mb() / 1e3,
+    }
+    return {**found, "modelled": {str(_LARGE): modelled(found, _LARGE)}}
+
+
+def modelled(record: Record, size: int) -> dict[str, float]:
+    """What a larger volume takes: everything goes by its voxels.
+
+    As many passes for as many columns, each of them longer; the number of weights is
+    the same. Of columns fewer pass at a time, so that temporaries are what they were,
+    but one of them is needed.
+    """
+    ratio = (size / record["size"]) ** 3
+    voxels = size**3
+    # Samples and their images, and what a network keeps of one column.
+    images = 2 * 4 * _SAMPLES * voxels
+    column = 12 * 4 * (_CHANNELS[1] + _SKIPS[1]) * voxels
+    return {
+        "hours of a core": ratio * sum(record["seconds of a core"].values()) / 3600,
+        "seconds of a jvp": ratio * record["seconds of a column"]["jvp"],
+        "seconds of a vjp": ratio * record["seconds of a column"]["vjp"],
+        "GB": (images + column) / 1e9,
+    }
+
+
+def _rates(model: LinearisedImage) -> dict[str, float]:
+    """Seconds of a core for a column of a product with J and with its transpose."""
+    tangent = model.model.tangent
+    views = tangent.network
+    assert isinstance(views, Views)
+    batch = tangent.at(views.all_views())
+    w = torch.randn(tangent.num_weights, _COLUMNS)
+    u = batch.jvp(w)
+    clock = _Clock()
+    batch.jvp(w)
+    clock.tell("jvp")
+    batch.vjp(u)
+    clock.tell("vjp")
+    return {name: seconds / _COLUMNS for name, seconds in clock.seconds.items()}
+
+
+class _Clock:
+    """Seconds of a core between two calls."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = time.process_time()
+
+    def tell(self, name: str) -> None:
+        """A phase has ended."""
+        now = time.process_time()
+        self.seconds[name] = now - self._last
+        self._last = now
+
+
+def draw(path: Path, truth: Tensor, posterior: ImagePosterior) -> None:
+    """Truth, mean, standard deviation and error of three slices."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    mean, deviation = posterior.mean.float(), posterior.standard_deviation.float()
+    error = (truth - mean).abs()
+    most = float(error.quantile(0.999) if error.numel() < 10**7 else error.max())
+    columns = {
+        "truth": (truth, "gray", 1.0),
+        "mean": (mean, "gray", 1.0),
+        "standard deviation": (deviation, "magma", float(deviation.max())),
+        "|error|": (error, "magma", most),
+    }
+    places = [round(share * (len(truth) - 1)) for share in (0.35, 0.5, 0.65)]
+    figure, axes = plt.subplots(3, 4, figsize=(6.4, 5.0))
+    for row, place in zip(axes, places, strict=True):
+        for axis, (name, (volume, colours, top)) in zip(
+            row, columns.items(), strict=True
+        ):
+            image = axis.imshow(volume[place], cmap=colours, vmin=0.0, vmax=top)
+            axis.set_axis_off()
+            figure.colorbar(image, ax=axis, fraction=0.046).ax.tick_params(labelsize=5)
+            if row is axes[0]:
+                axis.set_title(name, fontsize=8)
+    figure.tight_layout(pad=0.4)
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
+def check(records: Sequence[Record]) -> Iterator[Check]:
+    """Memory is bounded; everything else is stated."""
+    for r in records:
+        name = f"Shepp-Logan {r['size']}³, {ANGLES} angles"
+        yield Check(
+            f"{name}: peak memory in GB",
+            f"{r['peak GB']:.1f}",
+            f"≤ {_MEMORY:.0f}",
+            r["peak GB"] <= _MEMORY,
+        )
+        for figure, digits in (
+            ("psnr", 1),
+            ("filtered back-projection", 1),
+            ("log density", 2),
+            ("oracle", 2),
+            ("coverage", 3),
+            ("correlation", 2),
+        ):
+            yield Check(f"{name}: {figure}", f"{r[figure]:.{digits}f}", "", True)
+        for phase, seconds in r["seconds of a core"].items():
+            yield Check(f"{name}: seconds of {phase}", f"{seconds:.0f}", "", True)
+        for size, model in r["modelled"].items():
+            for figure in ("hours of a core", "GB"):
+                yield Check(
+                    f"{size}³, modelled: {figure}", f"{model[figure]:.1f}", "", True
+                )
+
+
+ROWS = {"volume": Row(measure, check)}
+"""One seed, which takes minutes."""
