@@ -196,21 +196,24 @@ def measure_samples(seed: int) -> Record:
 def _sampled(
     posterior: ImagePosterior, truth: Tensor, counts: Sequence[int]
 ) -> dict[str, dict[str, float]]:
-    """Root mean squares over pixels and disjoint sets of samples."""
-    mean, deviation = posterior.mean, posterior.standard_deviation
+    """Root mean squares over disjoint sets of samples, and pixels that are uncertain.
+
+    Those are less certain than every pixel is allowed to be; others are not sampled.
+    """
+    mean, own = posterior.mean, posterior.resolution**2
+    exact = posterior.standard_deviation.square() - own
     squares = (posterior.samples() - mean).square()
-    exact = posterior.log_density(truth)
     found = {}
     for count in counts:
-        variances = squares.unflatten(0, (-1, count)).mean(1)
-        error = (variances / deviation.square() - 1).square().mean().sqrt()
+        sets = squares.unflatten(0, (-1, count)).mean(1)
+        error = (sets / exact - 1)[:, exact > own].square().mean().sqrt()
         densities = [
-            pixel_scores(mean, v.sqrt(), truth)["log density"] for v in variances
+            pixel_scores(mean, (v + own).sqrt(), truth)["log density"] for v in sets
         ]
         found[str(count)] = {
             "error": float(error),
             "predicted": math.sqrt(2 / count),
-            "log density": _mean(densities) - exact,
+            "log density": _mean(densities) - posterior.log_density(truth),
         }
     return found
 
