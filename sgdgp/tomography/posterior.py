@@ -12,8 +12,8 @@ tomography with a linearised deep image prior", TMLR 2023, eq. 11). S and s^2 ma
 the evidence of the data; the paper adds a prior of S by total variation, and takes the
 evidence at the trained weights instead of the linear model's. Measured on Shepp-Logan
 phantoms, the trained weights, most of which are still what they were drawn as, ask for
-so much variance that all pixels lie within two standard deviations. One precision for
-all weights, scaled by the Jacobian (``GPrior``), covers best.
+so much variance that all pixels lie within two standard deviations; a precision for
+each block fits the data too well, and 80 % do. One for all weights covers 94 to 99 %.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from sgdgp.core.slices import slices
 from sgdgp.metrics import interval_coverage
 from sgdgp.networks import (
     Gaussian,
-    GPrior,
+    Isotropic,
     LinearisedNetwork,
     LinearisedPosterior,
     WeightCG,
@@ -67,9 +67,6 @@ _JACOBIAN = 2**26
 
 _COLUMNS = 4096
 """Weights that are copied to float64 at a time."""
-
-_PROBES = 256
-"""Of the scales of weights: one batch of data says as much as one probe."""
 
 _RANK, _TOLERANCE, _MOST_PASSES = 200, 0.1, 100.0
 """Of conjugate gradients in the weights, and their bounds on errors, which are a tenth
@@ -157,9 +154,10 @@ def linearise(
         input: What it is fed with.
         measurement: A; whatever ``Measurement.of`` takes.
         data: y (num_views, *view_shape).
-        prior: Of the weights. Default: ``GPrior(probes=256)``, one precision for
-            weights scaled by the Jacobian. ``Layerwise(block)`` has one for each block
-            of a network, ``Filters(groups=block)`` with smooth filters as well.
+        prior: Of the weights. Default: ``Isotropic()``, one precision for all, which
+            covers best. ``Layerwise(block)`` has one for each block of a network,
+            ``Filters(groups=block)`` smooth filters as well, ``GPrior(probes=256)`` one
+            for weights scaled by the Jacobian, with wider intervals.
         noise: Standard deviation of the noise. Default: learned.
         weights: Which weights are uncertain, as in ``networks.linearise``. Default: all
             but biases and those of normalisation layers, as published.
@@ -199,7 +197,7 @@ def linearise(
     model = linearise_network(
         Views(network, input, measurement.image_shape, measurement, y),
         Gaussian() if noise is None else Gaussian(noise=float(noise) ** 2),
-        GPrior(probes=_PROBES) if prior is None else prior,
+        Isotropic() if prior is None else prior,
         weights=lambda name, _: name.removeprefix("network.") in names,
         mean="linear",
         offset=True,

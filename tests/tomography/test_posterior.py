@@ -13,7 +13,15 @@ from torch import nn
 from torch.func import functional_call, jacrev
 
 from sgdgp.core.errors import CheckpointError, StorageError
-from sgdgp.networks import Dual, Filters, Isotropic, Layerwise, WeightCG, WeightSGD
+from sgdgp.networks import (
+    Dual,
+    Filters,
+    GPrior,
+    Isotropic,
+    Layerwise,
+    WeightCG,
+    WeightSGD,
+)
 from sgdgp.solvers import CG, SDD
 from sgdgp.solvers.preconditioners import Nystrom
 from sgdgp.tomography import (
@@ -28,6 +36,7 @@ from sgdgp.tomography import (
 
 SIZE = 8
 SIGMA = 0.05
+PRIOR = GPrior(probes=256)
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +65,7 @@ def truth(network: nn.Module, z: torch.Tensor) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def model(network, z, geometry, truth) -> LinearisedImage:
-    return linearise(network, z, geometry, geometry.simulate(truth), noise=SIGMA)
+    return linearise(network, z, geometry, geometry.simulate(truth), PRIOR, noise=SIGMA)
 
 
 @pytest.fixture(scope="module")
@@ -220,7 +229,7 @@ def test_inpainting_has_large_deviations_where_nothing_is_seen(network, z) -> No
         lambda x: x[:, seen], image_shape=(SIZE, SIZE), dtype=torch.float64
     )
     image = network(z)[0, 0].detach()
-    posterior = linearise(network, z, mask, mask(image), noise=0.01).fit(
+    posterior = linearise(network, z, mask, mask(image), PRIOR, noise=0.01).fit(
         final_samples=4, steps=0, precision=1.0
     )
     sd = posterior.standard_deviation
@@ -256,12 +265,12 @@ def test_a_fit_goes_on_from_its_checkpoint_for_the_same_data_only(
     found = model.fit(**fixed)
     assert found.weights.reason == "finished"
     with pytest.raises(CheckpointError):
-        linearise(network, z, geometry, geometry.simulate(truth), noise=SIGMA).fit(
-            **{**fixed, "seed": 1}
-        )
+        linearise(
+            network, z, geometry, geometry.simulate(truth), PRIOR, noise=SIGMA
+        ).fit(**{**fixed, "seed": 1})
     turned = geometry.at(geometry.angles + 1)
     with pytest.raises(CheckpointError):
-        linearise(network, z, turned, geometry.simulate(truth), noise=SIGMA).fit(
+        linearise(network, z, turned, geometry.simulate(truth), PRIOR, noise=SIGMA).fit(
             **fixed
         )
 
