@@ -422,7 +422,9 @@ def start(
     likelihood.check_targets(data.targets, outputs.shape[1])
     likelihood = likelihood.with_targets(data.targets, outputs.shape[1])
     if isinstance(likelihood, Gaussian) and likelihood.learns_noise:
-        at = outputs if data.offset is None else data.offset
+        # A learned prior's mean has its own outputs; an offset's are of no weights.
+        is_learned = settings.centre(data.tangent) is not None
+        at = data.offset if is_learned and data.offset is not None else outputs
         likelihood = first_noise(data, likelihood, at)
     if data.offset is not None:
         outputs = data.offset
