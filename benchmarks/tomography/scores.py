@@ -17,10 +17,10 @@ PATCHES = (1, 2, 5)
 """Sides of patches."""
 
 
-def psnr(image: Tensor, truth: Tensor) -> float:
-    """Peak signal-to-noise ratio in dB, by the range of the truth."""
+def psnr(image: Tensor, truth: Tensor, peak: float | None = None) -> float:
+    """Peak signal-to-noise ratio in dB, by a peak or the range of the truth."""
     error = float((image - truth).double().square().mean())
-    return 10 * math.log10(_range(truth) ** 2 / error)
+    return 10 * math.log10((peak or _range(truth)) ** 2 / error)
 
 
 def oracle(image: Tensor, truth: Tensor) -> float:
