@@ -962,12 +962,6 @@ class _Fit:
         usual = _MISSED if is_known else _MISSED_BY_GUESS
         if missed < max(2 * problem.noise, usual * size):
             return
-        if float(image.max() - image.min()) <= _FLAT * float(problem.input.std()):
-            yield (
-                "The network shows the same everywhere: its sigmoid is stuck, and has "
-                "no derivatives; give a smaller learning_rate, or another seed."
-            )
-            return
         network = problem.network
         high = network.limits[1] if isinstance(network, UNet) else math.inf
         bounded = isinstance(network, UNet) and network.sigmoid
@@ -977,6 +971,11 @@ class _Fit:
                 f"misses the data by {missed:.2g}, {missed / problem.noise:.1f} times "
                 "their noise: the image may reach further; give "
                 f"network=UNet(limits=(0, {2 * high:.3g}))."
+            )
+        elif float(image.max() - image.min()) <= _FLAT * float(problem.input.std()):
+            yield (
+                "The network shows the same everywhere: its sigmoid is stuck, and has "
+                "no derivatives; give a smaller learning_rate, or another seed."
             )
         else:
             yield (

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sgdgp.networks import Isotropic
+from sgdgp.networks import GPrior, Isotropic
 from sgdgp.tomography import (
     ImagePosterior,
     Measurement,
@@ -172,11 +172,12 @@ def test_a_user_goes_on_with_what_was_fitted(network, z) -> None:
     truth = network(z)[0, 0].detach().float()
     data = geometry.simulate(truth)
     options = {"early_stopping": False, "progress": False}
+    prior = GPrior(probes=256)
     kinds = {"steps": 0, "final_samples": 2, "progress": False}
     dip = reconstruct(
         data, geometry, copy.deepcopy(network).float(), iterations=10, **options
     )
-    posterior = dip.linearise(noise=SIGMA).fit(precision=10.0, **kinds)
+    posterior = dip.linearise(prior, noise=SIGMA).fit(precision=10.0, **kinds)
     angles = posterior.next_angles(k=2)
     more = geometry.at(torch.cat([geometry.angles, angles]))
     data = torch.cat([data, geometry.at(angles).simulate(truth, seed=1)])
@@ -184,5 +185,7 @@ def test_a_user_goes_on_with_what_was_fitted(network, z) -> None:
         data, more, dip.network, input=dip.input, iterations=10, **options
     )
     precision = float(posterior.weights.precisions[0])
-    again = later.linearise(noise=posterior.noise).fit(precision=precision, **kinds)
+    again = later.linearise(prior, noise=posterior.noise).fit(
+        precision=precision, **kinds
+    )
     assert again.next_angles(k=1)[0] not in angles
