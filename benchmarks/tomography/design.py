@@ -19,10 +19,9 @@ from torch import Tensor
 
 from benchmarks.checks import Check
 from benchmarks.study import Record, Row
-from benchmarks.tomography.digits import plus_minus
 from benchmarks.tomography.methods import network
 from benchmarks.tomography.phantoms import rectangles
-from benchmarks.tomography.scores import psnr
+from benchmarks.tomography.scores import plus_minus, psnr
 from sgdgp.tomography import Measurement, ParallelBeam, Reconstruction, reconstruct
 from sgdgp.tomography.design import Criterion, chosen_views, root_of
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sgdgp.metrics import interval_coverage
 from sgdgp.tomography import ImagePosterior
-from sgdgp.tomography.posterior import RESOLUTION
+from sgdgp.tomography.posterior import RESOLUTION, patches_of
 
 PATCHES = (1, 2, 5)
 """Sides of patches."""
@@ -73,7 +73,7 @@ def sample_scores(samples: Tensor, truth: Tensor) -> dict[str, Any]:
 
     def log_density(side: int) -> float:
         total = 0.0
-        for pixels in _patches(truth, side):
+        for pixels in patches_of(truth, side):
             some = fluctuations.flatten(1)[:, pixels]
             inside = some.mT @ some / (2 * count)
             inside.diagonal().mul_(2).add_(own)
@@ -94,13 +94,6 @@ def plus_minus(values: Sequence[float], digits: int = 2) -> str:
     x = torch.tensor(values, dtype=torch.float64)
     error = f" ± {float(x.std()) / len(x) ** 0.5:.{digits}f}" if len(x) > 1 else ""
     return f"{float(x.mean()):.{digits}f}{error}"
-
-
-def _patches(image: Tensor, side: int) -> list[Tensor]:
-    parts = [torch.arange(image.numel()).reshape(image.shape)]
-    for axis in range(image.ndim):
-        parts = [q for p in parts for q in p.split(side, axis)]
-    return [part.flatten() for part in parts]
 
 
 def _range(truth: Tensor) -> float:

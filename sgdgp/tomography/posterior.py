@@ -21,7 +21,6 @@ from __future__ import annotations
 import copy
 import math
 import os
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -50,7 +49,7 @@ from sgdgp.networks import linearise as linearise_network
 from sgdgp.networks.priors import PriorSettings
 from sgdgp.networks.weight_solvers import WeightSolver
 from sgdgp.solvers.base import Callback
-from sgdgp.tangent import NORMS, Tangent, TangentBatch, Weights
+from sgdgp.tangent import Tangent, TangentBatch, Weights
 from sgdgp.tangent.network import chosen_weights
 from sgdgp.tomography.design import Criterion, check_choice, chosen_views, root_of
 from sgdgp.tomography.geometry import Beam
@@ -72,14 +71,15 @@ _RANK, _TOLERANCE, _MOST_PASSES = 200, 0.1, 100.0
 """Of conjugate gradients in the weights, and their bounds on errors, which are a tenth
 of them. For 544 rays of a 24 x 24 phantom that determine 162 of 5,328 weights, mean and
 16 samples take 228, 102, 49 and 20 passes with a rank of 0, 50, 100 and 200, and images
-are off by 1 % (float64; in float32 312, 138, 74 and 31). Among the data in place of the
-weights (``Dual``) a rank of 200 takes 170, and 610 do not suffice with 50: an error
-there is larger by the root of the largest eigenvalue. 48 x 48 pixels and 1,360 rays,
-319 dimensions: one column takes 10 passes to 1 % with a rank of 200, and 60 to 20 %
-without; 16 at a time 20 to 2 % without. Learning by 4 or 8 samples so finds precisions
-within 5 % and noise within 1 % of those of the exact evidence. Minibatches of 1, 4 or
-all 16 views are no way there: by ``WeightSGD`` images are off by 6 to 14 times what
-they should be after 500 to 2,000 passes, by ``Dual(SDD())`` by 22 times."""
+are off by 1 % (float64; in float32 by a fifth to a half more passes). Among the data in
+place of the weights (``Dual``) a rank of 200 takes 170, and 610 do not suffice with 50:
+an error there is larger by the root of the largest eigenvalue. There, too, learning by
+4 or 8 samples finds precisions within 5 % and noise within 1 % of those of the exact
+evidence, and minibatches of 1, 4 or all 16 views are no way: by ``WeightSGD`` images
+are off by 6 to 14 times what they should be after 500 to 2,000 passes, by
+``Dual(SDD())`` by 22 times. 48 x 48 pixels and 1,360 rays, 319 dimensions, by what is
+seen in the data: one column takes 10 passes to 1 % with a rank of 200, and 60 to 20 %
+without; 16 at a time 20 to 2 % without."""
 
 RESOLUTION = 1 / 255
 """Standard deviation that every pixel has at least, by the range of the image: a grey
@@ -164,8 +164,8 @@ def linearise(
         dtype: Of the posterior; the network is copied. Default: the network's.
             Matrices are formed and factorised in float64 whatever it is, so that
             float32 is off by 1e-6 there; conjugate gradients, beyond 2,048 measured
-            numbers, take half as many passes again in float32 as in float64, which cost
-            half as much.
+            numbers, take up to half as many passes again in float32 as in float64,
+            each of which costs half as much or less.
         memory_budget: Bytes for temporaries. Default: half of what is free.
 
     Raises:
@@ -191,14 +191,14 @@ def linearise(
             f"network: expected an image of shape {measurement.image_shape}, found "
             f"{shown}"
         )
-    names = chosen_weights(
-        network, _filters_of(network) if weights is None else weights
-    )
+    chosen = chosen_weights(network, "no_norms" if weights is None else weights)
+    if weights is None:
+        chosen = {name: weight for name, weight in chosen.items() if weight.ndim > 1}
     model = linearise_network(
         Views(network, input, measurement.image_shape, measurement, y),
         Gaussian() if noise is None else Gaussian(noise=float(noise) ** 2),
         Isotropic() if prior is None else prior,
-        weights=lambda name, _: name.removeprefix("network.") in names,
+        weights=lambda name, _: name.removeprefix("network.") in chosen,
         mean="linear",
         offset=True,
         memory_budget=memory_budget,
@@ -218,15 +218,6 @@ def block(name: str) -> str:
     parts = name.removeprefix("network.").split(".")
     stop = next((i for i, part in enumerate(parts) if part.isdigit()), 0)
     return ".".join(parts[: stop + 1])
-
-
-def _filters_of(network: nn.Module) -> Callable[[str, nn.Parameter], bool]:
-    """Chooses all weights but biases and those of normalisation layers."""
-    norms = [m for m in network.modules() if isinstance(m, NORMS)]
-    scales = {id(p) for norm in norms for p in norm.parameters(recurse=False)}
-    return lambda name, weight: (
-        weight.requires_grad and weight.ndim > 1 and id(weight) not in scales
-    )
 
 
 @dataclass(frozen=True)
@@ -406,7 +397,8 @@ def _preconditioned() -> WeightCG:
 def _laid_out(network: nn.Module) -> nn.Module:
     """With channels beside each other in volumes on a CPU.
 
-    Convolutions of eight channels at 64^3 are two to six times as fast so.
+    Convolutions of eight channels at 64^3 are two to six times as fast so, products of
+    whole networks up to 1.6 times.
     """
     if any(p.ndim == 5 and p.device.type == "cpu" for p in network.parameters()):
         return network.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
@@ -680,7 +672,7 @@ class ImagePosterior:
             each = error.square() / variance + variance.log()
             return -0.5 * (float(each.mean()) + math.log(2 * math.pi))
         total = 0.0
-        for pixels in self._patches(patch):
+        for pixels in patches_of(self.mean, patch):
             root = torch.linalg.cholesky(self._covariance_of(pixels))
             white = torch.linalg.solve_triangular(
                 root, error.flatten()[pixels, None], upper=False
@@ -710,14 +702,6 @@ class ImagePosterior:
             )
         return x
 
-    def _patches(self, side: int) -> Iterator[Tensor]:
-        """Numbers of the pixels of each patch; those at the edge may be smaller."""
-        numbers = torch.arange(self.mean.numel(), device=self.mean.device)
-        parts = [numbers.reshape(self.image_shape)]
-        for axis in range(len(self.image_shape)):
-            parts = [q for p in parts for q in p.split(side, axis)]
-        return (part.flatten() for part in parts)
-
     def _covariance_of(self, pixels: Tensor) -> Float[Tensor, "p p"]:
         """C of some pixels, in float64."""
         if self.exact:
@@ -732,6 +716,14 @@ class ImagePosterior:
         found = some.mT @ some / (2 * len(some))
         found.diagonal().mul_(2).add_(self.resolution**2)
         return found
+
+
+def patches_of(image: Tensor, side: int) -> list[Tensor]:
+    """Numbers of the pixels of each patch; those at the edge may be smaller."""
+    parts = [torch.arange(image.numel(), device=image.device).reshape(image.shape)]
+    for axis in range(image.ndim):
+        parts = [q for p in parts for q in p.split(side, axis)]
+    return [part.flatten() for part in parts]
 
 
 def _half(
