@@ -35,6 +35,7 @@ from sgdgp.core.errors import (
     StorageError,
 )
 from sgdgp.core.files import load
+from sgdgp.core.team import distribute
 from sgdgp.features import (
     FeatureMap,
     FeatureRequest,
@@ -93,6 +94,7 @@ __all__ = [
     "__version__",
     "choose_operator",
     "condition",
+    "distribute",
     "fit",
     "initialise",
     "initialize",

@@ -30,7 +30,7 @@ _SET_BY_TORCHRUN = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 class ProcessesError(SgdgpError, RuntimeError):
-    """The processes do not agree; says on what, and what each of them has."""
+    """Processes do not agree, or one failed or has ended; says which, and why."""
 
 
 @dataclass(frozen=True)

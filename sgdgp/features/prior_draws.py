@@ -19,7 +19,10 @@ from torch import Tensor
 
 from sgdgp.core.checks import check_count, check_finite
 from sgdgp.core.codec import register_stored_class
+from sgdgp.core.processes import Processes
 from sgdgp.core.seeds import standard_normal
+from sgdgp.core.slices import tracks_gradient
+from sgdgp.core.team import Found, is_led, keep, together
 from sgdgp.features.base import FeatureMap
 from sgdgp.features.dispatch import (
     NoRandomFeatures,
@@ -31,6 +34,9 @@ from sgdgp.features.dispatch import (
 JITTERS = tuple(10.0**k for k in range(-10, -3))
 """Multiples of the mean prior variance that are tried on the diagonal, in order: from
 the rounding of a covariance in float64 to what moves a value by 1 % of its scale."""
+
+_SHARED_ROWS = 1024
+"""Points from which other processes, where there are some, evaluate their share."""
 
 _AT_ONCE = 16
 """Normals that PyTorch's CPU generator makes from as many uniforms: columns of a
@@ -163,6 +169,11 @@ class PriorDraws(Draws):
         check_points(x, self.dim, self.dtype, self.device)
         if not self.groups:
             return x.new_zeros(x.shape[0], 0)
+        if len(x) >= _SHARED_ROWS and is_led() and not tracks_gradient(x):
+            keep(self)
+            (values,) = together(_values, self, x)
+            assert values is not None
+            return values
         return torch.cat([group(x) for group in self.groups], 1)
 
     def each(self, x: Float[Tensor, "s q d"]) -> Float[Tensor, "s q"]:
@@ -195,6 +206,12 @@ class PriorDraws(Draws):
 
     def __iter__(self) -> Iterator[DrawGroup]:
         return iter(self.groups)
+
+
+def _values(processes: Processes, draws: PriorDraws, x: Tensor) -> Found:
+    """The functions at a share of the points."""
+    own = processes.share(len(x))
+    return (draws(x[own.start : own.stop]),)
 
 
 def check_points(x: Tensor, dim: int, dtype: torch.dtype, device: torch.device) -> None:

@@ -20,6 +20,7 @@ from sgdgp.operators.evaluation import check_kernel
 from sgdgp.operators.feature import FeatureKernel, FeatureOperator
 from sgdgp.operators.keops import KeopsOperator
 from sgdgp.operators.row_blocks import RowBlocksOperator
+from sgdgp.operators.sharded import ShardedOperator
 from sgdgp.operators.tiled import TiledOperator
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "RowBlock",
     "RowBlocksOperator",
     "RowIndex",
+    "ShardedOperator",
     "TileKernel",
     "TiledOperator",
     "check_kernel",

@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from sgdgp.core.memory import resolve_budget
+from sgdgp.core.processes import Processes
 from sgdgp.core.slices import slices, tracks_gradient
 from sgdgp.operators.arguments import (
     check_inputs,
@@ -74,7 +75,7 @@ class KernelOperator(ABC):
 
     name: str
     """Short name shown in results: "dense", "tiled", "keops", "row_blocks",
-    "features"."""
+    "features", "sharded"."""
 
     outputs_per_input: int = 1
     """Rows per point, T: row r belongs to point r // T (multitask, derivatives)."""
@@ -84,6 +85,9 @@ class KernelOperator(ABC):
 
     rows_per_step: int = 1024
     """Rows that ``matmul`` asks for at a time (Ctrl-C is heard between them)."""
+
+    part: Processes = Processes()
+    """Whose share of the tiles ``quadratic_form`` sums; one process has all."""
 
     def __init__(
         self,
@@ -163,7 +167,9 @@ class KernelOperator(ABC):
     def _quadratic_form(self, a: Tensor, b: Tensor, x: Tensor) -> Tensor:
         """``quadratic_form`` at the points x, which may have a graph."""
         outputs, budget = self.outputs_per_input, self.memory_budget
-        return form_by_autograd(self.kernel, x, a, b, budget, outputs=outputs)
+        return form_by_autograd(
+            self.kernel, x, a, b, budget, outputs=outputs, part=self.part
+        )
 
     def _rebuilt(
         self, x: Tensor, x_rows: Tensor | None, kernel: Kernel | None = None

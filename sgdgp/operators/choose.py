@@ -9,15 +9,19 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sgdgp.core.memory import resolve_budget
+from sgdgp.core.team import is_led
 from sgdgp.operators.arguments import check_inputs
 from sgdgp.operators.base import KernelOperator
 from sgdgp.operators.dense import DenseOperator, streaming_operator
 from sgdgp.operators.feature import FeatureOperator, features_operator
 from sgdgp.operators.keops import KeopsOperator, keops_is_available
 from sgdgp.operators.row_blocks import RowBlocksOperator
+from sgdgp.operators.sharded import ShardedOperator
 from sgdgp.operators.tiled import TiledOperator
 
-OperatorName: TypeAlias = Literal["dense", "tiled", "keops", "row_blocks", "features"]
+OperatorName: TypeAlias = Literal[
+    "dense", "tiled", "keops", "row_blocks", "features", "sharded"
+]
 
 KEOPS_FROM = 20_000
 """On a GPU, KeOps is chosen from so many points; below, tiles are as fast."""
@@ -30,6 +34,10 @@ a network for each row; a product with features 2 n M, or 5 forward passes, for 
 column. A solve multiplies with a thousand columns, say twenty in each of fifty passes.
 """
 
+SHARE_FROM = 5_000
+"""Rows from which other processes are asked for help, where there are some: a product
+then takes a hundred times as long as the messages that it needs."""
+
 FEW_FEATURES = 16
 """Features are few if there are this many times as many rows: no solver then spends
 more on the features than on a matrix in memory."""
@@ -40,6 +48,7 @@ _OPERATORS: dict[str, type[KernelOperator]] = {
     "keops": KeopsOperator,
     "row_blocks": RowBlocksOperator,
     "features": FeatureOperator,
+    "sharded": ShardedOperator,
 }
 
 
@@ -52,6 +61,9 @@ def choose_operator(
     kernels with own formulas, KeOps; else fused tiles; and for kernels that have
     neither, row blocks through GPyTorch. On a CPU KeOps is never chosen: tiles need
     no compilation and are faster.
+
+    With other processes at work (``sgdgp.distribute``) from 5,000 rows on shared by
+    all of them, and not in memory.
 
     Kernels with exact features are special from 2,000 rows on. Where their entries are
     made from features (networks), features are chosen even if K fits; where they have
@@ -80,7 +92,8 @@ def choose_operator(
         features = features or _few_features(kernel, x, rows, budget)
         if features is not None:
             return features
-    if rows * columns * x.element_size() <= budget:
+    shared = is_led() and rows >= SHARE_FROM and not streaming.has_features
+    if not shared and rows * columns * x.element_size() <= budget:
         return DenseOperator.filled_by(streaming)
     on_gpu = x.device.type == "cuda"
     if (
@@ -90,8 +103,8 @@ def choose_operator(
         and streaming.tile.has_keops
         and keops_is_available(x.device)
     ):
-        return KeopsOperator(kernel, x, memory_budget=budget)
-    return streaming
+        streaming = KeopsOperator(kernel, x, memory_budget=budget)
+    return ShardedOperator.over(streaming) if shared else streaming
 
 
 def _few_features(

@@ -15,6 +15,7 @@ kernel: autograd through GPyTorch's own evaluation, one block after another.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from gpytorch.kernels import Kernel
 from jaxtyping import Float
 from torch import Tensor
 
+from sgdgp.core.processes import Processes
 from sgdgp.core.slices import slices
 from sgdgp.kernels.registry import Buffers, FactoredTile
 from sgdgp.operators.evaluation import evaluated, tensors_with_graph
@@ -47,16 +49,18 @@ def form_by_tiles(
     a: Float[Tensor, "n k"],
     b: Float[Tensor, "n k"],
     memory_budget: int,
+    part: Processes = Processes(),  # noqa: B008 (frozen)
 ) -> Float[Tensor, ""]:
     """S of a kernel with analytic derivatives, bound to its points.
 
-    In the dtype of ``a``, with a graph to the kernel's tensors and the points.
+    In the dtype of ``a``, with a graph to the kernel's tensors and the points. The
+    tiles are those of a ``part``; those of all parts add up.
     """
     with torch.no_grad():
-        _sum_over_tiles(kernel, a, b, memory_budget)
+        _sum_over_tiles(kernel, a, b, memory_budget, part)
         value = (kernel.total * kernel.number).to(a.dtype)
         gradients = list(kernel.gradients(1.0)) if kernel.wants_gradient else []
-    return _with_gradient(
+    return with_gradient(
         value,
         [tensor for tensor, _ in gradients],
         [gradient.to(tensor) for tensor, gradient in gradients],
@@ -90,7 +94,7 @@ def _independent(outputs: list[Tensor], leaves: Sequence[Tensor]) -> list[Tensor
 
 
 def _sum_over_tiles(
-    kernel: FactoredTile, a: Tensor, b: Tensor, memory_budget: int
+    kernel: FactoredTile, a: Tensor, b: Tensor, memory_budget: int, part: Processes
 ) -> None:
     preferred = _TILE_ENTRIES_CPU if a.device.type == "cpu" else _TILE_ENTRIES_GPU
     count = 1 + kernel.tile.buffers
@@ -98,7 +102,8 @@ def _sum_over_tiles(
     left, right = _symmetric_factors(a, b)
     buffers = Buffers(a, entries)
     height = max(1, min(_TILE_ROWS, int(entries**0.5)))
-    for rows, columns in _upper_blocks(len(a), height, max(1, entries // height)):
+    blocks = _upper_blocks(len(a), height, max(1, entries // height))
+    for rows, columns in islice(blocks, part.rank, None, part.size):
         buffers.clear(rows.stop - rows.start, columns.stop - columns.start)
         weight = torch.mm(left[rows], right[columns].mT, out=buffers.take())
         if rows == columns:
@@ -114,11 +119,13 @@ def form_by_autograd(
     memory_budget: int,
     *,
     outputs: int = 1,
+    part: Processes = Processes(),  # noqa: B008 (frozen)
 ) -> Float[Tensor, ""]:
     """S of any kernel: its blocks, differentiated by autograd one by one.
 
     In the dtype of ``a``, with a graph to the kernel's parameters and the points, each
-    of which has ``outputs`` rows. A block with its derivatives fits the budget.
+    of which has ``outputs`` rows. A block with its derivatives fits the budget; the
+    blocks are those of a ``part``.
     """
     x, points = points, points.detach()
     wants_x = x.requires_grad and torch.is_grad_enabled()
@@ -128,7 +135,8 @@ def form_by_autograd(
     total = torch.zeros((), dtype=torch.float64, device=points.device)
     left, right = _symmetric_factors(a, b)
     height = _block_height(kernel, points, outputs, memory_budget)
-    for rows, columns in _upper_blocks(len(points), height, height):
+    blocks = _upper_blocks(len(points), height, height)
+    for rows, columns in islice(blocks, part.rank, None, part.size):
         i, j = (slice(s.start * outputs, s.stop * outputs) for s in (rows, columns))
         weight = left[i].detach() @ right[j].mT.detach()
         if rows == columns:
@@ -137,12 +145,12 @@ def form_by_autograd(
         x2 = x1 if rows == columns else points[columns].requires_grad_(wants_x)
         ends = [(rows, x1)] if rows == columns else [(rows, x1), (columns, x2)]
         with torch.set_grad_enabled(wants_x or bool(leaves)):
-            part = (weight * evaluated(kernel, x1, x2).to(weight)).sum()
-        total += part.detach()
-        if not part.requires_grad:
+            term = (weight * evaluated(kernel, x1, x2).to(weight)).sum()
+        total += term.detach()
+        if not term.requires_grad:
             continue
         wanted = [*leaves, *(end for _, end in ends if wants_x)]
-        gradients = torch.autograd.grad(part, wanted, allow_unused=True)
+        gradients = torch.autograd.grad(term, wanted, allow_unused=True)
         for leaf_sum, gradient in zip(sums, gradients, strict=False):
             if gradient is not None:
                 leaf_sum.add_(gradient)
@@ -151,7 +159,7 @@ def form_by_autograd(
                 x_sum[where] += gradient
     inputs = [*leaves, x] if wants_x else [*leaves]
     found = sums if x_sum is None else [*sums, x_sum]
-    return _with_gradient(
+    return with_gradient(
         total.to(a.dtype),
         inputs,
         [g.to(t.dtype) for g, t in zip(found, inputs, strict=True)],
@@ -208,7 +216,7 @@ class _KnownGradient(torch.autograd.Function):
         return None, None, *(outer.to(g) * g for g in ctx.gradients)
 
 
-def _with_gradient(
+def with_gradient(
     value: Tensor, inputs: Sequence[Tensor], gradients: Sequence[Tensor]
 ) -> Tensor:
     """``value`` (0-dim) as a function of ``inputs``; can be differentiated once."""

@@ -174,7 +174,7 @@ class TiledOperator(KernelOperator):
         kernel = FactoredTile(tile.factor, bound, x)
         if torch.is_grad_enabled() and misses_a_gradient(self.kernel, kernel, x):
             return super()._quadratic_form(a, b, x)
-        return form_by_tiles(kernel, a, b, self.memory_budget)
+        return form_by_tiles(kernel, a, b, self.memory_budget, self.part)
 
 
 def _buffers(flat: Tensor, rows: int, columns: int) -> tuple[Tensor, ...]:

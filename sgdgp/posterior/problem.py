@@ -392,7 +392,9 @@ def observations(prior: Prior, x: Inputs, y: Tensor) -> tuple[Observations, ...]
         ValueError: y does not have the model's outputs, is missing altogether, or the
             noise does not fit.
     """
-    points = prior.joined(x).clone()  # the user may write into x
+    points = prior.joined(x)
+    if points.untyped_storage().filename is None:
+        points = points.clone()  # the user may write into x, other than into a file
     tasks, n = prior.num_outputs, len(points)
     if tasks > 1 and y.shape != (n, tasks):
         raise ValueError(

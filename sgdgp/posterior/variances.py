@@ -39,7 +39,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sgdgp.core.inference import outside_inference_mode
+from sgdgp.core.processes import Processes
 from sgdgp.core.slices import tracks_gradient
+from sgdgp.core.team import Found, is_led, keep, together
 from sgdgp.operators import FeatureOperator, KernelOperator
 from sgdgp.operators.evaluation import (
     detached_copy,
@@ -299,6 +301,9 @@ class PartialVariances(Variances):
         )
 
     def explain(self, x: Float[Tensor, "m p"]) -> Explained:
+        if is_led() and len(x) > 1 and not tracks_gradient(x):
+            keep(self)
+            return Explained(*together(_explained, self, x))  # type: ignore[arg-type]
         parts = [self._explain(rows) for rows in x.split(_rows(len(self.noise)))]
         bounds, products, known = (torch.cat(part) for part in zip(*parts, strict=True))
         return Explained(bounds, products, products - known)
@@ -358,6 +363,12 @@ class PartialVariances(Variances):
         known = (local.to(x.dtype).unsqueeze(1) @ self.images[near]).squeeze(1)
         known = known + along.to(x.dtype) @ self.seen
         return _floored(bound, prior, x.dtype), known
+
+
+def _explained(processes: Processes, variances: Variances, x: Tensor) -> Found:
+    """What is known at a share of the points."""
+    own = processes.share(len(x))
+    return variances.explain(x[own.start : own.stop])
 
 
 def prior_variances(kernel: Kernel, x: Float[Tensor, "m p"]) -> Float[Tensor, " m"]:

@@ -1,0 +1,535 @@
+"""One process leads and the others work for it, over ``torch.distributed``.
+
+Process 0 runs the user's program; what takes long it asks of all (``together``), and
+every process does a share. Whatever is decided, drawn at random, timed or written
+happens in one place, so that processes cannot disagree. A message is pickled, large
+tensors travel beside it as they lie in memory, and what is needed again stays where it
+was sent (``keep``).
+
+A function that fails, wherever that was, has failed for the leader, with its reason,
+and all are ready for the next one. A process that has ended ends the others.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+import signal
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, Literal, TypeAlias, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from sgdgp.core.processes import (
+    Processes,
+    ProcessesError,
+    current_processes,
+    local_device,
+    process_group,
+)
+
+T = TypeVar("T")
+
+Found: TypeAlias = tuple[Tensor | None, ...]
+"""What a function returns; None in the same places in every process."""
+
+_FRAME = 4096
+"""Bytes that every message has at least: most have no more, and are sent at once."""
+
+_INLINE = 2**15
+"""Bytes up to which a tensor is part of the message."""
+
+_NOT_IN_NUMPY = (torch.bfloat16, torch.half)
+
+_QUEUED = 64
+"""Changes of what was sent that wait for the next message; more go on their own."""
+
+_PATIENCE = timedelta(days=365)
+"""Workers wait for as long as the leader has nothing to ask of them. A process that
+ends is noticed at once."""
+
+_teams: list[Team] = []
+"""Under the lead of this process; none or one."""
+
+
+def distribute(
+    main: Callable[[], T], *, device: torch.device | None = None
+) -> T | None:
+    """Run a program in one process, with the others that ``torchrun`` started at work.
+
+    While it runs, kernel products, prior draws, predictions and gradients are shared
+    by all. Without torchrun it is ``main()``.
+
+    Args:
+        main: The program; called in process 0 alone. Its models and kernels are sent
+            to the others, which must be able to import their classes.
+        device: Where this process computes. Default: see
+            ``sgdgp.networks.process_group``.
+
+    Returns:
+        What ``main`` returns; None in the other processes.
+
+    Raises:
+        ProcessesError: Another process failed or has ended.
+
+    Example:
+        >>> if __name__ == "__main__":
+        ...     sgdgp.distribute(main)  # torchrun --nproc-per-node 4 program.py
+    """
+    if _teams:
+        return main()
+    device = local_device() if device is None else device
+    with process_group(device):
+        if current_processes().size == 1:
+            return main()
+        team = Team(device)
+        if team.processes.rank:
+            team.serve()
+            return None
+        _teams.append(team)
+        try:
+            return main()
+        finally:
+            _teams.clear()
+            team.dismiss()
+
+
+def is_led() -> bool:
+    """Whether there are other processes, free to work for this one."""
+    return any(team.is_free for team in _teams)
+
+
+def keep(what: Any, make: Callable[..., Any] | None = None, *args: Any) -> None:
+    """Send an object to all processes, once, to be named in ``together``.
+
+    Args:
+        what: The object.
+        make: What stands for it elsewhere is ``make(*args)``. Default: a copy.
+        *args: Arguments of ``make``.
+    """
+    if is_led():
+        _teams[0].keep(what, make, args)
+
+
+def is_kept(what: Any) -> bool:
+    """Whether the object was sent and is in step with what stands for it."""
+    return any(team.number_of(what) is not None for team in _teams)
+
+
+def follow(function: Callable[..., Any], *args: Any, into: Any = None) -> None:
+    """Let what was sent follow a change that was made here: ``function(*args)``.
+
+    Args:
+        function: Changes its arguments, or makes an object.
+        *args: Objects that were kept, and what else it takes.
+        into: The object here that what is made elsewhere stands for.
+    """
+    for team in _teams:
+        team.follow(function, args, into)
+
+
+def together(
+    function: Callable[..., Found], *args: Any, by: Literal["rows", "sum"] = "rows"
+) -> Found:
+    """``function(processes, *args)`` in every process, joined in this one.
+
+    Alone, or within another one, it is called with the one process that there is.
+
+    Args:
+        function: Does the share of ``processes``; a function of a module.
+        *args: Its arguments; kept objects are those that stand for them.
+        by: What joins the tensors of all: their rows in order, or their sum.
+
+    Raises:
+        ProcessesError: It failed in another process, or one has ended.
+    """
+    if not is_led():
+        return function(Processes(), *args)
+    return _teams[0].together(function, args, by)
+
+
+@dataclass
+class _Request:
+    """What all processes do now: ``function(processes, *args)``, joined by ``by``."""
+
+    function: Callable[..., Found]
+    args: tuple[Any, ...]
+    by: Literal["rows", "sum"]
+
+
+class Team:
+    """The processes of the default group, under the lead of the first.
+
+    Args:
+        device: Where this process computes; all do on the same kind.
+
+    Attributes:
+        processes: All of them, and which one this is.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        world = current_processes()
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        group = dist.new_group(backend=backend, timeout=_PATIENCE)
+        self.processes = Processes(world.rank, world.size, group)
+        self._device = device
+        self._busy = threading.Lock()
+        self._lost = False
+        # Of the leader: numbers of what was sent, and what waits for a message.
+        self._numbers: dict[int, tuple[int, weakref.ref[Any]]] = {}
+        self._count = 0
+        self._dropped: list[int] = []
+        self._queue: list[tuple[bytes, list[Tensor]]] = []
+        # Of the others: what was sent, by its number, and what went wrong with that.
+        self._kept: dict[int, Any] = {}
+        self._problem: Exception | None = None
+
+    # Of the leader.
+
+    @property
+    def is_free(self) -> bool:
+        """Whether the others wait for the leader; not while all are at work."""
+        return not self._busy.locked()
+
+    def together(
+        self, function: Callable[..., Found], args: tuple[Any, ...], by: Any
+    ) -> Found:
+        """See the function of this name."""
+        with self._busy:
+            self._send(_Request(function, args, by))
+            return self._join(function, args, by)
+
+    def keep(
+        self, what: Any, make: Callable[..., Any] | None, args: tuple[Any, ...]
+    ) -> None:
+        """See the function of this name."""
+        if self.number_of(what) is not None:
+            return
+        if make is None:
+            make, args = _itself, (what,)
+        with self._busy:
+            # Before it has a number, by which it would be named in the message.
+            self._queue.append(self._packed((make, args, self._count)))
+            self._send(None)
+            self._enter(what)
+
+    def follow(
+        self, function: Callable[..., Any], args: tuple[Any, ...], into: Any
+    ) -> None:
+        """See the function of this name."""
+        number = None if into is None else self._count
+        content, tensors = self._packed((function, args, number))
+        # They may be written into before they are sent.
+        self._queue.append((content, [tensor.clone() for tensor in tensors]))
+        if into is not None:
+            self._enter(into)
+        if len(self._queue) > _QUEUED:
+            with self._busy:
+                self._send(None)
+
+    def number_of(self, what: Any) -> int | None:
+        """The number of an object that was sent."""
+        number, here = self._numbers.get(id(what), (None, None))
+        return number if here is not None and here() is what else None
+
+    def dismiss(self) -> None:
+        """Let the others go, unless they are gone."""
+        if not self._lost:
+            with suppress(ProcessesError):
+                self._send(_Request(_nothing, (), "rows"))
+
+    def _enter(self, what: Any) -> None:
+        """Give an object the next number, for as long as it is there."""
+        number, key = self._count, id(what)
+        self._count += 1
+
+        def drop(_: object) -> None:
+            # Anything may be under way here: it is told with the next message.
+            if self._numbers.get(key, (None,))[0] == number:
+                del self._numbers[key]
+            self._dropped.append(number)
+
+        self._numbers[key] = number, weakref.ref(what, drop)
+
+    def _send(self, request: _Request | None) -> None:
+        """All that waits, and a request, in one message."""
+        parts, self._queue = self._queue, []
+        if request is not None:
+            parts.append(self._packed(request))
+        dropped, self._dropped = self._dropped, []
+        tensors = [tensor for _, own in parts for tensor in own]
+        message = pickle.dumps(
+            (
+                request is not None,
+                dropped,
+                [(content, len(own)) for content, own in parts],
+                [_described(tensor) for tensor in tensors],
+            )
+        )
+        size = len(message).to_bytes(8, "little")
+        frame = bytearray(size + message[: _FRAME - 8]).ljust(_FRAME, b"\0")
+        rest = bytearray(message[_FRAME - 8 :])
+        with self._connected():
+            for data in (frame, rest):
+                if data:
+                    self._broadcast(torch.frombuffer(data, dtype=torch.uint8))
+            for tensor in tensors:
+                self._broadcast(tensor)
+
+    def _packed(self, what: Any) -> tuple[bytes, list[Tensor]]:
+        """Bytes, and the large tensors that belong to them."""
+        file = io.BytesIO()
+        pickler = _Pickler(file, self.number_of)
+        pickler.dump(what)
+        return file.getvalue(), pickler.tensors
+
+    # Of the others.
+
+    def serve(self) -> None:
+        """Do what the leader asks for, until it has no more to ask.
+
+        Raises:
+            ProcessesError: The leader has ended.
+        """
+        in_main_thread = threading.current_thread() is threading.main_thread()
+        if in_main_thread:
+            # Ctrl-C reaches all processes of a terminal: it is the leader's to answer.
+            answer = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        while True:
+            request = self._receive()
+            if request is None:
+                continue
+            if request.function is _nothing:
+                break
+            problem, self._problem = self._problem, None
+            with suppress(_Failed):
+                self._join(request.function, request.args, request.by, problem)
+        if in_main_thread:
+            signal.signal(signal.SIGINT, answer)
+
+    def _receive(self) -> _Request | None:
+        """The next message, and what it asks for."""
+        with self._connected():
+            frame = self._broadcast(torch.empty(_FRAME, dtype=torch.uint8))
+            head = frame.numpy().tobytes()
+            size, message = int.from_bytes(head[:8], "little"), head[8:]
+            if size > len(message):
+                rest = torch.empty(size - len(message), dtype=torch.uint8)
+                message += self._broadcast(rest).numpy().tobytes()
+            asks, dropped, parts, descriptions = pickle.loads(message[:size])
+            tensors = iter(
+                [self._broadcast(self._empty(each)) for each in descriptions]
+            )
+        request = None
+        for content, count in parts:
+            own = [next(tensors) for _ in range(count)]
+            try:
+                found = _Unpickler(content, own, self._kept, self._device).load()
+                if isinstance(found, _Request):
+                    request = found
+                    continue
+                function, args, number = found
+                made = function(*args)
+                if number is not None:
+                    self._kept[number] = made
+            except Exception as error:
+                # Told with the next request, which may be this one.
+                self._problem = self._problem or error
+        for number in dropped:
+            self._kept.pop(number, None)
+        if asks and request is None:
+            request = _Request(_unread, (), "rows")
+        return request
+
+    def _empty(self, description: tuple[Any, ...]) -> Tensor:
+        """Where a tensor that is sent goes."""
+        shape, dtype, device, _ = description
+        where = self._device if device == self._device.type else device
+        return torch.empty(shape, dtype=dtype, device=where)
+
+    # Of all.
+
+    def _join(
+        self,
+        function: Callable[..., Found],
+        args: tuple[Any, ...],
+        by: Literal["rows", "sum"],
+        problem: BaseException | None = None,
+    ) -> Found:
+        """Do the own share and join it with those of the others."""
+        own: Found | None = None
+        if problem is None:
+            try:
+                own = function(self.processes, *args)
+            except BaseException as error:
+                problem = error
+        rows = self._agree(own, problem)
+        assert own is not None
+        with self._connected():
+            if by == "sum":
+                self.processes.sum_(*(part for part in own if part is not None))
+                return own
+            return tuple(
+                None if part is None else self._gathered(part, rows) for part in own
+            )
+
+    def _agree(self, own: Found | None, problem: BaseException | None) -> list[int]:
+        """Rows of every process's share, where all have done theirs.
+
+        Raises:
+            _Failed: In the others, if one has failed.
+            ProcessesError: In the leader, if another has failed.
+            BaseException: In the leader, what went wrong there.
+        """
+        rows = next((len(p) for p in own or () if p is not None and p.ndim), 0)
+        mine = torch.tensor([-1 if own is None else rows])
+        with self._connected():
+            found = [torch.empty_like(mine) for _ in range(self.processes.size)]
+            dist.all_gather(found, mine, group=self.processes.group)
+            counts = [int(count) for count in found]
+            if min(counts) >= 0:
+                return counts
+            said: list[Any] = [None] * self.processes.size
+            text = None if problem is None else f"{type(problem).__name__}: {problem}"
+            dist.all_gather_object(said, text, group=self.processes.group)
+        if self.processes.rank:
+            raise _Failed
+        if problem is not None:
+            raise problem
+        each = "; ".join(f"process {i}: {text}" for i, text in enumerate(said) if text)
+        raise ProcessesError(each)
+
+    def _gathered(self, own: Tensor, counts: list[int]) -> Tensor:
+        """The rows of all processes, in the leader; elsewhere those that are there."""
+        group = self.processes.group
+        if self.processes.rank:
+            if len(own):
+                dist.send(own.contiguous(), 0, group=group)
+            return own
+        out = own.new_empty(sum(counts), *own.shape[1:])
+        out[: len(own)] = own
+        start = len(own)
+        for rank, count in enumerate(counts[1:], 1):
+            if count:
+                dist.recv(out[start : start + count], rank, group=group)
+            start += count
+        return out
+
+    def _broadcast(self, tensor: Tensor) -> Tensor:
+        """The leader's tensor, in all processes."""
+        tensor = tensor.detach().contiguous()
+        dist.broadcast(tensor, 0, group=self.processes.group)
+        return tensor
+
+    @contextmanager
+    def _connected(self) -> Iterator[None]:
+        """What goes wrong in here ends the work of all: nobody waits for the others.
+
+        Raises:
+            ProcessesError: Another process has ended.
+        """
+        if self._lost:
+            raise ProcessesError(
+                "the other processes are gone, or were left amid their work; start the "
+                "program again"
+            )
+        try:
+            yield
+        except RuntimeError as error:
+            self._lost = True
+            who = "process 0" if self.processes.rank else "another process"
+            raise ProcessesError(
+                f"{who} of {self.processes.size} has ended, or cannot be reached any "
+                "more: its own output says why"
+            ) from error
+        except BaseException:
+            self._lost = True
+            raise
+
+
+class _Failed(Exception):
+    """A process failed; the leader says so."""
+
+
+class _Pickler(pickle.Pickler):
+    """Names what was sent before, and leaves large tensors to travel on their own."""
+
+    def __init__(
+        self, file: io.BytesIO, number_of: Callable[[Any], int | None]
+    ) -> None:
+        super().__init__(file, pickle.HIGHEST_PROTOCOL)
+        self._number_of = number_of
+        self._places: dict[tuple[Any, ...], int] = {}
+        self.tensors: list[Tensor] = []
+
+    def persistent_id(self, what: Any) -> Any:
+        """How an object is written that is not simply pickled."""
+        number = self._number_of(what)
+        if number is not None:
+            return "kept", number
+        if type(what) is not Tensor or what.layout is not torch.strided:
+            return None
+        described, what = _described(what), what.detach()
+        if what.nbytes <= _INLINE and what.dtype not in _NOT_IN_NUMPY:
+            return "inline", described, what.cpu().contiguous().numpy().tobytes()
+        # The same tensor twice is one tensor at the other end too.
+        key = what.data_ptr(), what.dtype, what.shape, what.stride()
+        place = self._places.setdefault(key, len(self.tensors))
+        if place == len(self.tensors):
+            self.tensors.append(what)
+        return "beside", place, described[-1]
+
+
+class _Unpickler(pickle.Unpickler):
+    """The other end of ``_Pickler``."""
+
+    def __init__(
+        self,
+        content: bytes,
+        tensors: list[Tensor],
+        kept: dict[int, Any],
+        device: torch.device,
+    ) -> None:
+        super().__init__(io.BytesIO(content))
+        self._tensors, self._kept, self._device = tensors, kept, device
+
+    def persistent_load(self, written: Any) -> Any:
+        """The object behind a name."""
+        kind, what, *data = written
+        if kind == "kept":
+            return self._kept[what]
+        if kind == "beside":
+            return self._tensors[what].requires_grad_(data[0])
+        shape, dtype, device, requires_grad = what
+        tensor = torch.empty(shape, dtype=dtype)
+        if data[0]:
+            tensor = torch.frombuffer(bytearray(data[0]), dtype=dtype).reshape(shape)
+        if device == self._device.type:
+            tensor = tensor.to(self._device)
+        return tensor.requires_grad_(requires_grad)
+
+
+def _described(tensor: Tensor) -> tuple[Any, ...]:
+    """What the other end has to know of a tensor."""
+    return tuple(tensor.shape), tensor.dtype, tensor.device.type, tensor.requires_grad
+
+
+def _itself(what: T) -> T:
+    return what
+
+
+def _nothing(processes: Processes) -> Found:
+    """Asked for at the end: there is no more to do."""
+    return ()
+
+
+def _unread(processes: Processes) -> Found:
+    """In the place of what could not be read, and is never called."""
+    return ()

@@ -1,0 +1,324 @@
+"""K shared by the processes of a team: rows of every product are cut among them.
+
+Every process holds the points, n d numbers, and evaluates its share of the rows of
+K[i, :] V; the leader (``core/team.py``) puts them together. A product therefore is the
+same number by number however many processes there are, and the solvers, which run in
+the leader alone, take the same course.
+
+V (n, k) goes to the others with every product, n k numbers beside n^2 / r entries to
+evaluate. Stochastic solvers need a product with few rows in every step, while V changes
+on a block: their V is sent once and follows by its moves, b k numbers a step. What
+follows from few rows is not worth a message and stays in the leader: blocks, the
+diagonal, products of less than some hundred rows.
+"""
+
+from __future__ import annotations
+
+from copy import copy, deepcopy
+from typing import Any
+
+import torch
+from gpytorch.kernels import Kernel
+from jaxtyping import Float
+from torch import Tensor
+
+from sgdgp.core.processes import Processes
+from sgdgp.core.slices import slices, tracks_gradient
+from sgdgp.core.team import Found, follow, is_kept, is_led, keep, together
+from sgdgp.operators.arguments import check_vectors, index_length, piece
+from sgdgp.operators.base import KernelOperator, RowIndex
+from sgdgp.operators.dense import streaming_operator
+from sgdgp.operators.evaluation import tensors_with_graph
+from sgdgp.operators.gradients import with_gradient
+from sgdgp.operators.tracked import Move, TrackedVectors
+
+_FEWEST_ROWS = 256
+"""Rows of a product whose V has to be sent: fewer are done before it has arrived."""
+
+_BLOCK_ROWS = 8192
+"""Rows of K[:, index] that are held at a time."""
+
+
+class ShardedOperator(KernelOperator):
+    """K(X1, X2) by all processes that ``sgdgp.distribute`` has at work.
+
+    Alone it is the streaming operator behind it.
+
+    Args:
+        kernel: A GPyTorch kernel without batch shape.
+        x: Column inputs X2 (n, d); every process holds them.
+        x_rows: Row inputs X1 (m, d). Default: ``x``.
+        memory_budget: Bytes that temporaries may take, in each process. Default: half
+            of what is free.
+
+    Attributes:
+        local: The operator that each process does its share with.
+
+    Raises:
+        ValueError: The kernel is one of exact features, such as that of a network.
+    """
+
+    name = "sharded"
+    rows_per_step = 1 << 30  # V is sent once for all rows
+
+    def _prepare(self) -> None:
+        x_rows = None if self.is_square else self.x_rows
+        self._stand_for(
+            streaming_operator(self.kernel, self.x, x_rows, self.memory_budget)
+        )
+
+    @classmethod
+    def over(cls, local: KernelOperator) -> ShardedOperator:
+        """The same matrix as a streaming operator, shared."""
+        operator = cls.__new__(cls)
+        x_rows = None if local.is_square else local.x_rows
+        operator._hold(local.kernel, local.x, x_rows, local.memory_budget)
+        operator._stand_for(local)
+        return operator
+
+    def _stand_for(self, local: KernelOperator) -> None:
+        if local.has_features:
+            raise ValueError(
+                f"{type(local.kernel).__name__} is a kernel of exact features, whose "
+                "products the sharded operator does not share; take 'features'"
+            )
+        self.local = local
+        self.kernel = local.kernel
+        self.outputs_per_input = local.outputs_per_input
+        # As it is now: it may be sent when an optimiser has moved it.
+        self._sent = _frozen(local.kernel) if is_led() else local.kernel
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """By what it stands for, which may be there already where this arrives."""
+        return ShardedOperator.over, (self.local,)
+
+    def _keep(self) -> None:
+        """Send what the others do their share with, once."""
+        local = self.local
+        keep(
+            local,
+            _operator,
+            type(local),
+            self._sent,
+            local.x,
+            None if local.is_square else local.x_rows,
+            local.memory_budget,
+        )
+
+    def _rows_matmul(self, index: RowIndex, v: Tensor) -> Tensor:
+        if index_length(index) < _FEWEST_ROWS:
+            return self.local._rows_matmul(index, v)
+        self._keep()
+        return _only(together(_rows_product, self.local, index, v))
+
+    @torch.no_grad()
+    def matmul(self, v: Float[Tensor, "n k"]) -> Float[Tensor, "m k"]:
+        """K v, its rows cut among the processes."""
+        check_vectors(v, self.shape[1], self.dtype)
+        if not is_led():
+            return self.local.matmul(v)
+        return self._rows_matmul(slice(0, self.shape[0]), v)
+
+    def _columns_matmul(self, index: RowIndex, v: Tensor) -> Tensor:
+        self._keep()
+        return _only(together(_columns_product, self.local, index, v))
+
+    def product_at(
+        self, x_new: Float[Tensor, "m d"], v: Float[Tensor, "n k"]
+    ) -> Float[Tensor, "m k"]:
+        """See ``KernelOperator.product_at``; with a graph to x_new not shared."""
+        if tracks_gradient(x_new) or len(x_new) < _FEWEST_ROWS:
+            return self.local.product_at(x_new, v)
+        self._keep()
+        return _only(together(_product_at, self.local, x_new, v))
+
+    def tracked(self, v: Float[Tensor, "n k"]) -> TrackedVectors:
+        """Coefficients that the others follow from their first product on."""
+        return FollowedVectors(v.clone())
+
+    def rows_of_product(
+        self, rows: RowIndex, v: TrackedVectors
+    ) -> Float[Tensor, "b k"]:
+        """K[rows, :] V, without sending V."""
+        if not is_led() or not isinstance(v, FollowedVectors):
+            return super().rows_of_product(rows, v)
+        self._keep()
+        v.keep()
+        return _only(together(_followed_product, self.local, rows, v))
+
+    def _quadratic_form(self, a: Tensor, b: Tensor, x: Tensor) -> Tensor:
+        if not is_led():
+            return self.local._quadratic_form(a, b, x)
+        self._keep()
+        inputs = [*tensors_with_graph(self.kernel), *([x] if x.requires_grad else [])]
+        if not torch.is_grad_enabled():
+            inputs = []
+        value, *gradients = together(
+            _form, self.local, _frozen(self.kernel), a, b, x, bool(inputs), by="sum"
+        )
+        assert value is not None
+        return with_gradient(value, inputs, [g for g in gradients if g is not None])
+
+    def _block(self, i: RowIndex, j: RowIndex) -> Tensor:
+        return self.local._block(i, j)
+
+    def _diagonal_entries(self) -> Tensor:
+        return self.local._diagonal_entries()
+
+    def _rebuilt(
+        self, x: Tensor, x_rows: Tensor | None, kernel: Kernel | None = None
+    ) -> ShardedOperator:
+        return ShardedOperator.over(self.local._rebuilt(x, x_rows, kernel))
+
+
+class FollowedVectors(TrackedVectors):
+    """V that the other processes hold too, from ``keep`` on, and change alike."""
+
+    def keep(self) -> None:
+        """Send V, once."""
+        keep(self, TrackedVectors, self.values)
+
+    def clone(self) -> TrackedVectors:
+        """A copy, which has to be sent again."""
+        return FollowedVectors(self.values.clone())
+
+    def zeros_like(self) -> TrackedVectors:
+        """Zero."""
+        return FollowedVectors(torch.zeros_like(self.values))
+
+    def columns(self, chosen: Tensor) -> TrackedVectors:
+        """Some columns, by a mask or indices, contiguous."""
+        found = FollowedVectors(self.values[:, chosen].contiguous())
+        if is_kept(self):
+            follow(TrackedVectors.columns, self, chosen, into=found)
+        return found
+
+    def move(self, move: Move, factor: float = 1.0) -> None:
+        """V[rows] += factor * values."""
+        if is_kept(self):
+            follow(TrackedVectors.move, self, move, factor)
+        super().move(move, factor)
+
+    def add(self, other: TrackedVectors, factor: float = 1.0) -> None:
+        """V += factor * other."""
+        self._follow(TrackedVectors.add, other, factor)
+        super().add(other, factor)
+
+    def scale(self, factor: float) -> None:
+        """V *= factor."""
+        self._follow(TrackedVectors.scale, factor)
+        super().scale(factor)
+
+    def set_to_difference(
+        self, a: TrackedVectors, b: TrackedVectors, factor: float
+    ) -> None:
+        """V = a - factor * b."""
+        self._follow(TrackedVectors.set_to_difference, a, b, factor)
+        super().set_to_difference(a, b, factor)
+
+    def copy(self, other: TrackedVectors) -> None:
+        """V = other."""
+        self._follow(TrackedVectors.copy, other)
+        super().copy(other)
+
+    def _follow(self, change: Any, *args: Any) -> None:
+        """Make a change elsewhere too, if V is there."""
+        if not is_kept(self):
+            return
+        for each in args:
+            if isinstance(each, FollowedVectors):
+                each.keep()
+        follow(change, self, *args)
+
+
+def _operator(
+    kind: type[KernelOperator],
+    kernel: Kernel,
+    x: Tensor,
+    x_rows: Tensor | None,
+    memory_budget: int,
+) -> KernelOperator:
+    """What another process does its share with."""
+    return kind(kernel, x, x_rows, memory_budget=memory_budget)
+
+
+def _rows_product(
+    processes: Processes, operator: KernelOperator, index: RowIndex, v: Tensor
+) -> Found:
+    """A share of K[index, :] v."""
+    return (operator.rows(_share(processes, index)).matmul(v),)
+
+
+def _followed_product(
+    processes: Processes, operator: KernelOperator, index: RowIndex, v: TrackedVectors
+) -> Found:
+    """A share of K[index, :] V."""
+    return _rows_product(processes, operator, index, v.values)
+
+
+def _columns_product(
+    processes: Processes, operator: KernelOperator, index: RowIndex, v: Tensor
+) -> Found:
+    """A share of the rows of K[:, index] v."""
+    own = processes.share(operator.shape[0])
+    out = v.new_empty(len(own), v.shape[1])
+    for rows in slices(len(own), min(operator.rows_per_step, _BLOCK_ROWS)):
+        block = operator.block(
+            slice(own.start + rows.start, own.start + rows.stop), index
+        )
+        torch.mm(block, v, out=out[rows])
+    return (out,)
+
+
+def _product_at(
+    processes: Processes, operator: KernelOperator, x: Tensor, v: Tensor
+) -> Found:
+    """A share of K(x, X) v."""
+    own = processes.share(len(x))
+    return (operator.cross(x[own.start : own.stop]).matmul(v),)
+
+
+def _form(
+    processes: Processes,
+    operator: KernelOperator,
+    kernel: Kernel,
+    a: Tensor,
+    b: Tensor,
+    x: Tensor,
+    wants_gradient: bool,
+) -> Found:
+    """A share of sum_c a_c^T K b_c, and of its gradients."""
+    operator = copy(operator)
+    operator.kernel, operator.part = kernel, processes
+    with torch.set_grad_enabled(wants_gradient):
+        x = x.detach().requires_grad_(x.requires_grad)
+        form = operator._quadratic_form(a, b, x)
+    if not wants_gradient:
+        return (form,)
+    inputs = [*tensors_with_graph(kernel), *([x] if x.requires_grad else [])]
+    gradients = torch.autograd.grad(form, inputs, materialize_grads=True)
+    return (form.detach(), *gradients)
+
+
+def _share(processes: Processes, index: RowIndex) -> RowIndex:
+    """This process's part of some rows."""
+    own = processes.share(index_length(index))
+    return piece(index, slice(own.start, own.stop))
+
+
+def _frozen(kernel: Kernel) -> Kernel:
+    """A copy with tensors of its own; those with a graph are leaves of another."""
+    return deepcopy(
+        kernel,
+        {
+            id(tensor): tensor.detach().clone().requires_grad_()
+            for tensor in tensors_with_graph(kernel)
+            if not tensor.is_leaf
+        },
+    )
+
+
+def _only(found: Found) -> Tensor:
+    (tensor,) = found
+    assert tensor is not None
+    return tensor
