@@ -27,7 +27,11 @@ from torch import Tensor
 from sgdgp.core.checks import check_count
 from sgdgp.core.codec import register_stored_class
 from sgdgp.core.seeds import standard_normal
+from sgdgp.core.slices import slices
 from sgdgp.solvers.system import System
+
+_ROWS = 8192
+"""Of a basis made at a time: enough for a fast product, little beside the whole."""
 
 
 class Inverse(ABC):
@@ -215,10 +219,7 @@ class LowRankInverse(Inverse):
 def inverse_of(
     factor: Float[Tensor, "n r"], system: System, passes: float = 0.0
 ) -> LowRankInverse:
-    """The preconditioner's inverse in the system's dtype; overwrites ``factor``.
-
-    Memory beside the factor: 8 n r bytes, and n r in the system's dtype.
-    """
+    """The preconditioner's inverse in the system's dtype; overwrites ``factor``."""
     return damped_inverse(factor, system.noise, system.rhs.dtype, passes)
 
 
@@ -231,11 +232,11 @@ def damped_inverse(
     """The inverse of L L^T + Sigma in a dtype; overwrites ``factor``."""
     scale = noise.double().rsqrt()
     factor *= scale
-    basis, squares = left_singular(factor)
+    basis, squares = left_singular(factor, dtype)
     shrinkage = (1.0 - (1.0 + squares[:1]) / (1.0 + squares)).unsqueeze(1)
     return LowRankInverse(
         scale.to(dtype),
-        basis.to(dtype),
+        basis,
         shrinkage.to(dtype),
         passes,
         1.0 + float(squares[:1].sum()),
@@ -243,9 +244,12 @@ def damped_inverse(
 
 
 def left_singular(
-    factor: Float[Tensor, "n r"],
+    factor: Float[Tensor, "n r"], dtype: torch.dtype
 ) -> tuple[Float[Tensor, "n q"], Float[Tensor, " q"]]:
     """Left singular vectors and squared singular values, ascending; q <= r kept.
+
+    The vectors are rounded to ``dtype`` as they are made, by rows: nothing else is in
+    memory beside ``factor``. The values are float64.
 
     From the Gram matrix, which squares the condition number: vectors of the smallest
     values are orthogonal to a few digits only. They are hardly shrunk, so that is
@@ -254,8 +258,11 @@ def left_singular(
     gram = factor.mT @ factor
     values, vectors = torch.linalg.eigh(0.5 * (gram + gram.mT))
     kept = values > 1e-12 * values[-1:].clamp_min(0)
-    values, vectors = values[kept], vectors[:, kept]
-    return factor @ (vectors / values.sqrt()), values
+    values, turn = values[kept], vectors[:, kept] / values[kept].sqrt()
+    basis = factor.new_empty(len(factor), len(values), dtype=dtype)
+    for rows in slices(len(factor), _ROWS):
+        basis[rows] = factor[rows] @ turn
+    return basis, values
 
 
 def default_rank(n: int) -> int:

@@ -100,13 +100,13 @@ class TwoLevel(Preconditioner):
         nearest = nearest_earlier(system, count, generator)
         sparse = sparse_factor(system, factor, nearest)
         passes += 1.0 + (count + 1) ** 2 / system.n
-        basis, squares = left_singular(sparse.rows.double() @ factor)
         dtype = system.rhs.dtype
+        basis, squares = left_singular(sparse.rows.double() @ factor, dtype)
         # Below its rounding, 1 - shrinkage would be noise: it stays a few digits above.
         kept = (1.0 / (1.0 + squares)).clamp_min(16.0 * torch.finfo(dtype).eps)
         return TwoLevelInverse(
             sparse=sparse,
-            basis=basis.to(dtype),
+            basis=basis,
             shrinkage=(1.0 - kept).unsqueeze(1).to(dtype),
             passes=passes,
             settings={"rank": basis.shape[1], "neighbours": count},

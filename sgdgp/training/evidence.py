@@ -194,11 +194,11 @@ def _whitened(
     system = as_system(operator, noise, torch.ones_like(operator.diagonal())[:, None])
     factor, passes = PivotedCholesky().factor(system, generator)
     scale = system.noise.double().rsqrt()
-    basis, squares = left_singular(factor * scale)
+    basis, squares = left_singular(factor.mul_(scale), system.rhs.dtype)
     shrunk = (1.0 + squares[:1]) / (1.0 + squares)
     explained = -float(shrunk.log().sum()) - 2.0 * float(scale.log().sum())
     like = system.rhs
-    basis, scale = basis.to(like), scale.to(like)
+    scale = scale.to(like)
     turn = (shrunk.sqrt() - 1.0).unsqueeze(1).to(like)
 
     def root_inverse(v: Tensor) -> Tensor:
