@@ -19,6 +19,9 @@ import pytest
 import torch
 
 torch.set_num_threads(_threads)
+# Before the first import of Triton, whose kernels are wrapped as they are defined.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # Examples are the same in every run: a failure here is a failure everywhere.
 hypothesis.settings.register_profile(

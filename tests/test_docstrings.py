@@ -17,6 +17,8 @@ MODULES = [
 
 @pytest.mark.parametrize("name", MODULES)
 def test_public_methods_are_documented(name: str):
+    if name == "sgdgp.operators.triton_kernel":
+        pytest.importorskip("triton", reason="made for Linux")
     module = importlib.import_module(name)
     undocumented = [
         f"{owner.__qualname__}.{method}"

@@ -172,8 +172,8 @@ def iterative_update(
         solver: A solver such as ``SDD(tolerance=1e-2)``, its name, or "auto".
         seed: Seed or generator of the noise draws and of the solver. Further calls
             draw further noise.
-        operator: "auto", "dense", "tiled", "keops", "row_blocks", "features" or
-            "sharded" (see ``sgdgp.distribute``).
+        operator: "auto", "dense", "tiled", "triton", "triton_medium", "keops",
+            "row_blocks", "features" or "sharded" (see ``sgdgp.distribute``).
         memory_budget: Bytes that operator and solver may use. Default: half of what
             is free.
 

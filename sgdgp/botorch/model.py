@@ -104,8 +104,8 @@ class PathwiseModel(ConditionedModel):
             num_features: Random features of each group of 64 prior draws.
             seed: Seed or generator of everything random. Outputs with other targets
                 have other draws.
-            operator: "auto", "dense", "tiled", "keops", "row_blocks", "features" or
-                "sharded" (see ``sgdgp.distribute``).
+            operator: "auto", "dense", "tiled", "triton", "triton_medium", "keops",
+                "row_blocks", "features" or "sharded" (see ``sgdgp.distribute``).
             memory_budget: Bytes that operator and solver may use.
             progress: Show progress bars of solves. Default: on a terminal.
 

@@ -1,8 +1,9 @@
 """Kernel operators: row blocks of a kernel matrix times a matrix.
 
-``choose_operator`` picks one of five by memory and size: in memory (dense), fused
-tiles (tiled), KeOps (keops), exact features (features), and row blocks through GPyTorch
-for every other kernel (row_blocks).
+``choose_operator`` picks one of six by memory and size: on tensor cores (triton), in
+memory (dense), fused tiles (tiled), KeOps (keops), exact features (features), and row
+blocks through GPyTorch for every other kernel (row_blocks). ``operators.triton`` is
+imported only where it is used.
 """
 
 from __future__ import annotations

@@ -74,8 +74,7 @@ class KernelOperator(ABC):
     """
 
     name: str
-    """Short name shown in results: "dense", "tiled", "keops", "row_blocks",
-    "features", "sharded"."""
+    """Short name shown in results: "dense", "tiled", "triton", "keops", ..."""
 
     outputs_per_input: int = 1
     """Rows per point, T: row r belongs to point r // T (multitask, derivatives)."""

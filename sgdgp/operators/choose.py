@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Literal, TypeAlias
 
-from gpytorch.kernels import Kernel
+import torch
+from gpytorch.kernels import Kernel, MaternKernel
 from jaxtyping import Float
 from torch import Tensor
 
@@ -18,10 +20,23 @@ from sgdgp.operators.keops import KeopsOperator, keops_is_available
 from sgdgp.operators.row_blocks import RowBlocksOperator
 from sgdgp.operators.sharded import ShardedOperator
 from sgdgp.operators.tiled import TiledOperator
+from sgdgp.operators.triton import MediumTritonOperator, TritonOperator
 
 OperatorName: TypeAlias = Literal[
-    "dense", "tiled", "keops", "row_blocks", "features", "sharded"
+    "dense",
+    "tiled",
+    "triton",
+    "triton_medium",
+    "keops",
+    "row_blocks",
+    "features",
+    "sharded",
 ]
+
+TRITON_FROM = 5_000
+"""On a GPU, Triton is chosen from so many points, even if K fits: there entries are
+made faster than they are read. Below, a product with K is over before four kernels are
+launched."""
 
 KEOPS_FROM = 20_000
 """On a GPU, KeOps is chosen from so many points; below, tiles are as fast."""
@@ -45,6 +60,8 @@ more on the features than on a matrix in memory."""
 _OPERATORS: dict[str, type[KernelOperator]] = {
     "dense": DenseOperator,
     "tiled": TiledOperator,
+    "triton": TritonOperator,
+    "triton_medium": MediumTritonOperator,
     "keops": KeopsOperator,
     "row_blocks": RowBlocksOperator,
     "features": FeatureOperator,
@@ -57,10 +74,11 @@ def choose_operator(
 ) -> KernelOperator:
     """The operator for K(X, X) that suits its size and the memory there is.
 
-    In memory when K fits the budget. Else, on a GPU, from 20,000 points and for
-    kernels with own formulas, KeOps; else fused tiles; and for kernels that have
-    neither, row blocks through GPyTorch. On a CPU KeOps is never chosen: tiles need
-    no compilation and are faster.
+    On a GPU, from 5,000 points, Triton, where it works and has a form of the kernel. In
+    memory when K fits the budget. Else, on a GPU, from 20,000 points and for kernels
+    with own formulas, KeOps; else fused tiles; and for kernels that have neither, row
+    blocks through GPyTorch. On a CPU Triton and KeOps are never chosen: tiles need no
+    compilation and are faster.
 
     With other processes at work (``sgdgp.distribute``) from 5,000 rows on shared by
     all of them, and not in memory.
@@ -93,11 +111,16 @@ def choose_operator(
         if features is not None:
             return features
     shared = is_led() and rows >= SHARE_FROM and not streaming.has_features
-    if not shared and rows * columns * x.element_size() <= budget:
+    fused = None
+    if rows >= TRITON_FROM and isinstance(streaming, TiledOperator):
+        fused = _triton_operator(kernel, x, budget)
+    fits = rows * columns * x.element_size() <= budget
+    if fused is None and fits and not shared:
         return DenseOperator.filled_by(streaming)
-    on_gpu = x.device.type == "cuda"
-    if (
-        on_gpu
+    if fused is not None:
+        streaming = fused
+    elif (
+        x.device.type == "cuda"
         and rows >= KEOPS_FROM
         and isinstance(streaming, TiledOperator)
         and streaming.tile.has_keops
@@ -117,6 +140,37 @@ def _few_features(
     return found
 
 
+def _triton_operator(kernel: Kernel, x: Tensor, budget: int) -> KernelOperator | None:
+    """The Triton operator, where its kernel serves on the device of x."""
+    if not _triton_works(x.device):
+        return None
+    operator = TritonOperator(kernel, x, memory_budget=budget)
+    return operator if operator.is_fused else None
+
+
+@functools.cache
+def _triton_works(device: torch.device) -> bool:
+    """Whether Triton's products on a device are fast, and those of tiles."""
+    return device.type == "cuda" and _agrees(device)
+
+
+@torch.no_grad()
+def _agrees(device: torch.device) -> bool:
+    """Whether a first product is that of tiles.
+
+    It takes a compiler, and a driver that Triton knows, and fails in many ways.
+    """
+    try:
+        x = torch.linspace(-3.0, 3.0, 400, dtype=torch.float32, device=device)
+        x = x.sin().view(100, 4)
+        kernel, v = MaternKernel(1.5).to(x), x.repeat(1, 5)
+        found = TritonOperator(kernel, x).matmul(v)
+        expected = TiledOperator(kernel, x).matmul(v)
+    except Exception:
+        return False
+    return torch.allclose(found, expected, rtol=1e-4, atol=1e-3)
+
+
 def operator_by_name(
     name: OperatorName | str,
     kernel: Kernel,
@@ -127,6 +181,7 @@ def operator_by_name(
     """The square operator of that name, or the chooser's for "auto".
 
     Raises:
+        ImportError: It needs a package that is not installed.
         ValueError: No operator has that name, or it cannot take this kernel; or the
             budget is less than a row of K, which would take hours.
     """

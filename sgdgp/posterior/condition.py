@@ -66,8 +66,8 @@ def condition(
         num_samples: Posterior sample functions; 0 for the mean alone.
         seed: Seed or generator of everything random.
         num_features: Random features of each group of 64 prior draws.
-        operator: "auto", "dense", "tiled", "keops", "row_blocks", "features" or
-            "sharded" (see ``sgdgp.distribute``).
+        operator: "auto", "dense", "tiled", "triton", "triton_medium", "keops",
+            "row_blocks", "features" or "sharded" (see ``sgdgp.distribute``).
         memory_budget: Bytes for operator and solver. Default: half of what is free.
         progress: Show a progress bar. Default: on a terminal.
         callback: Called as the solve advances; returning True stops it.

@@ -117,8 +117,8 @@ def fit(
         restarts: Further fits from scattered parameters (``parameters.scatter``); the
             model gets the best one's by the estimated log marginal likelihood.
         seed: Seed or generator of the probes and restarts.
-        operator: "auto", "dense", "tiled", "keops", "row_blocks", "features" or
-            "sharded" (see ``sgdgp.distribute``).
+        operator: "auto", "dense", "tiled", "triton", "triton_medium", "keops",
+            "row_blocks", "features" or "sharded" (see ``sgdgp.distribute``).
         memory_budget: Bytes that operator and solver may use. Default: half of what
             is free.
         progress: Show a progress bar with the parameters. Default: on a terminal.

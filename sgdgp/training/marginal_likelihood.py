@@ -66,8 +66,8 @@ class StochasticMarginalLogLikelihood(MarginalLogLikelihood):
         warm_start: Start each solve at the last solution.
         initial_value: log p at the first evaluation. Default: estimated there.
         seed: Seed or generator of the probes.
-        operator: "auto", "dense", "tiled", "keops", "row_blocks", "features" or
-            "sharded" (see ``sgdgp.distribute``).
+        operator: "auto", "dense", "tiled", "triton", "triton_medium", "keops",
+            "row_blocks", "features" or "sharded" (see ``sgdgp.distribute``).
         memory_budget: Bytes that operator and solver may use. Default: half of what
             is free.
 
