@@ -18,6 +18,11 @@ import jaxtyping
 import pytest
 import torch
 
+from tests import shapes
+
+# What the import hook of ``addopts`` decorates with; before the first import of sgdgp.
+jaxtyping.jaxtyped = shapes.jaxtyped
+
 torch.set_num_threads(_threads)
 # Before the first import of Triton, whose kernels are wrapped as they are defined.
 if not torch.cuda.is_available():
@@ -35,17 +40,11 @@ hypothesis.settings.load_profile("sgdgp")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip GPU tests without a GPU; keep KeOps tests in one worker.
-
-    Two processes that compile the same formula into one cache get in each other's
-    way, and each would pay for the compilation.
-    """
+    """Skip GPU tests without a GPU."""
     without_gpu = pytest.mark.skip(reason="needs a CUDA device")
     for item in items:
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(without_gpu)
-        if item.get_closest_marker("keops"):
-            item.add_marker(pytest.mark.xdist_group("keops"))
 
 
 @pytest.fixture(autouse=True)
