@@ -31,16 +31,23 @@ def jaxtyped(fn: Any = None, *, typechecker: object = None) -> Any:
         return type(fn)(jaxtyped(fn.__func__))
     if isinstance(fn, property):
         return property(*(f and jaxtyped(f) for f in (fn.fget, fn.fset, fn.fdel)))
-    strict = None
+    strict = scope = None
 
     @functools.wraps(fn)
     def checked(*args: Any, **kwargs: Any) -> Any:
-        nonlocal strict
+        nonlocal strict, scope
         if jaxtyping.config.jaxtyping_disable:
             return fn(*args, **kwargs)
         if strict is None:  # many are never called
-            strict = beartype(_with_hints(fn))
-        with _scope:
+            hinted = _with_hints(fn)
+            strict = beartype(hinted)
+            shapes = any(
+                "jaxtyping" in repr(h) for h in hinted.__annotations__.values()
+            )
+            scope = _scope if shapes else None
+        if scope is None:
+            return strict(*args, **kwargs)
+        with scope:
             return strict(*args, **kwargs)
 
     return checked
