@@ -31,23 +31,20 @@ def jaxtyped(fn: Any = None, *, typechecker: object = None) -> Any:
         return type(fn)(jaxtyped(fn.__func__))
     if isinstance(fn, property):
         return property(*(f and jaxtyped(f) for f in (fn.fget, fn.fset, fn.fdel)))
-    strict = scope = None
+    hinted = _with_hints(fn)
+    shapes = any("jaxtyping" in repr(hint) for hint in hinted.__annotations__.values())
+    strict = None
 
     @functools.wraps(fn)
     def checked(*args: Any, **kwargs: Any) -> Any:
-        nonlocal strict, scope
+        nonlocal strict
         if jaxtyping.config.jaxtyping_disable:
             return fn(*args, **kwargs)
         if strict is None:  # many are never called
-            hinted = _with_hints(fn)
             strict = beartype(hinted)
-            shapes = any(
-                "jaxtyping" in repr(h) for h in hinted.__annotations__.values()
-            )
-            scope = _scope if shapes else None
-        if scope is None:
+        if not shapes:
             return strict(*args, **kwargs)
-        with scope:
+        with _scope:
             return strict(*args, **kwargs)
 
     return checked
@@ -71,7 +68,5 @@ def _hint(hint: Any, names: dict[str, Any]) -> Any:
         return hint
     try:
         return eval(hint, names)
-    except (
-        Exception
-    ):  # a name of a function's, or of stubs: unchecked, as with jaxtyping
+    except Exception:  # not defined yet: unchecked, as with jaxtyping
         return Any

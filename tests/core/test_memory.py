@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import subprocess
 import sys
 from pathlib import Path
@@ -60,15 +61,19 @@ def test_groups_of_version_1_have_other_names(machine: Path):
 
 @pytest.mark.parametrize("limit", ["RLIMIT_AS", "RLIMIT_DATA"])
 def test_limits_of_the_process_hold(limit: str):
-    code = f"""
-import resource
-from sgdgp.core.memory import free_memory
-resource.setrlimit(resource.{limit}, (40 * 2**30, 40 * 2**30))
-before = free_memory()
-resource.setrlimit(resource.{limit}, (20 * 2**30, 40 * 2**30))
-assert free_memory() < 20 * 2**30
-"""
-    subprocess.run([sys.executable, "-c", code], check=True)
+    def limited() -> None:
+        import resource
+
+        kind = getattr(resource, limit)
+        resource.setrlimit(kind, (40 * GB, 40 * GB))
+        memory.free_memory()
+        resource.setrlimit(kind, (20 * GB, 40 * GB))
+        assert memory.free_memory() < 20 * GB
+
+    child = multiprocessing.get_context("fork").Process(target=limited)
+    child.start()
+    child.join()
+    assert child.exitcode == 0
 
 
 def test_what_torch_holds_unused_on_a_gpu_is_free(monkeypatch: pytest.MonkeyPatch):
