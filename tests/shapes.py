@@ -14,8 +14,9 @@ import types
 from typing import Any
 
 import jaxtyping
-from beartype import beartype
+from beartype import BeartypeConf, beartype
 
+_strict = beartype(conf=BeartypeConf(violation_type=jaxtyping.TypeCheckError))
 _scope = jaxtyping.jaxtyped("context")
 
 
@@ -41,7 +42,7 @@ def jaxtyped(fn: Any = None, *, typechecker: object = None) -> Any:
         if jaxtyping.config.jaxtyping_disable:
             return fn(*args, **kwargs)
         if strict is None:  # many are never called
-            strict = beartype(hinted)
+            strict = _strict(hinted)
         if not shapes:
             return strict(*args, **kwargs)
         with _scope:
