@@ -65,6 +65,7 @@ $(VENV)/installed-torch: constraints.txt
 	@$(PIP) install --quiet -c constraints.txt '$(TORCH)'
 	@touch $@
 
+# What the tests need includes what the demo does, and the tools what the tests do.
 $(VENV)/installed-demo: $(VENV)/installed-torch pyproject.toml
 	@echo 'installing sgdgp and what the demo needs into $(VENV), once ...'
 	@$(PIP) install --quiet -c constraints.txt -e '.[plot]'
@@ -73,9 +74,9 @@ $(VENV)/installed-demo: $(VENV)/installed-torch pyproject.toml
 $(VENV)/installed-test: $(VENV)/installed-torch pyproject.toml
 	@echo 'installing sgdgp and what the tests need into $(VENV), once ...'
 	@$(PIP) install --quiet -c constraints.txt -e '.[test]'
-	@touch $@
+	@touch $@ $(VENV)/installed-demo
 
 $(VENV)/installed-dev: $(VENV)/installed-torch pyproject.toml
 	@echo 'installing sgdgp and the development tools into $(VENV), once ...'
 	@$(PIP) install --quiet -c constraints.txt -e '.[dev]'
-	@touch $@
+	@touch $@ $(VENV)/installed-test $(VENV)/installed-demo
