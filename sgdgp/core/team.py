@@ -151,8 +151,15 @@ def together(
         ProcessesError: It failed in another process, or one has ended.
     """
     if not is_led():
-        return function(Processes(), *args)
+        return alone(function, *args)
     return _teams[0].together(function, args, by)
+
+
+def alone(
+    function: Callable[..., Found], *args: Any, by: Literal["rows", "sum"] = "rows"
+) -> Found:
+    """The same in this process, whatever others there are."""
+    return function(Processes(), *args)
 
 
 @dataclass

@@ -353,6 +353,15 @@ class KernelOperator(ABC):
         """An operator over the same points that never holds K (itself, mostly)."""
         return self
 
+    @property
+    def is_shared(self) -> bool:
+        """Whether other processes do a share of its work."""
+        return False
+
+    def everywhere(self) -> KernelOperator:
+        """What every process that works for this one does its share with."""
+        return self
+
     def nudged(self) -> KernelOperator:
         """The square operator over points rounded otherwise; see ``nudged`` below."""
         return self._rebuilt(nudged(self.x), None)

@@ -92,8 +92,13 @@ class ShardedOperator(KernelOperator):
         """By what it stands for, which may be there already where this arrives."""
         return ShardedOperator.over, (self.local,)
 
-    def _keep(self) -> None:
-        """Send what the others do their share with, once."""
+    @property
+    def is_shared(self) -> bool:
+        """Whether there are others, and not all at work already."""
+        return is_led()
+
+    def everywhere(self) -> KernelOperator:
+        """The local operator, which the others have then too."""
         local = self.local
         keep(
             local,
@@ -104,12 +109,12 @@ class ShardedOperator(KernelOperator):
             None if local.is_square else local.x_rows,
             local.memory_budget,
         )
+        return local
 
     def _rows_matmul(self, index: RowIndex, v: Tensor) -> Tensor:
         if index_length(index) < _FEWEST_ROWS:
             return self.local._rows_matmul(index, v)
-        self._keep()
-        return _only(together(_rows_product, self.local, index, v))
+        return _only(together(_rows_product, self.everywhere(), index, v))
 
     @torch.no_grad()
     def matmul(self, v: Float[Tensor, "n k"]) -> Float[Tensor, "m k"]:
@@ -120,8 +125,7 @@ class ShardedOperator(KernelOperator):
         return self._rows_matmul(slice(0, self.shape[0]), v)
 
     def _columns_matmul(self, index: RowIndex, v: Tensor) -> Tensor:
-        self._keep()
-        return _only(together(_columns_product, self.local, index, v))
+        return _only(together(_columns_product, self.everywhere(), index, v))
 
     def product_at(
         self, x_new: Float[Tensor, "m d"], v: Float[Tensor, "n k"]
@@ -129,8 +133,7 @@ class ShardedOperator(KernelOperator):
         """See ``KernelOperator.product_at``; with a graph to x_new not shared."""
         if tracks_gradient(x_new) or len(x_new) < _FEWEST_ROWS:
             return self.local.product_at(x_new, v)
-        self._keep()
-        return _only(together(_product_at, self.local, x_new, v))
+        return _only(together(_product_at, self.everywhere(), x_new, v))
 
     def tracked(self, v: Float[Tensor, "n k"]) -> TrackedVectors:
         """Coefficients that the others follow from their first product on."""
@@ -142,19 +145,18 @@ class ShardedOperator(KernelOperator):
         """K[rows, :] V, without sending V."""
         if not is_led() or not isinstance(v, FollowedVectors):
             return super().rows_of_product(rows, v)
-        self._keep()
         v.keep()
-        return _only(together(_followed_product, self.local, rows, v))
+        return _only(together(_followed_product, self.everywhere(), rows, v))
 
     def _quadratic_form(self, a: Tensor, b: Tensor, x: Tensor) -> Tensor:
         if not is_led():
             return self.local._quadratic_form(a, b, x)
-        self._keep()
+        operator = self.everywhere()
         inputs = [*tensors_with_graph(self.kernel), *([x] if x.requires_grad else [])]
         if not torch.is_grad_enabled():
             inputs = []
         value, *gradients = together(
-            _form, self.local, _frozen(self.kernel), a, b, x, bool(inputs), by="sum"
+            _form, operator, _frozen(self.kernel), a, b, x, bool(inputs), by="sum"
         )
         assert value is not None
         return with_gradient(value, inputs, [g for g in gradients if g is not None])

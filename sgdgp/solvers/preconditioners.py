@@ -26,8 +26,11 @@ from torch import Tensor
 
 from sgdgp.core.checks import check_count
 from sgdgp.core.codec import register_stored_class
+from sgdgp.core.processes import Processes
 from sgdgp.core.seeds import standard_normal
 from sgdgp.core.slices import slices
+from sgdgp.core.team import Found, alone, follow, is_kept, keep, together
+from sgdgp.operators.base import KernelOperator
 from sgdgp.solvers.system import System
 
 _ROWS = 8192
@@ -111,12 +114,16 @@ class PivotedCholesky(LowRank):
     def factor(
         self, system: System, generator: torch.Generator
     ) -> tuple[Tensor, float]:
-        n = system.n
+        n, operator = system.n, system.operator
         rank = min(n, self.rank or default_rank(n))
-        everything = slice(0, n)
         # Column-major: the columns found so far are one contiguous block.
-        columns = system.rhs.new_zeros(rank, n, dtype=torch.float64)
-        remaining = system.operator.diagonal().double().clone()
+        columns = _columns(system.rhs[:0], rank, n)
+        join, everywhere = alone, operator
+        if operator.is_shared:
+            # Every process has its rows of the factor, this one all of them.
+            join, everywhere = together, operator.everywhere()
+            keep(columns, _columns, system.rhs[:0], rank, n)
+        remaining = operator.diagonal().double().clone()
         total = float(remaining.sum())
         done = 0
         while done < rank and float(remaining.sum()) > 1e-12 * total:
@@ -124,20 +131,61 @@ class PivotedCholesky(LowRank):
             pivots = torch.multinomial(
                 remaining.to(generator.device), size, generator=generator
             ).to(remaining.device)
-            block = system.operator.block(pivots, everything).double()
-            block -= columns[:done, pivots].mT @ columns[:done]
-            corner = block[:, pivots]
+            known = columns[:done, pivots].contiguous()
+            corner = operator.block(pivots, pivots).double() - known.mT @ known
             values, vectors = torch.linalg.eigh(0.5 * (corner + corner.mT))
             kept = values > 1e-10 * values[-1].clamp_min(0)
-            new = (vectors[:, kept] / values[kept].sqrt()).mT @ block
-            columns[done : done + len(new)] = new
+            turn = vectors[:, kept] / values[kept].sqrt()
+            (found,) = join(_new_columns, everywhere, columns, pivots, known, turn)
+            assert found is not None
+            new = columns[done : done + found.shape[1]].copy_(found.mT)
             remaining -= new.square().sum(0)
             remaining[pivots] = 0.0
             remaining.clamp_(min=0.0)
             done += len(new)
             if len(new) == 0:
                 break
-        return columns[:done].mT, done / n
+        factor = columns[:done].mT
+        if operator.is_shared:
+            keep(factor, _first_columns, columns, done)
+        return factor, done / n
+
+
+def _columns(like: Tensor, rank: int, n: int) -> Tensor:
+    """Room for a factor (rank, n), of which memory is taken as it is written."""
+    return like.new_empty(rank, n, dtype=torch.float64)
+
+
+def _new_columns(
+    processes: Processes,
+    operator: KernelOperator,
+    columns: Tensor,
+    pivots: Tensor,
+    known: Tensor,
+    turn: Tensor,
+) -> Found:
+    """A share of the rows of what pivots add to a factor (m, b), which is kept too.
+
+    Args:
+        processes: Whose share it is.
+        operator: K (n, n).
+        columns: The factor (rank, n), its rows of this share.
+        pivots: Rows of K (p,).
+        known: The factor so far at the pivots (r, p).
+        turn: What makes columns of a factor of the pivots' remainder (p, b).
+    """
+    share = processes.share(columns.shape[1])
+    own, done = slice(share.start, share.stop), len(known)
+    block = operator.block(pivots, own).double()
+    block -= known.mT @ columns[:done, own]
+    new = turn.mT @ block
+    columns[done : done + len(new), own] = new
+    return (new.mT,)
+
+
+def _first_columns(columns: Tensor, count: int) -> Tensor:
+    """The factor (n, count)."""
+    return columns[:count].mT
 
 
 @register_stored_class
@@ -231,6 +279,8 @@ def damped_inverse(
 ) -> LowRankInverse:
     """The inverse of L L^T + Sigma in a dtype; overwrites ``factor``."""
     scale = noise.double().rsqrt()
+    if is_kept(factor):
+        follow(Tensor.mul_, factor, scale)
     factor *= scale
     basis, squares = left_singular(factor, dtype)
     shrinkage = (1.0 - (1.0 + squares[:1]) / (1.0 + squares)).unsqueeze(1)
@@ -255,14 +305,34 @@ def left_singular(
     values are orthogonal to a few digits only. They are hardly shrunk, so that is
     enough.
     """
-    gram = factor.mT @ factor
+    join = together if is_kept(factor) else alone
+    (gram,) = join(_gram, factor, by="sum")
+    assert gram is not None
     values, vectors = torch.linalg.eigh(0.5 * (gram + gram.mT))
     kept = values > 1e-12 * values[-1:].clamp_min(0)
-    values, turn = values[kept], vectors[:, kept] / values[kept].sqrt()
-    basis = factor.new_empty(len(factor), len(values), dtype=dtype)
-    for rows in slices(len(factor), _ROWS):
-        basis[rows] = factor[rows] @ turn
-    return basis, values
+    turn = vectors[:, kept] / values[kept].sqrt()
+    (basis,) = join(_turned, factor, turn, dtype)
+    assert basis is not None
+    return basis, values[kept]
+
+
+def _gram(processes: Processes, factor: Tensor) -> Found:
+    """A share of L^T L."""
+    share = processes.share(len(factor))
+    own = factor[share.start : share.stop]
+    return (own.mT @ own,)
+
+
+def _turned(
+    processes: Processes, factor: Tensor, turn: Tensor, dtype: torch.dtype
+) -> Found:
+    """A share of the rows of L T, rounded as they are made."""
+    share = processes.share(len(factor))
+    own = factor[share.start : share.stop]
+    basis = factor.new_empty(len(own), turn.shape[1], dtype=dtype)
+    for rows in slices(len(own), _ROWS):
+        basis[rows] = own[rows] @ turn
+    return (basis,)
 
 
 def default_rank(n: int) -> int:
