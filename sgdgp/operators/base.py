@@ -88,6 +88,10 @@ class KernelOperator(ABC):
     part: Processes = Processes()
     """Whose share of the tiles ``quadratic_form`` sums; one process has all."""
 
+    sums_tiles: bool = False
+    """Whether ``matmul`` of a square operator does so too: tiles above the diagonal
+    serve both of their blocks, and the sums of all parts add up to K v."""
+
     def __init__(
         self,
         kernel: Kernel,

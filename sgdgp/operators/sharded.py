@@ -118,10 +118,12 @@ class ShardedOperator(KernelOperator):
 
     @torch.no_grad()
     def matmul(self, v: Float[Tensor, "n k"]) -> Float[Tensor, "m k"]:
-        """K v, its rows cut among the processes."""
+        """K v, its rows or its tiles cut among the processes."""
         check_vectors(v, self.shape[1], self.dtype)
         if not is_led():
             return self.local.matmul(v)
+        if self.is_square and self.local.sums_tiles:
+            return _only(together(_tiles_product, self.everywhere(), v, by="sum"))
         return self._rows_matmul(slice(0, self.shape[0]), v)
 
     def _columns_matmul(self, index: RowIndex, v: Tensor) -> Tensor:
@@ -249,6 +251,13 @@ def _rows_product(
 ) -> Found:
     """A share of K[index, :] v."""
     return (operator.rows(_share(processes, index)).matmul(v),)
+
+
+def _tiles_product(processes: Processes, operator: KernelOperator, v: Tensor) -> Found:
+    """K v (n, k) by a share of the tiles of K."""
+    operator = copy(operator)
+    operator.part = processes
+    return (operator.matmul(v),)
 
 
 def _followed_product(

@@ -122,11 +122,14 @@ def answers() -> dict[str, Tensor]:
     pivoted = sgdgp.solvers.PivotedCholesky(rank=40, block_size=16)
     solvers = {name: solver() for name, solver in SOLVERS.items()}
     solvers["pivoted"] = sgdgp.CG(preconditioner=pivoted)
-    for name, solver in solvers.items():
-        if solver.limits.max_passes is not None:
-            solver = solver.with_limits(sgdgp.solvers.Limits(0.3, 3.0))
+    for name, given in solvers.items():
+        budget = None if given.limits.max_passes is None else 3.0
         posterior = sgdgp.condition(
-            model, solver=solver, operator="sharded", num_samples=3, num_features=64
+            model,
+            solver=given.with_limits(sgdgp.solvers.Limits(0.3, budget)),
+            operator="sharded",
+            num_samples=3,
+            num_features=64,
         )
         found[name] = posterior.solution.weights
     draws = posterior.problem.draws

@@ -1,0 +1,1 @@
+"""What a solve costs, against rows, inputs, columns and processes."""

@@ -1,0 +1,195 @@
+"""Rows of the study, of which this module runs one."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.checks import Check
+from benchmarks.study import Record, Row, Study
+
+_ROOT = Path(__file__).resolve().parents[2]
+_USUAL: dict[str, Any] = {
+    "n": 10_000,
+    "dims": 8,
+    "columns": 17,
+    "solver": "auto",
+    "tolerance": 1e-2,
+    "dtype": "float32",
+}
+
+FASTER, CLOSE = 1.7, 1e-5
+"""Asked of two processes: their speed over one, and the difference of answers."""
+
+LARGE_TOLERANCE = 1e-1
+MILLION_BYTES = 4 * 2**30
+
+
+def measured(kind: str, processes: int = 1, **settings: Any) -> Record:
+    """One measurement of ``cost``, in so many processes of one thread.
+
+    Raises:
+        RuntimeError: It failed; with what it said.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "found.json"
+        launch = ["-m"]
+        if processes > 1:
+            launch = ["-m", "torch.distributed.run", "--standalone"]
+            launch += ["--nproc-per-node", str(processes), "-m"]
+        finished = subprocess.run(
+            [
+                *(sys.executable, *launch, "benchmarks.scaling.cost"),
+                *(str(out), kind, json.dumps({**_USUAL, **settings})),
+            ],
+            cwd=_ROOT,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if finished.returncode:
+            raise RuntimeError(finished.stderr[-2000:])
+        found: Record = json.loads(out.read_text())
+        return {"processes": processes, **found}
+
+
+def growth(
+    kind: str, name: str, values: Sequence[int], **settings: Any
+) -> Callable[[int], Record]:
+    """Measurements at each value of one setting, with the exponents of their growth."""
+
+    def measure(seed: int) -> Record:
+        runs = [measured(kind, **{**settings, name: value}) for value in values]
+        return {
+            "runs": runs,
+            "exponents": {
+                of: exponent([r[name] for r in runs], [r[of] for r in runs])
+                for of in ("seconds", "peak_bytes", "passes")
+                if of in runs[0]
+            },
+        }
+
+    return measure
+
+
+def exponent(values: Sequence[float], figures: Sequence[float]) -> float:
+    """The p of figure ~ value^p: a line through the logarithms, by least squares."""
+    x = [math.log(value) for value in values]
+    y = [math.log(max(figure, 1e-12)) for figure in figures]
+    x_mean, y_mean = sum(x) / len(x), sum(y) / len(y)
+    above = sum((a - x_mean) * (b - y_mean) for a, b in zip(x, y, strict=True))
+    return above / sum((a - x_mean) ** 2 for a in x)
+
+
+def no_checks(records: Sequence[Record]) -> Iterator[Check]:
+    """Nothing is asked of how a cost grows: it is to be known."""
+    return iter(())
+
+
+def ranks(seed: int) -> Record:
+    """One process against two, of one thread each."""
+    found: Record = {}
+    for name, kind, solver in (
+        ("product", "product", "auto"),
+        ("cg", "solve", "auto"),
+        ("sdd", "solve", "sdd"),
+    ):
+        one, two = (measured(kind, p, n=20_000, solver=solver) for p in (1, 2))
+        # In float64: rounding of float32 moves what a stochastic solver ends with.
+        exact = {"n": 6_000, "solver": solver, "dtype": "float64"}
+        alone, both = (measured(kind, p, **exact) for p in (1, 2))
+        answers = ("values",) if kind == "product" else ("mean", "variance")
+        found[name] = {
+            "one": one,
+            "two": two,
+            "faster": one["seconds"] / two["seconds"],
+            "difference": max(_difference(alone[a], both[a]) for a in answers),
+        }
+    return found
+
+
+def _difference(one: Sequence[float], other: Sequence[float]) -> float:
+    """Relative to the largest."""
+    largest = max(abs(value) for value in one)
+    return max(abs(a - b) for a, b in zip(one, other, strict=True)) / largest
+
+
+def rank_checks(records: Sequence[Record]) -> Iterator[Check]:
+    """Speed and answers of two processes."""
+    for name in ("product", "cg", "sdd"):
+        speed = min(record[name]["faster"] for record in records)
+        apart = max(record[name]["difference"] for record in records)
+        yield Check(
+            f"two processes, {name}: speed over one",
+            f"{speed:.2f}",
+            f">= {FASTER}",
+            speed >= FASTER,
+        )
+        yield Check(
+            f"two processes, {name}: difference of answers",
+            f"{apart:.1e}",
+            f"<= {CLOSE}",
+            apart <= CLOSE,
+        )
+
+
+def large(seed: int) -> Record:
+    """200,000 rows, solved."""
+    return measured("solve", n=200_000, solver="sdd", tolerance=LARGE_TOLERANCE)
+
+
+def large_checks(records: Sequence[Record]) -> Iterator[Check]:
+    """The residual."""
+    worst = max(record["residual"] for record in records)
+    yield Check(
+        "200,000 rows: residual",
+        f"{worst:.3f}",
+        f"<= {LARGE_TOLERANCE}",
+        worst <= LARGE_TOLERANCE,
+    )
+
+
+def million(seed: int) -> Record:
+    """An epoch over a million rows, modelled from a hundredth of it."""
+    return measured("epoch", n=1_000_000)
+
+
+def million_checks(records: Sequence[Record]) -> Iterator[Check]:
+    """The memory; seconds are modelled, and only told."""
+    most = max(record["peak_bytes"] for record in records)
+    hours = max(record["seconds"] for record in records) / 3600
+    yield Check(
+        f"1,000,000 rows, an epoch of {hours:.1f} hours (modelled): bytes",
+        f"{most / 2**30:.2f} GiB",
+        f"<= {MILLION_BYTES / 2**30:.0f} GiB",
+        most <= MILLION_BYTES,
+    )
+
+
+STUDY = Study(
+    "scaling",
+    "What a solve costs, against rows, inputs, columns and processes.",
+    {
+        "n": Row(growth("solve", "n", (1_000, 3_000, 10_000, 30_000)), no_checks),
+        "sdd_n": Row(
+            growth("solve", "n", (3_000, 10_000, 30_000), solver="sdd"), no_checks
+        ),
+        "epoch_n": Row(growth("epoch", "n", (10_000, 100_000)), no_checks),
+        "dims": Row(growth("solve", "dims", (2, 8, 32, 128)), no_checks),
+        "columns": Row(growth("solve", "columns", (2, 17, 65)), no_checks),
+        "ranks": Row(ranks, rank_checks),
+        "large": Row(large, large_checks),
+        "million": Row(million, million_checks),
+    },
+)
+
+if __name__ == "__main__":
+    sys.exit(STUDY.run(sys.argv[1:]))
