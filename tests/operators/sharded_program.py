@@ -53,16 +53,17 @@ class Unreadable:
 def problem() -> tuple[Model, Tensor, Tensor]:
     """A model, and points of which some are its own."""
     g = torch.Generator().manual_seed(0)
-    x = torch.randn(N, 2, generator=g)
-    y = x.sin().sum(1) + 0.3 * torch.randn(N, generator=g)
-    return Model(x, y), x, torch.cat([x[:5], torch.randn(1100, 2, generator=g)])
+    x = torch.randn(N, 2, generator=g, dtype=torch.float64)
+    y = x.sin().sum(1) + 0.3 * torch.randn(N, generator=g).double()
+    new = torch.randn(1100, 2, generator=g).double()
+    return Model(x, y).double(), x, torch.cat([x[:5], new])
 
 
 def products(operator: KernelOperator, x_new: Tensor) -> dict[str, Tensor]:
     """Whatever can be asked of an operator."""
     g = torch.Generator().manual_seed(1)
     n = operator.shape[0]
-    v = torch.randn(n, 3, generator=g)
+    v = torch.randn(n, 3, generator=g).to(operator.x)
     some = torch.randperm(n, generator=g)[:300]
     followed = operator.tracked(v)
     first = operator.rows_of_product(some[:100], followed)
@@ -82,7 +83,7 @@ def products(operator: KernelOperator, x_new: Tensor) -> dict[str, Tensor]:
         "cross": operator.cross(x_new).matmul(v),
         "at": operator.product_at(x_new, v),
         "permuted": operator.permuted(some).matmul(v[:300]),
-        "float64": operator.to(torch.float64).matmul(v.double()),
+        "float32": operator.to(torch.float32).matmul(v.float()),
         "block": operator.block(some[:5], slice(0, 9)),
         "diagonal": operator.diagonal(),
         "first followed": first,
@@ -93,7 +94,7 @@ def products(operator: KernelOperator, x_new: Tensor) -> dict[str, Tensor]:
 def gradients(operator: KernelOperator, x: Tensor) -> dict[str, Tensor]:
     """A quadratic form, and all its gradients."""
     g = torch.Generator().manual_seed(2)
-    a, b = torch.randn(2, len(x), 2, generator=g)
+    a, b = torch.randn(2, len(x), 2, generator=g).to(x)
     points = x.clone().requires_grad_()
     inputs = [*operator.kernel.parameters(), points]
     form = operator.quadratic_form(a, b, x=points)

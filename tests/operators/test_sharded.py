@@ -82,7 +82,7 @@ def test_one_process_goes_on_where_two_were_killed(folder):
 def test_alone_it_is_the_operator_behind_it(generator):
     model, x, _ = sharded_program.problem()
     operator = ShardedOperator(model.covar_module, x)
-    v = torch.randn(len(x), 2, generator=generator)
+    v = torch.randn(len(x), 2, generator=generator).to(x)
     assert torch.equal(operator.matmul(v), operator.local.matmul(v))
     assert sgdgp.distribute(lambda: 7) == 7
 
