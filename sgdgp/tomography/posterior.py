@@ -398,11 +398,14 @@ def _laid_out(network: nn.Module) -> nn.Module:
     """With channels beside each other in volumes on a CPU.
 
     Convolutions of eight channels at 64^3 are two to six times as fast so, products of
-    whole networks up to 1.6 times.
+    whole networks up to 1.6 times. Derivatives of ``GroupNorm`` know no such layout
+    under ``vmap``.
     """
-    if any(p.ndim == 5 and p.device.type == "cpu" for p in network.parameters()):
-        return network.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
-    return network
+    if not any(p.ndim == 5 and p.device.type == "cpu" for p in network.parameters()):
+        return network
+    has_norm = any(isinstance(module, nn.GroupNorm) for module in network.modules())
+    layout = torch.contiguous_format if has_norm else torch.channels_last_3d
+    return network.to(memory_format=layout)  # type: ignore[call-overload]
 
 
 @dataclass(frozen=True, eq=False, repr=False)

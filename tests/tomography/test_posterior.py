@@ -275,6 +275,22 @@ def test_a_fit_goes_on_from_its_checkpoint_for_the_same_data_only(
         )
 
 
+def test_volumes_by_networks_with_norms_have_the_same_posterior_in_any_layout() -> None:
+    torch.manual_seed(0)
+    network = UNet((2, 2), (0, 2), dimensions=3, norm=1).double().eval()
+    geometry = ParallelBeam(4, 3, slices=2, dtype=torch.float64)
+    z = torch.rand(1, 1, 2, 4, 4, dtype=torch.float64)
+    data = geometry.simulate(network(z)[0, 0].detach())
+    layouts = (torch.contiguous_format, torch.channels_last_3d)
+    one, other = (
+        linearise(network.to(memory_format=layout), z, geometry, data, noise=SIGMA)
+        .fit(final_samples=2, steps=0, precision=1.0, exact=False)
+        .samples()
+        for layout in layouts
+    )
+    torch.testing.assert_close(one, other)
+
+
 def test_weights_are_chosen_by_the_names_of_the_network(network, z, geometry, truth):
     y = geometry.simulate(truth)
     model = linearise(network, z, geometry, y, weights=["out.weight"])
