@@ -447,10 +447,14 @@ def start(
                 f"the training data (largest eigenvalue of the curvature: {precision})"
             )
     prior = prior.with_precisions(torch.full_like(prior.precisions, precision))
-    empty = data.zeros(1)
-    samples = prior_draws(empty, range(schedule.num_samples), seed)
+    mean = data.zeros(1)
+    samples = prior_draws(mean, range(schedule.num_samples), seed)
+    if data.centre is not None and schedule.precision is not None:
+        # The network's own weights have its outputs, which the mean's are close to.
+        # Where the first precision is the largest eigenvalue, it is close to zero.
+        mean = prior.whiten(-data.centre)
     return RunState(
-        prior, likelihood, empty, samples, passes=passes, mean_of=schedule.mean
+        prior, likelihood, mean, samples, passes=passes, mean_of=schedule.mean
     )
 
 
