@@ -248,11 +248,11 @@ def _largest_eigenvalue(
     vectors = standard_normal(
         len(matrix), _POWER_VECTORS, like=matrix, generator=generator
     )
-    largest = 1.0
+    quotient = torch.ones_like(vectors[0])
     for _ in range(_POWER_ITERATIONS):
         image = matrix @ vectors
         following = inverse(image)
         quotient = (image * following).sum(0) / (image * vectors).sum(0)
-        largest = float(torch.nan_to_num(quotient, 1.0, 1.0, 1.0).max())
         vectors = following / following.norm(dim=0)
+    largest = float(torch.nan_to_num(quotient, 1.0, 1.0, 1.0).max())
     return max(largest, torch.finfo(matrix.dtype).tiny)

@@ -162,18 +162,21 @@ class BlockRecurrence:
         # without it the recurrence has to start anew.
         finite = torch.isfinite(diagonal)
         usable = finite & (diagonal > torch.finfo(directions.dtype).tiny)
-        directions, images = directions[:, usable], images[:, usable]
-        scale = diagonal[usable].rsqrt()
-        curvature = curvature[usable][:, usable]
+        # Masks wait for a GPU, and mostly everything is kept.
+        all_finite, all_usable = torch.stack([finite.all(), usable.all()]).tolist()
+        if not all_usable:
+            directions, images = directions[:, usable], images[:, usable]
+            diagonal, curvature = diagonal[usable], curvature[usable][:, usable]
+        scale = diagonal.rsqrt()
         curvature = torch.nan_to_num(0.5 * (curvature + curvature.mT), 0.0, 0.0, 0.0)
         correlation = scale.unsqueeze(1) * curvature * scale
         values, vectors = torch.linalg.eigh(correlation)
         kept = values > self._dependent * max(1, len(values))
-        turn = (scale.unsqueeze(1) * vectors[:, kept] / values[kept].sqrt()).to(
-            directions.dtype
-        )
+        if not bool(kept.all()):
+            values, vectors = values[kept], vectors[:, kept]
+        turn = (scale.unsqueeze(1) * vectors / values.sqrt()).to(directions.dtype)
         directions, images = directions @ turn, images @ turn
-        self.last = (directions, images) if bool(finite.all()) else None
+        self.last = (directions, images) if all_finite else None
         step = directions.mT @ self.residual[:, self._columns]
         self.weights[:, self._columns] += directions @ step
         self.residual[:, self._columns] -= images @ step
@@ -313,8 +316,9 @@ class CG(IterativeSolver):
         while reason is None:
             before = run.energy_gained(system.rhs)
             fall, step_seconds = _FIRST_FALL, 0.0
+            largest = float(run.norms.max())
             for _ in range(_REPLACE_EVERY):
-                largest, began = float(run.norms.max()), record.seconds
+                began = record.seconds
                 near = largest * fall <= _NEAR * self.tolerance
                 last = passes + 2.0 > self.max_passes or (
                     self.max_seconds is not None
@@ -322,7 +326,8 @@ class CG(IterativeSolver):
                 )
                 run.step(system.rhs if near or last else None)
                 step_seconds = record.seconds - began
-                fall = min(1.0, float(run.norms.max()) / largest)
+                before_step, largest = largest, float(run.norms.max())
+                fall = min(1.0, largest / before_step)
                 collector.add(run.last)
                 passes += 1.0
                 run.release(run.norms > self.tolerance)

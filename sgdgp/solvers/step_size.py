@@ -49,6 +49,7 @@ that noise stays at the solution, so it is kept well below its stability limit.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -104,7 +105,7 @@ class Spectrum:
     diagonal: Tensor
     passes: float = 0.0
 
-    @property
+    @functools.cached_property
     def largest(self) -> float:
         """Estimate of the largest eigenvalue: at least the mean of all, 1."""
         return max(float(self.leading[-1]), 1.0)

@@ -41,6 +41,7 @@ class Monitor:
         self._patience = patience
         self._start = float(start.square().mean())
         self._smoothed = self._start
+        self._unseen: list[tuple[Tensor, int]] = []
         self._trigger = 1.0
         self._claimed: float | None = None
         self._is_claim = False
@@ -49,8 +50,24 @@ class Monitor:
         self._checks: list[tuple[float, float]] = []
 
     def is_diverging(self, gradient: Tensor, num_blocks: int) -> bool:
-        """Whether a block's residual (b, k) has grown to three times the start's."""
-        energy = float(gradient.square().sum()) * num_blocks / gradient.shape[1]
+        """Whether residuals of blocks (b, k) have grown to three times the start's.
+
+        A look at a number waits for all that a GPU still has to do: there only some
+        calls look, at the blocks of all calls since.
+        """
+        self._unseen.append((gradient.square().sum(), gradient.shape[1]))
+        if len(self._unseen) < _calls_per_look(gradient.device):
+            return False
+        squares = torch.stack([square for square, _ in self._unseen]).tolist()
+        columns = [k for _, k in self._unseen]
+        self._unseen = []
+        return any(
+            self._has_grown(square * num_blocks / k, num_blocks)
+            for square, k in zip(squares, columns, strict=True)
+        )
+
+    def _has_grown(self, energy: float, num_blocks: int) -> bool:
+        """Whether mean squares say so, with those of one more block."""
         if not math.isfinite(energy):
             return True
         # Smoothed over a tenth of a pass: a few unlucky blocks are no divergence.
@@ -60,6 +77,7 @@ class Monitor:
 
     def forget(self) -> None:
         """Start the divergence guard afresh after a restart."""
+        self._unseen = []
         self._smoothed = self._start
 
     def wants_check(self, running: Tensor, passes: float) -> bool:
@@ -100,6 +118,10 @@ class Monitor:
         if earlier and worst > (1.0 - _STALLED_GAIN) * min(earlier):
             return "stagnated"
         return None
+
+
+def _calls_per_look(device: torch.device) -> int:
+    return 1 if device.type == "cpu" else 16
 
 
 def rounding_floor(largest: float, diagonal: Tensor, weights: Tensor) -> float:

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from sgdgp.solvers import stopping
 from sgdgp.solvers.stopping import Monitor, rounding_floor
 from tests.solvers.problems import problem
 
@@ -101,3 +102,17 @@ def test_the_rounding_floor_is_what_rounding_the_weights_does():
     largest = float(torch.linalg.eigvalsh(p.matrix)[-1] / diagonal.mean())
     floor = rounding_floor(largest, diagonal, found.float())
     assert 1.0 < floor / float(change.max()) < 100.0
+
+
+@pytest.mark.parametrize("calls", [1, 8])
+def test_a_device_is_looked_at_now_and_then_and_nothing_is_missed(monkeypatch, calls):
+    monkeypatch.setattr(stopping, "_calls_per_look", lambda device: calls)
+    monitor = Monitor(1e-2, torch.ones(1))
+    looks = []
+    stack = torch.stack
+    monkeypatch.setattr(torch, "stack", lambda parts: looks.append(1) or stack(parts))
+    small = torch.full((4, 1), 0.1)
+    blocks = [small, torch.full((4, 1), math.nan), *[small] * 6]
+    found = [monitor.is_diverging(block, 10) for block in blocks]
+    assert len(looks) == len(blocks) // calls
+    assert found.index(True) == (1 if calls == 1 else 7)
