@@ -31,10 +31,10 @@ def tile_shape(rows: int, columns: int, device: torch.device) -> tuple[int, int]
     return max(1, min(rows, size // width)), width
 
 
-def slices(total: int, size: int) -> Iterator[slice]:
-    """Consecutive slices of at most ``size`` that cover range(total)."""
-    for start in range(0, total, size):
-        yield slice(start, min(start + size, total))
+def slices(stop: int, size: int, start: int = 0) -> Iterator[slice]:
+    """Consecutive slices of at most ``size`` that cover range(start, stop)."""
+    for first in range(start, stop, size):
+        yield slice(first, min(first + size, stop))
 
 
 def tracks_gradient(*tensors: Tensor) -> bool:

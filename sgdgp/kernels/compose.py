@@ -98,6 +98,9 @@ class _CombinedTile(TileKernel):
         found = [part for part in bound if part is not None]
         return found if len(found) == len(bound) else None
 
+    def is_compiled(self, like: Tensor) -> bool:
+        return all(part.is_compiled(like) for part in self.parts)
+
     @property
     def has_keops(self) -> bool:
         return all(part.has_keops for part in self.parts)

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from sgdgp.core.slices import slices
+from sgdgp.kernels import fused
 from sgdgp.kernels.registry import (
     BoundTile,
     Buffers,
@@ -51,6 +52,8 @@ equal points: of the terms of size |z|^2 that cancel then, a few epsilons are le
 _CANCELLED = 1e3
 """Squared distances below so many machine epsilons times |z|^2 + |z'|^2 have lost more
 than three digits of their own, and come from differences instead."""
+
+_EPSILON = torch.finfo(torch.float32).eps
 
 _NARROW = 128
 """Columns that are searched for such entries at a time: mostly few rows have any."""
@@ -190,8 +193,21 @@ class StationaryTile(TileKernel):
         return right_form(self.scaled(x, origin))
 
     def tile(self, left: Forms, right: Forms, out: Tensor, scratch: Scratch) -> None:
-        squared_distances(left[0], right[0], out, scratch)
-        self.profile(out, scratch)
+        if not self._is_fused(left[0], right[0], out):
+            squared_distances(left[0], right[0], out, scratch)
+            self.profile(out, scratch)
+
+    def is_compiled(self, like: Tensor) -> bool:
+        return fused.serves(type(self).profile, like)
+
+    def _is_fused(self, left: Tensor, right: Tensor, out: Tensor) -> bool:
+        """Whether the tile could be written in one compiled pass."""
+        profile = type(self).profile
+        if not (fused.pays(out) and fused.serves(profile, out)):
+            return False
+        if left.shape[1] > DIRECT_DIMENSIONS:
+            torch.mm(left, right.T, out=out)
+        return fused.written(profile, left, right, out, _CANCELLED * _EPSILON)
 
     def tile_diagonal(self, x: Tensor) -> Tensor:
         return x.new_full((x.shape[0],), self.at_zero)

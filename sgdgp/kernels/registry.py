@@ -109,6 +109,10 @@ class TileKernel(ABC):
         """The tiles of points x (n, d) with derivatives; None if there are none."""
         return None
 
+    def is_compiled(self, like: Tensor) -> bool:
+        """Whether tiles of the dtype and on the device of ``like`` are compiled."""
+        return False
+
     @property
     def has_keops(self) -> bool:
         """Whether there is a formula for KeOps."""

@@ -33,6 +33,7 @@ from torch import Tensor
 from sgdgp.features.base import FeatureMap
 from sgdgp.features.dispatch import FeatureRequest
 from sgdgp.features.fourier import FourierFeatures
+from sgdgp.kernels import fused
 from sgdgp.kernels.distance import StationaryTile
 from sgdgp.kernels.dot_product import InnerProductTile
 from sgdgp.kernels.registry import (
@@ -185,6 +186,16 @@ class Matern52Tile(StationaryTile):
     def keops_profile(self, d2: Lazy) -> Lazy:
         u = d2.sqrt()
         return (d2 + u * (3.0 / _LN_2) + self.at_zero) * (u * -_LN_2).exp()
+
+
+fused.PROFILES.update(
+    {
+        RBFTile.profile: 0,
+        Matern12Tile.profile: 1,
+        Matern32Tile.profile: 2,
+        Matern52Tile.profile: 3,
+    }
+)
 
 
 def _matern_tile(kernel: MaternKernel, dims: Tensor | None) -> StationaryTile:

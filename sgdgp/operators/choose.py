@@ -53,6 +53,14 @@ SHARE_FROM = 5_000
 """Rows from which other processes are asked for help, where there are some: a product
 then takes a hundred times as long as the messages that it needs."""
 
+STORE_UP_TO = 16_384
+"""Rows up to which K is stored although its tiles are compiled: 1 GB in float32.
+
+Filling K costs as much as five to twenty of the passes that it saves (one core, 8
+dimensions, 17 columns: 4.9 ns an entry; 1.1 in a pass of tiles, .9 of a stored K), and
+direct solvers, and those that take rows in any order, come back often.
+"""
+
 FEW_FEATURES = 16
 """Features are few if there are this many times as many rows: no solver then spends
 more on the features than on a matrix in memory."""
@@ -75,10 +83,10 @@ def choose_operator(
     """The operator for K(X, X) that suits its size and the memory there is.
 
     On a GPU, from 5,000 points, Triton, where it works and has a form of the kernel. In
-    memory when K fits the budget. Else, on a GPU, from 20,000 points and for kernels
-    with own formulas, KeOps; else fused tiles; and for kernels that have neither, row
-    blocks through GPyTorch. On a CPU Triton and KeOps are never chosen: tiles need no
-    compilation and are faster.
+    memory when K fits the budget, of compiled tiles (float32 on a CPU, RBF and Matern
+    kernels) up to 16,384 rows. Else, on a GPU, from 20,000 points and for kernels with
+    own formulas, KeOps; else fused tiles; and for kernels that have neither, row blocks
+    through GPyTorch. On a CPU Triton and KeOps are never chosen: tiles are faster.
 
     With other processes at work (``sgdgp.distribute``) from 5,000 rows on shared by
     all of them, and not in memory.
@@ -115,7 +123,9 @@ def choose_operator(
     if rows >= TRITON_FROM and isinstance(streaming, TiledOperator):
         fused = _triton_operator(kernel, x, budget)
     fits = rows * columns * x.element_size() <= budget
-    if fused is None and fits and not shared:
+    quick = isinstance(streaming, TiledOperator) and streaming.tile.is_compiled(x)
+    stored = fits and not (quick and rows > STORE_UP_TO)
+    if fused is None and stored and not shared:
         return DenseOperator.filled_by(streaming)
     if fused is not None:
         streaming = fused

@@ -65,10 +65,7 @@ class DenseOperator(KernelOperator):
         if self._entries is None:
             m, n = self.shape
             with named_if_too_large(f"the dense operator's kernel matrix ({m} x {n})"):
-                entries = self.x.new_empty(m, n)
-                for rows in slices(m, self.source.rows_per_step):
-                    entries[rows] = self.source.block(rows, slice(0, n))
-            self._entries = entries
+                self._entries = self.source.block(slice(0, m), slice(0, n))
         return self._entries
 
     def _rows_matmul(self, index: RowIndex, v: Tensor) -> Tensor:

@@ -2,54 +2,58 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from sgdgp.core.slices import slices
-from sgdgp.kernels.registry import FactoredTile, Forms, differentiable_tile, tile_kernel
-from sgdgp.operators.arguments import index_length, piece, take
+from sgdgp.core.threads import share
+from sgdgp.kernels.registry import FactoredTile, differentiable_tile, tile_kernel
+from sgdgp.operators.arguments import check_vectors, index_length, piece, take
 from sgdgp.operators.base import KernelOperator, RowIndex
 from sgdgp.operators.gradients import form_by_tiles, misses_a_gradient
 
 _TILE_ROWS = 512
 """Rows of a tile: enough for fast products with both sides of it."""
 
-_TILE_ENTRIES_CPU = 512 * 1024
-"""Entries of a tile: 2 MB in float32, so that it stays in the cache between passes."""
+_LEAST_ROWS = 128
+"""Rows of a tile where threads share few of them; of fewer, they share the columns."""
+
+_TILE_ENTRIES_CPU = 512 * 512
+"""Entries of a tile: 1 MB in float32, half of what a core's own cache holds."""
 
 _TILE_ENTRIES_GPU = 1024 * 8192
 """Entries of a tile on a GPU: 32 MB in float32, so that few launches fill it."""
+
+_WORTH_A_THREAD = 512 * 1024
+"""Entries that are worth a thread of their own: half a millisecond, ten times what it
+takes to hand them over."""
 
 _MEAN_ROWS = 4096
 """Rows that are copied to float64 at a time to find their mean."""
 
 
-@dataclass(frozen=True)
-class _ColumnTiles:
-    """All columns cut into tiles of one width, with their prepared inputs."""
-
-    width: int
-    tiles: tuple[tuple[slice, Forms], ...]
-    edges: Tensor
-
-
 class TiledOperator(KernelOperator):
-    """K(X1, X2) streamed in tiles; memory O(n d) and one small workspace.
+    """K(X1, X2) streamed in tiles; memory O(n d) and a small workspace per thread.
 
-    A tile is one matrix product (the distances), a few in-place passes (the
-    profile) and one matrix product with the right factor. Hyperparameters are those
-    at construction.
+    A tile is one matrix product (the distances), one compiled pass or a few in-place
+    ones (the profile), and one matrix product with the right factor. Where all of a
+    symmetric K is multiplied, only tiles on and above its diagonal are made, and each
+    serves both of its blocks. Threads, as many as torch may use, share the tiles.
+    Hyperparameters are those at construction.
 
     Args:
         kernel: A GPyTorch kernel that has a tile form (see ``tile_kernel``).
         x: Column inputs X2 (n, d).
         x_rows: Row inputs X1 (m, d). Default: ``x``.
-        memory_budget: Bytes that the workspace may take. Default: half of what is
+        memory_budget: Bytes that the workspaces may take. Default: half of what is
             free; far less is used in any case.
 
     Raises:
@@ -76,91 +80,175 @@ class TiledOperator(KernelOperator):
             self._left = tile.left(self.x_rows, self.origin)
             self._right = tile.right(self.x, self.origin)
             self._diagonal = tile.tile_diagonal(self.x) if self.is_square else None
-        self._entries = self._tile_entries()
-        self._strip_rows = max(1, min(_TILE_ROWS, self._entries))
-        self._column_tiles: dict[int, _ColumnTiles] = {}
         self._spare_workspaces: list[Tensor] = []
 
     def __getstate__(self) -> dict[str, Any]:
         """Pickles hold what the operator is, not what it works in."""
-        return {**self.__dict__, "_column_tiles": {}, "_spare_workspaces": []}
+        return {**self.__dict__, "_spare_workspaces": []}
 
-    def _tile_entries(self) -> int:
+    @torch.no_grad()
+    def matmul(self, v: Float[Tensor, "n k"]) -> Float[Tensor, "m k"]:
+        """K v: one pass over the kernel matrix for all columns of v (n, k)."""
+        check_vectors(v, self.shape[1], self.dtype)
+        rows, columns = self.shape
+        if self.is_square:
+            edges = _equal_areas(rows, self._workers(rows * columns // 2))
+            # The rows that all sums of ``_half_matmul`` have together.
+            summed = sum(rows - edge for edge in edges[:-1])
+            if 2 * summed * v.shape[1] * v.element_size() <= self.memory_budget:
+                return self._half_matmul(v, edges)
+        return self._rows_matmul(slice(0, rows), v)
+
+    def _half_matmul(self, v: Tensor, edges: Sequence[int]) -> Tensor:
+        """K v of a square operator by the tiles on and above its diagonal.
+
+        Args:
+            v: Right factor (n, k).
+            edges: Where the rows of every worker begin, and where the last ones end.
+        """
+        n, workers = len(v), len(edges) - 1
+        entries = self._entries(workers)
+        height = min(_TILE_ROWS, math.isqrt(entries))
+        v_t = v.mT.contiguous()
+        # One for each worker, of all rows that its tiles have a part in. Products that
+        # are written transposed waste nothing on a ragged last group of columns.
+        sums = [v.new_zeros(v.shape[1], n - edge) for edge in edges[:-1]]
+
+        def band(first: int, stop: int, out: Tensor) -> Iterator[None]:
+            with self._workspace(entries) as flat:
+                for rows in slices(stop, height, first):
+                    own = out[:, rows.start - first : rows.stop - first]
+                    for tile, _ in self._tiles(rows, rows, flat):
+                        own.addmm_(v_t[:, rows], tile.mT)
+                    for tile, cut in self._tiles(rows, slice(rows.stop, n), flat):
+                        own.addmm_(v_t[:, cut], tile.mT)
+                        other = out[:, cut.start - first : cut.stop - first]
+                        other.addmm_(v_t[:, rows], tile)
+                        yield
+
+        share(map(band, edges[:-1], edges[1:], sums), workers)
+        for edge, part in zip(edges[1:-1], sums[1:], strict=True):
+            sums[0][:, edge:] += part
+        return sums[0].mul_(self.tile.factor).mT
+
+    def _rows_matmul(self, index: RowIndex, v: Tensor) -> Tensor:
+        length, width = index_length(index), self.shape[1]
+        workers = self._workers(length * width)
+        entries = self._entries(workers)
+        strips, parts = _grid(length, width, workers, min(_TILE_ROWS, entries))
+        v_t = v.mT.contiguous()
+        sums = v.new_zeros(len(parts), v.shape[1], length)
+
+        def product(rows: slice, columns: slice, out: Tensor) -> Iterator[None]:
+            with self._workspace(entries) as flat:
+                for tile, cut in self._tiles(piece(index, rows), columns, flat):
+                    out[:, rows].addmm_(v_t[:, cut], tile.mT)
+                    yield
+
+        pairs = ((rows, j) for j in range(len(parts)) for rows in strips)
+        share((product(rows, parts[j], sums[j]) for rows, j in pairs), workers)
+        total = sums[0] if len(sums) == 1 else sums.sum(0)
+        return total.mul_(self.tile.factor).mT
+
+    def _block(self, i: RowIndex, j: RowIndex) -> Tensor:
+        # Beside the block there are only tiles in memory.
+        length, width = index_length(i), index_length(j)
+        out = self.x.new_empty(length, width)
+        workers = self._workers(length * width)
+        entries = self._entries(workers)
+        is_symmetric = self.is_square and isinstance(i, slice) and i == j
+        if is_symmetric:
+            height = min(_LEAST_ROWS, entries)
+            strips = list(slices(length, height))[::-1]  # the longest first
+            grid = [(rows, slice(0, rows.stop)) for rows in strips]
+        else:
+            strips, parts = _grid(length, width, workers, min(_TILE_ROWS, entries))
+            grid = [(rows, columns) for columns in parts for rows in strips]
+
+        def fill(rows: slice, columns: slice) -> Iterator[None]:
+            with self._workspace(entries) as flat:
+                for tile, cut in self._tiles(piece(i, rows), columns, flat, of=j):
+                    if is_symmetric:
+                        torch.mul(tile.mT, self.tile.factor, out=out[cut, rows])
+                    torch.mul(tile, self.tile.factor, out=out[rows, cut])
+                    yield
+
+        share((fill(rows, columns) for rows, columns in grid), workers)
+        return out
+
+    def _tiles(
+        self,
+        rows: RowIndex,
+        columns: slice,
+        flat: Tensor,
+        of: RowIndex | None = None,
+    ) -> Iterator[tuple[Tensor, slice]]:
+        """Tiles that fit a workspace, their diagonal exact, one after another.
+
+        Args:
+            rows: Rows of all of them (a,).
+            columns: Columns that they cover together.
+            flat: Workspace (buffers, entries).
+            of: What ``columns`` counts. Default: the columns of K.
+
+        Yields:
+            A tile (a, b), until the next one is asked for, and the columns it covers.
+        """
+        height = index_length(rows)
+        if height == 0:
+            return
+        left = tuple(take(form, rows) for form in self._left)
+        cuts = list(slices(columns.stop, flat.shape[1] // height, columns.start))
+        indices = [cut if of is None else piece(of, cut) for cut in cuts]
+        write_diagonal = self._diagonal_writer(rows, indices)
+        for cut, index in zip(cuts, indices, strict=True):
+            right = tuple(take(form, index) for form in self._right)
+            tile, *scratch = _buffers(flat, height, cut.stop - cut.start)
+            self.tile.tile(left, right, tile, scratch)
+            if write_diagonal is not None:
+                write_diagonal(tile, index)
+            yield tile, cut
+
+    def _diagonal_writer(
+        self, rows: RowIndex, columns: Sequence[RowIndex]
+    ) -> Callable[[Tensor, Any], None] | None:
+        """What overwrites entries on the diagonal of tiles of these columns, if any."""
+        if self._diagonal is None or not columns:
+            return None
+        if isinstance(columns[0], Tensor):
+            return partial(_write_where_equal, self._diagonal, rows)
+        if isinstance(rows, slice):
+            return partial(_write_consecutive, self._diagonal, rows)
+        return _IndexDiagonal(self._diagonal, rows, columns).write
+
+    def _workers(self, entries: int) -> int:
+        """Threads for so many entries of K."""
+        if self.device.type != "cpu":
+            return 1
+        return max(1, min(torch.get_num_threads(), entries // _WORTH_A_THREAD))
+
+    def _entries(self, workers: int) -> int:
         """Entries of a tile: what fits the cache, less if the budget says so."""
         on_gpu = self.device.type != "cpu"
         preferred = _TILE_ENTRIES_GPU if on_gpu else _TILE_ENTRIES_CPU
-        buffers = 1 + self.tile.scratch
-        affordable = self.memory_budget // (buffers * self.x.element_size())
+        # Half of the budget is for sums.
+        tiles = 2 * workers * (1 + self.tile.scratch)
+        affordable = self.memory_budget // (tiles * self.x.element_size())
         return max(1, min(preferred, affordable))
 
-    def _tiles_for(self, rows: int) -> _ColumnTiles:
-        """Column tiles for strips of ``rows`` rows, cut once per power of two."""
-        height = max(1, min(self._strip_rows, 1 << max(0, rows - 1).bit_length()))
-        if height not in self._column_tiles:
-            width = max(1, min(self._entries // height, self.shape[1]))
-            cuts = list(slices(self.shape[1], width))
-            self._column_tiles[height] = _ColumnTiles(
-                width,
-                tuple((cut, tuple(form[cut] for form in self._right)) for cut in cuts),
-                torch.tensor([cut.start for cut in cuts], device=self.device),
-            )
-        return self._column_tiles[height]
-
-    def _rows_matmul(self, index: RowIndex, v: Tensor) -> Tensor:
-        length = index_length(index)
-        # A product written transposed wastes nothing on a ragged last group of columns.
-        out = v.new_zeros(v.shape[1], length).mT
-        for rows in slices(length, self._strip_rows):
-            self._add_strip(piece(index, rows), v, out[rows])
-        return out.mul_(self.tile.factor)
-
-    def _add_strip(self, index: RowIndex, v: Tensor, out: Tensor) -> None:
-        """Add tile[index, :] v to ``out``, for at most ``_strip_rows`` rows."""
-        length = out.shape[0]
-        columns = self._tiles_for(length)
-        left = tuple(take(form, index) for form in self._left)
-        write_diagonal = self._diagonal_writer(index, columns.edges)
-        flat = self._workspace()
-        width = columns.width
-        entry, *scratch = _buffers(flat, length, width)
-        for cut, right in columns.tiles:
-            if cut.stop - cut.start != width:
-                entry, *scratch = _buffers(flat, length, cut.stop - cut.start)
-            self.tile.tile(left, right, entry, scratch)
-            if write_diagonal is not None:
-                write_diagonal(entry, cut)
-            out.mT.addmm_(v[cut].mT, entry.mT)
-        self._spare_workspaces.append(flat)
-
-    def _diagonal_writer(
-        self, index: RowIndex, edges: Tensor
-    ) -> Callable[[Tensor, slice], None] | None:
-        """What overwrites entries on the diagonal; None for a cross operator."""
-        if self._diagonal is None:
-            return None
-        if isinstance(index, slice):
-            return partial(_write_consecutive, self._diagonal, index)
-        return _IndexDiagonal(self._diagonal, index, edges).write
-
-    def _workspace(self) -> Tensor:
-        """A workspace (buffers, entries); kept between calls, one per caller."""
-        if self._spare_workspaces:
-            return self._spare_workspaces.pop()
-        return self.x.new_empty(1 + self.tile.scratch, self._entries)
-
-    def _block(self, i: RowIndex, j: RowIndex) -> Tensor:
-        # Beside the block only one strip of it is in memory.
-        right = tuple(take(form, j) for form in self._right)
-        width = index_length(j)
-        out = self.x.new_empty(index_length(i), width)
-        for rows in slices(out.shape[0], max(1, self._entries // max(1, width))):
-            strip = piece(i, rows)
-            left = tuple(take(form, strip) for form in self._left)
-            scratch = self.x.new_empty(self.tile.scratch, rows.stop - rows.start, width)
-            self.tile.tile(left, right, out[rows], tuple(scratch))
-            if self._diagonal is not None:
-                _write_where_equal(self._diagonal, strip, out[rows], j)
-        return out.mul_(self.tile.factor)
+    @contextlib.contextmanager
+    def _workspace(self, entries: int) -> Iterator[Tensor]:
+        """A workspace (buffers, entries) for one worker, kept for the next."""
+        try:
+            flat = self._spare_workspaces.pop()
+        except IndexError:
+            flat = self.x.new_empty(0, 0)
+        if flat.shape[1] != entries:
+            flat = self.x.new_empty(1 + self.tile.scratch, entries)
+        try:
+            yield flat
+        finally:
+            self._spare_workspaces.append(flat)
 
     def _diagonal_entries(self) -> Tensor:
         assert self._diagonal is not None
@@ -180,6 +268,25 @@ class TiledOperator(KernelOperator):
 def _buffers(flat: Tensor, rows: int, columns: int) -> tuple[Tensor, ...]:
     """Contiguous buffers (rows, columns) inside a workspace (buffers, entries)."""
     return tuple(flat[:, : rows * columns].unflatten(1, (rows, columns)).unbind())
+
+
+def _equal_areas(n: int, workers: int) -> list[int]:
+    """Rows that cut what is on and above a diagonal into equal parts, and n."""
+    return [round(n * (1 - (1 - i / workers) ** 0.5)) for i in range(workers + 1)]
+
+
+def _grid(
+    length: int, width: int, workers: int, highest: int
+) -> tuple[list[slice], list[slice]]:
+    """Strips of rows, and parts of the columns, whose tiles workers share evenly.
+
+    There is one part, and nothing to add up, unless there are too few rows for all.
+    """
+    strips = workers * -(-length // (workers * highest))
+    strips = max(min(strips, length // _LEAST_ROWS), -(-length // highest), 1)
+    parts = 1 if strips >= workers else workers // strips
+    rows, columns = -(-length // strips), -(-width // parts)
+    return list(slices(length, max(1, rows))), list(slices(width, max(1, columns)))
 
 
 def _mean(x: Tensor) -> Tensor:
@@ -213,17 +320,16 @@ class _IndexDiagonal:
     Args:
         diagonal: The exact diagonal (n,).
         rows: The rows of every tile, (b,).
-        edges: Where the column tiles start, (t,), the first of them 0.
+        columns: The columns of the tiles, consecutive slices.
     """
 
-    def __init__(self, diagonal: Tensor, rows: Tensor, edges: Tensor) -> None:
+    def __init__(self, diagonal: Tensor, rows: Tensor, columns: Sequence[Any]) -> None:
         self._columns, self._positions = torch.sort(rows)
         self._values = diagonal[self._columns]
-        starts = torch.searchsorted(self._columns, edges).tolist()
-        stops = [*starts[1:], rows.shape[0]]
-        self._bounds = dict(
-            zip(edges.tolist(), zip(starts, stops, strict=True), strict=True)
-        )
+        edges = [columns[0].start, *(cut.stop for cut in columns)]
+        limits = torch.tensor(edges, device=rows.device)
+        found = torch.searchsorted(self._columns, limits).tolist()
+        self._bounds = dict(zip(edges, pairwise(found), strict=False))
 
     def write(self, tile: Tensor, columns: slice) -> None:
         """Fix the tile whose columns are ``columns`` of the kernel matrix."""
@@ -235,15 +341,10 @@ class _IndexDiagonal:
 
 
 def _write_where_equal(
-    diagonal: Tensor, rows: Tensor | slice, tile: Tensor, columns: Tensor | slice
+    diagonal: Tensor, rows: RowIndex, tile: Tensor, columns: Tensor
 ) -> None:
-    """Fix the tile K[rows, columns] of any resolved rows and columns."""
-    if isinstance(columns, slice) and isinstance(rows, slice):
-        _write_consecutive(diagonal, rows, tile, columns)
-        return
-    i, j = (
-        torch.arange(k.start, k.stop, device=tile.device) if isinstance(k, slice) else k
-        for k in (rows, columns)
-    )
-    on_diagonal = i[:, None] == j[None, :]
-    torch.where(on_diagonal, diagonal[i][:, None], tile, out=tile)
+    """Fix the tile K[rows, columns] of columns in any order."""
+    if isinstance(rows, slice):
+        rows = torch.arange(rows.start, rows.stop, device=tile.device)
+    on_diagonal = rows[:, None] == columns[None, :]
+    torch.where(on_diagonal, diagonal[rows][:, None], tile, out=tile)

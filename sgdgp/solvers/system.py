@@ -17,6 +17,7 @@ from sgdgp.operators.base import KernelOperator, nudged
 from sgdgp.operators.feature import FeatureOperator
 from sgdgp.operators.tracked import TrackedVectors
 
+_WIDE_ROWS = 4096  # of B and V that are in float64 at a time
 _PROBE_ROWS = 128  # to measure rounding: their mean square is known to a tenth or so
 _PROBE_PARTS = 4  # of a product, rounded each on its own, see ``rounding_level``
 # Times what arithmetic alone leaves: more than rounding of x does to a kernel (3e6 for
@@ -158,14 +159,10 @@ def initial_weights(
 
 def true_residual(system: System, v: Float[Tensor, "n k"]) -> Float[Tensor, "n k"]:
     """B - (K + Sigma) v with the differences in float64 (n, k), one pass."""
-    out = torch.empty_like(v, dtype=torch.float64)
-    for rows in slices(system.n, system.operator.rows_per_step):
-        product = system.operator.rows(rows).matmul(v).double()
-        out[rows] = (
-            system.rhs[rows].double()
-            - product
-            - system.noise[rows].double() * v[rows].double()
-        )
+    out = system.operator.matmul(v).double().neg_()
+    for rows in slices(system.n, _WIDE_ROWS):
+        out[rows] += system.rhs[rows].double()
+        out[rows] -= system.noise[rows].double() * v[rows].double()
     return out
 
 

@@ -12,12 +12,14 @@ from gpytorch.kernels import (
     InducingPointKernel,
     RBFKernel,
     RBFKernelGradGrad,
+    RQKernel,
     ScaleKernel,
 )
 from gpytorch.likelihoods import GaussianLikelihood
 
 import sgdgp
-from sgdgp.operators import check_kernel, choose_operator, operator_by_name
+from sgdgp.kernels import fused
+from sgdgp.operators import check_kernel, choose, choose_operator, operator_by_name
 from sgdgp.operators.choose import OperatorName
 from tests.operators.kernel_cases import CASES, L1Kernel
 
@@ -35,6 +37,27 @@ from tests.operators.kernel_cases import CASES, L1Kernel
 def test_the_choice_follows_the_memory_budget(kernel, budget, name):
     operator = choose_operator(kernel, torch.zeros(100, 2), memory_budget=budget)
     assert operator.name == name
+
+
+@pytest.mark.parametrize(
+    ("kernel", "dtype", "name"),
+    [
+        (RBFKernel(), torch.float32, "tiled"),
+        (ScaleKernel(RBFKernel()) + RBFKernel(), torch.float32, "tiled"),
+        (RBFKernel(), torch.float64, "dense"),
+        (RBFKernel() + RQKernel(), torch.float32, "dense"),
+        (L1Kernel(), torch.float32, "dense"),
+    ],
+)
+def test_many_rows_are_stored_only_where_their_tiles_are_not_compiled(
+    kernel, dtype, name, monkeypatch
+):
+    monkeypatch.setattr(choose, "STORE_UP_TO", 99)
+    monkeypatch.setattr(fused, "_library", lambda: 0)
+    x = torch.zeros(100, 2, dtype=dtype)
+    assert choose_operator(kernel.to(dtype), x, memory_budget=1 << 20).name == name
+    monkeypatch.setattr(choose, "STORE_UP_TO", 100)
+    assert choose_operator(kernel, x, memory_budget=1 << 20).name == "dense"
 
 
 def test_a_kernel_with_two_outputs_needs_four_times_the_memory():

@@ -1,0 +1,1 @@
+"""Products of a kernel matrix with a matrix on the CPU, beside other libraries."""

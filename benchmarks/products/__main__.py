@@ -1,0 +1,107 @@
+"""Wall clock of K V per kernel entry, beside rivals and the limit of the machine.
+
+    python -m benchmarks.products                   # the table, some minutes
+    python -m benchmarks.products --rivals before   # without other libraries
+
+Rivals take turns, and the fastest of each one's turns counts; all use the same number
+of threads. ``sgdgp`` and ``before`` (what it was before version 0.3: ``before.py``)
+multiply all of K, the others some of its rows. ``of limit`` is the fraction of what
+``limit.py`` allows, ``x before`` and ``x peer`` how many times as fast as the former
+operator and as the best other library. KeOps compiles for minutes at its first run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from benchmarks.json_file import write_json
+from benchmarks.products.limit import limit
+from benchmarks.products.rivals import RIVALS, Case
+
+_MEASURED = Path(__file__).parent / "measured" / "products.json"
+_ROWS = {"gpytorch": 4096, "sklearn": 2048, "keops": 2048}
+"""Rows that slower rivals multiply."""
+
+_TURNS = {"sgdgp": 5, "before": 3}
+_WRONG = 1e-4  # relative difference from the others that is more than rounding
+
+
+def measured(
+    kernel: str, n: int, dim: int, columns: int, rivals: Sequence[str], threads: int
+) -> dict[str, object]:
+    """One row of the table; seconds per entry of K in nanoseconds."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.rand(n, dim, generator=generator)
+    case = Case(kernel, x, torch.randn(n, columns, generator=generator))
+    rows = {name: min(n, _ROWS.get(name, n)) for name in rivals}
+    products = {name: RIVALS[name](case, rows[name]) for name in rivals}
+    best = dict.fromkeys(rivals, float("inf"))
+    found = {name: product() for name, product in products.items()}  # and warm up
+    for turn in range(max(_TURNS.values())):
+        for name, product in products.items():
+            if turn < _TURNS.get(name, 2):
+                start = time.perf_counter()
+                product()
+                spent = time.perf_counter() - start
+                best[name] = min(best[name], 1e9 * spent / (rows[name] * n))
+    few = min(rows.values())
+    truth = found["sgdgp"][:few]
+    for name, other in found.items():
+        error = float((other[:few] - truth).norm() / truth.norm())
+        if not error < _WRONG:
+            raise RuntimeError(f"{name}: off by {error:.1e} for {kernel}, d={dim}")
+    ns = 1e9 * limit(dim, columns, threads)
+    peers = [best[name] for name in rivals if name not in ("sgdgp", "before")]
+    return {
+        "kernel": kernel,
+        "d": dim,
+        "columns": columns,
+        "limit": ns,
+        **best,
+        "of limit": ns / best["sgdgp"],
+        "x before": best["before"] / best["sgdgp"],
+        "x peer": min(peers) / best["sgdgp"] if peers else None,
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser("benchmarks.products", description=__doc__)
+    parser.add_argument("--n", type=int, default=20_000)
+    parser.add_argument("--dims", type=int, nargs="+", default=[3, 9, 26, 90])
+    parser.add_argument("--columns", type=int, nargs="+", default=[1, 17, 65])
+    parser.add_argument("--kernels", nargs="+", default=["rbf", "matern32"])
+    parser.add_argument("--rivals", nargs="*", default=list(RIVALS)[1:])
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--json", type=Path, default=_MEASURED)
+    chosen = parser.parse_args(arguments)
+    torch.set_num_threads(chosen.threads)
+    rivals = ["sgdgp", *dict.fromkeys(["before", *chosen.rivals])]
+    rows: list[dict[str, object]] = []
+    for kernel in chosen.kernels:
+        for dim in chosen.dims:
+            for columns in chosen.columns:
+                row = measured(kernel, chosen.n, dim, columns, rivals, chosen.threads)
+                if not rows:
+                    print("  ".join(f"{name:>8}" for name in row))
+                cells = (
+                    f"{cell:>8.2f}" if isinstance(cell, float) else f"{cell!s:>8}"
+                    for cell in row.values()
+                )
+                print("  ".join(cells), flush=True)
+                rows.append(row)
+    machine = {"processor": platform.processor(), "cores": os.cpu_count()}
+    about = {"n": chosen.n, "threads": chosen.threads, "torch": torch.__version__}
+    write_json(chosen.json, {**machine, **about, "unit": "ns per entry", "rows": rows})
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
