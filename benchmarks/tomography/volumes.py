@@ -20,31 +20,33 @@ from sgdgp.tomography import (
     LinearisedImage,
     ParallelBeam,
     UNet,
-    linearise,
     reconstruct,
 )
 from sgdgp.tomography.posterior import Views
 
 SIZE, ANGLES = 64, 20
 
-_CHANNELS, _SKIPS = (8, 24, 24), (0, 4, 4)
-"""Few where voxels are many. 24 rather than 16 at 32^3, where PyTorch has fast
-convolutions of one volume with more than 20 channels only."""
+_CHANNELS, _SKIPS, _NORM = (8, 24, 24), (0, 4, 4), 4
+"""Few where voxels are many, and a group norm: without, steps of 1e-3 leave all voxels
+of 32^3 black, with every sigmoid stuck. With it, from the mean of a first image, steps
+of 1e-2 find 30.2 dB at 64^3, where 200 of 3e-3 without either had found 24.5."""
 
-_ITERATIONS, _RATE = 200, 3e-3
+_ITERATIONS, _RATE = 300, 1e-2
 
-_PROBES, _RANK, _TOLERANCE, _PRECISION = 16, 96, 0.5, 5.0
-"""The bound on errors is a tenth of what samples differ by from each other."""
+_PROBES, _RANK, _TOLERANCE, _MOST_PASSES, _PRECISION = 16, 96, 1.0, 50.0, 5.0
+"""At 32^3 a scaled prior covers more than an isotropic one: see README.md."""
 
-_LEARNING, _SAMPLES, _STEPS = 16, 16, 3
-"""Samples say what a standard deviation is to a fifth. All of them learn: sixteen
-columns share a Krylov space, and the last step's are nearly what is drawn."""
+_LEARNING, _SAMPLES, _STEPS = 4, 16, 5
+"""Few samples learn: noise and precision are two numbers. Sixteen say what a standard
+deviation is to a fifth."""
 
 _COLUMNS = 4
 """That products are timed with."""
 
 _MEMORY = 8.0
 """GB at most."""
+
+_COVERAGE, _CORRELATION = (0.9, 0.99), 0.3
 
 _LARGE = 128
 
@@ -64,17 +66,16 @@ def measured(size: int, seed: int, figure: Path | None = None) -> Record:
         seed: Of noise, network and samples.
         figure: Where three slices go.
     """
+    clock = _Clock()
     truth = shepp_logan(size, size)
     geometry = ParallelBeam(size, ANGLES, slices=size)
     data = geometry.simulate(truth, 0.05, seed=seed)
-    torch.manual_seed(seed)
-    network = UNet(_CHANNELS, _SKIPS, dimensions=3)
-    network.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
-    clock = _Clock()
+    first = geometry.back_projection(data)
+    clock.tell("phantom and data")
     fit = reconstruct(
         data,
         geometry,
-        network,
+        _network(first, seed),
         iterations=_ITERATIONS,
         learning_rate=_RATE,
         early_stopping=False,
@@ -82,21 +83,13 @@ def measured(size: int, seed: int, figure: Path | None = None) -> Record:
         progress=False,
     )
     clock.tell("reconstruction")
-    model = linearise(
-        fit.network,
-        fit.input,
-        geometry,
-        data,
-        GPrior(probes=_PROBES),
-        dtype=torch.float32,
-        memory_budget=2 * 10**9,
-    )
+    model = fit.linearise(GPrior(probes=_PROBES), memory_budget=2 * 10**9)
     posterior = model.fit(
         num_samples=_LEARNING,
         final_samples=_SAMPLES,
         steps=_STEPS,
         precision=_PRECISION,
-        solver=WeightCG(_TOLERANCE, 60.0, _RANK),
+        solver=WeightCG(_TOLERANCE, _MOST_PASSES, _RANK),
         seed=seed,
         progress=False,
     )
@@ -106,14 +99,17 @@ def measured(size: int, seed: int, figure: Path | None = None) -> Record:
     if figure is not None:
         draw(figure, truth, posterior)
     history = posterior.weights.history
+    misfit = float((geometry(posterior.mean) - data).square().mean().sqrt())
+    noise = float((data - geometry(truth)).std())
     found = {
         "size": size,
         "weights": model.model.tangent.num_weights,
         "measured numbers": data.numel(),
-        "filtered back-projection": psnr(geometry.back_projection(data), truth),
+        "filtered back-projection": psnr(first, truth),
         **pixel_scores(posterior.mean, deviation, truth),
         "oracle": oracle(posterior.mean, truth),
-        "noise": posterior.noise / float((data - geometry(truth)).std()),
+        "misfit": misfit / noise,
+        "noise": posterior.noise / noise,
         "precision": float(posterior.weights.precisions[0]),
         "effective dimension": sum(history[-1].effective_dimension),
         "steps": len(history),
@@ -125,6 +121,16 @@ def measured(size: int, seed: int, figure: Path | None = None) -> Record:
         "peak GB": peak_rss_mb() / 1e3,
     }
     return {**found, "modelled": {str(_LARGE): modelled(found, _LARGE)}}
+
+
+def _network(first: Tensor, seed: int) -> UNet:
+    """A network that begins with the mean of a first image everywhere."""
+    torch.manual_seed(seed)
+    network = UNet(_CHANNELS, _SKIPS, dimensions=3, norm=_NORM)
+    network.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
+    with torch.no_grad():
+        network.out.bias.copy_(first.mean().clamp(0.01, 0.99).logit())
+    return network
 
 
 def modelled(record: Record, size: int) -> dict[str, float]:
@@ -210,7 +216,7 @@ def draw(path: Path, truth: Tensor, posterior: ImagePosterior) -> None:
 
 
 def check(records: Sequence[Record]) -> Iterator[Check]:
-    """Memory is bounded; everything else is stated."""
+    """Memory, coverage and correlation are held; everything else is stated."""
     for r in records:
         name = f"Shepp-Logan {r['size']}³, {ANGLES} angles"
         yield Check(
@@ -219,13 +225,25 @@ def check(records: Sequence[Record]) -> Iterator[Check]:
             f"≤ {_MEMORY:.0f}",
             r["peak GB"] <= _MEMORY,
         )
+        low, high = _COVERAGE
+        yield Check(
+            f"{name}: coverage of 95 % intervals",
+            f"{r['coverage']:.3f}",
+            f"{low} to {high}",
+            low <= r["coverage"] <= high,
+        )
+        yield Check(
+            f"{name}: correlation of error and deviation",
+            f"{r['correlation']:.2f}",
+            f"≥ {_CORRELATION}",
+            r["correlation"] >= _CORRELATION,
+        )
         for figure, digits in (
             ("psnr", 1),
             ("filtered back-projection", 1),
             ("log density", 2),
             ("oracle", 2),
-            ("coverage", 3),
-            ("correlation", 2),
+            ("noise", 2),
         ):
             yield Check(f"{name}: {figure}", f"{r[figure]:.{digits}f}", "", True)
         for phase, seconds in r["seconds of a core"].items():

@@ -153,7 +153,7 @@ def test_a_larger_volume_takes_time_by_its_voxels():
         "seconds of a column": {"jvp": 0.4, "vjp": 0.5},
         "peak GB": 9.0,
         **dict.fromkeys(
-            ("psnr", "filtered back-projection", "log density", "oracle"), 1.0
+            ("psnr", "filtered back-projection", "log density", "oracle", "noise"), 1.0
         ),
         "coverage": 0.95,
         "correlation": 0.5,
