@@ -9,9 +9,9 @@ column v with residual r is done when
 The precision is at least one, so the error is below |r| in the weights and below
 |r| / 2 in the outputs phi v: the tolerance is a relative error of both. That is what
 these solvers report and what callbacks see, in place of |r| / |b|. A preconditioner
-that lies below the precision, as Nystrom's does, bounds both by (r^T M^-1 r)^1/2. |r| is
-larger, five times at the start of a volume's solve: it counts stiff directions, whose
-errors are small.
+that lies below the precision, as Nystrom's does, bounds both by (r^T M^-1 r)^1/2.
+|r| is larger, five times at the start of a volume's solve: it counts stiff directions,
+whose errors are small.
 """
 
 from __future__ import annotations
