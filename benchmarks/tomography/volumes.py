@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks.checks import Check
 from benchmarks.study import Record, Row
@@ -128,8 +128,10 @@ def _network(first: Tensor, seed: int) -> UNet:
     torch.manual_seed(seed)
     network = UNet(_CHANNELS, _SKIPS, dimensions=3, norm=_NORM)
     network.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
-    with torch.no_grad():
-        network.out.bias.copy_(first.mean().clamp(0.01, 0.99).logit())
+    share = first.mean().clamp(0.01, 0.99)
+    bias = network.out.bias
+    assert isinstance(bias, Tensor)
+    nn.init.constant_(bias, float(share.logit()))
     return network
 
 
