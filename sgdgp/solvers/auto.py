@@ -67,7 +67,7 @@ _FEW_PASSES = 15.0
 _FACTORISATIONS = 2.0
 _LEAST_SHARE = 50.0  # passes before a factor, however cheap: it takes much more memory
 _TIMED_ROWS = 512  # of the timed product: enough for a clock, a small part of a pass
-_BYTES_PER_RANK = 24  # per row: in float64, in the data's dtype (8 at most), and slack
+_BYTES_PER_RANK = 40  # per row: in float64 and in the data's dtype, and slack
 _BYTES_PER_NEIGHBOUR = 64  # per row: indices, masks, two compressed copies
 
 
