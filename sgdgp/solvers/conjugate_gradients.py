@@ -167,6 +167,8 @@ class BlockRecurrence:
         if not all_usable:
             directions, images = directions[:, usable], images[:, usable]
             diagonal, curvature = diagonal[usable], curvature[usable][:, usable]
+        # One layout, whatever was dropped: products are the same to the last bit.
+        directions, images = directions.contiguous(), images.contiguous()
         scale = diagonal.rsqrt()
         curvature = torch.nan_to_num(0.5 * (curvature + curvature.mT), 0.0, 0.0, 0.0)
         correlation = scale.unsqueeze(1) * curvature * scale
@@ -174,6 +176,7 @@ class BlockRecurrence:
         kept = values > self._dependent * max(1, len(values))
         if not bool(kept.all()):
             values, vectors = values[kept], vectors[:, kept]
+        vectors = vectors.contiguous()
         turn = (scale.unsqueeze(1) * vectors / values.sqrt()).to(directions.dtype)
         directions, images = directions @ turn, images @ turn
         self.last = (directions, images) if all_finite else None
