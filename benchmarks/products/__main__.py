@@ -27,7 +27,7 @@ from benchmarks.products.limit import limit
 from benchmarks.products.rivals import RIVALS, Case
 
 _MEASURED = Path(__file__).parent / "measured" / "products.json"
-_ROWS = {"gpytorch": 4096, "sklearn": 2048, "keops": 2048}
+_ROWS = {"gpytorch": 4096, "sklearn": 512, "keops": 1024}
 """Rows that slower rivals multiply."""
 
 _TURNS = {"sgdgp": 5, "before": 3}
