@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn.functional import pad
 
 from sgdgp.core.slices import slices
 from sgdgp.core.threads import share
@@ -82,6 +83,11 @@ class TiledOperator(KernelOperator):
             self._diagonal = tile.tile_diagonal(self.x) if self.is_square else None
         self._spare_workspaces: list[Tensor] = []
 
+    @property
+    def sums_tiles(self) -> bool:  # type: ignore[override]
+        """Whether it is tiles that ``matmul`` makes, not what derives from them."""
+        return type(self) is TiledOperator
+
     def __getstate__(self) -> dict[str, Any]:
         """Pickles hold what the operator is, not what it works in."""
         return {**self.__dict__, "_spare_workspaces": []}
@@ -92,10 +98,14 @@ class TiledOperator(KernelOperator):
         check_vectors(v, self.shape[1], self.dtype)
         rows, columns = self.shape
         if self.is_square:
-            edges = _equal_areas(rows, self._workers(rows * columns // 2))
+            part = self.part
+            workers = self._workers(rows * columns // 2 // part.size)
+            edges = _equal_areas(rows, workers * part.size)
+            edges = edges[part.rank * workers : (part.rank + 1) * workers + 1]
             # The rows that all sums of ``_half_matmul`` have together.
             summed = sum(rows - edge for edge in edges[:-1])
-            if 2 * summed * v.shape[1] * v.element_size() <= self.memory_budget:
+            affordable = 2 * summed * v.shape[1] * v.element_size()
+            if part.size > 1 or affordable <= self.memory_budget:
                 return self._half_matmul(v, edges)
         return self._rows_matmul(slice(0, rows), v)
 
@@ -104,7 +114,8 @@ class TiledOperator(KernelOperator):
 
         Args:
             v: Right factor (n, k).
-            edges: Where the rows of every worker begin, and where the last ones end.
+            edges: Where the rows of every worker begin, and where the last ones end;
+                of a part these are not all rows.
         """
         n, workers = len(v), len(edges) - 1
         entries = self._entries(workers)
@@ -127,9 +138,10 @@ class TiledOperator(KernelOperator):
                         yield
 
         share(map(band, edges[:-1], edges[1:], sums), workers)
-        for edge, part in zip(edges[1:-1], sums[1:], strict=True):
-            sums[0][:, edge:] += part
-        return sums[0].mul_(self.tile.factor).mT
+        for edge, other in zip(edges[1:-1], sums[1:], strict=True):
+            sums[0][:, edge - edges[0] :] += other
+        # A part has nothing above its first row.
+        return pad(sums[0].mul_(self.tile.factor), (edges[0], 0)).mT
 
     def _rows_matmul(self, index: RowIndex, v: Tensor) -> Tensor:
         length, width = index_length(index), self.shape[1]
