@@ -319,7 +319,8 @@ def test_what_cannot_be_recovered_is_reported_and_no_worse_than_the_start(warm):
 
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_a_start_that_only_float32_calls_solved_is_not_converged(operator):
-    p = problem("constant", 1000, k=4, noise=1e-4, dtype=torch.float32)
+    # So many columns that for one of them two roundings cancel; rows that share a tile.
+    p = problem("constant", 500, k=16, noise=1e-4, dtype=torch.float32)
     p = replace(p, operator=OPERATORS[operator](p.operator.kernel, p.operator.x))
     start = torch.linalg.solve(p.exact_matrix, p.rhs.double()).float()
     true = p.residuals(start, p.exact_matrix)
