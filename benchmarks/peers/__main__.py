@@ -1,7 +1,11 @@
-"""Wall clock of K V per kernel entry, beside rivals and the limit of the machine.
+r"""Wall clock of K V per kernel entry, beside rivals and the limit of the machine.
 
-    python -m benchmarks.products                   # the table, some minutes
-    python -m benchmarks.products --rivals before   # without other libraries
+    python -m benchmarks.peers --json benchmarks/peers/measured/products.json
+    python -m benchmarks.peers --n 20000 --dims 9 --columns 17 --kernels matern32 \
+        --assert-ratio 2
+
+The first is the whole table, some minutes. With ``--assert-ratio`` the exit status is 3
+where a product is less than so many times as fast as the best other library's.
 
 Rivals take turns, and the fastest of each one's turns counts; all use the same number
 of threads. ``sgdgp`` and ``before`` (what it was before version 0.3: ``before.py``)
@@ -19,14 +23,15 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from benchmarks.checks import SHORT
 from benchmarks.json_file import write_json
-from benchmarks.products.limit import limit
-from benchmarks.products.rivals import RIVALS, Case
+from benchmarks.peers.limit import limit
+from benchmarks.peers.rivals import RIVALS, Case
 
-_MEASURED = Path(__file__).parent / "measured" / "products.json"
 _ROWS = {"gpytorch": 4096, "sklearn": 512, "keops": 1024}
 """Rows that slower rivals multiply."""
 
@@ -36,7 +41,7 @@ _WRONG = 1e-4  # relative difference from the others that is more than rounding
 
 def measured(
     kernel: str, n: int, dim: int, columns: int, rivals: Sequence[str], threads: int
-) -> dict[str, object]:
+) -> dict[str, Any]:
     """One row of the table; seconds per entry of K in nanoseconds."""
     generator = torch.Generator().manual_seed(0)
     x = torch.rand(n, dim, generator=generator)
@@ -73,18 +78,11 @@ def measured(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser("benchmarks.products", description=__doc__)
-    parser.add_argument("--n", type=int, default=20_000)
-    parser.add_argument("--dims", type=int, nargs="+", default=[3, 9, 26, 90])
-    parser.add_argument("--columns", type=int, nargs="+", default=[1, 17, 65])
-    parser.add_argument("--kernels", nargs="+", default=["rbf", "matern32"])
-    parser.add_argument("--rivals", nargs="*", default=list(RIVALS)[1:])
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--json", type=Path, default=_MEASURED)
-    chosen = parser.parse_args(arguments)
+    """Print the table; the exit status says whether the ratio that was asked holds."""
+    chosen = _parser().parse_args(arguments)
     torch.set_num_threads(chosen.threads)
     rivals = ["sgdgp", *dict.fromkeys(["before", *chosen.rivals])]
-    rows: list[dict[str, object]] = []
+    rows: list[dict[str, Any]] = []
     for kernel in chosen.kernels:
         for dim in chosen.dims:
             for columns in chosen.columns:
@@ -97,10 +95,39 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 )
                 print("  ".join(cells), flush=True)
                 rows.append(row)
-    machine = {"processor": platform.processor(), "cores": os.cpu_count()}
-    about = {"n": chosen.n, "threads": chosen.threads, "torch": torch.__version__}
-    write_json(chosen.json, {**machine, **about, "unit": "ns per entry", "rows": rows})
-    return 0
+    if chosen.json is not None:
+        machine = {"processor": platform.processor(), "cores": os.cpu_count()}
+        about = {"n": chosen.n, "threads": chosen.threads, "torch": torch.__version__}
+        command = f"python -m benchmarks.peers {' '.join(arguments or sys.argv[1:])}"
+        about = {"command": command, **machine, **about}
+        write_json(chosen.json, {**about, "unit": "ns per entry", "rows": rows})
+    ratios = [row["x peer"] for row in rows if row["x peer"] is not None]
+    asked = chosen.assert_ratio
+    if asked is None or (ratios and min(ratios) >= asked):
+        return 0
+    print(
+        f"falls short: {min(ratios, default=0.0):.2f} times the best, asked {asked:g}"
+    )
+    return SHORT
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.peers",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add, peers = parser.add_argument, [name for name in RIVALS if name != "sgdgp"]
+    kernels = ["rbf", "matern32"]
+    add("--n", type=int, default=20_000)
+    add("--dims", type=int, nargs="+", default=[3, 9, 26, 90])
+    add("--columns", type=int, nargs="+", default=[1, 17, 65])
+    add("--kernels", nargs="+", default=kernels, choices=kernels)
+    add("--rivals", nargs="*", default=peers, choices=peers)
+    add("--threads", type=int, default=torch.get_num_threads())
+    add("--assert-ratio", type=float, help="how many times the best other library")
+    add("--json", type=Path, help="file that takes the table")
+    return parser
 
 
 if __name__ == "__main__":

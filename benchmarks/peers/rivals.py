@@ -15,7 +15,7 @@ import torch
 from gpytorch.kernels import MaternKernel, RBFKernel
 from torch import Tensor
 
-from benchmarks.products.before import Before
+from benchmarks.peers.before import Before
 from sgdgp.kernels.distance import StationaryTile
 from sgdgp.kernels.registry import tile_kernel
 from sgdgp.operators import TiledOperator
