@@ -256,7 +256,9 @@ class TiledOperator(KernelOperator):
         except IndexError:
             flat = self.x.new_empty(0, 0)
         if flat.shape[1] != entries:
-            flat = self.x.new_empty(1 + self.tile.scratch, entries)
+            # Made in inference mode, it could be written into nowhere else.
+            with torch.inference_mode(False):
+                flat = self.x.new_empty(1 + self.tile.scratch, entries)
         try:
             yield flat
         finally:

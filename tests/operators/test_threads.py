@@ -84,5 +84,6 @@ def test_in_inference_mode_and_outside_of_it(threads, generator):
     v = torch.randn(N, 3, generator=generator)
     operator = TiledOperator(MaternKernel(1.5), x)
     with torch.inference_mode():
-        inside = operator.cross(x[:50]) @ v
+        inside, whole = operator.cross(x[:50]) @ v, operator @ v
     torch.testing.assert_close(inside, operator.cross(x[:50]) @ v)
+    torch.testing.assert_close(whole, operator @ v)  # in the workspaces of before
