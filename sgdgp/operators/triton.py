@@ -449,7 +449,7 @@ def _launched(
             (blocks * splits, each + 1) if listed else 1, dtype=torch.int16
         )
         first_row = index.start if isinstance(index, slice) else 0
-        indices = index if isinstance(index, Tensor) else out
+        indices = index.contiguous() if isinstance(index, Tensor) else out
         for exact in (False, True)[: 1 + listed]:
             code.product[(blocks, splits)](
                 form.rows.operand, columns.operand, form.rows.coordinates,
@@ -457,7 +457,7 @@ def _launched(
                 form.numbers, near, first_row, rows, tiles, each,
                 form.rows.coordinates.shape[1], columns.coordinates.shape[1],
                 form.rows.operand.shape[1], count, v.stride(0), PARTS=form.parts,
-                LAST=len(form.parts) // 7 - 1, INDEXED=indices is index,
+                LAST=len(form.parts) // 7 - 1, INDEXED=indices is not out,
                 LISTED=listed and not exact, EXACT=exact, FULL=full, K=width,
                 REST=rest, BM=_TILE, BN=_TILE, num_warps=4, num_stages=form.stages,
             )  # fmt: skip
