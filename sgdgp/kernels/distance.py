@@ -62,7 +62,7 @@ _NARROW = 128
 def left_form(z: Tensor) -> tuple[Tensor]:
     """What the rows of a tile need: z (n, d) itself or augmented (n, d + 2)."""
     if z.shape[1] <= DIRECT_DIMENSIONS:
-        return (z,)
+        return (z.contiguous(),)  # as compiled passes need it
     squares = (z * z).sum(1, keepdim=True)
     return (torch.cat([z, squares, torch.ones_like(squares)], 1),)
 
@@ -70,7 +70,7 @@ def left_form(z: Tensor) -> tuple[Tensor]:
 def right_form(z: Tensor) -> tuple[Tensor]:
     """What the columns of a tile need: z (n, d) itself or augmented (n, d + 2)."""
     if z.shape[1] <= DIRECT_DIMENSIONS:
-        return (z,)
+        return (z.contiguous(),)  # as compiled passes need it
     squares = (z * z).sum(1, keepdim=True)
     return (torch.cat([-2 * z, torch.ones_like(squares), squares], 1),)
 
@@ -87,6 +87,9 @@ def squared_distances(
     if dimensions > DIRECT_DIMENSIONS:
         torch.mm(left, right.T, out=out)
         _undo_cancellation(left, right, out)
+        return
+    if dimensions == 0:
+        out.zero_()
         return
     torch.sub(left[:, :1], right[:, 0], out=out)
     out.mul_(out)

@@ -19,6 +19,7 @@ import shlex
 import shutil
 import subprocess
 import tempfile
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,8 @@ _SOURCE = Path(__file__).with_suffix(".cpp")
 _SMALLEST = 2**15  # entries of a tile that are worth a call; fewer compile nothing
 _COMPILERS = ("c++", "g++", "clang++")
 _SECONDS = 120  # after which a compiler has failed
+
+_loading = threading.Lock()
 
 _FAST = ("-O3", "-ffast-math", "-fPIC", "-std=c++17")
 _FLAGS = (
@@ -58,8 +61,9 @@ def written(
         level: Squared distances below it, times the squares of both points, have
             cancelled and are taken from differences instead.
     """
-    function = _library()
-    if function is None or not (left.is_contiguous() and right.is_contiguous()):
+    function = _function()
+    forms_fit = left.is_contiguous() and right.is_contiguous() and left.shape[1] > 0
+    if function is None or not forms_fit:
         return False
     rows, columns = out.shape
     done = function(
@@ -87,8 +91,14 @@ def serves(profile: Callable[..., None], like: Tensor) -> bool:
         profile in PROFILES
         and like.dtype == torch.float32
         and like.device.type == "cpu"
-        and _library() is not None
+        and _function() is not None
     )
+
+
+def _function() -> Any:
+    """The function; while one thread compiles it, the others wait."""
+    with _loading:
+        return _library()
 
 
 @functools.cache

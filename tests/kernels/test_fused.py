@@ -41,7 +41,7 @@ def points(d: int, generator: torch.Generator) -> torch.Tensor:
 
 
 @needs_a_compiler
-@pytest.mark.parametrize("d", [1, 2, 3, 4, 11])
+@pytest.mark.parametrize("d", [0, 1, 2, 3, 4, 11])
 def test_compiled_profiles_are_those_of_torch(d, generator, monkeypatch):
     x = points(d, generator)
     kernels = [RBFKernel(), *(MaternKernel(nu) for nu in (0.5, 1.5, 2.5))]
@@ -64,6 +64,16 @@ def test_what_is_not_finite_is_left_to_torch(value, d, generator, monkeypatch):
     monkeypatch.setattr(fused, "_SMALLEST", 1 << 40)
     expected = tile(MaternKernel(1.5), x)
     torch.testing.assert_close(compiled, expected, rtol=0, atol=0, equal_nan=True)
+
+
+@needs_a_compiler
+def test_points_stored_by_columns_are_compiled_too(generator, monkeypatch):
+    def uncalled(self, d2, scratch):
+        raise AssertionError("this is the profile in torch")
+
+    monkeypatch.setattr(Matern32Tile, "profile", uncalled)
+    monkeypatch.setitem(fused.PROFILES, uncalled, 2)
+    tile(MaternKernel(1.5), points(2, generator).mT.contiguous().mT)
 
 
 def test_a_profile_that_is_overridden_is_not_taken_for_its_parents():
