@@ -11,7 +11,8 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 
 import torch
 
@@ -24,7 +25,9 @@ def share(pieces: Iterable[Iterator[object]], workers: int) -> None:
     Args:
         pieces: What to do, as generators; what they yield is ignored. With several
             workers they must not write to the same place.
-        workers: Threads. With one, pieces are carried out here, by torch's threads.
+        workers: Threads. With one, or where no thread can be started (a limit of the
+            system; the end of the program), pieces are carried out here, by torch's
+            threads.
     """
     if workers <= 1:
         for piece in pieces:
@@ -51,9 +54,14 @@ def share(pieces: Iterable[Iterator[object]], workers: int) -> None:
             raise
 
     taking = threading.Lock()
-    pool = _pools.of(workers)
-    running = [pool.submit(work) for _ in range(workers)]
+    running: list[Future[None]] = []
     try:
+        with suppress(RuntimeError):
+            pool = _pool.of(workers)
+            for _ in range(workers):
+                running.append(pool.submit(work))
+        if not running:
+            work()
         for each in running:
             each.result()
     except BaseException:
@@ -62,7 +70,7 @@ def share(pieces: Iterable[Iterator[object]], workers: int) -> None:
         raise
 
 
-class _Pools:
+class _Pool:
     """Threads of which each computes with one thread of torch; kept for later."""
 
     def __init__(self) -> None:
@@ -73,14 +81,17 @@ class _Pools:
 
     def forget(self) -> None:
         self._starting = threading.Lock()
-        self._started: dict[int, ThreadPoolExecutor] = {}
+        self._size = 0
+        self._started: ThreadPoolExecutor | None = None
 
     def of(self, workers: int) -> ThreadPoolExecutor:
-        """A pool of so many threads."""
+        """At least so many threads."""
         with self._starting:
-            if workers not in self._started:
-                self._started[workers] = _started(workers)
-            return self._started[workers]
+            if self._started is None or self._size < workers:
+                size = max(workers, torch.get_num_threads())
+                # Threads of a former one end when its last work is done.
+                self._started, self._size = _started(size), size
+            return self._started
 
 
 def _started(workers: int) -> ThreadPoolExecutor:
@@ -96,10 +107,16 @@ def _started(workers: int) -> ThreadPoolExecutor:
             torch.set_num_threads(1)
             everyone.wait()
 
-        for each in [pool.submit(prepare) for _ in range(workers)]:
-            each.result()
-        other.submit(torch.set_num_threads, inherited).result()
+        try:
+            for each in [pool.submit(prepare) for _ in range(workers)]:
+                each.result()
+        except BaseException:
+            everyone.abort()
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+        finally:
+            other.submit(torch.set_num_threads, inherited).result()
     return pool
 
 
-_pools = _Pools()
+_pool = _Pool()

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from sgdgp.core import threads
 from sgdgp.core.threads import share
 
 
@@ -69,6 +70,33 @@ def test_an_error_stops_the_others_and_is_raised():
 
     with pytest.raises(KeyboardInterrupt):
         share([endless(), failing(), endless()], 2)
+
+
+def test_where_no_thread_starts_the_work_is_done_here(three_threads, monkeypatch):
+    start, started = threading.Thread.start, []
+
+    def start_three(thread: threading.Thread) -> None:
+        if len(started) == 3:
+            raise RuntimeError("can't start new thread")
+        started.append(thread)
+        start(thread)
+
+    monkeypatch.setattr(threads, "_pool", threads._Pool())
+    monkeypatch.setattr(threading.Thread, "start", start_three)
+    pieces = iter([iter([0]), iter([0])])
+    share(pieces, 4)
+    assert list(pieces) == []
+    for thread in started:
+        thread.join(10)  # none waits for those that never came
+        assert not thread.is_alive()
+    assert torch.get_num_threads() == 3
+
+
+def test_any_number_of_workers_have_their_threads_from_one_pool(monkeypatch):
+    monkeypatch.setattr(threads, "_pool", threads._Pool())
+    for workers in (2, 4, 3, 4):
+        share([iter([0]), iter([0])], workers)
+    assert threads._pool._size <= max(4, torch.get_num_threads())
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
