@@ -10,6 +10,7 @@ nothing is sent.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
 
 from sgdgp.core.checks import check_count
 from sgdgp.core.deprecation import renamed
@@ -27,6 +29,9 @@ _BUCKET = 2**26
 
 _SET_BY_TORCHRUN = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 """All four, or none of them, stand in the environment."""
+
+_groups = itertools.count()
+"""Numbers of the groups that were started, the same in every process."""
 
 
 class ProcessesError(SgdgpError, RuntimeError):
@@ -149,7 +154,14 @@ def process_group(device: torch.device | None = None) -> Iterator[Processes]:
     device = local_device() if device is None else device
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    # The store of torchrun keeps the addresses of a former group.
+    store, rank, size = next(rendezvous("env://"))
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        store=dist.PrefixStore(f"sgdgp-{next(_groups)}", store),
+        rank=rank,
+        world_size=size,
+    )
     try:
         yield current_processes()
     finally:

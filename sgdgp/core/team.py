@@ -267,16 +267,16 @@ class Team:
 
     def _send(self, request: _Request | None) -> None:
         """All that waits, and a request, in one message."""
-        parts, self._queue = self._queue, []
-        if request is not None:
-            parts.append(self._packed(request))
+        # What waits stays there if the request cannot be pickled.
+        own = [] if request is None else [self._packed(request)]
+        parts, self._queue = [*self._queue, *own], []
         dropped, self._dropped = self._dropped, []
-        tensors = [tensor for _, own in parts for tensor in own]
+        tensors = [tensor for _, beside in parts for tensor in beside]
         message = pickle.dumps(
             (
                 request is not None,
                 dropped,
-                [(content, len(own)) for content, own in parts],
+                [(content, len(beside)) for content, beside in parts],
                 [_described(tensor) for tensor in tensors],
             )
         )

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import signal
-import socket
 import sys
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import gpytorch
 import torch
 from torch import Tensor
+from torch.distributed import TCPStore
 
 import sgdgp
 from sgdgp.core import team
@@ -165,7 +167,20 @@ def faults() -> list[str]:
             told.append(str(team.together(share, what)[0].tolist()))
         except (ProcessesError, KeyboardInterrupt) as error:
             told.append(f"{type(error).__name__}: {error}")
-    return told
+    return [*told, f"after an argument that cannot be sent: {in_step()}"]
+
+
+def in_step() -> bool:
+    """Whether a change that waits for a message outlives one that fails here."""
+    model, x, _ = problem()
+    operator = operator_by_name("sharded", model.covar_module, x)
+    followed = operator.tracked(torch.ones_like(x))
+    operator.rows_of_product(slice(0, N), followed)
+    followed.scale(2.0)
+    with suppress(pickle.PicklingError, AttributeError):
+        team.together(share, lambda: None)
+    found = operator.rows_of_product(slice(0, N), followed)
+    return torch.allclose(found, operator.matmul(followed.values))
 
 
 def two() -> dict[str, Any]:
@@ -208,13 +223,13 @@ _others: list[int] = []
 
 def in_two(main: Callable[[], dict[str, Any]], out: Path) -> list[int]:
     """Fork two processes for a program; how they ended."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
+    # As torchrun does it: one store for whatever the processes start.
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     os.environ |= {
         "WORLD_SIZE": "2",
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
+        "MASTER_PORT": str(store.port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
     }
     children: list[int] = []
     for rank in (1, 0):
@@ -224,7 +239,9 @@ def in_two(main: Callable[[], dict[str, Any]], out: Path) -> list[int]:
             _others[:] = children
             status = 1
             try:
-                found = sgdgp.distribute(main, device=torch.device("cpu"))
+                cpu = torch.device("cpu")
+                sgdgp.distribute(list, device=cpu)  # the next one is not the first
+                found = sgdgp.distribute(main, device=cpu)
                 if found is not None:
                     torch.save(found, out)
                 status = 0

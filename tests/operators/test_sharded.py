@@ -61,6 +61,7 @@ def test_what_goes_wrong_is_told_and_all_go_on(folder):
         "10: 'no number'",
         "KeyboardInterrupt: by the user",
         "[[1.0, 1.0]]",
+        "after an argument that cannot be sent: True",
     ]
 
 
