@@ -10,6 +10,7 @@ always needed, one in C++ never. ``SGDGP_COMPILE=0`` in the environment switches
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -120,30 +121,40 @@ def _library() -> Any:
 def _compiled() -> Any:
     """``sgdgp_tile`` from the cache, or compiled into it.
 
-    A library is complete before it has its name, so that any number of processes may
-    compile it at once. Where no folder can be kept, it is compiled into one that is
-    removed as soon as it is loaded.
+    Any number of processes may compile it at once. Where no folder can be kept, it is
+    compiled into one that is removed as soon as it is loaded.
     """
     compiler = _compiler()
     if compiler is None:
         return None
     name = f"fused-{_key(compiler)}.so"
-    folder = _cache_folder()
-    if (folder / name).exists():
-        return ctypes.CDLL(str(folder / name)).sgdgp_tile
+    # Not there, or nothing that can be loaded; RuntimeError: there is no home.
+    with contextlib.suppress(OSError, RuntimeError):
+        return _loaded(_cache_folder() / name)
     with tempfile.TemporaryDirectory(prefix="sgdgp-") as workspace:
         library = _build(compiler, Path(workspace))
         if library is None:
             return None
-        try:
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            handle, part = tempfile.mkstemp(dir=folder, prefix=".", suffix=".so")
-            os.close(handle)
-            shutil.copyfile(library, part)
-            Path(part).replace(folder / name)
-        except OSError:
-            return ctypes.CDLL(str(library)).sgdgp_tile
-    return ctypes.CDLL(str(folder / name)).sgdgp_tile
+        with contextlib.suppress(OSError, RuntimeError):
+            return _loaded(_kept(library, _cache_folder(), name))
+        return _loaded(library)
+
+
+def _loaded(library: Path) -> Any:
+    return ctypes.CDLL(str(library)).sgdgp_tile
+
+
+def _kept(library: Path, folder: Path, name: str) -> Path:
+    """The library in the cache, complete before it has its name."""
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    handle, part = tempfile.mkstemp(dir=folder, prefix=".", suffix=".so")
+    os.close(handle)
+    try:
+        shutil.copyfile(library, part)
+        return Path(part).replace(folder / name)
+    except OSError:
+        Path(part).unlink()  # as much as a full disk took
+        raise
 
 
 def _build(compiler: list[str], folder: Path) -> Path | None:

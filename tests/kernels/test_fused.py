@@ -96,8 +96,21 @@ def test_many_compile_into_one_cache_and_a_folder_that_takes_nothing_is_no_harm(
         assert all(pool.map(lambda _: fused._compiled() is not None, range(2)))
     (kept,) = (tmp_path / "sgdgp").iterdir()
     assert kept.suffix == ".so"
+    broken = tmp_path / "stopped" / "sgdgp" / kept.name
+    broken.parent.mkdir(parents=True)
+    broken.touch()  # as a machine leaves it that stopped
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "stopped"))
+    assert fused._compiled() is not None
+    assert broken.stat().st_size > 0
     monkeypatch.setenv("XDG_CACHE_HOME", str(kept))  # a file
     assert fused._compiled() is not None
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(fused.Path, "home", _no_home)
+    assert fused._compiled() is not None
+
+
+def _no_home():
+    raise RuntimeError("Could not determine home directory.")
 
 
 @pytest.mark.parametrize("compiler", ["no-such-compiler", "false"])
