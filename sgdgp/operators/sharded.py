@@ -1,9 +1,10 @@
-"""K shared by the processes of a team: rows of every product are cut among them.
+"""K shared by the processes of a team: tiles or rows of a product are cut among them.
 
-Every process holds the points, n d numbers, and evaluates its share of the rows of
-K[i, :] V; the leader (``core/team.py``) puts them together. A product therefore is the
-same number by number however many processes there are, and the solvers, which run in
-the leader alone, take the same course.
+Every process holds the points, n d numbers. Of a product with all of a symmetric K each
+makes its share of the tiles on and above the diagonal, and the leader
+(``core/team.py``) has the sum of what they found: the same as in one process but for
+rounding. Of any other product each makes its share of the rows of K[i, :] V, which the
+leader puts together. The solvers run in the leader alone.
 
 V (n, k) goes to the others with every product, n k numbers beside n^2 / r entries to
 evaluate. Stochastic solvers need a product with few rows in every step, while V changes
