@@ -98,6 +98,8 @@ def serves(profile: Callable[..., None], like: Tensor) -> bool:
 
 def _function() -> Any:
     """The function; while one thread compiles it, the others wait."""
+    if _library.cache_info().currsize:
+        return _library()  # without a lock, which a fork amid a tile would leave taken
     with _loading:
         return _library()
 
