@@ -39,7 +39,8 @@ def jaxtyped(fn: Any = None, *, typechecker: object = None) -> Any:
     @functools.wraps(fn)
     def checked(*args: Any, **kwargs: Any) -> Any:
         nonlocal strict
-        if jaxtyping.config.jaxtyping_disable:
+        exempt = getattr(checked, "__no_type_check__", False)
+        if exempt or jaxtyping.config.jaxtyping_disable:
             return fn(*args, **kwargs)
         if strict is None:  # many are never called
             strict = _strict(hinted)

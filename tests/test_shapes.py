@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import no_type_check
 
 import jaxtyping
 import pytest
@@ -60,3 +61,12 @@ def test_right_shapes_pass():
 def test_wrong_ones_are_found(call):
     with pytest.raises(jaxtyping.TypeCheckError):
         call()
+
+
+def test_a_function_may_be_exempt():
+    @no_type_check
+    @jaxtyped
+    def doubled(x: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
+        return 2 * x
+
+    assert doubled(3) == 6

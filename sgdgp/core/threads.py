@@ -74,12 +74,12 @@ class _Pool:
     """Threads of which each computes with one thread of torch; kept for later."""
 
     def __init__(self) -> None:
-        self.forget()
+        self._forget()
         if hasattr(os, "register_at_fork"):
             # Threads do not survive a fork.
-            os.register_at_fork(after_in_child=self.forget)
+            os.register_at_fork(after_in_child=self._forget)
 
-    def forget(self) -> None:
+    def _forget(self) -> None:
         self._starting = threading.Lock()
         self._size = 0
         self._started: ThreadPoolExecutor | None = None
