@@ -74,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Plan, draw, solve, check, predict; the exit status says whether all held."""
     options = _parser().parse_args(arguments)
     device = torch.device(options.device)
-    rank = options.rank or default_rank(options.rows)
+    rank = min(options.rank or default_rank(options.rows), options.rows)
     memory = memory_plan(options.rows, options.samples, rank)
     for what, size in memory.items():
         print(f"{size / 1e9:8.2f} GB  {what}")

@@ -449,7 +449,11 @@ def _launched(
             (blocks * splits, each + 1) if listed else 1, dtype=torch.int16
         )
         first_row = index.start if isinstance(index, slice) else 0
-        indices = index.contiguous() if isinstance(index, Tensor) else out
+        indices = out
+        if isinstance(index, Tensor):
+            # Without its strides, and checked where the device checks it.
+            numbers = torch.arange(form.rows.coordinates.shape[1], device=v.device)
+            indices = numbers.index_select(0, index)
         for exact in (False, True)[: 1 + listed]:
             code.product[(blocks, splits)](
                 form.rows.operand, columns.operand, form.rows.coordinates,

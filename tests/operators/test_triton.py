@@ -94,6 +94,14 @@ def test_rows_columns_and_other_points(generator):
     assert operator.rows(slice(3, 3)).matmul(v).shape == (0, 2)
 
 
+@pytest.mark.skipif(DEVICE == "cuda", reason="an index error there ends the process")
+@pytest.mark.parametrize("outside", [-1, 70])
+def test_a_row_that_is_not_there_is_refused(outside, generator):
+    operator = TritonOperator(RBFKernel(), with_duplicates(70, 5, generator))
+    with pytest.raises((IndexError, RuntimeError)):
+        operator.rows(torch.tensor([3, outside])).matmul(normal(70, 2, generator))
+
+
 @pytest.mark.parametrize("columns", [1, 17, 70, 81])
 def test_any_number_of_columns(columns, generator):
     x, v = with_duplicates(40, 4, generator), normal(40, columns, generator)
