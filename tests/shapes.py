@@ -39,8 +39,7 @@ def jaxtyped(fn: Any = None, *, typechecker: object = None) -> Any:
     @functools.wraps(fn)
     def checked(*args: Any, **kwargs: Any) -> Any:
         nonlocal strict
-        exempt = getattr(checked, "__no_type_check__", False)
-        if exempt or jaxtyping.config.jaxtyping_disable:
+        if flags.get("__no_type_check__") or jaxtyping.config.jaxtyping_disable:
             return fn(*args, **kwargs)
         if strict is None:  # many are never called
             strict = _strict(hinted)
@@ -49,6 +48,8 @@ def jaxtyped(fn: Any = None, *, typechecker: object = None) -> Any:
         with _scope:
             return strict(*args, **kwargs)
 
+    # Not the function itself: functions inside of others would be cycles.
+    flags = vars(checked)
     return checked
 
 

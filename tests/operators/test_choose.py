@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+from functools import cache
 from typing import get_args
 
 import pytest
@@ -53,7 +54,7 @@ def test_many_rows_are_stored_only_where_their_tiles_are_not_compiled(
     kernel, dtype, name, monkeypatch
 ):
     monkeypatch.setattr(choose, "STORE_UP_TO", 99)
-    monkeypatch.setattr(fused, "_library", lambda: 0)
+    monkeypatch.setattr(fused, "_library", cache(lambda: 0))
     x = torch.zeros(100, 2, dtype=dtype)
     assert choose_operator(kernel.to(dtype), x, memory_budget=1 << 20).name == name
     monkeypatch.setattr(choose, "STORE_UP_TO", 100)
