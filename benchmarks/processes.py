@@ -31,6 +31,26 @@ def run_module(module: str, *arguments: str) -> int:
     ).returncode
 
 
+def run_under_torchrun(count: int, module: str, *arguments: str) -> None:
+    """The same in ``count`` processes of one thread that work together, on a CPU.
+
+    Raises:
+        RuntimeError: They failed; with what they said.
+    """
+    launch = ["-m", "torch.distributed.run", "--standalone"]
+    launch += ["--nproc-per-node", str(count), "-m", module]
+    finished = subprocess.run(
+        [sys.executable, *launch, *arguments],
+        cwd=_ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if finished.returncode:
+        raise RuntimeError(f"{count} processes failed:\n{finished.stderr}")
+
+
 def failures(
     todo: Sequence[Job], execute: Callable[[Job], int], workers: int
 ) -> list[Job]:

@@ -9,9 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -23,6 +20,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from benchmarks.json_file import plain, write_json
 from benchmarks.networks.network import SmallResNet
+from benchmarks.processes import run_under_torchrun
 from sgdgp.core.processes import process_group
 from sgdgp.networks import Categorical, Isotropic, WeightCG, linearise
 from sgdgp.networks.curvature import TangentData, WeightSystem
@@ -36,7 +34,6 @@ FASTER = 1.6
 CLOSE = 1e-5
 """Targets: speed of two processes over one, relative difference of their results."""
 
-_ROOT = Path(__file__).resolve().parents[2]
 _SAMPLES = 8
 _SHAPE: dict[str, Any] = {
     "stem": (3, 2),
@@ -106,21 +103,12 @@ def run(count: int, examples: int, repeats: int) -> dict[str, torch.Tensor]:
     """
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "found.pt"
-        finished = subprocess.run(
-            [
-                *(sys.executable, "-m", "torch.distributed.run"),
-                *("--standalone", "--nproc-per-node", str(count)),
-                *("-m", "benchmarks.networks.data_parallel", "--child", str(out)),
-                *("--examples", str(examples), "--repeats", str(repeats)),
-            ],
-            cwd=_ROOT,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-            capture_output=True,
-            text=True,
-            check=False,
+        run_under_torchrun(
+            count,
+            "benchmarks.networks.data_parallel",
+            *("--child", str(out)),
+            *("--examples", str(examples), "--repeats", str(repeats)),
         )
-        if finished.returncode:
-            raise RuntimeError(f"{count} processes failed:\n{finished.stderr}")
         found: dict[str, torch.Tensor] = torch.load(out, weights_only=True)
         return found
 

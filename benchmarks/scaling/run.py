@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -13,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.checks import Check
+from benchmarks.processes import run_under_torchrun
 from benchmarks.study import Record, Row, Study
 
-_ROOT = Path(__file__).resolve().parents[2]
 _USUAL: dict[str, Any] = {
     "n": 10_000,
     "dims": 8,
@@ -40,23 +38,9 @@ def measured(kind: str, processes: int = 1, **settings: Any) -> Record:
     """
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "found.json"
-        launch = ["-m"]
-        if processes > 1:
-            launch = ["-m", "torch.distributed.run", "--standalone"]
-            launch += ["--nproc-per-node", str(processes), "-m"]
-        finished = subprocess.run(
-            [
-                *(sys.executable, *launch, "benchmarks.scaling.cost"),
-                *(str(out), kind, json.dumps({**_USUAL, **settings})),
-            ],
-            cwd=_ROOT,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        if finished.returncode:
-            raise RuntimeError(finished.stderr[-2000:])
+        given = json.dumps({**_USUAL, **settings})
+        module = "benchmarks.scaling.cost"
+        run_under_torchrun(processes, module, str(out), kind, given)
         found: Record = json.loads(out.read_text())
         return {"processes": processes, **found}
 
