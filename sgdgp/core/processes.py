@@ -61,6 +61,11 @@ class Processes:
         check_count("n", n, 0)
         return range(self.rank * n // self.size, (self.rank + 1) * n // self.size)
 
+    def rows(self, n: int) -> slice:
+        """The same as a slice."""
+        own = self.share(n)
+        return slice(own.start, own.stop)
+
     def sum_(self, *tensors: Tensor) -> None:
         """Replace each tensor by its sum over the processes, in place.
 

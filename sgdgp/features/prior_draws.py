@@ -210,8 +210,7 @@ class PriorDraws(Draws):
 
 def _values(processes: Processes, draws: PriorDraws, x: Tensor) -> Found:
     """The functions at a share of the points."""
-    own = processes.share(len(x))
-    return (draws(x[own.start : own.stop]),)
+    return (draws(x[processes.rows(len(x))]),)
 
 
 def check_points(x: Tensor, dim: int, dtype: torch.dtype, device: torch.device) -> None:

@@ -86,10 +86,11 @@ class KernelOperator(ABC):
     """Rows that ``matmul`` asks for at a time (Ctrl-C is heard between them)."""
 
     part: Processes = Processes()
-    """Whose share of the tiles ``quadratic_form`` sums; one process has all."""
+    """Whose share of the tiles ``quadratic_form`` sums, and ``matmul`` of an operator
+    that ``sums_tiles``; one process has all."""
 
     sums_tiles: bool = False
-    """Whether ``matmul`` of a square operator does so too: tiles above the diagonal
+    """Whether ``matmul`` of a square operator is by tiles: those above the diagonal
     serve both of their blocks, and the sums of all parts add up to K v."""
 
     def __init__(
@@ -120,6 +121,12 @@ class KernelOperator(ABC):
             self.x_rows = self.x
         else:
             self.x_rows = x_rows.detach()
+
+    def _hold_as(self, other: KernelOperator) -> None:
+        """The same of another operator, which this one stands for."""
+        x_rows = None if other.is_square else other.x_rows
+        self._hold(other.kernel, other.x, x_rows, other.memory_budget)
+        self.outputs_per_input = other.outputs_per_input
 
     def _prepare(self) -> None:  # noqa: B027
         """Prepare kernel and points for products, once."""

@@ -48,15 +48,12 @@ class DenseOperator(KernelOperator):
     def filled_by(cls, source: KernelOperator) -> DenseOperator:
         """The same matrix as ``source``, in memory from the first product on."""
         operator = cls.__new__(cls)
-        x_rows = None if source.is_square else source.x_rows
-        operator._hold(source.kernel, source.x, x_rows, source.memory_budget)
         operator._fill_from(source)
         return operator
 
     def _fill_from(self, source: KernelOperator) -> None:
+        self._hold_as(source)
         self.source = source
-        self.kernel = source.kernel
-        self.outputs_per_input = source.outputs_per_input
         self._entries: Tensor | None = None
 
     @property

@@ -17,7 +17,6 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from sgdgp.operators.arguments import take
@@ -57,6 +56,7 @@ class KeopsOperator(TiledOperator):
 
     name = "keops"
     rows_per_step = 1 << 30  # KeOps takes all rows in one reduction
+    sums_tiles = False
 
     def _prepare(self) -> None:
         super()._prepare()
@@ -67,10 +67,6 @@ class KeopsOperator(TiledOperator):
             else self.tile.keops_inputs(self.x_rows, self.origin)
         )
         _need_keops(self.x.device)
-
-    def matmul(self, v: Float[Tensor, "n k"]) -> Float[Tensor, "m k"]:
-        """K v, in one reduction."""
-        return self.rows(slice(0, self.shape[0])).matmul(v)
 
     def _rows_matmul(self, index: RowIndex, v: Tensor) -> Tensor:
         keops = import_keops()

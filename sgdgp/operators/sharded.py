@@ -72,8 +72,6 @@ class ShardedOperator(KernelOperator):
     def over(cls, local: KernelOperator) -> ShardedOperator:
         """The same matrix as a streaming operator, shared."""
         operator = cls.__new__(cls)
-        x_rows = None if local.is_square else local.x_rows
-        operator._hold(local.kernel, local.x, x_rows, local.memory_budget)
         operator._stand_for(local)
         return operator
 
@@ -83,9 +81,8 @@ class ShardedOperator(KernelOperator):
                 f"{type(local.kernel).__name__} is a kernel of exact features, whose "
                 "products the sharded operator does not share; take 'features'"
             )
+        self._hold_as(local)
         self.local = local
-        self.kernel = local.kernel
-        self.outputs_per_input = local.outputs_per_input
         # As it is now: it may be sent when an optimiser has moved it.
         self._sent = _frozen(local.kernel) if is_led() else local.kernel
 
@@ -272,13 +269,10 @@ def _columns_product(
     processes: Processes, operator: KernelOperator, index: RowIndex, v: Tensor
 ) -> Found:
     """A share of the rows of K[:, index] v."""
-    own = processes.share(operator.shape[0])
-    out = v.new_empty(len(own), v.shape[1])
-    for rows in slices(len(own), min(operator.rows_per_step, _BLOCK_ROWS)):
-        block = operator.block(
-            slice(own.start + rows.start, own.start + rows.stop), index
-        )
-        torch.mm(block, v, out=out[rows])
+    own = processes.rows(operator.shape[0])
+    out = v.new_empty(index_length(own), v.shape[1])
+    for rows in slices(len(out), min(operator.rows_per_step, _BLOCK_ROWS)):
+        torch.mm(operator.block(piece(own, rows), index), v, out=out[rows])
     return (out,)
 
 
@@ -286,8 +280,7 @@ def _product_at(
     processes: Processes, operator: KernelOperator, x: Tensor, v: Tensor
 ) -> Found:
     """A share of K(x, X) v."""
-    own = processes.share(len(x))
-    return (operator.cross(x[own.start : own.stop]).matmul(v),)
+    return (operator.cross(x[processes.rows(len(x))]).matmul(v),)
 
 
 def _form(
@@ -314,8 +307,7 @@ def _form(
 
 def _share(processes: Processes, index: RowIndex) -> RowIndex:
     """This process's part of some rows."""
-    own = processes.share(index_length(index))
-    return piece(index, slice(own.start, own.stop))
+    return piece(index, processes.rows(index_length(index)))
 
 
 def _frozen(kernel: Kernel) -> Kernel:

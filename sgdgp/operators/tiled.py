@@ -67,6 +67,7 @@ class TiledOperator(KernelOperator):
     """
 
     name = "tiled"
+    sums_tiles = True
 
     def _prepare(self) -> None:
         tile = tile_kernel(self.kernel)
@@ -83,11 +84,6 @@ class TiledOperator(KernelOperator):
             self._diagonal = tile.tile_diagonal(self.x) if self.is_square else None
         self._spare_workspaces: list[Tensor] = []
 
-    @property
-    def sums_tiles(self) -> bool:  # type: ignore[override]
-        """Whether it is tiles that ``matmul`` makes, not what derives from them."""
-        return type(self) is TiledOperator
-
     def __getstate__(self) -> dict[str, Any]:
         """Pickles hold what the operator is, not what it works in."""
         return {**self.__dict__, "_spare_workspaces": []}
@@ -97,7 +93,7 @@ class TiledOperator(KernelOperator):
         """K v: one pass over the kernel matrix for all columns of v (n, k)."""
         check_vectors(v, self.shape[1], self.dtype)
         rows, columns = self.shape
-        if self.is_square:
+        if self.is_square and self.sums_tiles:
             part = self.part
             workers = self._workers(rows * columns // 2 // part.size)
             edges = _equal_areas(rows, workers * part.size)

@@ -33,7 +33,6 @@ from types import ModuleType
 from typing import ClassVar, NamedTuple, TypeAlias
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -48,7 +47,7 @@ from sgdgp.kernels.stationary import (
     RationalQuadraticTile,
     RBFTile,
 )
-from sgdgp.operators.arguments import check_vectors, index_length, piece
+from sgdgp.operators.arguments import index_length, piece
 from sgdgp.operators.base import RowIndex
 from sgdgp.operators.tiled import TiledOperator
 
@@ -331,6 +330,7 @@ class TritonOperator(TiledOperator):
         runs = interpreted or self.device.type == "cuda"
         with torch.no_grad():
             self._form = _form(self) if runs else None
+        self.sums_tiles = self._form is None
 
     @property
     def is_fused(self) -> bool:
@@ -348,14 +348,6 @@ class TritonOperator(TiledOperator):
         operand, coordinates = self._form.columns
         columns = _Points(operand[index], coordinates[:, index]).padded()
         return self._reduced(self._form, slice(0, self.shape[0]), columns, v)
-
-    @torch.no_grad()
-    def matmul(self, v: Float[Tensor, "n k"]) -> Float[Tensor, "m k"]:
-        """K v: all rows in one launch."""
-        if self._form is None:
-            return super().matmul(v)
-        check_vectors(v, self.shape[1], self.dtype)
-        return self._rows_matmul(slice(0, self.shape[0]), v)
 
     def _reduced(
         self, form: _Form, index: RowIndex, columns: _Points, v: Tensor

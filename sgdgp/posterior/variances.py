@@ -367,8 +367,7 @@ class PartialVariances(Variances):
 
 def _explained(processes: Processes, variances: Variances, x: Tensor) -> Found:
     """What is known at a share of the points."""
-    own = processes.share(len(x))
-    return variances.explain(x[own.start : own.stop])
+    return variances.explain(x[processes.rows(len(x))])
 
 
 def prior_variances(kernel: Kernel, x: Float[Tensor, "m p"]) -> Float[Tensor, " m"]:

@@ -174,8 +174,7 @@ def _new_columns(
         known: The factor so far at the pivots (r, p).
         turn: What makes columns of a factor of the pivots' remainder (p, b).
     """
-    share = processes.share(columns.shape[1])
-    own, done = slice(share.start, share.stop), len(known)
+    own, done = processes.rows(columns.shape[1]), len(known)
     block = operator.block(pivots, own).double()
     block -= known.mT @ columns[:done, own]
     new = turn.mT @ block
@@ -318,8 +317,7 @@ def left_singular(
 
 def _gram(processes: Processes, factor: Tensor) -> Found:
     """A share of L^T L."""
-    share = processes.share(len(factor))
-    own = factor[share.start : share.stop]
+    own = factor[processes.rows(len(factor))]
     return (own.mT @ own,)
 
 
@@ -327,8 +325,7 @@ def _turned(
     processes: Processes, factor: Tensor, turn: Tensor, dtype: torch.dtype
 ) -> Found:
     """A share of the rows of L T, rounded as they are made."""
-    share = processes.share(len(factor))
-    own = factor[share.start : share.stop]
+    own = factor[processes.rows(len(factor))]
     basis = factor.new_empty(len(own), turn.shape[1], dtype=dtype)
     for rows in slices(len(own), _ROWS):
         basis[rows] = own[rows] @ turn
