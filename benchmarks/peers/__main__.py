@@ -8,7 +8,7 @@ The first is the whole table, some minutes. With ``--assert-ratio`` the exit sta
 where a product is less than so many times as fast as the best other library's.
 
 Rivals take turns, and the fastest of each one's turns counts; all use the same number
-of threads. ``sgdgp`` and ``before`` (what it was before version 0.3: ``before.py``)
+of threads. ``sgdgp`` and ``before`` (what it was before version 0.2: ``before.py``)
 multiply all of K, the others some of its rows. ``of limit`` is the fraction of what
 ``limit.py`` allows, ``x before`` and ``x peer`` how many times as fast as the former
 operator and as the best other library. KeOps compiles for minutes at its first run.

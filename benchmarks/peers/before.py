@@ -1,4 +1,4 @@
-"""The tiled product as it was before version 0.3, frozen: a rival of what it is now.
+"""The tiled product as it was before version 0.2, frozen: a rival of what it is now.
 
 All tiles of K, one after another, the profile in torch's passes, threads inside each
 operation. Only what a plain product of a stationary kernel needs is left.
