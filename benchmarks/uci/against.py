@@ -31,8 +31,8 @@ def against_exact(
     reference: Reference, mean: Float[Tensor, " m"], variance: Float[Tensor, " m"]
 ) -> dict[str, float | None]:
     """The reference's scores and the distance of the predictions to it."""
-    ratio = variance.double() / reference.variance
-    difference = mean.double() - reference.mean
+    ratio = variance.double() / reference.variance.to(variance.device)
+    difference = mean.double() - reference.mean.to(mean.device)
     return {
         "rmse": reference.rmse,
         "nll": reference.nll,
@@ -54,7 +54,9 @@ def exact_at(
     """
     if request.reference is None:
         return None
-    split = load_split(request.dataset, request.split, dtype=torch.float64)
+    split = load_split(
+        request.dataset, request.split, dtype=torch.float64, device=request.device
+    )
     split = centred(split, parameters.mean)
     try:
         exact = exact_prediction(split, parameters.values)

@@ -57,6 +57,7 @@ def parser() -> argparse.ArgumentParser:
     add("--seed", type=int, default=0)
     add("--memory-budget", type=parse_bytes, metavar="SIZE", help="e.g. 1GB")
     add("--max-passes", type=float, help="budget in passes over the kernel matrix")
+    add("--device", metavar="NAME", help="such as cuda (default: the CPU)")
     add(
         "--reference",
         choices=["exact"],
@@ -127,7 +128,7 @@ def requests(options: argparse.Namespace) -> list[RunRequest]:
 def _solve_request(
     options: argparse.Namespace, dataset: str, split: int, solver: str
 ) -> RunRequest:
-    names = ["num_samples", "dtype", "seed", "memory_budget", "max_passes"]
+    names = ["num_samples", "dtype", "seed", "memory_budget", "max_passes", "device"]
     names += ["hyperparameters", "noise_scale"]
     if options.hyperparameters == FIT:
         names += ["fit_steps", "fit_passes_per_step", "fit_learning_rate"]

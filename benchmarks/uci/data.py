@@ -123,13 +123,20 @@ def _own_files(name: str, folder: Path | None) -> list[Path]:
     return paths
 
 
-def load_split(name: str, split: int, *, dtype: torch.dtype = torch.float64) -> Split:
+def load_split(
+    name: str,
+    split: int,
+    *,
+    dtype: torch.dtype = torch.float64,
+    device: str | None = None,
+) -> Split:
     """Read one split of a data set and z-score it.
 
     Args:
         name: A data set of the papers, or a folder in ``SGDGP_DATA/uci``.
         split: Which split, 0 to 9.
         dtype: Of the returned tensors; the statistics are taken in float64.
+        device: Of the returned tensors.
 
     Raises:
         ValueError: An unknown name or split.
@@ -144,7 +151,7 @@ def load_split(name: str, split: int, *, dtype: torch.dtype = torch.float64) -> 
     _check(name, table, mask)
     test = mask[:, split].astype(bool)
     columns = standardise(table[~test], table[test])
-    train, held_out = (torch.from_numpy(part).to(dtype) for part in columns)
+    train, held_out = (torch.from_numpy(part).to(device, dtype) for part in columns)
     return Split(
         name,
         split,

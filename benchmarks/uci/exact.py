@@ -60,7 +60,7 @@ def exact_prediction(
     if split.x.dtype != torch.float64:
         raise TypeError(f"split: found {split.x.dtype}, expected torch.float64")
     n = len(split.x)
-    _check_memory(n)
+    _check_memory(n, split.x.device)
     model = build_model(split.x, split.y, values)
     noise = values.noise_scale**2
     factor = _factor_in_place(_lower_triangle(model, split.x, noise, block), block)
@@ -76,9 +76,11 @@ def exact_prediction(
     return ExactPrediction(torch.cat(means), variance, float(log_likelihood))
 
 
-def _check_memory(n: int) -> None:
-    # Half of the matrix, and blocks of rows with the temporaries that make them.
-    needed, available = 4.5 * n * n + 5e4 * n, available_bytes()
+def _check_memory(n: int, device: torch.device) -> None:
+    # Half of the matrix (a GPU takes all that it is asked for), and blocks of rows with
+    # the temporaries that make them.
+    entry = 8.0 if device.type == "cuda" else 4.5
+    needed, available = entry * n * n + 5e4 * n, available_bytes(device)
     if needed > available:
         raise ValueError(
             f"exact reference: needs {needed / 1e9:.1f} GB for n = {n}, found "

@@ -10,6 +10,10 @@ from __future__ import annotations
 import resource
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # a process may be measured that has no use for it
+    import torch
 
 _STATUS = Path("/proc/self/status")
 _MEMINFO = Path("/proc/meminfo")
@@ -30,8 +34,21 @@ def peak_rss_mb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
 
 
-def available_bytes() -> float:
+def peak_mb(device: torch.device) -> float:
+    """The same of a GPU's own memory where that is what the run is on."""
+    if device.type == "cuda":
+        import torch
+
+        return torch.cuda.max_memory_allocated(device) / 1e6
+    return peak_rss_mb()
+
+
+def available_bytes(device: torch.device | None = None) -> float:
     """Memory that can be had without swapping; infinite where it is not known."""
+    if device is not None and device.type == "cuda":
+        import torch
+
+        return torch.cuda.mem_get_info(device)[0]
     if _MEMINFO.exists():
         return _kilobytes(_MEMINFO, "MemAvailable") * 1024
     return float("inf")

@@ -37,7 +37,7 @@ USUAL: Mapping[str, Any] = {
 _FIRST = ("dataset", "split", "solver")
 _BESIDES = ("reference",)
 """Computed off the clock: two runs that differ in it are runs of the same thing."""
-_LATER = ("initialise", *USUAL, "max_seconds", "reference")
+_LATER = ("initialise", *USUAL, "max_seconds", "reference", "device")
 
 
 @dataclass(frozen=True)
@@ -70,6 +70,7 @@ class RunRequest:
         svgp_batch: Rows of a minibatch.
         svgp_learning_rate: Of Adam.
         sklearn_rows: Size of the random subset that scikit-learn is given.
+        device: Where everything is computed, as PyTorch names it. Default: the CPU.
     """
 
     dataset: str
@@ -94,6 +95,7 @@ class RunRequest:
     svgp_batch: int | None = None
     svgp_learning_rate: float | None = None
     sklearn_rows: int | None = None
+    device: str | None = None
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
@@ -187,4 +189,5 @@ def exact_request(request: RunRequest) -> RunRequest:
         hyperparameters=request.hyperparameters,
         dtype="float64",
         noise_scale=request.noise_scale,
+        device=request.device,
     )

@@ -24,7 +24,7 @@ from benchmarks.uci.data import Split, load_split
 from benchmarks.uci.exact import exact_prediction
 from benchmarks.uci.fit import fit_result
 from benchmarks.uci.hyperparameters import Hyperparameters, hyperparameters_for
-from benchmarks.uci.memory import LEFT_OUT, DoesNotFitError, peak_rss_mb
+from benchmarks.uci.memory import LEFT_OUT, DoesNotFitError, peak_mb
 from benchmarks.uci.model import build_model
 from benchmarks.uci.peer_run import peer_result
 from benchmarks.uci.request import FIT, RunRequest, exact_request
@@ -60,7 +60,10 @@ def run(request: RunRequest, folder: Path) -> dict[str, Any]:
         ValueError: The data set, split, solver or hyperparameters do not exist.
     """
     split = load_split(
-        request.dataset, request.split, dtype=getattr(torch, request.dtype)
+        request.dataset,
+        request.split,
+        dtype=getattr(torch, request.dtype),
+        device=request.device,
     )
     if request.is_peer:
         work = peer_result
@@ -86,7 +89,7 @@ def _identity(request: RunRequest, split: Split) -> dict[str, Any]:
         "num_samples": request.num_samples,
         "request": request.to_dict(),
         "command": request.command,
-        "versions": versions(),
+        "versions": versions(split.x.device),
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 
@@ -120,14 +123,14 @@ def _exact(request: RunRequest, folder: Path, split: Split) -> dict[str, Any]:
     seconds = time.perf_counter() - start
     folder.mkdir(parents=True, exist_ok=True)
     path = _prediction_path(folder, request)
-    mean, variance = prediction.mean, prediction.variance
+    mean, variance = prediction.mean.cpu(), prediction.variance.cpu()
     np.savez_compressed(path, mean=mean.numpy(), variance=variance.numpy())
     return {
         "noise_scale": values.noise_scale,
-        **scores(mean, variance, split.y_test),
+        **scores(mean, variance, split.y_test.cpu()),
         "log_likelihood": prediction.log_likelihood,
         "seconds": {"prior_draws": 0.0, "solve": seconds, "prediction": 0.0},
-        "peak_rss_mb": peak_rss_mb(),
+        "peak_rss_mb": peak_mb(split.x.device),
         "reason": "exact",
     }
 
@@ -148,7 +151,7 @@ def _stored_reference(request: RunRequest, folder: Path) -> Reference | None:
     return Reference(mean, variance, stored["rmse"], stored["nll"])
 
 
-def versions() -> dict[str, str | int]:
+def versions(device: torch.device | None = None) -> dict[str, str | int]:
     """What the figures were made with."""
     found: dict[str, str | int] = {
         "python": platform.python_version(),
@@ -156,6 +159,8 @@ def versions() -> dict[str, str | int]:
         "torch_threads": torch.get_num_threads(),
         "cpus": os.cpu_count() or 0,
     }
+    if device is not None and device.type == "cuda":
+        found["device"] = torch.cuda.get_device_name(device)
     for name in _PACKAGES:
         try:
             found[name] = version(name)

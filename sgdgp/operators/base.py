@@ -85,6 +85,10 @@ class KernelOperator(ABC):
     rows_per_step: int = 1024
     """Rows that ``matmul`` asks for at a time (Ctrl-C is heard between them)."""
 
+    is_recordable: bool = False
+    """Whether a product is launches on a GPU and nothing else, the same for all rows:
+    these may be recorded once and replayed."""
+
     part: Processes = Processes()
     """Whose share of the tiles ``quadratic_form`` sums, and ``matmul`` of an operator
     that ``sums_tiles``; one process has all."""

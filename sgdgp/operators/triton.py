@@ -191,10 +191,9 @@ class _Form:
     rows: _Points
     columns: _Points
 
-    @property
-    def stages(self) -> int:
-        """Tiles of columns that are loaded ahead, as far as the chip has room."""
-        return 3 if self.rows.operand.shape[1] <= 64 else 2
+    def launch(self, width: int) -> tuple[int, int, int]:
+        """Rows of a tile, warps, and tiles of columns that are loaded ahead."""
+        return _TILE, 4, 3 if self.rows.operand.shape[1] <= 64 else 2
 
 
 def _two_widths(width: int) -> Split:
@@ -331,6 +330,7 @@ class TritonOperator(TiledOperator):
         with torch.no_grad():
             self._form = _form(self) if runs else None
         self.sums_tiles = self._form is None
+        self.is_recordable = self.is_fused and self.device.type == "cuda"
 
     @property
     def is_fused(self) -> bool:
@@ -431,7 +431,8 @@ def _launched(
                 REST=rest, BN=_TILE,
             )  # fmt: skip
             scale = largest * (2.0**-10 * scale)
-        tiles, blocks = len(columns.operand) // _TILE, -(-rows // _TILE)
+        high, warps, stages = form.launch(width)
+        tiles, blocks = len(columns.operand) // _TILE, -(-rows // high)
         splits = max(1, min(-(-_FILLED // blocks), tiles // 8), -(-tiles // _LONGEST))
         each = -(-tiles // splits)
         splits = -(-tiles // each)
@@ -455,7 +456,7 @@ def _launched(
                 form.rows.operand.shape[1], count, v.stride(0), PARTS=form.parts,
                 LAST=len(form.parts) // 7 - 1, INDEXED=indices is not out,
                 LISTED=listed and not exact, EXACT=exact, FULL=full, K=width,
-                REST=rest, BM=_TILE, BN=_TILE, num_warps=4, num_stages=form.stages,
+                REST=rest, BM=high, BN=_TILE, num_warps=warps, num_stages=stages,
             )  # fmt: skip
     total = out.sum(0) if splits > 1 else out[0]
     return total[:, :k] * scale

@@ -143,6 +143,7 @@ def product(
     steps = tl.minimum(per_split, tiles - first)
     if EXACT:
         steps = tl.load(listed).to(tl.int32)
+        inside = inside & (steps > 0)
     found = 0
     for j in range(0, steps):
         here = j

@@ -34,7 +34,7 @@ from sgdgp.solvers.base import (
 )
 from sgdgp.solvers.cholesky import Cholesky
 from sgdgp.solvers.conjugate_gradients import CG
-from sgdgp.solvers.costs import FACTOR, entry_cost
+from sgdgp.solvers.costs import costs_of
 from sgdgp.solvers.inducing_sgd import InducingSGD
 from sgdgp.solvers.preconditioners import PivotedCholesky, default_rank
 from sgdgp.solvers.prediction_error import settle_means
@@ -121,8 +121,8 @@ def plan(
         return (Stage(Cholesky()),)
     if passes < _FEW_PASSES and operator.outputs_per_input == 1:
         return (Stage(SDD()),)
-    entry = entry_cost(columns, streamed=operator.streaming() is operator)
-    factorisation = FACTOR * n / entry
+    costs = costs_of(operator)
+    factorisation = costs.factor * n / costs.of_entry(columns)
     if (
         factor_fits
         and factorisation <= min(passes, _SURE_PASSES)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
+from sgdgp.operators.arguments import index_length
 from sgdgp.operators.base import RowIndex
 from sgdgp.solvers.step_size import StepRule
 from sgdgp.solvers.system import System
@@ -13,6 +17,56 @@ PROGRESS = 0.9  # a residual this much below the best is worth a copy of the ite
 _UNDERFLOW = 1e-12  # where U is rescaled: far from the smallest float32
 _PER_WINDOW = 4.0  # iterates of a window that its average sees: others are like them
 _POINTS = 400.0  # iterates of all so far that an average sees: four of such a window
+_BEFORE_RECORDING = 32  # steps: recording takes as long as some hundred of them
+
+
+class _Recorded:
+    """A function of a block of rows, whose launches a GPU repeats without Python.
+
+    A step is over before Python has launched its dozen kernels one by one. After a few
+    calls for a length of block they are recorded as a CUDA graph; from there on they
+    are replayed. What the function reads has to stay in its place, and what is
+    returned is overwritten by the next call.
+    """
+
+    def __init__(self, function: Callable[[RowIndex], Tensor]) -> None:
+        self._function = function
+        self.forget()
+
+    def forget(self) -> None:
+        """Record anew: something that the function reads has moved."""
+        self._calls: Counter[int] = Counter()
+        self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = {}
+
+    def __call__(self, block: RowIndex, device: torch.device) -> Tensor:
+        length = index_length(block)
+        self._calls[length] += 1
+        if self._calls[length] <= _BEFORE_RECORDING:
+            return self._function(block)
+        with torch.cuda.device(device):
+            if length not in self._graphs:
+                self._graphs[length] = self._record(length, device)
+            graph, index, out = self._graphs[length]
+            if isinstance(block, slice):
+                torch.arange(block.start, block.stop, out=index)
+            else:
+                index.copy_(block)
+            graph.replay()
+        return out
+
+    def _record(
+        self, length: int, device: torch.device
+    ) -> tuple[torch.cuda.CUDAGraph, Tensor, Tensor]:
+        index = torch.arange(length, device=device)
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            self._function(index)  # compiles, which cannot be recorded
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            out = self._function(index)
+        return graph, index, out
 
 
 class BlockIterate:
@@ -39,6 +93,7 @@ class BlockIterate:
         self.average = start.clone()
         self._z = system.operator.tracked(start)
         self.steps = 0
+        self._recorded = _Recorded(self._gradient)
         self._rest()
 
     def _rest(self) -> None:
@@ -46,6 +101,7 @@ class BlockIterate:
         self.point = self._z.clone()
         self._u = self._z.zeros_like()
         self._decay = 1.0
+        self._recorded.forget()
 
     def keep(self, rest: Tensor) -> None:
         """Go on with some of the columns (a mask)."""
@@ -54,6 +110,7 @@ class BlockIterate:
         self._z = self._z.columns(rest)
         self._u = self._u.columns(rest)
         self.point = self.point.columns(rest)
+        self._recorded.forget()
 
     def restart(self, start: Tensor) -> None:
         """Go back to a point (n, k'), at rest."""
@@ -62,7 +119,12 @@ class BlockIterate:
         self._rest()
 
     def gradient(self, block: RowIndex) -> Tensor:
-        """H[I, :] Y - B[I] (b, k'), minus the residual of the block."""
+        """H[I, :] Y - B[I] (b, k'), minus the residual of the block, until the next."""
+        if self._system.operator.is_recordable:
+            return self._recorded(block, self._rhs.device)
+        return self._gradient(block)
+
+    def _gradient(self, block: RowIndex) -> Tensor:
         system = self._system
         gradient = system.operator.rows_of_product(block, self.point)
         gradient.addcmul_(system.noise[block], self.point.values[block])

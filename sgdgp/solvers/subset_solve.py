@@ -30,7 +30,7 @@ from torch import Tensor
 
 from sgdgp.core.slices import slices
 from sgdgp.solvers.base import Callback, Limits, Reason, Recorder, Solution
-from sgdgp.solvers.costs import BLOCK_FACTOR, entry_cost
+from sgdgp.solvers.costs import STORED
 from sgdgp.solvers.recycling import Directions, Recycled
 from sgdgp.solvers.system import (
     System,
@@ -187,8 +187,8 @@ def largest_block(system: System, memory_budget: int, factor_passes: float) -> i
         factor_passes: Passes over K in whose time S may be factorised.
     """
     n, columns = system.rhs.shape
-    one_pass = n * n * entry_cost(columns)
-    affordable = (factor_passes * one_pass / BLOCK_FACTOR) ** (1 / 3)
+    one_pass = n * n * STORED.of_entry(columns)
+    affordable = (factor_passes * one_pass / STORED.block_factor) ** (1 / 3)
     fitting = (memory_budget / (4 * 2 * system.rhs.element_size())) ** 0.5
     return max(1, int(min(_LARGEST_PART * n, affordable, fitting)))
 

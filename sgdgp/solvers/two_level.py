@@ -40,7 +40,7 @@ from sgdgp.core.checks import check_count
 from sgdgp.core.codec import register_stored_class
 from sgdgp.core.slices import slices
 from sgdgp.operators.base import KernelOperator
-from sgdgp.solvers.costs import CANDIDATE, REGRESSION, entry_cost
+from sgdgp.solvers.costs import costs_of
 from sgdgp.solvers.preconditioners import (
     Inverse,
     LowRank,
@@ -141,8 +141,9 @@ def neighbours_pay(
     """
     if operator.outputs_per_input > 1 or operator.streaming().has_features:
         return False
-    entry = entry_cost(columns, streamed=operator.streaming() is operator)
-    setup = REGRESSION / (operator.shape[0] * entry) + CANDIDATE / entry
+    costs = costs_of(operator)
+    setup = costs.regression / operator.shape[0] + costs.candidate
+    setup /= costs.of_entry(columns)
     return setup <= _WORTH_PASSES and noise_ratio(operator, noise) < _LARGE_NOISE
 
 

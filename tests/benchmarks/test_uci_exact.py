@@ -36,7 +36,7 @@ def test_mean_and_variance_are_the_closed_form(tiny: TinyData, block: int) -> No
 def test_too_little_memory_is_said_before_the_work(
     tiny: TinyData, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(exact, "available_bytes", lambda: 1000.0)
+    monkeypatch.setattr(exact, "available_bytes", lambda *_: 1000.0)
     values = hyperparameters_for("published", "tiny", 0, 3)
     with pytest.raises(ValueError, match=r"needs .* GB for n = 81"):
         exact_prediction(load_split("tiny", 0), values)

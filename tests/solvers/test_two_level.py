@@ -5,11 +5,18 @@ The sparse factor is compared with dense regressions and the inverse Cholesky fa
 
 from __future__ import annotations
 
+from dataclasses import replace
+from importlib.util import find_spec
+
 import pytest
 import torch
+from gpytorch.kernels import MaternKernel
 
 from sgdgp.operators import DenseOperator, RowBlocksOperator
+from sgdgp.operators.tiled import TiledOperator
+from sgdgp.operators.triton import TritonOperator
 from sgdgp.solvers import CG, Nystrom, PivotedCholesky, two_level
+from sgdgp.solvers.costs import STORED
 from sgdgp.solvers.preconditioners import inverse_of
 from sgdgp.solvers.system import System, as_system
 from sgdgp.solvers.two_level import (
@@ -17,12 +24,14 @@ from sgdgp.solvers.two_level import (
     TwoLevel,
     default_neighbours,
     nearest_earlier,
+    neighbours_pay,
     sparse_factor,
 )
 from tests.operators.kernel_cases import CASES
 from tests.solvers.problems import OPERATORS, Problem, problem
 
 LOW = PivotedCholesky(rank=10)
+triton_is_installed = find_spec("triton") is not None
 
 
 def system_of(p: Problem) -> System:
@@ -303,6 +312,15 @@ def test_small_batches_of_regressions_change_nothing(generator, monkeypatch):
     assert parts.explained == pytest.approx(whole.explained)
 
 
+@pytest.mark.skipif(not triton_is_installed, reason="needs triton, made for Linux")
+def test_neighbours_do_not_pay_where_products_are_on_tensor_cores(generator):
+    """A search among n^2 candidates takes as long as hundreds of these products."""
+    x = torch.rand(4000, 2, generator=generator)
+    kernel = MaternKernel(nu=1.5)
+    assert neighbours_pay(TiledOperator(kernel, x), 0.01, 65)
+    assert not neighbours_pay(TritonOperator(kernel, x), 0.01, 65)
+
+
 @pytest.mark.parametrize(
     ("noise", "columns", "pay"), [(0.01, 65, True), (0.3, 65, False), (0.01, 1, False)]
 )
@@ -310,7 +328,8 @@ def test_neighbours_are_left_out_where_they_do_not_pay(
     noise, columns, pay, generator, monkeypatch
 ):
     monkeypatch.setattr(two_level, "_MANY_ROWS", 100)
-    monkeypatch.setattr(two_level, "REGRESSION", 6e-5 * 300 / 4000)
+    costs = replace(STORED, regression=STORED.regression * 300 / 4000)
+    monkeypatch.setattr(two_level, "costs_of", lambda _: costs)
     case = CASES["matern12"]
     operator = DenseOperator(case.kernel(), case.x(300))
     scale = float(operator.diagonal().mean())
