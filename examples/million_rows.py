@@ -72,7 +72,13 @@ def memory_plan(rows: int, samples: int, rank: int) -> dict[str, int]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Plan, draw, solve, check, predict; the exit status says whether all held."""
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    for name in ("rows", "samples"):
+        if getattr(options, name) < 1:
+            parser.error(
+                f"--{name}: expected at least 1, found {getattr(options, name)}"
+            )
     device = torch.device(options.device)
     rank = min(options.rank or default_rank(options.rows), options.rows)
     memory = memory_plan(options.rows, options.samples, rank)

@@ -79,7 +79,18 @@ def measured(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print the table; the exit status says whether the ratio that was asked holds."""
-    chosen = _parser().parse_args(arguments)
+    parser = _parser()
+    chosen = parser.parse_args(arguments)
+    for name in ("n", "threads"):
+        if getattr(chosen, name) < 1:
+            parser.error(
+                f"--{name}: expected at least 1, found {getattr(chosen, name)}"
+            )
+    for name in ("dims", "columns"):
+        if min(getattr(chosen, name)) < 1:
+            parser.error(
+                f"--{name}: expected at least 1, found {getattr(chosen, name)}"
+            )
     torch.set_num_threads(chosen.threads)
     rivals = ["sgdgp", *dict.fromkeys(["before", *chosen.rivals])]
     rows: list[dict[str, Any]] = []

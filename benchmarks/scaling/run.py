@@ -86,7 +86,7 @@ def ranks(seed: int) -> Record:
         ("cg", "solve", "auto"),
         ("sdd", "solve", "sdd"),
     ):
-        one, two = (measured(kind, p, n=20_000, solver=solver) for p in (1, 2))
+        one, two = (measured(kind, p, n=40_000, solver=solver) for p in (1, 2))
         # In float64: rounding of float32 moves what a stochastic solver ends with.
         exact = {"n": 6_000, "solver": solver, "dtype": "float64"}
         alone, both = (measured(kind, p, **exact) for p in (1, 2))

@@ -381,7 +381,7 @@ class Team:
         assert own is not None
         with self._connected():
             if by == "sum":
-                self.processes.sum_(*(part for part in own if part is not None))
+                self.processes.sum_(*(p for p in own if p is not None), to=0)
                 return own
             return tuple(
                 None if part is None else self._gathered(part, rows) for part in own

@@ -69,6 +69,8 @@ class KeopsOperator(TiledOperator):
         _need_keops(self.x.device)
 
     def _rows_matmul(self, index: RowIndex, v: Tensor) -> Tensor:
+        if v.shape[1] == 0:
+            return super()._rows_matmul(index, v)
         keops = import_keops()
         rows = tuple(take(form, index).contiguous() for form in self._rows)
         formula = self.tile.keops_formula(

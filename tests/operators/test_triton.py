@@ -26,6 +26,8 @@ from sgdgp.kernels.registry import register_tile_kernel
 from sgdgp.kernels.stationary import RBFTile
 from sgdgp.operators import choose, choose_operator, operator_by_name, triton
 from sgdgp.operators.triton import MediumTritonOperator, TritonOperator
+from sgdgp.solvers.iterates import BlockIterate
+from sgdgp.solvers.system import as_system
 
 pytest.importorskip("triton", reason="needs triton, which is made for Linux")
 
@@ -203,3 +205,23 @@ def test_without_triton_the_error_says_so(monkeypatch):
 def test_the_first_product_is_held_against_tiles():
     assert choose._agrees(torch.device(DEVICE))
     assert not choose._triton_works(torch.device("cpu"))
+
+
+def test_the_gradient_of_a_block_stays_true_when_its_launches_are_replayed(generator):
+    """Of a GPU: they are recorded after some steps, and anew when columns leave."""
+    kernel, x = MaternKernel(1.5).to(DEVICE), with_duplicates(70, 2, generator)
+    operator, noise = TritonOperator(kernel, x), 0.1
+    system = as_system(operator, noise, normal(70, 3, generator))
+    iterate = BlockIterate(system, torch.zeros_like(system.rhs))
+    matrix, rhs = truth(kernel, x), system.rhs.double()
+    matrix.diagonal().add_(noise)
+    for step in range(90):
+        if step == 60:
+            rest = torch.tensor([True, False, True], device=DEVICE)
+            iterate.keep(rest)
+            rhs = rhs[:, rest]
+        block = slice(20, 60) if step % 2 else slice(30, 70)
+        found = iterate.gradient(block)
+        expected = matrix[block] @ iterate.point.values.double() - rhs[block]
+        assert error(found, expected) < 1e-5
+        iterate.step(block, found, z_step=0.02, u_step=0.01, momentum=0.5, lag=0.5)
