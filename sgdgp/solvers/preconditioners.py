@@ -96,7 +96,7 @@ class PivotedCholesky(LowRank):
     n r kernel entries: nothing beside one pass.
 
     Attributes:
-        rank: Columns r. Default: n / 14, at least 100 and at most 1,000.
+        rank: Columns r. Default: n / 20, at least 100 and at most 1,000.
         block_size: Pivots drawn at a time.
     """
 
@@ -334,7 +334,7 @@ def _turned(
 
 def default_rank(n: int) -> int:
     """Rank whose setup and use stay small beside a pass over K."""
-    return min(n, max(100, min(1000, n // 14)))
+    return min(n, max(100, min(1000, n // 20)))
 
 
 class CachedPreconditioner(Preconditioner):
