@@ -25,6 +25,7 @@ from torch import Tensor
 
 from sgdgp.core.processes import Processes
 from sgdgp.core.slices import slices
+from sgdgp.core.threads import share
 from sgdgp.kernels.registry import Buffers, FactoredTile
 from sgdgp.operators.evaluation import evaluated, tensors_with_graph
 
@@ -45,21 +46,41 @@ _BLOCK_COPIES = 12
 
 
 def form_by_tiles(
-    kernel: FactoredTile,
+    kernels: Sequence[FactoredTile],
     a: Float[Tensor, "n k"],
     b: Float[Tensor, "n k"],
     memory_budget: int,
     part: Processes = Processes(),  # noqa: B008 (frozen)
 ) -> Float[Tensor, ""]:
-    """S of a kernel with analytic derivatives, bound to its points.
+    """S of a kernel with analytic derivatives, bound to its points once per thread.
 
     In the dtype of ``a``, with a graph to the kernel's tensors and the points. The
-    tiles are those of a ``part``; those of all parts add up.
+    tiles are those of a ``part``; those of all parts add up, and so do those of
+    threads.
     """
+    workers = len(kernels)
     with torch.no_grad():
-        _sum_over_tiles(kernel, a, b, memory_budget, part)
-        value = (kernel.total * kernel.number).to(a.dtype)
-        gradients = list(kernel.gradients(1.0)) if kernel.wants_gradient else []
+        left, right = _symmetric_factors(a, b)
+        budget = memory_budget // workers
+        pieces = (
+            _sum_over_tiles(
+                kernel,
+                left,
+                right,
+                budget,
+                Processes(part.rank * workers + i, part.size * workers),
+            )
+            for i, kernel in enumerate(kernels)
+        )
+        share(pieces, workers)
+        total = torch.stack([kernel.total for kernel in kernels]).sum()
+        value = (total * kernels[0].number).to(a.dtype)
+        gradients = [
+            found
+            for kernel in kernels
+            if kernel.wants_gradient
+            for found in kernel.gradients(1.0)
+        ]
     return with_gradient(
         value,
         [tensor for tensor, _ in gradients],
@@ -94,21 +115,27 @@ def _independent(outputs: list[Tensor], leaves: Sequence[Tensor]) -> list[Tensor
 
 
 def _sum_over_tiles(
-    kernel: FactoredTile, a: Tensor, b: Tensor, memory_budget: int, part: Processes
-) -> None:
-    preferred = _TILE_ENTRIES_CPU if a.device.type == "cpu" else _TILE_ENTRIES_GPU
+    kernel: FactoredTile,
+    left: Tensor,
+    right: Tensor,
+    memory_budget: int,
+    part: Processes,
+) -> Iterator[None]:
+    """Add to a kernel what the tiles of a part pull back, one after another."""
+    on_cpu = left.device.type == "cpu"
+    preferred = _TILE_ENTRIES_CPU if on_cpu else _TILE_ENTRIES_GPU
     count = 1 + kernel.tile.buffers
-    entries = max(1, min(preferred, memory_budget // (count * a.element_size())))
-    left, right = _symmetric_factors(a, b)
-    buffers = Buffers(a, entries)
+    entries = max(1, min(preferred, memory_budget // (count * left.element_size())))
+    buffers = Buffers(left, entries)
     height = max(1, min(_TILE_ROWS, int(entries**0.5)))
-    blocks = _upper_blocks(len(a), height, max(1, entries // height))
+    blocks = _upper_blocks(len(left), height, max(1, entries // height))
     for rows, columns in islice(blocks, part.rank, None, part.size):
         buffers.clear(rows.stop - rows.start, columns.stop - columns.start)
         weight = torch.mm(left[rows], right[columns].mT, out=buffers.take())
         if rows == columns:
             weight.mul_(0.5)
         kernel.pull(weight, kernel.tile.evaluate(rows, columns, buffers), buffers)
+        yield
 
 
 def form_by_autograd(

@@ -266,13 +266,15 @@ class TiledOperator(KernelOperator):
 
     def _quadratic_form(self, a: Tensor, b: Tensor, x: Tensor) -> Tensor:
         tile = differentiable_tile(self.kernel)
-        bound = None if tile is None else tile.bind(x, self.origin)
-        if tile is None or bound is None:
+        kernels = []
+        for _ in range(self._workers(len(x) ** 2 // 2 // self.part.size)):
+            bound = None if tile is None else tile.bind(x, self.origin)
+            if tile is None or bound is None:
+                return super()._quadratic_form(a, b, x)
+            kernels.append(FactoredTile(tile.factor, bound, x))
+        if torch.is_grad_enabled() and misses_a_gradient(self.kernel, kernels[0], x):
             return super()._quadratic_form(a, b, x)
-        kernel = FactoredTile(tile.factor, bound, x)
-        if torch.is_grad_enabled() and misses_a_gradient(self.kernel, kernel, x):
-            return super()._quadratic_form(a, b, x)
-        return form_by_tiles(kernel, a, b, self.memory_budget, self.part)
+        return form_by_tiles(kernels, a, b, self.memory_budget, self.part)
 
 
 def _buffers(flat: Tensor, rows: int, columns: int) -> tuple[Tensor, ...]:

@@ -87,3 +87,18 @@ def test_in_inference_mode_and_outside_of_it(threads, generator):
         inside, whole = operator.cross(x[:50]) @ v, operator @ v
     torch.testing.assert_close(inside, operator.cross(x[:50]) @ v)
     torch.testing.assert_close(whole, operator @ v)  # in the workspaces of before
+
+
+@pytest.mark.parametrize("name", ["matern32", "sum"])
+def test_gradients_of_a_form_are_those_of_the_matrix(name, threads, generator):
+    kernel = FAMILIES[name]().double()
+    x = torch.rand(N, 4, generator=generator).double().requires_grad_()
+    a, b = torch.randn(2, N, 3, generator=generator).double()
+    operator = TiledOperator(kernel, x)
+    inputs = [x, *kernel.parameters()]
+    form = operator.quadratic_form(a, b, x=x)
+    expected = (a * (kernel(x).to_dense() @ b)).sum()
+    torch.testing.assert_close(form, expected)
+    torch.testing.assert_close(
+        torch.autograd.grad(form, inputs), torch.autograd.grad(expected, inputs)
+    )
