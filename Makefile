@@ -47,6 +47,7 @@ notebook: $(VENV)/installed-test  ## execute the notebooks in their short form
 wheel: $(VENV)/installed-dev  ## build the source archive, and the wheel from it
 	rm -rf dist
 	$(BIN)/python -m build
+	$(BIN)/python -m twine check --strict dist/*
 
 clean:                ## remove the environment and everything built
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -4,7 +4,7 @@ Rooms of their own: ``sgdgp.networks`` (posteriors of trained networks),
 ``sgdgp.tomography`` (of reconstructed images),
 ``sgdgp.bayesopt`` (Thompson sampling), ``sgdgp.kernels``, ``sgdgp.features``,
 ``sgdgp.operators``, ``sgdgp.solvers``, ``sgdgp.training``; with their extras installed,
-``sgdgp.botorch`` and ``sgdgp.sklearn``.
+``sgdgp.botorch``, ``sgdgp.sklearn`` and the command ``sgdgp``.
 """
 
 import contextlib
@@ -66,7 +66,7 @@ from sgdgp.training import (
     log_marginal_likelihood,
 )
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "ADASAP",

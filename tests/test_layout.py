@@ -58,7 +58,9 @@ ARROWS: dict[str, set[str]] = {
         "solvers",
         "posterior",
     },
-    "sklearn": {"core", "solvers", "posterior", "training"},
+    "sklearn": {"core", "features", "solvers", "posterior", "training"},
+    "command_line": {"core", "metrics", "sklearn"},
+    "__main__": {"command_line"},
 }
 """What each room may import, a room only from those above it."""
 

@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-RUNNERS = {"bash", "cd", "git"}
+RUNNERS = {"bash", "cd", "cut", "echo", "git", "head", "sed", "sgdgp"}
 
 
 class Block(NamedTuple):

@@ -755,6 +755,67 @@ class TestHabits:
         found, expected = (m.posterior_.samples(x) for m in (other, model))
         assert torch.equal(found, expected)
 
+    @pytest.mark.parametrize(
+        ("kernel", "weights", "outputs", "settings"),
+        [
+            ("linear + matern32", False, 1, {"dtype": np.float32}),
+            ("rbf", True, 2, {"solver": sgdgp.CG(tolerance=1e-3)}),
+            (a_kernel(), False, 1, {"noise": np.linspace(0.1, 0.2, 60)}),
+            (THEIRS["white"], False, 2, {"normalize_y": False}),
+            (THEIRS["nu"], False, 1, {"optimizer": None, "random_state": 3}),
+        ],
+    )
+    def test_files_hold_what_predictions_need(
+        self, kernel: Any, weights: bool, outputs: int, settings: Any, tmp_path: Any
+    ):
+        X, y = some_data()
+        X = pd.DataFrame(X, columns=["length", "width"])
+        y = pd.DataFrame({f"y{i}": y + i for i in range(outputs)})
+        model = SGDGPRegressor(kernel, **{"steps": 3, "random_state": 0, **settings})
+        model.fit(X, y, sample_weight=np.linspace(1, 2, 60) if weights else None)
+        model.save(tmp_path / "model")
+        given = {"kernel": a_kernel()} if kernel.__class__ is ScaleKernel else {}
+        other = sgdgp.load(tmp_path / "model", **given)
+        for one, two in zip(
+            model.predict(X, return_std=True),
+            other.predict(X, return_std=True),
+            strict=True,
+        ):
+            np.testing.assert_allclose(one, two, rtol=1e-12)
+        np.testing.assert_array_equal(model.sample_y(X, 2), other.sample_y(X, 2))
+        assert other.target_names_ == list(y.columns)
+        assert other.feature_names_in_.tolist() == ["length", "width"]
+        assert other.learning_ == model.learning_
+        assert str(other.kernel_) == str(model.kernel_)
+        before, after = model.get_params(deep=False), other.get_params(deep=False)
+        for name in before.keys() - {"kernel", "noise", "dtype"}:
+            assert after[name] == before[name]
+        np.testing.assert_array_equal(after["noise"], before["noise"])
+        value = model.log_marginal_likelihood_value_
+        assert other.log_marginal_likelihood_value_ == pytest.approx(value)
+        for each in (model, other):
+            each.set_params(noise=0.1)
+            each.partial_fit(X[:5] + 0.01, y[:5])
+        # What a solve leaves for the next is in no file.
+        np.testing.assert_allclose(model.predict(X), other.predict(X), rtol=1e-6)
+        np.testing.assert_array_equal(model.noise_, other.noise_)
+
+    def test_files_and_kernels_that_do_not_fit_are_told_apart(self, tmp_path: Any):
+        place = tmp_path / "model"
+        with pytest.raises(NotFittedError):
+            fixed().save(place)
+        model = fixed(random_state=np.random.RandomState(0)).fit(*some_data())
+        with pytest.warns(UserWarning, match="random_state: RandomState.* is not in"):
+            model.save(place)
+        with pytest.raises(TypeError, match=r"kernel: needed for .*/model"):
+            SGDGPRegressor.load(place)
+        with pytest.raises(sgdgp.StorageError, match="built otherwise"):
+            SGDGPRegressor.load(place, kernel=RBFKernel())
+        assert SGDGPRegressor.load(place, kernel=a_kernel()).random_state is None
+        fixed(kernel="rbf").fit(*some_data()).save(place)
+        with pytest.raises(TypeError, match="model holds its own; expected none"):
+            SGDGPRegressor.load(place, kernel=a_kernel())
+
     def test_data_frames_bring_their_names(self):
         X, y = some_data()
         frame = pd.DataFrame(X, columns=["length", "width"])

@@ -33,7 +33,7 @@ _ALIGNED = 8  # a header is padded with blanks to a multiple of it
 _MACHINE = f"{zlib.crc32(platform.node().encode()):08x}"
 """In names of temporary files: processes can be asked for on their own machine only."""
 _PACKAGES = ("sgdgp", "torch", "gpytorch", "linear_operator")
-_OPTIONAL = {"sgdgp.botorch": "sgdgp.botorch"}
+_OPTIONAL = {mark: mark for mark in ("sgdgp.botorch", "sgdgp.sklearn")}
 """Kinds of rooms that are not imported with the package."""
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -85,11 +85,12 @@ def load(path: str | os.PathLike[str], *given: Any, **settings: Any) -> Any:
             for a ``PathwiseModel`` its definition; for that of a network ``network``.
         **settings: The same by name. For a posterior ``solver``; for that of a network
             ``output`` and ``memory_budget``; for a ``LearnedPrior`` or ``Draws``
-            ``device``; for a ``PathwiseModel`` what ``PathwiseModel.load`` takes.
+            ``device``; for a ``PathwiseModel`` what ``PathwiseModel.load`` takes, for
+            a ``SGDGPRegressor`` what its ``load`` does.
 
     Returns:
         The posterior, on the device of what is given, with all of its verbs; or the
-        ``PathwiseModel``, the ``LearnedPrior``, or the ``Draws``.
+        ``PathwiseModel``, ``SGDGPRegressor``, ``LearnedPrior`` or ``Draws``.
 
     Raises:
         StorageError: The file is missing, damaged, nothing that was saved, or of a

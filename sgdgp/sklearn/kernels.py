@@ -270,3 +270,9 @@ def _(kernel: theirs.Sum, like: Tensor, keep: Any, inner: Any) -> Kernel:
 @_translated.register
 def _(kernel: theirs.Product, like: Tensor, keep: Any, inner: Any) -> Kernel:
     return ProductKernel(inner(kernel.k1, "k1"), inner(kernel.k2, "k2"))
+
+
+def known_kernels() -> list[type[theirs.Kernel]]:
+    """Classes of scikit-learn's kernels that can be translated, in whole or in part."""
+    known = [cls for cls in _translated.registry if cls is not object]
+    return [*known, theirs.WhiteKernel]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,6 +20,10 @@ from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor
 
+from sgdgp.core.codec import fitting, read_values, write_values
+from sgdgp.core.files import path_of, place_of, reads
+from sgdgp.core.inference import outside_inference_mode
+from sgdgp.features.storage import given_by_kernel
 from sgdgp.posterior import condition
 from sgdgp.sklearn import arguments
 from sgdgp.sklearn.kernels import Hyperparameter, Translated, free_of, translate
@@ -32,6 +37,7 @@ from sgdgp.sklearn.model import (
     mean_and_spread,
     starting_model,
 )
+from sgdgp.sklearn.storage import KIND, restore, values_of
 from sgdgp.solvers import Solver
 
 _ROWS = 4096
@@ -87,6 +93,7 @@ class SGDGPRegressor(MultiOutputMixin, RegressorMixin, BaseEstimator):
         device_: Device of the posterior.
         n_features_in_: Number of input columns.
         feature_names_in_: Names of input columns, if X was a DataFrame.
+        target_names_: Names of the targets, if y was a Series or DataFrame, else None.
 
     Example:
         >>> import numpy as np
@@ -150,6 +157,7 @@ class SGDGPRegressor(MultiOutputMixin, RegressorMixin, BaseEstimator):
             ValueError: Data or parameters do not fit; says which and why.
         """
         settings = arguments.Settings.of(self.get_params(deep=False))
+        self.target_names_ = _names_of(y)
         X, y = self._validated(X, y, reset=True)
         weights, rows = arguments.check_weights(sample_weight, X)
         self.device_, self._dtype = settings.device, settings.dtype
@@ -285,7 +293,9 @@ class SGDGPRegressor(MultiOutputMixin, RegressorMixin, BaseEstimator):
         noise = self._new_noise(self._noise) if observation_noise else 0.0
         if return_std:
             # Both in one pass over the kernel.
-            found = self.posterior_.predict(x, batch_size=_ROWS, progress=False)
+            found = self.posterior_.predict(
+                x, batch_size=_ROWS, progress=bool(self.verbose)
+            )
             mean, variance = (_with_outputs(values, axes=1) for values in found)
             std = self.y_scale_ * np.sqrt(variance + noise)
             return self._user_units(mean), self._shaped(std)
@@ -439,6 +449,47 @@ class SGDGPRegressor(MultiOutputMixin, RegressorMixin, BaseEstimator):
         ]
         return value, torch.cat([x.new_zeros(0), *slopes]).detach().cpu().numpy()
 
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the fitted regressor into a file; ``load`` or ``sgdgp.load`` reads it.
+
+        The file (safetensors, with a checksum, no code) holds data, hyperparameters
+        and posterior. Not in it are a kernel of GPyTorch, which is given on loading,
+        and a solver, an optimiser or a random state of another class than the
+        package's own, with a warning.
+
+        Args:
+            path: The file; its directory must exist.
+
+        Raises:
+            NotFittedError: There is nothing to save yet.
+            OSError: The file could not be written; an old one is untouched.
+            StorageError: There is no such directory, or the path is one.
+        """
+        check_is_fitted(self, "posterior_")
+        write_values(place_of(path), KIND, values_of(self), given_by_kernel)
+
+    @classmethod
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        device: str | torch.device = "auto",
+        *,
+        kernel: Kernel | None = None,
+    ) -> SGDGPRegressor:
+        """Read a regressor that was saved; it predicts the same numbers.
+
+        Args:
+            path: The file.
+            device: Where it computes.
+            kernel: One of GPyTorch like that which was given, where it was one.
+
+        Raises:
+            StorageError: The file is missing, damaged, no regressor, or of a newer
+                format; or the kernel is built otherwise.
+            TypeError: A kernel is needed and not given, or the file holds its own.
+        """
+        return load_regressor(path, device, kernel=kernel)
+
     def __sklearn_tags__(self) -> Any:
         """Without ``fit`` there is the prior, as in ``GaussianProcessRegressor``."""
         tags = super().__sklearn_tags__()
@@ -526,6 +577,45 @@ class SGDGPRegressor(MultiOutputMixin, RegressorMixin, BaseEstimator):
         self._likelihood_value = None
         self.solver_ = found[0].solver
         return self
+
+
+@reads(KIND)
+@outside_inference_mode
+def load_regressor(
+    path: str | os.PathLike[str],
+    device: str | torch.device = "auto",
+    *,
+    kernel: Kernel | None = None,
+) -> SGDGPRegressor:
+    """Read a regressor; see ``SGDGPRegressor.load``."""
+    place = path_of(path)
+    if not isinstance(device, str | torch.device):
+        raise TypeError(
+            f"device: expected one for {place}, a regressor, found {device!r}"
+        )
+    found = read_values(place, KIND, arguments.check_device(device))
+    regressor = SGDGPRegressor(device=device)
+    with fitting(place, "version"):
+        holds = found["parameters"]["kernel"] is not None
+    if holds and kernel is not None:
+        raise TypeError(
+            f"kernel: {place} holds its own; expected none, found {kernel!r}"
+        )
+    if not holds and not isinstance(kernel, Kernel):
+        raise TypeError(
+            f"kernel: needed for {place}, which holds the parameters of a kernel of "
+            f"GPyTorch but not its code; expected one built alike, found {kernel!r}"
+        )
+    with fitting(place, "kernel" if kernel else "version"):
+        restore(regressor, found, kernel)
+    return regressor
+
+
+def _names_of(y: Any) -> list[str] | None:
+    """Names of the columns of targets, where they have some."""
+    names = [getattr(y, "name", None)] if getattr(y, "ndim", 0) == 1 else None
+    names = list(getattr(y, "columns", names or [None]))
+    return None if any(name is None for name in names) else [str(n) for n in names]
 
 
 @contextmanager

@@ -55,6 +55,7 @@ FitCallback: TypeAlias = Callable[[FitEntry], bool | None]
 """Called after every step with what was found before it; True stops the fit."""
 
 
+@register_stored_class
 @dataclass(frozen=True)
 class Fitted:
     """How a fit went; the parameters themselves are in the model.

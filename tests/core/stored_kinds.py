@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from botorch.models import SingleTaskGP
 from gpytorch.kernels import MaternKernel
+from sklearn.gaussian_process import kernels
 from torch import Tensor, nn
 
 import sgdgp
@@ -21,6 +22,7 @@ from sgdgp.core.errors import CheckpointError, StorageError
 from sgdgp.networks import Categorical, LearnedPrior, linearise
 from sgdgp.networks.potential import Potential
 from sgdgp.networks.sampling import Draws, hmc
+from sgdgp.sklearn import SGDGPRegressor
 from sgdgp.tomography import ParallelBeam, Reconstruction, UNet, reconstruct
 from tests.models import gp, toy_data
 
@@ -208,6 +210,25 @@ def _load_botorch(path: Path) -> dict[str, Any]:
     return _botorch_predictions(sgdgp.load(path, _definition()))
 
 
+def _regressed(regressor: SGDGPRegressor) -> dict[str, Any]:
+    x = toy_data(5, seed=1)[0]
+    mean, std = map(torch.from_numpy, regressor.predict(x.numpy(), return_std=True))
+    samples = regressor.posterior_.samples(x)
+    return {"mean": mean, "std": std, "samples": samples}
+
+
+def _write_regressor(path: Path) -> dict[str, Any]:
+    x, y = toy_data(12)
+    kernel = kernels.RBF([0.5, 2.0]) + kernels.WhiteKernel(0.1)
+    model = SGDGPRegressor(kernel, steps=2, num_samples=3, random_state=0)
+    model.fit(x.numpy(), y.numpy()).save(path)
+    return _regressed(model)
+
+
+def _load_regressor(path: Path) -> dict[str, Any]:
+    return _regressed(sgdgp.load(path))
+
+
 # Checkpoints: ``write`` stops in the middle and then lets a copy go on to its end
 
 
@@ -323,6 +344,9 @@ KINDS: dict[str, Kind] = {
         "PathwiseModel",
         True,
         lambda path: PathwiseModel.load(path, _definition()),
+    ),
+    "sgdgp.sklearn": Kind(
+        _write_regressor, _load_regressor, "regressor", True, SGDGPRegressor.load
     ),
     "sgdgp.checkpoint": _checkpoint(_solve, "checkpoint", 8),
     "sgdgp.fit": _checkpoint(_fit, "checkpoint of a fit", 2),
