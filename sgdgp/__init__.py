@@ -4,7 +4,7 @@ Rooms of their own: ``sgdgp.networks`` (posteriors of trained networks),
 ``sgdgp.tomography`` (of reconstructed images),
 ``sgdgp.bayesopt`` (Thompson sampling), ``sgdgp.kernels``, ``sgdgp.features``,
 ``sgdgp.operators``, ``sgdgp.solvers``, ``sgdgp.training``; with their extras installed,
-``sgdgp.botorch``, ``sgdgp.sklearn`` and the command ``sgdgp``.
+``sgdgp.plot``, ``sgdgp.botorch``, ``sgdgp.sklearn`` and the command ``sgdgp``.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ if importlib.util.find_spec("pykeops") and "KEOPS_CACHE_FOLDER" not in os.enviro
 with contextlib.redirect_stdout(io.StringIO()):
     import gpytorch as _gpytorch  # noqa: F401
 
-from sgdgp import bayesopt, kernels, metrics, networks, tomography  # noqa: F401
+from sgdgp import bayesopt, kernels, metrics, networks, plot, tomography  # noqa: F401
 from sgdgp.core.codec import register_stored_class
 from sgdgp.core.errors import (
     CheckpointError,

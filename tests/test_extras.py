@@ -7,13 +7,17 @@ import sys
 
 SCRIPT = """
 import sys
-sys.modules["botorch"] = sys.modules["sklearn"] = None
+sys.modules["botorch"] = sys.modules["sklearn"] = sys.modules["matplotlib"] = None
 import sgdgp
 for room in ("botorch", "sklearn"):
     try:
         __import__("sgdgp." + room)
     except ImportError as error:
         print(error)
+try:
+    sgdgp.plot.posterior(None, None)
+except ImportError as error:
+    print(error)
 """
 
 
@@ -23,3 +27,4 @@ def test_the_package_needs_no_extra_and_its_rooms_name_theirs():
     )
     assert "pip install 'sgdgp[botorch]'" in found.stdout
     assert "pip install 'sgdgp[sklearn]'" in found.stdout
+    assert "pip install 'sgdgp[plot]'" in found.stdout

@@ -59,6 +59,7 @@ ARROWS: dict[str, set[str]] = {
         "posterior",
     },
     "sklearn": {"core", "features", "solvers", "posterior", "training"},
+    "plot": {"core", "metrics", "solvers", "posterior", "networks"},
     "command_line": {"core", "metrics", "sklearn"},
     "__main__": {"command_line"},
 }

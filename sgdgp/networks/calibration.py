@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from sgdgp.core.checks import check_finite
 from sgdgp.core.slices import slices
+from sgdgp.core.summary import Summarised, html_table
 from sgdgp.metrics import interval_coverage, reliability_of, rmse
 from sgdgp.networks.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
 from sgdgp.networks.predictive import (
@@ -56,8 +58,8 @@ class Entry:
     scores: Mapping[str, float]
 
 
-@dataclass(frozen=True)
-class Comparison:
+@dataclass(frozen=True, repr=False)
+class Comparison(Summarised):
     """Scores of a network and its posterior on held-out examples; ``str`` is a table.
 
     Attributes:
@@ -81,20 +83,41 @@ class Comparison:
     reason: str
     warnings: tuple[str, ...]
 
-    def __str__(self) -> str:
+    def _facts(self) -> dict[str, Any]:
+        return {
+            "num_examples": self.num_examples,
+            "scale": self.scale,
+            "warnings": self.warnings,
+            "recommendation": self.recommendation,
+        }
+
+    def _rows(self) -> list[list[str]]:
+        """The table: a head, then a row for each way to predict."""
         columns = list(next(iter(self.scores.values())))
-        width = max(len(name) for name in self.scores)
-        head = "".join(f"{name:>10}" for name in columns)
-        lines = [f"{'':{width}}{head}   nll - network's"]
+        rows = [["", *columns, "nll - network's"]]
         for name, scores in self.scores.items():
-            values = "".join(f"{scores[column]:10.4f}" for column in columns)
             gain, error = self.gains[name]
-            lines.append(f"{name:{width}}{values}   {gain:+.4f} ± {error:.4f}")
-        lines.append(
+            values = [f"{scores[column]:.4f}" for column in columns]
+            rows.append([name, *values, f"{gain:+.4f} ± {error:.4f}"])
+        return rows
+
+    def _sentences(self) -> list[str]:
+        verdict = (
             f"{self.num_examples} examples, variance scale {self.scale:.4g}. "
             f"Recommended: {self.recommendation}."
         )
-        return "\n".join([*lines, self.reason, *self.warnings])
+        return [verdict, self.reason, *self.warnings]
+
+    def __str__(self) -> str:
+        width = max(len(name) for name in self.scores)
+        lines = [
+            f"{name:{width}}{''.join(f'{value:>10}' for value in values)}   {gain}"
+            for name, *values, gain in self._rows()
+        ]
+        return "\n".join([*lines, *self._sentences()])
+
+    def _repr_html_(self) -> str:
+        return html_table("Comparison", self._rows(), *self._sentences())
 
 
 def conclude(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from typing import Any, Literal, TypeAlias, get_args
 
 import torch
@@ -16,6 +16,7 @@ from sgdgp.core.errors import StorageError
 from sgdgp.core.files import reads
 from sgdgp.core.processes import Processes
 from sgdgp.core.seeds import generator_of, seed_of
+from sgdgp.core.summary import Summarised
 from sgdgp.networks.calibration import Comparison, compare
 from sgdgp.networks.curvature import TangentData, WeightSystem
 from sgdgp.networks.evidence import Evidence, linear_evidence, spectrum_of
@@ -57,8 +58,8 @@ PREDICTED_TOGETHER = 256
 """Examples predicted at a time unless told otherwise: what a tangent takes at once."""
 
 
-@dataclass
-class LinearisedPosterior:
+@dataclass(repr=False)
+class LinearisedPosterior(Summarised):
     """Gaussian posterior over the functions of a linearised network.
 
     Its mean is what the network says, or the linear model, J(x) w; sample k adds
@@ -91,20 +92,39 @@ class LinearisedPosterior:
     tangent: Tangent
     likelihood: Likelihood
     prior: WeightPrior
-    weight_samples: Float[Tensor, "D K"] = field(repr=False)
-    weight_mean: Float[Tensor, "D 1"] = field(repr=False)
+    weight_samples: Float[Tensor, "D K"]
+    weight_mean: Float[Tensor, "D 1"]
     num_examples: int
     mean_of: Mean = "network"
     reason: str = "finished"
-    history: tuple[EMStep, ...] = field(default=(), repr=False)
+    history: tuple[EMStep, ...] = ()
     passes: float = 0.0
     seconds: float = 0.0
     warnings: tuple[str, ...] = ()
     scale: float = 1.0
     curvature_at: CurvatureAt = "linear"
-    centre: Float[Tensor, "D 1"] | None = field(default=None, repr=False)
-    settings: PriorSettings | None = field(default=None, repr=False)
-    stream: Stream | None = field(default=None, repr=False)
+    centre: Float[Tensor, "D 1"] | None = None
+    settings: PriorSettings | None = None
+    stream: Stream | None = None
+
+    def _facts(self) -> dict[str, Any]:
+        prior = self.prior if self.settings is None else self.settings
+        return {
+            "likelihood": type(self.likelihood).__name__,
+            "prior": type(prior).__name__,
+            "weights": len(self.weight_mean),
+            "num_samples": self.num_samples,
+            "num_examples": self.num_examples,
+            "precisions": tuple(self.precisions.tolist()),
+            "noise": self.noise,
+            "effective_dimension": self.effective_dimension,
+            "scale": self.scale,
+            "mean_of": self.mean_of,
+            "passes": self.passes,
+            "seconds": self.seconds,
+            "warnings": self.warnings,
+            "reason": self.reason,
+        }
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), **dict.fromkeys(_OF_THIS_PROCESS)}

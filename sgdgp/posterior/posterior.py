@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import repeat
-from typing import Literal, NamedTuple, TypeVar, overload
+from typing import Any, Literal, NamedTuple, TypeVar, overload
 
 import torch
 from gpytorch.distributions import MultivariateNormal
@@ -22,6 +22,7 @@ from sgdgp.core.files import path_of, reads
 from sgdgp.core.inference import outside_inference_mode
 from sgdgp.core.seeds import generator_of_draws
 from sgdgp.core.slices import slices
+from sgdgp.core.summary import Summarised
 from sgdgp.gpytorch_adapter import has_fixed_noise
 from sgdgp.posterior.paths import Paths, Points, SampleFunctions, paths_of
 from sgdgp.posterior.problem import Part, Problem, announce, groups_of
@@ -52,7 +53,7 @@ class Marginals(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Posterior:
+class Posterior(Summarised):
     """A Gaussian process posterior made of functions, of one output or of several.
 
     Values have the shape (n',) where ``num_outputs`` is None and (n', T) else, written
@@ -72,13 +73,22 @@ class Posterior:
     solved: tuple[Part, ...]
     later: Callable[[], Sequence[Part]] | None = None
 
-    def __repr__(self) -> str:
-        points, found = len(self.solved[0].problem.x), self.solved[0].solution
-        return (
-            f"{type(self).__name__}({points=}, num_samples={self.num_samples}, "
-            f"num_outputs={self.num_outputs}, solver={found.solver!r}, "
-            f"reason={found.reason!r})"
-        )
+    def _facts(self) -> dict[str, Any]:
+        # What was solved so far, without its weights: merging would copy them.
+        bare = [
+            replace(part.solution, weights=part.solution.weights[:, :0], history=())
+            for part in self.solved
+        ]
+        found = merged_solution(bare, groups_of(self.solved))._facts()
+        for name in ("weights", "seconds", "prediction_error"):
+            found.pop(name, None)
+        return {
+            "points": len(self.solved[0].problem.x),
+            "dim": self.exact.dim,
+            "num_samples": self.num_samples,
+            "num_outputs": self.num_outputs,
+            **found,
+        }
 
     @cached_property
     def parts(self) -> tuple[Part, ...]:

@@ -28,7 +28,7 @@ from sgdgp.core.seeds import (
     standard_normal,
 )
 from sgdgp.features import ExactDraws, PriorDraws, draw_prior, has_features
-from sgdgp.gpytorch_adapter import Inputs, Prior, observed_rows
+from sgdgp.gpytorch_adapter import Inputs, MultitaskPrior, Prior, observed_rows
 from sgdgp.operators import KernelOperator, operator_by_name
 from sgdgp.posterior.paths import ConditionedPaths
 from sgdgp.posterior.variances import are_exact
@@ -340,6 +340,24 @@ def groups_of(parts: Sequence[Part]) -> list[list[int]]:
     for number, part in enumerate(parts):
         groups.setdefault(part.problem.operator, []).append(number)
     return list(groups.values())
+
+
+@torch.no_grad()
+def observed_data(parts: Sequence[Part]) -> list[tuple[Tensor, Tensor]]:
+    """Inputs (n, d) and targets (n,) of each output, in the user's units."""
+    data = []
+    for part in parts:
+        prior, x = part.problem.prior, part.problem.x
+        y = part.problem.targets + prior.evaluate(x)[0]
+        if isinstance(prior, MultitaskPrior):
+            rows = [x[:, -1] == task for task in range(prior.num_outputs)]
+            data += [
+                (x[of_task, :-1], scale.shift + scale.scale * y[of_task])
+                for of_task, scale in zip(rows, prior.outcome_scales, strict=True)
+            ]
+        else:
+            data.append((x, prior.outcome_scale.shift + prior.outcome_scale.scale * y))
+    return data
 
 
 def joined(problems: Sequence[Problem]) -> Problem:

@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 
 from sgdgp.core.checks import check_positive
 from sgdgp.core.codec import register_stored_class
+from sgdgp.core.summary import Summarised
 from sgdgp.operators.base import KernelOperator
 from sgdgp.solvers.recycling import Recycled
 from sgdgp.solvers.system import (
@@ -171,8 +172,8 @@ class Factor(NamedTuple):
 
 
 @register_stored_class
-@dataclass(frozen=True)
-class Solution:
+@dataclass(frozen=True, repr=False)
+class Solution(Summarised):
     """Representer weights and an honest account of how they were found.
 
     Attributes:
@@ -195,21 +196,35 @@ class Solution:
 
     solver: str
     operator: str
-    weights: Tensor = field(repr=False)
+    weights: Tensor
     residuals: Tensor
     passes: float
     seconds: float
     reason: Reason
-    history: tuple[HistoryEntry, ...] = field(default=(), repr=False)
+    history: tuple[HistoryEntry, ...] = ()
     warnings: tuple[str, ...] = ()
     settings: Mapping[str, Any] = field(default_factory=dict)
-    recycled: Recycled | None = field(default=None, repr=False, compare=False)
+    recycled: Recycled | None = field(default=None, compare=False)
     prediction_error: float | None = None
-    factor: Factor | None = field(default=None, repr=False, compare=False)
+    factor: Factor | None = field(default=None, compare=False)
 
     def __getstate__(self) -> dict[str, Any]:
         """All but the factor, which is soon made again and as large as the problem."""
         return {**self.__dict__, "factor": None}
+
+    def _facts(self) -> dict[str, Any]:
+        facts = {
+            "weights": tuple(self.weights.shape),
+            "solver": self.solver,
+            "operator": self.operator,
+            "passes": self.passes,
+            "seconds": self.seconds,
+            "largest_residual": max(self.residuals.tolist(), default=None),
+            "prediction_error": self.prediction_error,
+            "warnings": self.warnings,
+            "reason": self.reason,
+        }
+        return {name: fact for name, fact in facts.items() if fact is not None}
 
     @property
     def carried(self) -> Recycled | None:

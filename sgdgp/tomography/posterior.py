@@ -35,6 +35,7 @@ from sgdgp.core.checks import check_count, check_finite, check_positive
 from sgdgp.core.errors import warn_user
 from sgdgp.core.memory import check_fits, resolve_budget
 from sgdgp.core.slices import slices
+from sgdgp.core.summary import Summarised
 from sgdgp.metrics import interval_coverage
 from sgdgp.networks import (
     Gaussian,
@@ -409,7 +410,7 @@ def _laid_out(network: nn.Module) -> nn.Module:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class ImagePosterior:
+class ImagePosterior(Summarised):
     """A Gaussian posterior over images.
 
     Attributes:
@@ -424,12 +425,18 @@ class ImagePosterior:
     measurement: Measurement
     exact: bool = False
 
-    def __repr__(self) -> str:
-        how = "exact" if self.exact else f"{self.weights.num_samples} samples"
-        return (
-            f"ImagePosterior(image {self.image_shape}, noise={self.noise:.3g}, {how}, "
-            f"{self.weights.reason})"
-        )
+    def _facts(self) -> dict[str, Any]:
+        return {
+            "image_shape": self.image_shape,
+            "measurement": type(self.measurement).__name__,
+            "noise": self.noise,
+            "exact": self.exact,
+            "num_samples": self.weights.num_samples,
+            "passes": self.weights.passes,
+            "seconds": self.weights.seconds,
+            "warnings": self.weights.warnings,
+            "reason": self.weights.reason,
+        }
 
     @property
     def image_shape(self) -> tuple[int, ...]:

@@ -59,6 +59,7 @@ from sgdgp.core.files import FileKind, path_of, place_of, reads
 from sgdgp.core.hashes import digest, structure_of
 from sgdgp.core.memory import check_fits, free_memory
 from sgdgp.core.seeds import derived_generator, number_of
+from sgdgp.core.summary import Summarised
 from sgdgp.networks.priors import PriorSettings
 from sgdgp.solvers.base import Callback, Progress, progress_bar
 from sgdgp.tomography.geometry import Beam
@@ -155,8 +156,8 @@ class FitEntry:
     seconds: float
 
 
-@dataclass(frozen=True, eq=False)
-class Reconstruction:
+@dataclass(frozen=True, eq=False, repr=False)
+class Reconstruction(Summarised):
     """An image, the network that shows it, and what it was reconstructed from.
 
     Attributes:
@@ -176,23 +177,29 @@ class Reconstruction:
     """
 
     image: Tensor
-    network: nn.Module = field(repr=False)
-    input: Tensor = field(repr=False)
-    measurement: Measurement = field(repr=False)
-    data: Tensor = field(repr=False)
+    network: nn.Module
+    input: Tensor
+    measurement: Measurement
+    data: Tensor
     tv: float
     noise: float
     reason: str
-    history: tuple[FitEntry, ...] = field(default=(), repr=False)
+    history: tuple[FitEntry, ...] = ()
     warnings: tuple[str, ...] = ()
 
-    def __repr__(self) -> str:
+    def _facts(self) -> dict[str, Any]:
         last = self.history[-1] if self.history else None
-        steps = f", {last.step} steps" if last else ""
-        return (
-            f"Reconstruction(image {tuple(self.image.shape)} by "
-            f"{type(self.network).__name__}, {self.reason}{steps}, tv={self.tv:.2g})"
-        )
+        return {
+            "image_shape": tuple(self.image.shape),
+            "network": type(self.network).__name__,
+            "measurement": type(self.measurement).__name__,
+            "steps": last.step if last else 0,
+            "misfit": last.misfit if last else None,
+            "tv": self.tv,
+            "noise": self.noise,
+            "warnings": self.warnings,
+            "reason": self.reason,
+        }
 
     def linearise(
         self, prior: PriorSettings | None = None, **settings: Any

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 from gpytorch.models import ExactGP
@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from sgdgp.core.checks import check_count, check_positive
 from sgdgp.core.codec import register_stored_class
+from sgdgp.core.summary import Summarised
 from sgdgp.gpytorch_adapter import Inputs, prior_at
 from sgdgp.training.marginal_likelihood import StochasticMarginalLogLikelihood
 from sgdgp.training.parameters import parameter_values
@@ -56,8 +57,8 @@ FitCallback: TypeAlias = Callable[[FitEntry], bool | None]
 
 
 @register_stored_class
-@dataclass(frozen=True)
-class Fitted:
+@dataclass(frozen=True, repr=False)
+class Fitted(Summarised):
     """How a fit went; the parameters themselves are in the model.
 
     Attributes:
@@ -73,8 +74,15 @@ class Fitted:
     steps: int
     passes: float
     seconds: float
-    history: tuple[FitEntry, ...] = field(repr=False)
+    history: tuple[FitEntry, ...]
     warnings: tuple[str, ...] = ()
+
+    def _facts(self) -> dict[str, Any]:
+        facts = {"steps": self.steps, "passes": self.passes, "seconds": self.seconds}
+        if self.history:
+            first, last = self.history[0], self.history[-1]
+            facts |= {"gain": last.value - first.value, "residual": last.residual}
+        return {**facts, "warnings": self.warnings, "reason": self.reason}
 
 
 @dataclass(frozen=True)

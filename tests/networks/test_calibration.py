@@ -280,6 +280,20 @@ def test_the_table_shows_every_entry_and_what_is_recommended():
     assert "Recommended: posterior" in text
 
 
+def test_in_a_notebook_it_is_a_table_and_as_an_object_a_line():
+    f, g, y = doubtful(n=300)
+    found = compare(Categorical(), f, y, fluctuations=g)
+    table = found._repr_html_()
+    assert table.count("<tr>") == 1 + len(ROWS)
+    nll = found.scores["network"]["nll"]
+    assert f">network</th><td style='text-align: left'>{nll:.4f}</td>" in table
+    assert "Recommended: posterior" in table
+    assert repr(found) == (
+        f"Comparison(num_examples=300, scale={found.scale:.3g}, "
+        "recommendation='posterior')"
+    )
+
+
 def test_what_cannot_be_compared_is_refused():
     f, g, y = doubtful(n=10)
     with pytest.raises(ValueError, match="fluctuations: they are needed"):

@@ -89,6 +89,19 @@ def inputs() -> Tensor:
     return torch.randn(7, 5, generator=torch.Generator().manual_seed(2)).double()
 
 
+def test_it_says_in_a_line_what_it_is(classes, targets):
+    count = classes.weight_mean.shape[0]
+    line = repr(classes)
+    assert line.startswith(
+        "LinearisedPosterior(likelihood='Categorical', prior='Isotropic', "
+        f"weights={count}, num_samples={K}, num_examples={N}, precisions=("
+    )
+    assert line.endswith(f", reason={classes.reason!r})")
+    assert len(line) < 400
+    assert f"noise=({targets.noise[0]:.3g}, {targets.noise[1]:.3g})" in repr(targets)
+    assert "<caption>LinearisedPosterior</caption>" in targets._repr_html_()
+
+
 def test_samples_are_the_network_and_the_jacobian_times_sampled_weights(
     classes, inputs
 ):

@@ -333,6 +333,15 @@ def test_it_says_in_a_line_what_it_is(kind):
 
 
 @KINDS
+def test_what_it_says_of_its_solves_is_what_they_say(kind):
+    posterior = posterior_of(kind, solver="cg")
+    facts, solution = posterior._facts(), posterior.solution
+    assert facts["largest_residual"] == float(solution.residuals.max())
+    assert (facts["passes"], facts["dim"]) == (solution.passes, 2)
+    assert "<td style='text-align: left'>cg</td>" in posterior._repr_html_()
+
+
+@KINDS
 def test_shapes_of_every_verb(kind):
     posterior, t = posterior_of(kind), outputs_of(kind)
     x = new_points()

@@ -106,6 +106,14 @@ def test_more_data_than_pixels_have_the_same_covariance(network, z, truth) -> No
     torch.testing.assert_close(posterior.covariance(), expected, rtol=1e-6, atol=1e-10)
 
 
+def test_it_says_in_a_line_what_it_is(posterior) -> None:
+    assert repr(posterior).startswith(
+        f"ImagePosterior(image_shape=(8, 8), measurement='ParallelBeam', "
+        f"noise={SIGMA}, exact=True, num_samples=512, passes="
+    )
+    assert "<td style='text-align: left'>ParallelBeam</td>" in posterior._repr_html_()
+
+
 def test_a_scale_of_the_weights_scales_all_variances(posterior) -> None:
     scaled = replace(posterior, weights=replace(posterior.weights, scale=4.0))
     own = posterior.resolution**2

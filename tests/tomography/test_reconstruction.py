@@ -73,7 +73,7 @@ def test_the_image_is_near_the_truth_and_what_the_network_shows(found: Reconstru
         assert torch.equal(found.network(found.input)[0, 0], found.image)
     assert found.reason in ("finished", "stopped early")
     assert found.history[-1].step <= 100
-    assert repr(found).startswith("Reconstruction(image (8, 8) by UNet, ")
+    assert repr(found).startswith("Reconstruction(image_shape=(8, 8), network='UNet', ")
 
 
 def test_its_posterior_is_about_the_image(found: Reconstruction):

@@ -38,6 +38,18 @@ def test_earlier_fits_draw_on_the_budgets_but_not_on_the_steps():
     assert NONE.after(earlier) == NONE
 
 
+def test_a_fit_says_in_a_line_how_it_went():
+    entries = [
+        FitEntry(i, 1.0, 1.0, -2.0 + i, 0.1 * i, {"noise": (1.0,)}) for i in (1, 2)
+    ]
+    assert repr(Fitted("plateau", 2, 30.5, 1.25, tuple(entries), ("Look.",))) == (
+        "Fitted(steps=2, passes=30.5, seconds=1.25, gain=1, residual=0.2, warnings=1, "
+        "reason='plateau')"
+    )
+    none = Fitted("interrupted", 0, 0.0, 0.0, ())
+    assert repr(none) == "Fitted(steps=0, passes=0, seconds=0, reason='interrupted')"
+
+
 def test_each_limit_has_its_reason():
     found = run(rbf_model())
     assert NONE.reason(found) is None
