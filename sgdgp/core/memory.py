@@ -140,12 +140,16 @@ def resolve_budget(
 ) -> int:
     """The memory budget in bytes; by default half of what is free.
 
+    Processes that torchrun started on one machine share its memory.
+
     Raises:
         TypeError: The budget is no number.
         ValueError: It is not positive.
     """
     if memory_budget is None:
-        return max(1, free_memory(device) // 2)
+        on_cpu = torch.device(device).type == "cpu"
+        sharing = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if on_cpu else 1
+        return max(1, free_memory(device) // (2 * sharing))
     check_number("memory_budget", memory_budget)
     if memory_budget <= 0:
         raise ValueError(

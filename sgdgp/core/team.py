@@ -18,7 +18,7 @@ import signal
 import threading
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Literal, TypeAlias, TypeVar
@@ -209,9 +209,9 @@ class Team:
         self, function: Callable[..., Found], args: tuple[Any, ...], by: Any
     ) -> Found:
         """See the function of this name."""
-        with self._busy:
+        with self._busy, _late_interrupts() as heard:
             self._send(_Request(function, args, by))
-            return self._join(function, args, by)
+            return self._join(function, args, by, heard=heard)
 
     def keep(
         self, what: Any, make: Callable[..., Any] | None, args: tuple[Any, ...]
@@ -221,7 +221,7 @@ class Team:
             return
         if make is None:
             make, args = _itself, (what,)
-        with self._busy:
+        with self._busy, _late_interrupts():
             # Before it has a number, by which it would be named in the message.
             self._queue.append(self._packed((make, args, self._count)))
             self._send(None)
@@ -238,7 +238,7 @@ class Team:
         if into is not None:
             self._enter(into)
         if len(self._queue) > _QUEUED:
-            with self._busy:
+            with self._busy, _late_interrupts():
                 self._send(None)
 
     def number_of(self, what: Any) -> int | None:
@@ -369,12 +369,14 @@ class Team:
         args: tuple[Any, ...],
         by: Literal["rows", "sum"],
         problem: BaseException | None = None,
+        heard: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> Found:
-        """Do the own share and join it with those of the others."""
+        """Do the own share, in which Ctrl-C is heard, and join it with the others'."""
         own: Found | None = None
         if problem is None:
             try:
-                own = function(self.processes, *args)
+                with heard():
+                    own = function(self.processes, *args)
             except BaseException as error:
                 problem = error
         rows = self._agree(own, problem)
@@ -459,6 +461,46 @@ class Team:
         except BaseException:
             self._lost = True
             raise
+
+
+@contextmanager
+def _late_interrupts() -> Iterator[Callable[[], AbstractContextManager[None]]]:
+    """Ctrl-C takes effect afterwards: amid a message it would leave the others alone.
+
+    Yields:
+        What it is heard at once in, even so.
+    """
+    before = signal.getsignal(signal.SIGINT)
+    is_main = threading.current_thread() is threading.main_thread()
+    if before is None or not is_main:
+        yield nullcontext
+        return
+    waiting = False
+
+    def wait(*_: object) -> None:
+        nonlocal waiting
+        waiting = True
+
+    def answer() -> None:
+        nonlocal waiting
+        signal.signal(signal.SIGINT, before)
+        if waiting:
+            waiting = False
+            signal.raise_signal(signal.SIGINT)
+
+    @contextmanager
+    def heard() -> Iterator[None]:
+        try:
+            answer()
+            yield
+        finally:
+            signal.signal(signal.SIGINT, wait)
+
+    signal.signal(signal.SIGINT, wait)
+    try:
+        yield heard
+    finally:
+        answer()
 
 
 class _Failed(Exception):

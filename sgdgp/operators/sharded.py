@@ -31,6 +31,7 @@ from sgdgp.operators.base import KernelOperator, RowIndex
 from sgdgp.operators.dense import streaming_operator
 from sgdgp.operators.evaluation import tensors_with_graph
 from sgdgp.operators.gradients import with_gradient
+from sgdgp.operators.tiled import TiledOperator
 from sgdgp.operators.tracked import Move, TrackedVectors
 
 _FEWEST_ROWS = 256
@@ -43,7 +44,8 @@ _BLOCK_ROWS = 8192
 class ShardedOperator(KernelOperator):
     """K(X1, X2) by all processes that ``sgdgp.distribute`` has at work.
 
-    Alone it is the streaming operator behind it.
+    Alone it is the streaming operator behind it. Hyperparameters of products are those
+    at construction.
 
     Args:
         kernel: A GPyTorch kernel without batch shape.
@@ -82,9 +84,12 @@ class ShardedOperator(KernelOperator):
                 "products the sharded operator does not share; take 'features'"
             )
         self._hold_as(local)
+        # As it is now, here and elsewhere: an optimiser may move it before it is sent.
+        self._sent = _frozen(local.kernel)
+        if not isinstance(local, TiledOperator):
+            x_rows = None if local.is_square else local.x_rows
+            local = local._rebuilt(local.x, x_rows, self._sent)
         self.local = local
-        # As it is now: it may be sent when an optimiser has moved it.
-        self._sent = _frozen(local.kernel) if is_led() else local.kernel
 
     def __reduce__(self) -> tuple[Any, ...]:
         """By what it stands for, which may be there already where this arrives."""
@@ -170,6 +175,7 @@ class ShardedOperator(KernelOperator):
     def _rebuilt(
         self, x: Tensor, x_rows: Tensor | None, kernel: Kernel | None = None
     ) -> ShardedOperator:
+        kernel = self.kernel if kernel is None else kernel
         return ShardedOperator.over(self.local._rebuilt(x, x_rows, kernel))
 
 

@@ -118,3 +118,11 @@ def test_the_package_can_be_imported_without_a_home(tmp_path: Path):
         check=True,
         env={"HOME": str(tmp_path / "file"), "PYTHONPATH": str(Path.cwd())},
     )
+
+
+def test_processes_of_one_machine_share_its_memory(monkeypatch):
+    monkeypatch.setattr(memory, "free_memory", lambda device: 1200)
+    assert memory.resolve_budget(None) == 600
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    assert memory.resolve_budget(None) == 200
+    assert memory.resolve_budget(None, "cuda:0") == 600

@@ -7,6 +7,7 @@ import os
 import pickle
 import signal
 import sys
+import time
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
@@ -156,13 +157,16 @@ def share(processes: Processes, what: Any) -> tuple[Tensor]:
         raise ValueError("no rows here")
     if what == "Ctrl-C" and processes.rank == 0:
         raise KeyboardInterrupt("by the user")
+    if isinstance(what, int) and processes.rank == 1:
+        os.kill(what, signal.SIGINT)  # the leader waits by now
+        time.sleep(0.2)
     return (torch.full((processes.rank, 2), float(processes.rank)),)
 
 
 def faults() -> list[str]:
     """What the leader is told of what goes wrong."""
     told = []
-    for what in ("fail", Unreadable(), "Ctrl-C", "nothing"):
+    for what in ("fail", Unreadable(), "Ctrl-C", os.getpid(), "nothing"):
         try:
             told.append(str(team.together(share, what)[0].tolist()))
         except (ProcessesError, KeyboardInterrupt) as error:

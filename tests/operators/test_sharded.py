@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from gpytorch.kernels import MaternKernel, PolynomialKernel
 from torch import Tensor
 
 import sgdgp
@@ -60,6 +61,7 @@ def test_what_goes_wrong_is_told_and_all_go_on(folder):
         "ProcessesError: process 1: ValueError: invalid literal for int() with base "
         "10: 'no number'",
         "KeyboardInterrupt: by the user",
+        "KeyboardInterrupt: ",
         "[[1.0, 1.0]]",
         "after an argument that cannot be sent: True",
     ]
@@ -86,6 +88,19 @@ def test_alone_it_is_the_operator_behind_it(generator):
     v = torch.randn(len(x), 2, generator=generator).to(x)
     assert torch.equal(operator.matmul(v), operator.local.matmul(v))
     assert sgdgp.distribute(lambda: 7) == 7
+
+
+@pytest.mark.parametrize("kernel", [PolynomialKernel(2), MaternKernel(1.5)])
+def test_hyperparameters_are_those_at_construction(kernel, generator):
+    kernel, x = kernel.double(), torch.randn(20, 2, generator=generator).double()
+    operator = ShardedOperator(kernel, x)
+    v = torch.randn(20, 2, generator=generator).double()
+    before, form = operator.matmul(v), operator.quadratic_form(v, v)
+    with torch.no_grad():
+        for parameter in kernel.parameters():
+            parameter += 1.0
+    assert torch.equal(operator.matmul(v), before)
+    assert operator.quadratic_form(v, v) != form  # of the parameters as they are now
 
 
 def test_features_of_networks_are_not_shared(generator):
