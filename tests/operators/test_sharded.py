@@ -98,7 +98,7 @@ def test_hyperparameters_are_those_at_construction(kernel, generator):
     before, form = operator.matmul(v), operator.quadratic_form(v, v)
     with torch.no_grad():
         for parameter in kernel.parameters():
-            parameter += 1.0
+            parameter.add_(1.0)
     assert torch.equal(operator.matmul(v), before)
     assert operator.quadratic_form(v, v) != form  # of the parameters as they are now
 
