@@ -28,6 +28,10 @@ _MOST_DATA = 2_000
 """Observations drawn, of more that many at equal distances in their order."""
 
 
+_FEW = 200
+"""Observations drawn larger."""
+
+
 class Values(NamedTuple):
     """Of functions at n points, with an axis of outputs.
 
@@ -252,13 +256,13 @@ def _draw_data(
         inside = ((x >= t.min()) & (x <= t.max())).nonzero()[:, 0]
         most = min(_MOST_DATA, len(inside))
         shown = inside[torch.linspace(0, len(inside) - 1, most, device="cpu").long()]
-        style, label = {"color": colour}, None
+        style: dict[str, Any] = {"color": colour}
+        label = None
         if len(colours) == 1:
             some = f" ({most:,} of {len(inside):,})" if most < len(inside) else ""
             style, label = {"color": "0.5"}, f"data{some}"
-        ax.plot(
-            x[shown], y[shown], ".", ms=3, alpha=0.5, zorder=1, label=label, **style
-        )
+        style |= {"ms": 6, "alpha": 0.8} if most < _FEW else {"ms": 3, "alpha": 0.5}
+        ax.plot(x[shown], y[shown], ".", zorder=1, label=label, **style)
 
 
 def _legend(ax: Axes, outputs: int) -> None:
