@@ -63,7 +63,8 @@ from torch import Tensor
 
 from sgdgp.core.checks import check_count
 from sgdgp.core.codec import register_stored_class
-from sgdgp.features import FeatureMap, NoRandomFeatures, random_features
+from sgdgp.features import FeatureMap, FeatureRequest, NoRandomFeatures
+from sgdgp.features.dispatch import features_of
 from sgdgp.operators.base import KernelOperator, RowIndex
 from sgdgp.operators.feature import FeatureOperator
 from sgdgp.solvers.blocks import Shuffled, partition, shuffle
@@ -211,13 +212,10 @@ class FeatureSource:
 
     def _draw(self) -> FeatureMap:
         x = self._operator.x
-        return random_features(
+        # Unchecked: the operator has, and every look at a number waits for a GPU.
+        return features_of(
             self._operator.kernel,
-            dim=x.shape[1],
-            num_features=self._count,
-            generator=self._generator,
-            dtype=x.dtype,
-            device=x.device,
+            FeatureRequest(x.shape[1], self._count, self._generator, x.dtype, x.device),
         )
 
 

@@ -15,6 +15,7 @@ import torch
 from gpytorch.kernels import MaternKernel, MultitaskKernel
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import sgdgp
 from sgdgp.core.codec import is_stored_class
@@ -31,6 +32,7 @@ from sgdgp.solvers import (
     Refined,
     Solution,
     Solver,
+    stopping,
 )
 from sgdgp.solvers.auto import SOLVERS
 from sgdgp.solvers.base import Limits
@@ -363,6 +365,43 @@ def test_history_ends_with_the_residuals_of_the_solution(name):
 
 
 @each_dtype
+class Looks(TorchDispatchMode):
+    """Counts what waits for a GPU: numbers that are read, and sizes that depend on them.
+
+    But for ``tolist``, which is one copy; see the number of calls of that.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.__name__.partition(".")[0]
+        self.count += name in ("_local_scalar_dense", "nonzero", "is_nonzero")
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("solver", "each_pass"),
+    [
+        # What a pass is judged by. Fifteen steps look at nothing.
+        *((SOLVERS[name](block_size=20), 15) for name in ("sdd", "sgd")),
+        # A pass is an iteration: what was kept, what is largest, who is done.
+        (CG(preconditioner=None), 5),
+    ],
+)
+def test_few_numbers_are_read_in_a_pass(solver, each_pass, monkeypatch):
+    monkeypatch.setattr(stopping, "_calls_per_look", lambda device: 16)  # of a GPU
+    p = problem("matern32", 300, k=3, noise=1e-3)
+    counts = []
+    for passes in (10.0, 20.0):
+        with Looks() as looks:
+            limits = Limits(1e-12, passes)
+            solver.with_limits(limits).solve(p.operator, p.noise, p.rhs)
+        counts.append(looks.count)
+    assert counts[1] - counts[0] <= each_pass * 10
+
+
 @pytest.mark.parametrize("name", ["sdd", *PRIMAL])
 def test_a_step_size_beyond_rescue_is_called_diverged(name, dtype):
     p = problem("matern32", 300, dtype=dtype)
