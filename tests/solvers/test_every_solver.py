@@ -364,12 +364,8 @@ def test_history_ends_with_the_residuals_of_the_solution(name):
         assert found.solver == name
 
 
-@each_dtype
 class Looks(TorchDispatchMode):
-    """Counts what waits for a GPU: numbers that are read, and sizes that depend on them.
-
-    But for ``tolist``, which is one copy; see the number of calls of that.
-    """
+    """Counts what waits for a GPU: numbers that are read, sizes that depend on some."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -402,6 +398,7 @@ def test_few_numbers_are_read_in_a_pass(solver, each_pass, monkeypatch):
     assert counts[1] - counts[0] <= each_pass * 10
 
 
+@each_dtype
 @pytest.mark.parametrize("name", ["sdd", *PRIMAL])
 def test_a_step_size_beyond_rescue_is_called_diverged(name, dtype):
     p = problem("matern32", 300, dtype=dtype)
