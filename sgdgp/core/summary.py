@@ -15,7 +15,7 @@ class Summarised:
 
     Facts have the names of attributes where there are such. Sentences (a tuple of
     strings) are counted in the line, written out in the table, and left out where
-    there are none.
+    there are none; the table leaves out None too.
     """
 
     def _facts(self) -> dict[str, Any]:
@@ -32,20 +32,24 @@ class Summarised:
 
     def _repr_html_(self) -> str:
         rows = [
-            (name.replace("_", " "), _in_a_cell(value)) for name, value in self._known()
+            (name.replace("_", " "), _in_a_cell(value))
+            for name, value in self._known()
+            if value is not None
         ]
         return html_table(type(self).__name__, rows)
 
 
 def html_table(title: str, rows: Iterable[Sequence[str]], *below: str) -> str:
     """A table whose rows begin with what they are about, and sentences below it."""
+    left = "text-align: left"
     lines = [
-        f"<tr><th style='text-align: left'>{_escaped(name)}</th>"
-        + "".join(f"<td style='text-align: left'>{_escaped(v)}</td>" for v in values)
+        f"<tr><th style='{left}; white-space: nowrap'>{_escaped(name)}</th>"
+        + "".join(f"<td style='{left}'>{_escaped(value)}</td>" for value in values)
         + "</tr>"
         for name, *values in rows
     ]
-    table = f"<table><caption>{_escaped(title)}</caption>{''.join(lines)}</table>"
+    caption = f"<caption style='{left}'>{_escaped(title)}</caption>"
+    table = f"<table>{caption}{''.join(lines)}</table>"
     return table + "".join(f"<p>{_escaped(sentence)}</p>" for sentence in below)
 
 

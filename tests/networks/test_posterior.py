@@ -99,7 +99,7 @@ def test_it_says_in_a_line_what_it_is(classes, targets):
     assert line.endswith(f", reason={classes.reason!r})")
     assert len(line) < 400
     assert f"noise=({targets.noise[0]:.3g}, {targets.noise[1]:.3g})" in repr(targets)
-    assert "<caption>LinearisedPosterior</caption>" in targets._repr_html_()
+    assert ">LinearisedPosterior</caption>" in targets._repr_html_()
 
 
 def test_samples_are_the_network_and_the_jacobian_times_sampled_weights(
