@@ -18,7 +18,7 @@ def calibration(
     x: Any,
     y: Tensor,
     *,
-    noise: Tensor | float | None = None,
+    observation_noise: Tensor | float | None = None,
     label: str | None = None,
     ax: Axes | None = None,
 ) -> Axes:
@@ -32,8 +32,8 @@ def calibration(
         p: A posterior.
         x: Inputs that it was not conditioned on, as its ``predict`` takes them.
         y: Their targets (n',), of several outputs (n', T); NaN where there is none.
-        noise: Noise variances of y, as ``observation_noise`` of ``predict``. Default:
-            the likelihood's.
+        observation_noise: Noise variances of y, as ``predict`` takes them: a number,
+            (n',) or (n', T). Default: the likelihood's.
         label: Name of the curve. Default: none, and the title has the error.
         ax: Axes to draw into. Default: those of a new figure.
 
@@ -53,7 +53,7 @@ def calibration(
     check_posterior(p)
     if not isinstance(y, Tensor):
         raise TypeError(f"y: expected a torch.Tensor, found {type(y).__name__}")
-    mean, variance = _targets_at(p, x, noise)
+    mean, variance = _targets_at(p, x, observation_noise)
     y = y.detach().cpu()
     if y.shape not in (mean.shape, mean.squeeze(-1).shape):
         raise ValueError(
@@ -89,12 +89,15 @@ def _targets_at(
     """Means and variances of observed targets (n, T)."""
     if not isinstance(p, LinearisedPosterior):
         return values_at(p, x, observation_noise=True if noise is None else noise)
-    values = values_at(p, x)
-    if noise is None:
-        noise = values.mean.new_tensor(p.noise)
-    elif isinstance(noise, Tensor):
-        noise = noise.cpu().reshape(len(noise), -1)
-    return values.mean, values.variance + noise
+    mean, variance = values_at(p, x)
+    known = torch.as_tensor(p.noise if noise is None else noise).to(variance)
+    if noise is not None and known.shape not in ((), mean.shape, mean.shape[:1]):
+        raise ValueError(
+            f"observation_noise: expected a number or variances {tuple(mean.shape)}, "
+            f"found {tuple(known.shape)}"
+        )
+    of_points = noise is not None and known.ndim == 1
+    return mean, variance + (known.unsqueeze(1) if of_points else known)
 
 
 def _draw_chance(ax: Axes, count: int) -> None:

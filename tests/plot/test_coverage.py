@@ -5,6 +5,7 @@ from __future__ import annotations
 import matplotlib.pyplot as plt
 import pytest
 import torch
+from gpytorch.likelihoods import FixedNoiseGaussianLikelihood
 from torch import nn
 
 import sgdgp
@@ -53,7 +54,9 @@ def test_noise_may_be_given_and_curves_compared():
     x, y = toy_data(50, seed=1)
     noise = torch.linspace(0.1, 1, 50, dtype=torch.float64)
     ax = sgdgp.plot.calibration(posterior, x, y, label="the likelihood's")
-    sgdgp.plot.calibration(posterior, x, y, noise=noise, label="given", ax=ax)
+    sgdgp.plot.calibration(
+        posterior, x, y, observation_noise=noise, label="given", ax=ax
+    )
     assert curves(ax)[1] == coverage(
         posterior.mean(x), posterior.variance(x) + noise, y
     )
@@ -79,7 +82,7 @@ def test_every_output_has_a_curve_of_the_targets_it_has():
     ]
 
 
-@pytest.mark.parametrize("noise", [None, 0.5])
+@pytest.mark.parametrize("noise", [None, 0.5, torch.linspace(0.1, 1, 40)])
 def test_a_regression_network_adds_its_noise(noise):
     x, y = toy_data(40)
     torch.manual_seed(0)
@@ -87,10 +90,20 @@ def test_a_regression_network_adds_its_noise(noise):
     p = linearise(network, Gaussian(noise=0.2)).fit(
         [(x, y[:, None])], steps=1, final_samples=4, progress=False
     )
-    (found,) = curves(sgdgp.plot.calibration(p, x, y, noise=noise))
+    ax = sgdgp.plot.calibration(p, x, y, observation_noise=noise)
+    (found,) = curves(ax)
     prediction = p.predict(x)
-    variance = prediction.variance + (0.2 if noise is None else noise)
-    assert found == coverage(prediction.mean[:, 0], variance[:, 0], y)
+    variance = prediction.variance[:, 0] + (0.2 if noise is None else noise)
+    assert found == coverage(prediction.mean[:, 0], variance, y)
+
+
+def test_noise_that_nobody_knows_is_asked_for_by_its_name():
+    likelihood = FixedNoiseGaussianLikelihood(torch.full((30,), 0.1).double())
+    posterior = sgdgp.condition(gp(likelihood=likelihood), num_samples=2)
+    x, y = toy_data(10)
+    with pytest.raises(ValueError, match=r"observation_noise: .*10 noise variances"):
+        sgdgp.plot.calibration(posterior, x, y)
+    sgdgp.plot.calibration(posterior, x, y, observation_noise=0.1)
 
 
 def test_bad_input_is_named():
