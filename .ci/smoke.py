@@ -1,5 +1,6 @@
 """A small posterior with the installed wheel and nothing but its requirements."""
 
+import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
@@ -54,6 +55,15 @@ result = sgdgp.bayesopt.thompson_sampling(
     progress=False,
 )
 assert len(result.y) == 24
+
+asked = subprocess.run(
+    [Path(sys.executable).with_name("sgdgp")],
+    capture_output=True,
+    text=True,
+    check=False,
+)
+assert asked.returncode == 1, asked
+assert "sgdgp[cli]" in asked.stderr, asked
 
 refused = ""
 try:

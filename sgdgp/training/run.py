@@ -221,7 +221,8 @@ class Run:
                 self._slow_down()
                 continue
             self.before = [p.detach().clone() for p in self.parameters]
-            self.optimiser.step()
+            with torch.device("cpu"):  # where some of torch's make counters of steps
+                self.optimiser.step()
             self.history.append(entry)
             if keep is not None:
                 keep(self)
