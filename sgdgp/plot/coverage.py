@@ -79,7 +79,7 @@ def calibration(
     unit_square(ax)
     ax.set(xlabel="expected coverage", ylabel="observed coverage")
     if ax.get_legend_handles_labels()[1]:
-        ax.legend(fontsize="small", loc="upper left")
+        ax.legend(fontsize="small")
     return ax
 
 

@@ -64,5 +64,5 @@ def reliability(
         ax.set_title(f"expected calibration error {error}, n = {len(labels):,}")
     else:
         line.set_label(f"{label}, ECE {error}")
-        ax.legend(fontsize="small", loc="upper left")
+        ax.legend(fontsize="small")
     return ax

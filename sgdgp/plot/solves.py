@@ -78,6 +78,7 @@ def convergence(
         ylabel="relative residual",
         title=f"{found.solver} on {found.operator}: {found.reason}",
     )
+    ax.set_xlim(left=0.0)
     ax.legend(fontsize="small")
     return ax
 
