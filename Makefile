@@ -14,7 +14,7 @@ WORKERS ?= 2
 THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-short test test-slow lint format notebook wheel clean
+.PHONY: help demo demo-short test test-slow lint format notebook docs wheel clean
 
 help:                 ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -40,9 +40,19 @@ format: $(VENV)/installed-dev  ## let ruff rewrite what it can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-notebook: $(VENV)/installed-test  ## execute the notebooks in their short form
+notebook: docs/tutorials/executed  ## execute the notebooks in their short form
+
+docs: docs/tutorials/executed $(VENV)/installed-dev  ## build/site, and check its links
+	$(BIN)/python -m sphinx -W --keep-going -q -j auto docs build/site
+	$(BIN)/python -m pytest -n 0 tests/test_site.py
+
+# Pages of the site are copies of the notebooks, with what they print.
+docs/tutorials/executed: $(wildcard notebooks/*.ipynb) $(shell find sgdgp -name '*.py') \
+  | $(VENV)/installed-test
+	rm -rf $(@D) && mkdir -p $(@D) && cp notebooks/*.ipynb $(@D)
 	OMP_NUM_THREADS=$(THREADS) SGDGP_SHORT=1 $(BIN)/python -m pytest -n $(WORKERS) --nbmake \
-	  --nbmake-timeout=600 notebooks
+	  --nbmake-timeout=600 --overwrite $(@D)
+	@touch $@
 
 wheel: $(VENV)/installed-dev  ## build the source archive, and the wheel from it
 	rm -rf dist
@@ -50,7 +60,7 @@ wheel: $(VENV)/installed-dev  ## build the source archive, and the wheel from it
 	$(BIN)/python -m twine check --strict dist/*
 
 clean:                ## remove the environment and everything built
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist docs/tutorials docs/reference .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 # torch comes first and by its exact version: where a build without CUDA is offered it
 # is taken, and no later requirement asks for another.
