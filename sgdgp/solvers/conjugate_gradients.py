@@ -64,8 +64,9 @@ _NEAR = 2.0
 # half of one, as they do not take the same time.
 _LAST_STEPS = 2.5
 # CG stagnates where so many checks in a row find an energy that has grown by less than
-# this part: the residual may rise for hundreds of iterations meanwhile.
-_STALLED_GAIN, _STALLED_CHECKS = 1e-5, 4
+# this part, as the residual may rise for hundreds of iterations meanwhile, and no
+# residual that has fallen below this part of the best.
+_STALLED_GAIN, _STALLED_CHECKS, _FALLEN = 1e-5, 4, 0.9
 # Of the energy, to tell iterates apart; below, float32 rounds and the residual decides.
 _CLEAR_GAIN = 1e-3
 # Times the rounding unit: smaller eigenvalues of a block's curvature, scaled to unit
@@ -317,7 +318,6 @@ class CG(IterativeSolver):
         energy = run.energy_gained(system.rhs)
         stalled = 0
         while reason is None:
-            before = run.energy_gained(system.rhs)
             fall, step_seconds = _FIRST_FALL, 0.0
             largest = float(run.norms.max())
             for _ in range(_REPLACE_EVERY):
@@ -349,14 +349,13 @@ class CG(IterativeSolver):
                     or record.is_past(self.max_seconds)
                 ):
                     break
-            # The residual may rise for hundreds of iterations while the error in the
-            # norm of H still falls: only the energy tells whether CG stands still.
-            gained = run.energy_gained(system.rhs) - before
-            total = run.energy_gained(system.rhs).abs()
-            moves = bool((gained > _STALLED_GAIN * total).any())
             passes += _replace_residual(run, system, norms > self.tolerance)
             reached = run.energy_gained(system.rhs)
             better = _better(run.norms, norms, reached, energy)
+            # The residual may rise for hundreds of iterations while the error in the
+            # norm of H still falls: then the energy tells that CG does not stand still.
+            gains = (reached - energy) > _STALLED_GAIN * reached.abs()
+            moves = bool((gains | (run.norms < _FALLEN * norms)).any())
             energy = torch.where(better, reached, energy)
             best[:, better] = run.weights[:, better]
             if best_residual is not None:
@@ -364,7 +363,7 @@ class CG(IterativeSolver):
             norms = torch.where(better, run.norms, norms)
             if record(passes, norms, exact=True, weights=lambda: best * system.scale):
                 reason = "interrupted"
-            stalled = 0 if moves or bool(better.any()) else stalled + 1
+            stalled = 0 if moves else stalled + 1
             if float(norms.max()) <= self.tolerance:
                 reason = "converged"
             elif (
