@@ -218,7 +218,13 @@ class IndexedStream(Stream):
         self._batch = loader.batch_size or DEFAULT_BATCH
         self.num_examples = len(examples)
         # Whole batches, so that they are the same however many processes there are.
-        share = self.processes.share(-(-len(examples) // self._batch))
+        count, size = -(-len(examples) // self._batch), self.processes.size
+        if count < size:
+            raise ValueError(
+                f"loader: expected a batch for each of {size} processes, found "
+                f"{count}; use smaller batches or fewer processes"
+            )
+        share = self.processes.share(count)
         start = share.start * self._batch
         stop = min(len(examples), share.stop * self._batch)
         self._first = start

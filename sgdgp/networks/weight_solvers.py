@@ -286,6 +286,8 @@ class WeightCG(WeightSolver):
                     reason = "interrupted"
                 elif found.passes + 1.0 >= self.max_passes:
                     reason = "budget"
+                elif not bool(torch.isfinite(found.errors).all()):
+                    break  # |phi v|^2 < 0: in float32 the recursion has drifted.
             run.adopt(every_column, found.residuals_of(run.weights))
             found.move_to(run.weights, run.residual)
             unsolved = ~(found.errors <= self.tolerance)

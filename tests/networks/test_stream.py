@@ -97,6 +97,13 @@ def test_processes_share_the_examples_without_overlap(source: str, size: int):
     assert torch.equal(torch.cat(seen).sort().values, torch.arange(N))
 
 
+@pytest.mark.parametrize("rank", range(3))
+def test_fewer_batches_than_processes_are_refused_by_all(rank):
+    loader = DataLoader(DATA, batch_size=-(-N // 2))
+    with pytest.raises(ValueError, match="each of 3 processes, found 2"):
+        stream_of(loader, CPU, processes=Processes(rank, 3))
+
+
 def test_shuffled_passes_differ_and_keep_the_numbers():
     stream = stream_of(SOURCES["in order"], CPU)
     generator = torch.Generator().manual_seed(0)

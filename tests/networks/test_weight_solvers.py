@@ -22,12 +22,14 @@ from sgdgp.networks import (
     WeightCholesky,
     WeightSGD,
     curvature,
+    weight_solvers,
 )
 from sgdgp.networks.curvature import TangentData, WeightSystem, curvature_probes
 from sgdgp.networks.linearisation import chosen_solver
 from sgdgp.networks.priors.base import no_probes
 from sgdgp.networks.stream import stream_of
 from sgdgp.networks.weight_solvers import largest_batch_eigenvalue, relative_errors
+from sgdgp.solvers.conjugate_gradients import BlockRecurrence
 from sgdgp.tangent import Tangent
 from tests.networks.dense import columns, tiny_system
 from tests.networks.kinds import inputs_of, network_of
@@ -117,6 +119,28 @@ def test_budgets_are_kept_and_reported(solver, hidden):
     assert found.reason == ("converged" if direct else "budget")
     # Solvers of the dual finish the step that they are in.
     assert found.passes <= 9.0 + (2.0 if isinstance(solver, Dual) else 0.0)
+
+
+def test_a_recursion_that_has_drifted_is_corrected(monkeypatch):
+    class Drifting(BlockRecurrence):
+        steps = 0
+
+        def step(self, rhs=None):
+            super().step(rhs)
+            self.steps += 1
+            if self.steps == 2:
+                # So far that the residuals belong to no positive |phi v|^2.
+                self.residual += 10.0 * self.residual.norm(dim=0) * self.weights
+
+    monkeypatch.setattr(weight_solvers, "BlockRecurrence", Drifting)
+    system, features, _, _ = tiny_system()
+    rhs = columns(system.num_weights, 2)
+    found = WeightCG(1e-6).solve(system, rhs, torch.zeros_like(rhs))
+    assert found.reason == "converged"
+    assert found.passes < 60.0
+    torch.testing.assert_close(
+        found.weights, exact(features, rhs), rtol=1e-5, atol=1e-5
+    )
 
 
 def test_a_callback_can_stop_a_solve(solver):
