@@ -274,6 +274,12 @@ class TiledOperator(KernelOperator):
             kernels.append(FactoredTile(tile.factor, bound, x))
         if torch.is_grad_enabled() and misses_a_gradient(self.kernel, kernels[0], x):
             return super()._quadratic_form(a, b, x)
+        return self._form_by_tiles(kernels, a, b, x)
+
+    def _form_by_tiles(
+        self, kernels: Sequence[FactoredTile], a: Tensor, b: Tensor, x: Tensor
+    ) -> Tensor:
+        """``quadratic_form`` of a tile kernel whose derivatives are analytic."""
         return form_by_tiles(kernels, a, b, self.memory_budget, self.part)
 
 

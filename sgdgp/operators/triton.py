@@ -17,6 +17,11 @@ Products. P = hi + lo and V = hi + lo take three products, hi hi + lo hi + hi lo
 in float32 over tiles. P is scaled by 2^10 and V by its largest entry, so that neither
 underflows. One column is summed without tensor cores. "medium" leaves all lo away.
 
+Forms. a^T K b weighs tiles by (a b^T + b a^T) / 2, one more product of operands. Its
+gradient by z_i is -4 sum_j G_ij (z_i - z_j), G = weights * dP / dE, found as G [z, 1] by
+a launch as of products for each part of a kernel, and from differences where distances
+are. Lengthscales, inputs and what is behind them have theirs from that by autograd.
+
 Measured as a prototype on one H100 (triton 3.6), n = 100,000, d = 9: 15 to 60 times the
 tiled operator, and faster than a product with K in memory. This module has not run on
 a GPU yet: its numbers are checked in Triton's interpreter, and it compiles for sm_90.
@@ -27,7 +32,7 @@ from __future__ import annotations
 import importlib
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import ClassVar, NamedTuple, TypeAlias
@@ -39,7 +44,12 @@ from torch.nn.functional import pad
 from sgdgp.core.slices import slices
 from sgdgp.kernels.compose import ProductTile, SumTile
 from sgdgp.kernels.distance import DIRECT_DIMENSIONS, StationaryTile
-from sgdgp.kernels.registry import TileKernel
+from sgdgp.kernels.registry import (
+    FactoredTile,
+    TileKernel,
+    differentiable_tile,
+    wants_gradient,
+)
 from sgdgp.kernels.stationary import (
     Matern12Tile,
     Matern32Tile,
@@ -49,6 +59,7 @@ from sgdgp.kernels.stationary import (
 )
 from sgdgp.operators.arguments import index_length, piece
 from sgdgp.operators.base import RowIndex
+from sgdgp.operators.gradients import with_gradient
 from sgdgp.operators.tiled import TiledOperator
 
 _MOST_PARTS = 3
@@ -64,11 +75,11 @@ _CANCELLED = 2.0**-12
 _LARGEST_ALPHA = 16.0
 """Of a rational quadratic kernel: the error of log2(1 + d2) is multiplied by it."""
 
-_RBF, _RATIONAL_QUADRATIC = 0, 1
+_RBF, _RATIONAL_QUADRATIC, _MATERN12 = 0, 1, 2
 _PROFILES = {
     RBFTile.profile: _RBF,
     RationalQuadraticTile.profile: _RATIONAL_QUADRATIC,
-    Matern12Tile.profile: 2,
+    Matern12Tile.profile: _MATERN12,
     Matern32Tile.profile: 3,
     Matern52Tile.profile: 4,
 }
@@ -88,6 +99,9 @@ _FILLED = 2112
 _WIDTHS = ((1, 0), (16, 0), (32, 0), (64, 0), (64, 16))
 """Columns of a launch: one summed without tensor cores, or one or two products."""
 
+_WEIGHTS = 21
+"""Columns of a and b that a launch multiplies: 2 x 3 x 21 are 126 of an operand."""
+
 Split: TypeAlias = tuple[int, int]
 """Two widths, powers of two or zero, of one operand."""
 
@@ -98,24 +112,29 @@ class _Link:
 
     Attributes:
         operation: "+" or "*"; "" of the first. What is multiplied has no weight.
-        weight: w.
+        weight: w, 0-dim where it has a graph.
         profile: p, one at distance zero.
         tiles: Whose inputs it sees, side by side.
     """
 
     operation: str
-    weight: float
+    weight: float | Tensor
     profile: int
     tiles: tuple[StationaryTile, ...]
 
     @property
     def alpha(self) -> float:
         """The shape parameter, if there is one."""
-        return float(self.tiles[0].shape_parameter or 1.0)
+        alpha = self.tiles[0].shape_parameter
+        return 1.0 if alpha is None else _number(alpha)
 
     def scaled(self, x: Tensor, origin: Tensor) -> Tensor:
         """The inputs of the part (n, d)."""
         return torch.cat([tile.scaled(x, origin) for tile in self.tiles], 1)
+
+
+def _number(value: float | Tensor) -> float:
+    return float(value.detach()) if isinstance(value, Tensor) else value
 
 
 def _chain(tile: TileKernel) -> list[_Link] | None:
@@ -127,7 +146,7 @@ def _chain(tile: TileKernel) -> list[_Link] | None:
         return None
     chains = [_chain(part) for part in tile.parts]
     is_sum = isinstance(tile, SumTile)
-    weights = [float(part.factor) if is_sum else 1.0 for part in tile.parts]
+    weights = [part.factor if is_sum else 1.0 for part in tile.parts]
     found = [
         _times_weight(chain, weight)
         for chain, weight in zip(chains, weights, strict=True)
@@ -150,7 +169,7 @@ def _chain(tile: TileKernel) -> list[_Link] | None:
     return first
 
 
-def _times_weight(chain: list[_Link], weight: float) -> list[_Link]:
+def _times_weight(chain: list[_Link], weight: float | Tensor) -> list[_Link]:
     """The same chain times a number."""
     return [
         link if link.operation == "*" else replace(link, weight=weight * link.weight)
@@ -180,7 +199,7 @@ class _Form:
     Attributes:
         parts: What is compiled for, and
         numbers: what is not: see the kernels.
-        factor: What products are to be multiplied by.
+        factor: What its tiles are to be multiplied by.
         rows: Row points.
         columns: Column points, padded.
     """
@@ -193,7 +212,8 @@ class _Form:
 
     def launch(self, width: int) -> tuple[int, int, int]:
         """Rows of a tile, warps, and tiles of columns that are loaded ahead."""
-        return _TILE, 4, 3 if self.rows.operand.shape[1] <= 64 else 2
+        across = self.rows.operand.shape[1]
+        return _TILE, 4, 3 if across <= 64 else 2 if across <= _WIDEST else 1
 
 
 def _two_widths(width: int) -> Split:
@@ -236,12 +256,12 @@ def _augmented(z: Tensor, high: bool) -> tuple[Tensor, Tensor, Tensor, Split]:
     return a, b, norm[:, 0], widths
 
 
-def _form(operator: TritonOperator) -> _Form | None:
-    """The form of an operator's kernel, None where tiles are to do it."""
-    chain = _chain(operator.tile)
+def _form(
+    operator: TritonOperator, chain: list[_Link], x: Tensor, x_rows: Tensor
+) -> _Form | None:
+    """The form of a kernel at points of an operator, None where tiles are to do it."""
     if (
-        chain is None
-        or len(chain) > _MOST_PARTS
+        not 0 < len(chain) <= _MOST_PARTS
         or operator.dtype != torch.float32
         or 0 in operator.shape
         or any(
@@ -251,21 +271,20 @@ def _form(operator: TritonOperator) -> _Form | None:
         )
     ):
         return None
-    top = sum(link.weight for link in chain if link.operation != "*")
-    if not (math.isfinite(top) and top > 0):
+    weights = [_number(link.weight) for link in chain]
+    terms = [w for w, link in zip(weights, chain, strict=True) if link.operation != "*"]
+    top = sum(terms)
+    if not (math.isfinite(top) and min(terms) > 0):
         return None
-    chain = _times_weight(chain, 1024.0 / top)
     high = operator.precision == "high"
     sides: tuple[list[Tensor], list[Tensor]] = ([], [])
     coordinates: tuple[list[Tensor], list[Tensor]] = ([], [])
     parts, numbers, first, first_z = [], [], 0, 0
-    for link in chain:
-        z = link.scaled(operator.x, operator.origin)
-        zr = z
-        if not operator.is_square:
-            zr = link.scaled(operator.x_rows, operator.origin)
+    for link, weight in zip(chain, weights, strict=True):
+        z = link.scaled(x, operator.origin)
+        zr = z if x_rows is x else link.scaled(x_rows, operator.origin)
         d = z.shape[1]
-        widths, level = (0, 0), 0.0
+        widths, level = (0, 0), -1.0
         if d == 0:
             return None
         if d > DIRECT_DIMENSIONS:
@@ -276,12 +295,12 @@ def _form(operator: TritonOperator) -> _Form | None:
             largest = float(norms.max())
             if not largest <= _LARGEST_NORM[operator.precision]:
                 return None
-            level = -_CANCELLED * largest
+            level = -_CANCELLED * max(largest, 1e-20)
             sides[0].append(left)
             sides[1].append(right)
         is_sum = int(link.operation == "+")
         parts += [is_sum, link.profile, first, *widths, first_z, d]
-        numbers += [link.weight, link.alpha, level]
+        numbers += [1024.0 / top * weight, link.alpha, level]
         coordinates[0].append(zr.T)
         coordinates[1].append(z.T)
         first, first_z = first + sum(widths), first_z + d
@@ -293,17 +312,16 @@ def _form(operator: TritonOperator) -> _Form | None:
         )
         for side, z in zip(sides, coordinates, strict=True)
     )
-    factor = top * float(operator.tile.factor)
     held = rows.coordinates.new_tensor(numbers)
-    return _Form(tuple(parts), held, factor, rows, columns.padded())
+    return _Form(tuple(parts), held, 2.0**-10 * top, rows, columns.padded())
 
 
 class TritonOperator(TiledOperator):
     """K(X1, X2) reduced on tensor cores; memory O(n (d + k)).
 
     In float32 on a GPU, for stationary kernels of any lengthscales and active
-    dimensions, scaled, and sums and products of up to three of them. Blocks, the
-    diagonal and gradients come from the tiles, and so do products that the kernel has
+    dimensions, scaled, and sums and products of up to three of them. Blocks and the
+    diagonal come from the tiles, and so do products and gradients that the kernel has
     no form for: other dtypes and kernels, scaled inputs far from their mean.
 
     Args:
@@ -328,7 +346,8 @@ class TritonOperator(TiledOperator):
         interpreted = os.environ.get("TRITON_INTERPRET") == "1"
         runs = interpreted or self.device.type == "cuda"
         with torch.no_grad():
-            self._form = _form(self) if runs else None
+            chain = _times_weight(_chain(self.tile) or [], self.tile.factor)
+            self._form = _form(self, chain, self.x, self.x_rows) if runs else None
         self.sums_tiles = self._form is None
         self.is_recordable = self.is_fused and self.device.type == "cuda"
 
@@ -349,32 +368,53 @@ class TritonOperator(TiledOperator):
         columns = _Points(operand[index], coordinates[:, index]).padded()
         return self._reduced(self._form, slice(0, self.shape[0]), columns, v)
 
+    def _form_by_tiles(
+        self, kernels: Sequence[FactoredTile], a: Tensor, b: Tensor, x: Tensor
+    ) -> Tensor:
+        """The form by the kernel, where it has one of the parameters as they are."""
+        form, tile = None, differentiable_tile(self.kernel)
+        some = a.shape[1] > 0 and len(x) >= self.part.size
+        if self._form is not None and tile is not None and some:
+            chain = _times_weight(_chain(tile) or [], tile.factor)
+            with torch.no_grad():
+                form = _form(self, chain, x, x)
+        if form is None:
+            return super()._form_by_tiles(kernels, a, b, x)
+        value = x.new_zeros((), dtype=torch.float64)
+        found: list[tuple[float | Tensor | None, Tensor]] = []
+        own = self.part.rows(len(x))
+        for q, link in enumerate(chain):
+            moved, sums = _pulled(form, q, a, b, own, self.precision == "high")
+            total, bent = (form.factor * sums).unbind()
+            if link.operation != "*":
+                value += total
+                found.append((link.weight, total / _number(link.weight)))
+            found.append((link.tiles[0].shape_parameter, bent * math.log(2.0)))
+            z = link.scaled(x, self.origin)
+            gradient = torch.zeros_like(z)
+            slope = link.tiles[0].derivative_scale / link.tiles[0].at_zero
+            gradient[own] = 4.0 * form.factor * slope * moved
+            found.append((z, gradient))
+        pairs = [(t, g.to(t)) for t, g in found if isinstance(t, Tensor)]
+        pairs = [(t, g) for t, g in pairs if wants_gradient(t)]
+        return with_gradient(
+            value.to(a.dtype), [t for t, _ in pairs], [g for _, g in pairs]
+        )
+
     def _reduced(
         self, form: _Form, index: RowIndex, columns: _Points, v: Tensor
     ) -> Tensor:
         rows = index_length(index)
         if 0 in (rows, *v.shape):
             return v.new_zeros(rows, v.shape[1])
-        across = len(columns.operand) // _TILE
-        strips = slices(rows, _TILE * max(1, _MOST_TILES // across))
         full = self.precision == "high"
         return _joined(
-            [
-                _joined(
-                    [
-                        _launched(form, columns, piece(index, strip), part, full)
-                        for part in _pieces(v)
-                    ],
-                    1,
-                )
-                for strip in strips
-            ],
-            0,
+            [_launched(form, columns, index, part, full) for part in _pieces(v)], 1
         )
 
 
-def _joined(parts: list[Tensor], dim: int) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
+def _joined(parts: Sequence[Tensor], dim: int) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(tuple(parts), dim)
 
 
 class MediumTritonOperator(TritonOperator):
@@ -413,50 +453,152 @@ def _launched(
     form: _Form, columns: _Points, index: RowIndex, v: Tensor, full: bool
 ) -> Tensor:
     """K[index, columns] v (b, k) for one group of columns of v."""
-    count, k = v.shape
-    rows = index_length(index)
-    width, rest = next(pair for pair in _WIDTHS if sum(pair) >= k)
-    scale: float | Tensor = 2.0**-10 * form.factor
-    hi = lo = v
-    code = _device_code()
+    k = v.shape[1]
+    widths = next(pair for pair in _WIDTHS if sum(pair) >= k)
+    if widths[0] == 1:
+        return form.factor * _swept(form, columns, index, v, (v, v), widths, full)[0]
+    digits, scale = _digits(v, len(columns.operand), widths, full)
+    out, _ = _swept(form, columns, index, v, digits, widths, full)
+    return out[:, :k] * (scale * form.factor)
+
+
+def _digits(
+    v: Tensor, padded: int, widths: Split, full: bool
+) -> tuple[tuple[Tensor, Tensor], Tensor]:
+    """V (n, k) over a scale (k,) in one or two digits (padded, sum of widths)."""
+    largest = torch.linalg.vector_norm(v, math.inf, 0).clamp_min_(1e-30)
+    shape = (1 + full, padded, sum(widths))
+    halves = v.new_empty(shape, dtype=torch.float16)
     with torch.cuda.device_of(v):
-        if width > 1:
-            largest = torch.linalg.vector_norm(v, math.inf, 0).clamp_min_(1e-30)
-            padded = len(columns.operand)
-            shape = (1 + full, padded, width + rest)
-            halves = v.new_empty(shape, dtype=torch.float16)
-            hi, lo = halves[0], halves[-1]
-            code.digits[(padded // _TILE,)](
-                v, largest, hi, lo, count, *v.stride(), FULL=full, C=k, K=width,
-                REST=rest, BN=_TILE,
-            )  # fmt: skip
-            scale = largest * (2.0**-10 * scale)
-        high, warps, stages = form.launch(width)
-        tiles, blocks = len(columns.operand) // _TILE, -(-rows // high)
-        splits = max(1, min(-(-_FILLED // blocks), tiles // 8), -(-tiles // _LONGEST))
-        each = -(-tiles // splits)
-        splits = -(-tiles // each)
-        out = v.new_empty(splits, rows, width + rest)
-        listed = any(form.parts[3::7])
-        near = v.new_empty(
-            (blocks * splits, each + 1) if listed else 1, dtype=torch.int16
-        )
-        first_row = index.start if isinstance(index, slice) else 0
-        indices = out
-        if isinstance(index, Tensor):
-            # Without its strides, and checked where the device checks it.
-            numbers = torch.arange(form.rows.coordinates.shape[1], device=v.device)
-            indices = numbers.index_select(0, index)
+        _device_code().digits[(padded // _TILE,)](
+            v, largest, halves[0], halves[-1], *v.shape[:1], *v.stride(), FULL=full,
+            C=v.shape[1], K=widths[0], REST=widths[1], BN=_TILE,
+        )  # fmt: skip
+    return (halves[0], halves[-1]), largest * 2.0**-10
+
+
+def _swept(
+    form: _Form,
+    columns: _Points,
+    index: RowIndex,
+    v: Tensor,
+    digits: tuple[Tensor, Tensor],
+    widths: Split,
+    full: bool,
+    pull: int = -1,
+) -> tuple[Tensor, Tensor]:
+    """What ``product`` writes: products (b, sum of widths), and sums (b, d + 2)."""
+    tiles = len(columns.operand) // _TILE
+    highest = _TILE * max(1, _MOST_TILES // tiles)
+    found = [
+        _swept_strip(form, columns, piece(index, strip), v, digits, widths, full, pull)
+        for strip in slices(index_length(index), highest)
+    ]
+    out, sums = zip(*found, strict=True)
+    return _joined(out, 0), _joined(sums, 0)
+
+
+def _swept_strip(
+    form: _Form,
+    columns: _Points,
+    index: RowIndex,
+    v: Tensor,
+    digits: tuple[Tensor, Tensor],
+    widths: Split,
+    full: bool,
+    pull: int,
+) -> tuple[Tensor, Tensor]:
+    rows = index_length(index)
+    links = len(form.parts) // 7 - (pull >= 0)
+    high, warps, stages = form.launch(widths[0])
+    tiles, blocks = len(columns.operand) // _TILE, -(-rows // high)
+    splits = max(1, min(-(-_FILLED // blocks), tiles // 8), -(-tiles // _LONGEST))
+    each = -(-tiles // splits)
+    splits = -(-tiles // each)
+    out = v.new_empty(splits, rows, sum(widths))
+    sums = out
+    if pull >= 0:
+        sums = v.new_zeros(splits, rows, form.parts[7 * pull + 6] + 2)
+    listed = any(form.parts[3 : 7 * links : 7])
+    near = v.new_empty((blocks * splits, each + 1) if listed else 1, dtype=torch.int16)
+    first_row = index.start if isinstance(index, slice) else 0
+    indices = out
+    if isinstance(index, Tensor):
+        # Without its strides, and checked where the device checks it.
+        numbers = torch.arange(form.rows.coordinates.shape[1], device=v.device)
+        indices = numbers.index_select(0, index)
+    with torch.cuda.device_of(v):
         for exact in (False, True)[: 1 + listed]:
-            code.product[(blocks, splits)](
+            _device_code().product[(blocks, splits)](
                 form.rows.operand, columns.operand, form.rows.coordinates,
-                columns.coordinates, indices, hi, lo, out,
+                columns.coordinates, indices, *digits, out, sums,
                 form.numbers, near, first_row, rows, tiles, each,
                 form.rows.coordinates.shape[1], columns.coordinates.shape[1],
-                form.rows.operand.shape[1], count, v.stride(0), PARTS=form.parts,
-                LAST=len(form.parts) // 7 - 1, INDEXED=indices is not out,
-                LISTED=listed and not exact, EXACT=exact, FULL=full, K=width,
-                REST=rest, BM=high, BN=_TILE, num_warps=warps, num_stages=stages,
+                form.rows.operand.shape[1], len(v), v.stride(0), PARTS=form.parts,
+                LAST=links - 1, INDEXED=indices is not out,
+                LISTED=listed and not exact, EXACT=exact, PULL=pull, FULL=full,
+                K=widths[0], REST=widths[1], BM=high, BN=_TILE, num_warps=warps,
+                num_stages=stages,
             )  # fmt: skip
-    total = out.sum(0) if splits > 1 else out[0]
-    return total[:, :k] * scale
+    return (out.sum(0), sums.sum(0)) if splits > 1 else (out[0], sums[0])
+
+
+@torch.no_grad()
+def _pulled(
+    form: _Form, q: int, a: Tensor, b: Tensor, rows: slice, full: bool
+) -> tuple[Tensor, Tensor]:
+    """Sums over all columns of what (a b^T + b a^T) / 2 weighs, over ``form.factor``.
+
+    Returns:
+        sum_j G_ij (z_i - z_j) (b, d) of the inputs of part q, with G weights times
+        slopes; and, of all rows together, what the part has in the form, and what its
+        alpha bends (2,).
+    """
+    profile, _, *split, start, d = form.parts[7 * q + 1 : 7 * q + 7]
+    z = form.rows.coordinates[start : start + d].T
+    ends = torch.cat([z, torch.ones_like(z[:, :1])], 1)
+    apart = split[0] == 0
+    widths = (16, 0) if apart else _two_widths(d + 1)
+    digits, scale = _digits(ends, len(form.columns.operand), widths, full)
+    z = z[rows]
+    moved, sums = torch.zeros_like(z), z.new_zeros(2, dtype=torch.float64)
+    for left, right in zip(a.split(_WEIGHTS, 1), b.split(_WEIGHTS, 1), strict=True):
+        weighted, size = _weighted(form, left, right, full)
+        out, found = _swept(
+            weighted, weighted.columns, rows, ends, digits, widths, full, q
+        )
+        if not apart:
+            out = out[:, : d + 1] * scale
+            found[:, :d] += z * out[:, -1:] - out[:, :-1]
+        moved += size * found[:, :d]
+        sums += size * found[:, d:].sum(0, dtype=torch.float64)
+    if profile == _MATERN12:
+        moved *= (-form.numbers[3 * q + 2]).rsqrt()
+    return moved, sums
+
+
+def _weighted(form: _Form, a: Tensor, b: Tensor, full: bool) -> tuple[_Form, Tensor]:
+    """The form with an operand of (a b^T + b a^T) / 2 behind its own, over a scale.
+
+    What is left of the weights is at most one.
+    """
+    largest = [v.abs().amax(0).clamp_min(1e-30).double() for v in (a, b)]
+    size = (largest[0] * largest[1]).sum()
+    balance = 64.0 * (largest[0] * largest[1] / size).sqrt()
+    a, b = ((v * (balance / m).to(v)) for v, m in zip((a, b), largest, strict=True))
+    first = sum(sum(form.parts[i + 3 : i + 5]) for i in range(0, len(form.parts), 7))
+    order = [(0, 0, 1), (0, 1, 0)] if full else [(0,), (0,)]
+    widths = _two_widths(2 * a.shape[1] * len(order[0]))
+    points = []
+    for held, *pair, digits in zip(
+        (form.rows, form.columns), (a, b), (b, a), order, strict=True
+    ):
+        v = torch.cat(pair, 1)
+        both = (v.half(), (v - v.half().to(v)).half())
+        side = torch.cat([both[i] for i in digits], 1)
+        extra = (0, sum(widths) - side.shape[1], 0, len(held.operand) - len(side))
+        operand = torch.cat([held.operand[:, :first], pad(side, extra)], 1)
+        points.append(held._replace(operand=operand))
+    parts = (*form.parts, 0, 0, first, *widths, 0, 0)
+    rows, columns = points
+    return replace(form, parts=parts, rows=rows, columns=columns), size.to(a)

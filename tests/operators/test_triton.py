@@ -22,12 +22,14 @@ from gpytorch.kernels import (
 )
 from torch import Tensor
 
+from sgdgp.core.processes import Processes
 from sgdgp.kernels.registry import register_tile_kernel
 from sgdgp.kernels.stationary import RBFTile
-from sgdgp.operators import choose, choose_operator, operator_by_name, triton
+from sgdgp.operators import choose, choose_operator, operator_by_name, tiled, triton
 from sgdgp.operators.triton import MediumTritonOperator, TritonOperator
 from sgdgp.solvers.iterates import BlockIterate
 from sgdgp.solvers.system import as_system
+from tests.operators.quadratic_truth import agree, by_autograd, by_operator
 
 pytest.importorskip("triton", reason="needs triton, which is made for Linux")
 
@@ -111,7 +113,7 @@ def test_any_number_of_columns(columns, generator):
     assert error(TritonOperator(kernel, x) @ v, truth(kernel, x) @ v.double()) < 1e-6
 
 
-@pytest.mark.parametrize(
+several_parts = pytest.mark.parametrize(
     "kernel",
     [
         ScaleKernel(RBFKernel(active_dims=(0, 1))) * RBFKernel(active_dims=(2, 4)),
@@ -121,6 +123,9 @@ def test_any_number_of_columns(columns, generator):
     ],
     ids=["one exponential", "a b + c", "(a + b) c"],
 )
+
+
+@several_parts
 def test_sums_and_products_of_up_to_three(kernel, generator):
     x, v = with_duplicates(60, 5, generator), normal(60, 2, generator)
     kernel = deepcopy(kernel).to(DEVICE)
@@ -130,6 +135,58 @@ def test_sums_and_products_of_up_to_three(kernel, generator):
     operator = TritonOperator(kernel, x)
     assert operator.is_fused
     assert error(operator @ v, truth(kernel, x) @ v.double()) < 1e-6
+
+
+@pytest.fixture
+def no_tiles(monkeypatch):
+    def refuse(*args):
+        raise AssertionError("the form came from tiles")
+
+    monkeypatch.setattr(tiled, "form_by_tiles", refuse)
+
+
+def check_form(operator: TritonOperator, generator: torch.Generator) -> None:
+    """The form, and its gradients by all parameters and inputs, are autograd's."""
+    a, b = (normal(len(operator.x), 2, generator) for _ in range(2))
+    a[:, 1] *= 1e-3
+    found = by_operator(operator, operator.kernel, a, b)
+    value, gradients = by_autograd(operator.kernel, operator.x, a, b)
+    # The direction of a pair that is almost one point has lost digits in float32.
+    agree(found, (value, {"x": gradients.pop("x")}), 3e-4)
+    agree(found, (value, gradients), 1e-5)
+
+
+@pytest.mark.parametrize("d", [2, 5])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradients_of_a_family_agree_with_float64(family, d, no_tiles, generator):
+    kernel = ScaleKernel(FAMILIES[family](ard_num_dims=d, active_dims=range(1, d + 1)))
+    operator = TritonOperator(kernel.to(DEVICE), with_duplicates(66, d + 1, generator))
+    # Those of the parameters as they are.
+    kernel.base_kernel.lengthscale = torch.linspace(0.7, 2.0, d, device=DEVICE)
+    check_form(operator, generator)
+
+
+@several_parts
+def test_gradients_of_sums_and_products(kernel, no_tiles, generator):
+    kernel = deepcopy(kernel).to(DEVICE)
+    check_form(TritonOperator(kernel, with_duplicates(40, 5, generator)), generator)
+
+
+def test_forms_of_many_columns_in_parts_and_of_tiles_without_near_pairs(
+    no_tiles, generator
+):
+    kernel = MaternKernel(0.5, ard_num_dims=20).to(DEVICE)
+    kernel.lengthscale = 5.0
+    x, (a, b) = normal(66, 20, generator), normal(132, 25, generator).split(66)
+    truth, operator = by_autograd(kernel, x, a, b), TritonOperator(kernel, x)
+    agree(by_operator(operator, kernel, a, b), truth, 1e-5)
+    found = []
+    for rank in range(2):
+        operator.part = Processes(rank, 2)
+        found.append(by_operator(operator, kernel, a, b))
+    value = sum(value for value, _ in found)
+    names = found[0][1]
+    agree((value, {k: found[0][1][k] + found[1][1][k] for k in names}), truth, 1e-5)
 
 
 def test_medium_precision_is_that_of_float16(generator):
@@ -174,7 +231,9 @@ def test_what_the_kernel_has_no_form_for_is_left_to_tiles(
     kernel, x, v = (t.to(device=DEVICE, dtype=dtype) for t in (kernel, x, v))
     operator = TritonOperator(kernel, x)
     assert not operator.is_fused
-    assert torch.equal(operator @ v, operator_by_name("tiled", kernel, x) @ v)
+    tiles = operator_by_name("tiled", kernel, x)
+    assert torch.equal(operator @ v, tiles @ v)
+    assert torch.equal(operator.quadratic_form(v, v), tiles.quadratic_form(v, v))
 
 
 def test_rows_are_taken_in_strips_where_there_are_many(monkeypatch, generator):
