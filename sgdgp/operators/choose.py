@@ -164,9 +164,10 @@ def _triton_works(device: torch.device) -> bool:
     return device.type == "cuda" and _agrees(device)
 
 
-@torch.no_grad()
+@torch.inference_mode(False)
+@torch.enable_grad()
 def _agrees(device: torch.device) -> bool:
-    """Whether a first product is that of tiles.
+    """Whether a first product is that of tiles, and a first gradient of a form.
 
     It takes a compiler, and a driver that Triton knows, and fails in many ways.
     """
@@ -174,11 +175,15 @@ def _agrees(device: torch.device) -> bool:
         x = torch.linspace(-3.0, 3.0, 400, dtype=torch.float32, device=device)
         x = x.sin().view(100, 4)
         kernel, v = MaternKernel(1.5).to(x), x.repeat(1, 5)
-        found = TritonOperator(kernel, x).matmul(v)
-        expected = TiledOperator(kernel, x).matmul(v)
+        results = []
+        for operator in (TritonOperator(kernel, x), TiledOperator(kernel, x)):
+            form = operator.quadratic_form(v, v)
+            slopes = torch.autograd.grad(form, list(kernel.parameters()))
+            results.append((operator.matmul(v), *slopes))
     except Exception:
         return False
-    return torch.allclose(found, expected, rtol=1e-4, atol=1e-3)
+    pairs = zip(*results, strict=True)
+    return all(torch.allclose(f, e, rtol=1e-4, atol=1e-3) for f, e in pairs)
 
 
 def operator_by_name(

@@ -18,9 +18,9 @@ in float32 over tiles. P is scaled by 2^10 and V by its largest entry, so that n
 underflows. One column is summed without tensor cores. "medium" leaves all lo away.
 
 Forms. a^T K b weighs tiles by (a b^T + b a^T) / 2, one more product of operands. Its
-gradient by z_i is -4 sum_j G_ij (z_i - z_j), G = weights * dP / dE, found as G [z, 1] by
-a launch as of products for each part of a kernel, and from differences where distances
-are. Lengthscales, inputs and what is behind them have theirs from that by autograd.
+gradient by z_i is -4 sum_j G_ij (z_i - z_j), G = weights * dP / dE, and G [z, 1] comes
+from one launch for each part of a kernel, or from differences where distances do. By
+autograd, that is what lengthscales, inputs, and all they depend on, have theirs from.
 
 Measured as a prototype on one H100 (triton 3.6), n = 100,000, d = 9: 15 to 60 times the
 tiled operator, and faster than a product with K in memory. This module has not run on
