@@ -27,6 +27,7 @@ suppress_warnings = ["mystnb.unknown_mime_type"]  # progress bars as widgets
 # `make docs` executes them beforehand, in their short form, into docs/tutorials.
 nb_execution_mode = "off"
 nb_merge_streams = True
+nb_output_stderr = "remove"  # warnings name files of the machine
 myst_enable_extensions = ["colon_fence", "dollarmath"]
 myst_heading_anchors = 3
 
