@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
+import torch._dynamo  # optimisers do, and it cannot be imported while "meta" is default
 from gpytorch.kernels import (
     LinearKernel,
     MaternKernel,
