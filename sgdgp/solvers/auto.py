@@ -159,6 +159,8 @@ def plan(
 def _seconds_of_a_pass(system: System) -> float:
     """Measured on some rows, which takes a small part of one."""
     rows = min(system.n, _TIMED_ROWS)
+    # A first product fills a matrix, or compiles, once.
+    system.operator.rows(slice(0, 1)).matmul(system.rhs)
     start = time.perf_counter()
     system.operator.rows(slice(0, rows)).matmul(system.rhs)
     return max(1e-9, (time.perf_counter() - start) * system.n / rows)

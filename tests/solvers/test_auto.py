@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,10 +19,12 @@ from sgdgp.solvers import (
     PivotedCholesky,
     Stage,
     TwoLevel,
+    auto,
     choose_solver,
     plan,
 )
 from sgdgp.solvers.auto import SOLVERS, Refined
+from sgdgp.solvers.system import as_system
 from tests.solvers.problems import problem, relative_error
 
 GB = 10**9
@@ -255,3 +258,18 @@ def test_refined_is_its_inner_solver_with_the_same_tolerance():
     assert found == CG(tolerance=1e-8, max_passes=7.0)
     with pytest.warns(DeprecationWarning, match="SDD"):
         assert Refined(SDD(), 1e-3) == SDD(tolerance=1e-3)
+
+
+def test_what_is_done_once_is_no_part_of_a_pass(monkeypatch):
+    """A matrix that has to be filled first does not make every pass look dear."""
+    p = problem("matern32", 200, noise=0.05, operator="dense")
+    operator = DenseOperator.filled_by(p.operator.source)
+    filled = []
+
+    def clock() -> float:
+        filled.append(operator._entries is not None)
+        return float(len(filled))
+
+    monkeypatch.setattr(auto, "time", SimpleNamespace(perf_counter=clock))
+    auto._seconds_of_a_pass(as_system(operator, p.noise, p.rhs))
+    assert filled == [True, True]
