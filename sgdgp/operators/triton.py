@@ -210,7 +210,8 @@ class _Form:
     rows: _Points
     columns: _Points
 
-    def launch(self, width: int) -> tuple[int, int, int]:
+    @property
+    def launch(self) -> tuple[int, int, int]:
         """Rows of a tile, warps, and tiles of columns that are loaded ahead."""
         across = self.rows.operand.shape[1]
         return _TILE, 4, 3 if across <= 64 else 2 if across <= _WIDEST else 1
@@ -510,7 +511,7 @@ def _swept_strip(
 ) -> tuple[Tensor, Tensor]:
     rows = index_length(index)
     links = len(form.parts) // 7 - (pull >= 0)
-    high, warps, stages = form.launch(widths[0])
+    high, warps, stages = form.launch
     tiles, blocks = len(columns.operand) // _TILE, -(-rows // high)
     splits = max(1, min(-(-_FILLED // blocks), tiles // 8), -(-tiles // _LONGEST))
     each = -(-tiles // splits)
