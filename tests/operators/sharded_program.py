@@ -241,6 +241,8 @@ def in_two(main: Callable[[], dict[str, Any]], out: Path) -> list[int]:
         if not child:
             os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
             _others[:] = children
+            # Where it is ignored from the start, as in a shell's background.
+            signal.signal(signal.SIGINT, signal.default_int_handler)
             status = 1
             try:
                 cpu = torch.device("cpu")
