@@ -81,16 +81,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Print the table; the exit status says whether the ratio that was asked holds."""
     parser = _parser()
     chosen = parser.parse_args(arguments)
-    for name in ("n", "threads"):
-        if getattr(chosen, name) < 1:
-            parser.error(
-                f"--{name}: expected at least 1, found {getattr(chosen, name)}"
-            )
-    for name in ("dims", "columns"):
-        if min(getattr(chosen, name)) < 1:
-            parser.error(
-                f"--{name}: expected at least 1, found {getattr(chosen, name)}"
-            )
+    counts = {"n": [chosen.n], "threads": [chosen.threads]}
+    for name, given in {
+        **counts,
+        "dims": chosen.dims,
+        "columns": chosen.columns,
+    }.items():
+        if min(given) < 1:
+            parser.error(f"--{name}: expected at least 1, found {min(given)}")
     torch.set_num_threads(chosen.threads)
     rivals = ["sgdgp", *dict.fromkeys(["before", *chosen.rivals])]
     rows: list[dict[str, Any]] = []

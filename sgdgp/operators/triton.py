@@ -457,15 +457,25 @@ def _launched(
     k = v.shape[1]
     widths = next(pair for pair in _WIDTHS if sum(pair) >= k)
     if widths[0] == 1:
-        return form.factor * _swept(form, columns, index, v, (v, v), widths, full)[0]
-    digits, scale = _digits(v, len(columns.operand), widths, full)
-    out, _ = _swept(form, columns, index, v, digits, widths, full)
+        factor = _Factor(v, v, v, widths)
+        return form.factor * _swept(form, columns, index, factor, full)[0]
+    factor, scale = _digits(v, len(columns.operand), widths, full)
+    out, _ = _swept(form, columns, index, factor, full)
     return out[:, :k] * (scale * form.factor)
+
+
+class _Factor(NamedTuple):
+    """V (n, k) as the kernel reads it: itself, or over a scale in one or two digits."""
+
+    values: Tensor
+    hi: Tensor
+    lo: Tensor
+    widths: Split
 
 
 def _digits(
     v: Tensor, padded: int, widths: Split, full: bool
-) -> tuple[tuple[Tensor, Tensor], Tensor]:
+) -> tuple[_Factor, Tensor]:
     """V (n, k) over a scale (k,) in one or two digits (padded, sum of widths)."""
     largest = torch.linalg.vector_norm(v, math.inf, 0).clamp_min_(1e-30)
     shape = (1 + full, padded, sum(widths))
@@ -475,16 +485,14 @@ def _digits(
             v, largest, halves[0], halves[-1], *v.shape[:1], *v.stride(), FULL=full,
             C=v.shape[1], K=widths[0], REST=widths[1], BN=_TILE,
         )  # fmt: skip
-    return (halves[0], halves[-1]), largest * 2.0**-10
+    return _Factor(v, halves[0], halves[-1], widths), largest * 2.0**-10
 
 
 def _swept(
     form: _Form,
     columns: _Points,
     index: RowIndex,
-    v: Tensor,
-    digits: tuple[Tensor, Tensor],
-    widths: Split,
+    factor: _Factor,
     full: bool,
     pull: int = -1,
 ) -> tuple[Tensor, Tensor]:
@@ -492,7 +500,7 @@ def _swept(
     tiles = len(columns.operand) // _TILE
     highest = _TILE * max(1, _MOST_TILES // tiles)
     found = [
-        _swept_strip(form, columns, piece(index, strip), v, digits, widths, full, pull)
+        _swept_strip(form, columns, piece(index, strip), factor, full, pull)
         for strip in slices(index_length(index), highest)
     ]
     out, sums = zip(*found, strict=True)
@@ -503,12 +511,11 @@ def _swept_strip(
     form: _Form,
     columns: _Points,
     index: RowIndex,
-    v: Tensor,
-    digits: tuple[Tensor, Tensor],
-    widths: Split,
+    factor: _Factor,
     full: bool,
     pull: int,
 ) -> tuple[Tensor, Tensor]:
+    v, hi, lo, widths = factor
     rows = index_length(index)
     links = len(form.parts) // 7 - (pull >= 0)
     high, warps, stages = form.launch
@@ -532,7 +539,7 @@ def _swept_strip(
         for exact in (False, True)[: 1 + listed]:
             _device_code().product[(blocks, splits)](
                 form.rows.operand, columns.operand, form.rows.coordinates,
-                columns.coordinates, indices, *digits, out, sums,
+                columns.coordinates, indices, hi, lo, out, sums,
                 form.numbers, near, first_row, rows, tiles, each,
                 form.rows.coordinates.shape[1], columns.coordinates.shape[1],
                 form.rows.operand.shape[1], len(v), v.stride(0), PARTS=form.parts,
@@ -560,14 +567,12 @@ def _pulled(
     ends = torch.cat([z, torch.ones_like(z[:, :1])], 1)
     apart = split[0] == 0
     widths = (16, 0) if apart else _two_widths(d + 1)
-    digits, scale = _digits(ends, len(form.columns.operand), widths, full)
+    factor, scale = _digits(ends, len(form.columns.operand), widths, full)
     z = z[rows]
     moved, sums = torch.zeros_like(z), z.new_zeros(2, dtype=torch.float64)
     for left, right in zip(a.split(_WEIGHTS, 1), b.split(_WEIGHTS, 1), strict=True):
         weighted, size = _weighted(form, left, right, full)
-        out, found = _swept(
-            weighted, weighted.columns, rows, ends, digits, widths, full, q
-        )
+        out, found = _swept(weighted, weighted.columns, rows, factor, full, q)
         if not apart:
             out = out[:, : d + 1] * scale
             found[:, :d] += z * out[:, -1:] - out[:, :-1]

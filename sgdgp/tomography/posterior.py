@@ -156,10 +156,10 @@ def linearise(
         measurement: A; whatever ``Measurement.of`` takes.
         data: y (num_views, *view_shape).
         prior: Of the weights. Default: ``Isotropic()``, one precision for all, which
-            covers best. ``Layerwise(block)`` has one for each block of a network,
-            ``Filters(groups=block)`` smooth filters as well, ``GPrior(probes=256)`` one
-            for weights scaled by the Jacobian, with wider intervals: for networks with
-            norms, behind which weights have no scale.
+            covers best behind the default network. ``Layerwise(block)`` has one for
+            each block of a network, ``Filters(groups=block)`` smooth filters as well,
+            ``GPrior(probes=256)`` one for weights scaled by the Jacobian, with wider
+            intervals: for networks with norms, behind which weights have no scale.
         noise: Standard deviation of the noise. Default: learned.
         weights: Which weights are uncertain, as in ``networks.linearise``. Default: all
             but biases and those of normalisation layers, as published.
