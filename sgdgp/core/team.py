@@ -43,8 +43,9 @@ Found: TypeAlias = tuple[Tensor | None, ...]
 _FRAME = 4096
 """Bytes that every message has at least: most have no more, and are sent at once."""
 
-_INLINE = 2**15
-"""Bytes up to which a tensor is part of the message."""
+_INLINE = 2**17
+"""Bytes up to which a tensor is part of the message: it is copied then, which takes a
+tenth of what a message of its own does."""
 
 _NOT_IN_NUMPY = (torch.bfloat16, torch.half)
 
@@ -123,16 +124,22 @@ def is_kept(what: Any) -> bool:
     return any(team.number_of(what) is not None for team in _teams)
 
 
-def follow(function: Callable[..., Any], *args: Any, into: Any = None) -> None:
-    """Let what was sent follow a change that was made here: ``function(*args)``.
+def follow(
+    function: Callable[..., Any],
+    *args: Any,
+    into: Any = None,
+    at_once: bool = False,
+) -> None:
+    """Let what was sent follow a change that is made here: ``function(*args)``.
 
     Args:
         function: Changes its arguments, or makes an object.
         *args: Objects that were kept, and what else it takes.
         into: The object here that what is made elsewhere stands for.
+        at_once: Not with the next message, but in one of its own.
     """
     for team in _teams:
-        team.follow(function, args, into)
+        team.follow(function, args, into, at_once)
 
 
 def together(
@@ -228,7 +235,11 @@ class Team:
             self._enter(what)
 
     def follow(
-        self, function: Callable[..., Any], args: tuple[Any, ...], into: Any
+        self,
+        function: Callable[..., Any],
+        args: tuple[Any, ...],
+        into: Any,
+        at_once: bool,
     ) -> None:
         """See the function of this name."""
         number = None if into is None else self._count
@@ -237,7 +248,7 @@ class Team:
         self._queue.append((content, [tensor.clone() for tensor in tensors]))
         if into is not None:
             self._enter(into)
-        if len(self._queue) > _QUEUED:
+        if at_once or len(self._queue) > _QUEUED:
             with self._busy, _late_interrupts():
                 self._send(None)
 

@@ -8,7 +8,8 @@ leader puts together. The solvers run in the leader alone.
 
 V (n, k) goes to the others with every product, n k numbers beside n^2 / r entries to
 evaluate. Stochastic solvers need a product with few rows in every step, while V changes
-on a block: their V is sent once and follows by its moves, b k numbers a step. What
+on a block: their V is sent once and follows by its moves, b k numbers a step, and each
+process has a share of the columns, so that tiles are as high as those of one. What
 follows from few rows is not worth a message and stays in the leader: blocks, the
 diagonal, products of less than some hundred rows.
 """
@@ -151,7 +152,10 @@ class ShardedOperator(KernelOperator):
         if not is_led() or not isinstance(v, FollowedVectors):
             return super().rows_of_product(rows, v)
         v.keep()
-        return _only(together(_followed_product, self.everywhere(), rows, v))
+        operator = self.everywhere()
+        if operator.sums_tiles:
+            return _only(together(_followed_sum, operator, rows, v, by="sum"))
+        return _only(together(_followed_rows, operator, rows, v))
 
     def _quadratic_form(self, a: Tensor, b: Tensor, x: Tensor) -> Tensor:
         if not is_led():
@@ -236,7 +240,8 @@ class FollowedVectors(TrackedVectors):
         for each in args:
             if isinstance(each, FollowedVectors):
                 each.keep()
-        follow(change, self, *args)
+        # All of V changes, which takes longer than a message: at the same time as here.
+        follow(change, self, *args, at_once=True)
 
 
 def _operator(
@@ -264,11 +269,20 @@ def _tiles_product(processes: Processes, operator: KernelOperator, v: Tensor) ->
     return (operator.matmul(v),)
 
 
-def _followed_product(
+def _followed_rows(
     processes: Processes, operator: KernelOperator, index: RowIndex, v: TrackedVectors
 ) -> Found:
-    """A share of K[index, :] V."""
+    """A share of the rows of K[index, :] V."""
     return _rows_product(processes, operator, index, v.values)
+
+
+def _followed_sum(
+    processes: Processes, operator: KernelOperator, index: RowIndex, v: TrackedVectors
+) -> Found:
+    """K[index, :] V by a share of the columns: tiles stay as high as they are alone."""
+    operator = copy(operator)
+    operator.part = processes
+    return (operator._rows_matmul(index, v.values),)
 
 
 def _columns_product(

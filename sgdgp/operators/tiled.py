@@ -116,7 +116,6 @@ class TiledOperator(KernelOperator):
         n, workers = len(v), len(edges) - 1
         entries = self._entries(workers)
         height = min(_TILE_ROWS, math.isqrt(entries))
-        v_t = v.mT.contiguous()
         # One for each worker, of all rows that its tiles have a part in. Products that
         # are written transposed waste nothing on a ragged last group of columns.
         sums = [v.new_zeros(v.shape[1], n - edge) for edge in edges[:-1]]
@@ -126,11 +125,11 @@ class TiledOperator(KernelOperator):
                 for rows in slices(stop, height, first):
                     own = out[:, rows.start - first : rows.stop - first]
                     for tile, _ in self._tiles(rows, rows, flat):
-                        own.addmm_(v_t[:, rows], tile.mT)
+                        own.addmm_(v[rows].mT, tile.mT)
                     for tile, cut in self._tiles(rows, slice(rows.stop, n), flat):
-                        own.addmm_(v_t[:, cut], tile.mT)
+                        own.addmm_(v[cut].mT, tile.mT)
                         other = out[:, cut.start - first : cut.stop - first]
-                        other.addmm_(v_t[:, rows], tile)
+                        other.addmm_(v[rows].mT, tile)
                         yield
 
         share(map(band, edges[:-1], edges[1:], sums), workers)
@@ -140,17 +139,19 @@ class TiledOperator(KernelOperator):
         return pad(sums[0].mul_(self.tile.factor), (edges[0], 0)).mT
 
     def _rows_matmul(self, index: RowIndex, v: Tensor) -> Tensor:
-        length, width = index_length(index), self.shape[1]
+        length, own = index_length(index), self.part.rows(self.shape[1])
+        width = index_length(own)
         workers = self._workers(length * width)
         entries = self._entries(workers)
         strips, parts = _grid(length, width, workers, min(_TILE_ROWS, entries))
-        v_t = v.mT.contiguous()
         sums = v.new_zeros(len(parts), v.shape[1], length)
 
         def product(rows: slice, columns: slice, out: Tensor) -> Iterator[None]:
             with self._workspace(entries) as flat:
-                for tile, cut in self._tiles(piece(index, rows), columns, flat):
-                    out[:, rows].addmm_(v_t[:, cut], tile.mT)
+                for tile, cut in self._tiles(
+                    piece(index, rows), piece(own, columns), flat
+                ):
+                    out[:, rows].addmm_(v[cut].mT, tile.mT)
                     yield
 
         pairs = ((rows, j) for j in range(len(parts)) for rows in strips)
