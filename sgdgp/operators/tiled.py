@@ -139,18 +139,17 @@ class TiledOperator(KernelOperator):
         return pad(sums[0].mul_(self.tile.factor), (edges[0], 0)).mT
 
     def _rows_matmul(self, index: RowIndex, v: Tensor) -> Tensor:
-        length, own = index_length(index), self.part.rows(self.shape[1])
-        width = index_length(own)
+        length, own = index_length(index), self.part.share(self.shape[1])
+        width = len(own)
         workers = self._workers(length * width)
         entries = self._entries(workers)
         strips, parts = _grid(length, width, workers, min(_TILE_ROWS, entries))
+        parts = [slice(own.start + p.start, own.start + p.stop) for p in parts]
         sums = v.new_zeros(len(parts), v.shape[1], length)
 
         def product(rows: slice, columns: slice, out: Tensor) -> Iterator[None]:
             with self._workspace(entries) as flat:
-                for tile, cut in self._tiles(
-                    piece(index, rows), piece(own, columns), flat
-                ):
+                for tile, cut in self._tiles(piece(index, rows), columns, flat):
                     out[:, rows].addmm_(v[cut].mT, tile.mT)
                     yield
 
