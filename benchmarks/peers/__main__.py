@@ -81,12 +81,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Print the table; the exit status says whether the ratio that was asked holds."""
     parser = _parser()
     chosen = parser.parse_args(arguments)
-    counts = {"n": [chosen.n], "threads": [chosen.threads]}
-    for name, given in {
-        **counts,
+    counts = {
+        "n": [chosen.n],
+        "threads": [chosen.threads],
         "dims": chosen.dims,
         "columns": chosen.columns,
-    }.items():
+    }
+    for name, given in counts.items():
         if min(given) < 1:
             parser.error(f"--{name}: expected at least 1, found {min(given)}")
     torch.set_num_threads(chosen.threads)
