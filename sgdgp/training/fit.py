@@ -112,7 +112,8 @@ def fit(
             the solver where ``solver`` is not a name.
         passes_per_step: Budget of a step's solve in passes over K.
         max_passes: Budget of all steps. Default: none.
-        max_seconds: Budget of all steps in seconds. Default: none.
+        max_seconds: Budget of all steps in seconds; a solve that it cuts short leaves
+            a gradient to be formed, about a pass. Default: none.
         plateau: When to stop early; None for never.
         restarts: Further fits from scattered parameters (``parameters.scatter``); the
             model gets the best one's by the estimated log marginal likelihood.

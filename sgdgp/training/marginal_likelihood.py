@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -31,6 +32,9 @@ from sgdgp.training.warm_solves import SolveSettings, WarmSolves
 _TOLERANCE = 1e-2
 """Of solvers given by name: a step's gradient has more noise from its probes."""
 
+_LEAST_SECONDS = 1e-3
+"""For a solve past its deadline, which a gradient needs all the same: one iteration."""
+
 
 class StochasticMarginalLogLikelihood(MarginalLogLikelihood):
     """The log marginal likelihood over n, with a stochastic gradient.
@@ -53,6 +57,7 @@ class StochasticMarginalLogLikelihood(MarginalLogLikelihood):
         solution: The last solve (None for exact evaluations).
         passes: Passes over K of all solves so far.
         evaluations: Number of evaluations so far.
+        deadline: When by ``time.perf_counter()`` solves have to end, if at all.
 
     Args:
         likelihood: A Gaussian likelihood.
@@ -119,6 +124,7 @@ class StochasticMarginalLogLikelihood(MarginalLogLikelihood):
         self.solution: Solution | None = None
         self.passes = 0.0
         self.evaluations = 0
+        self.deadline: float | None = None
         self._settings = SolveSettings(
             solver=solver,
             probes=probes,
@@ -222,7 +228,10 @@ class StochasticMarginalLogLikelihood(MarginalLogLikelihood):
             problem.inputs.detach(),
             memory_budget=self._settings.memory_budget,
         )
-        v, a, b, solution = self._solves[i](problem, operator, self.evaluations)
+        left = self.deadline
+        if left is not None:
+            left = max(_LEAST_SECONDS, left - time.perf_counter())
+        v, a, b, solution = self._solves[i](problem, operator, self.evaluations, left)
         self.solution = solution
         self.passes += solution.passes
         # What the solve stored of K is not needed any more.

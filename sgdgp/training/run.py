@@ -141,13 +141,13 @@ class FitLimits:
             max_seconds=left(self.max_seconds, sum(run.seconds for run in earlier)),
         )
 
-    def reason(self, run: Run) -> FitReason | None:
-        """Why the run has to end now, or None."""
+    def reason(self, run: Run, ahead: float = 0.0) -> FitReason | None:
+        """Why the run has to end before a step of ``ahead`` seconds, or None."""
         if len(run.history) >= self.steps:
             return "steps"
         if self.max_passes is not None and run.mll.passes >= self.max_passes:
             return "budget"
-        if self.max_seconds is not None and run.seconds >= self.max_seconds:
+        if self.max_seconds is not None and run.seconds + ahead >= self.max_seconds:
             return "budget"
         values = [entry.value for entry in run.history]
         if self.plateau is not None and self.plateau.is_reached(values):
@@ -198,6 +198,8 @@ class Run:
         """Make steps until the limits, the callback or divergence end it.
 
         A step diverged if the objective after it is not finite or far below the best.
+        None begins that would not end in time if it took as long as the one before,
+        and a solve ends when the time is up.
 
         Args:
             x: Training inputs.
@@ -209,11 +211,17 @@ class Run:
         Raises:
             ValueError: The objective is not finite where the fit starts.
         """
+        if limits.max_seconds is not None:
+            left = limits.max_seconds - self.seconds
+            self.mll.deadline = time.perf_counter() + left
+        last_step = 0.0
         while True:
-            reason = limits.reason(self)
+            reason = limits.reason(self, last_step)
             if reason is not None:
                 return reason
+            began = self.seconds
             entry = self._evaluate(x, y)
+            last_step = self.seconds - began
             if entry is None or self._has_collapsed(entry):
                 self._go_back()
                 if self.recoveries == _MOST_RECOVERIES:

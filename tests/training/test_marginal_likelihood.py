@@ -301,6 +301,19 @@ def test_warm_starts_take_fewer_passes_to_the_same_gradient():
     assert_same(found[True][1], found[False][1], rtol=2e-2, atol=2e-3)
 
 
+@pytest.mark.parametrize("solver", ["cg", "sdd", sgdgp.CG(max_seconds=1e4)])
+def test_a_solve_past_its_deadline_ends_with_a_gradient(solver):
+    model = rbf_model(1500)
+    mll = StochasticMarginalLogLikelihood(
+        model.likelihood, model, solver=solver, tolerance=1e-10
+    )
+    mll.deadline = 0.0
+    _, found = value_and_gradients(mll, model)
+    assert mll.solution.reason == "budget"
+    assert mll.passes <= 4.0  # of ten
+    assert all(bool(torch.isfinite(g).all()) for g in found.values())
+
+
 def test_a_solve_keeps_to_its_budget():
     model = rbf_model(300)
     mll = StochasticMarginalLogLikelihood(

@@ -29,6 +29,13 @@ def entries(values):
     return [FitEntry(i, 0.0, 0.0, value, 0.0, {}) for i, value in enumerate(values)]
 
 
+def test_a_step_that_would_not_end_in_time_is_not_begun():
+    found = run(rbf_model())
+    limits = FitLimits(100, None, found.seconds + 1e4, None)
+    assert limits.reason(found, 0.0) is None
+    assert limits.reason(found, 1e4) == "budget"
+
+
 def test_earlier_fits_draw_on_the_budgets_but_not_on_the_steps():
     limits = FitLimits(50, 100.0, 20.0, Plateau())
     earlier = [Fitted("steps", 9, 30.0, 15.0, ()), Fitted("steps", 9, 80.0, 2.0, ())]
