@@ -18,6 +18,8 @@ from beartype import BeartypeConf, beartype
 
 _strict = beartype(conf=BeartypeConf(violation_type=jaxtyping.TypeCheckError))
 _scope = jaxtyping.jaxtyped("context")
+_LEFT_ALONE = {"sgdgp.operators.triton_kernel"}
+"""Triton reads the source of what it decorates and runs it in that function's globals."""
 
 
 def jaxtyped(fn: Any = None, *, typechecker: object = None) -> Any:
@@ -27,6 +29,8 @@ def jaxtyped(fn: Any = None, *, typechecker: object = None) -> Any:
     if inspect.isclass(fn):
         if dataclasses.is_dataclass(fn) and "__init__" in vars(fn):
             fn.__init__ = jaxtyped(fn.__init__)
+        return fn
+    if getattr(fn, "__module__", None) in _LEFT_ALONE:
         return fn
     if isinstance(fn, (classmethod, staticmethod)):
         return type(fn)(jaxtyped(fn.__func__))

@@ -98,6 +98,11 @@ class Problem:
         matrix = self.matrix if matrix is None else matrix
         return (rhs - matrix @ weights.double()).norm(dim=0) / _norms(rhs)
 
+    def errors(self, weights: Tensor) -> Tensor:
+        """(v - v*)^T (K + Sigma) (v - v*) of every column, which descent makes less."""
+        gap = weights.double() - self.answer
+        return (gap * (self.matrix @ gap)).sum(0)
+
     def rounding(self, weights: Tensor) -> Tensor:
         """What rounding of one product in the data's dtype does to a residual (k,)."""
         size = self.matrix.abs() @ weights.double().abs()

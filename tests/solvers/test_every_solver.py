@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from gpytorch.kernels import MaternKernel, MultitaskKernel
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -160,6 +160,8 @@ def test_several_outputs_per_input_are_solved(name):
     warm=st.booleans(),
     seed=st.integers(0, 1000),
 )
+# A residual of 4 where 99.9 % of the energy is gained: one matrix, rank three, noise 1e-6.
+@example("cg", "linear", 4, 2, -5.996347427368167, False, False, 0)
 def test_every_solver_is_honest(name, kernel, n, k, exponent, double, warm, seed):
     dtype = torch.float64 if double else torch.float32
     p = problem(kernel, n, k=k, noise=10.0**exponent, dtype=dtype, seed=seed)
@@ -170,7 +172,8 @@ def test_every_solver_is_honest(name, kernel, n, k, exponent, double, warm, seed
     if found.solver != "cholesky":
         start = torch.zeros_like(p.rhs) if initial is None else initial
         before = p.residuals(start) + p.rounding(start) + p.rounding(found.weights)
-        assert bool((p.residuals(found.weights) <= before).all())
+        is_nearer = p.errors(found.weights) <= p.errors(start)
+        assert bool((is_nearer | (p.residuals(found.weights) <= before)).all())
 
 
 @every_solver
