@@ -66,7 +66,7 @@ class Processes:
         own = self.share(n)
         return slice(own.start, own.stop)
 
-    def sum_(self, *tensors: Tensor, to: int | None = None) -> None:
+    def sum_(self, *tensors: Tensor) -> None:
         """Replace each tensor by its sum over the processes, in place.
 
         Small tensors travel in one message; transposes of contiguous tensors, such as
@@ -76,26 +76,18 @@ class Processes:
 
         Args:
             tensors: Floating point or integer tensors on the device of the processes.
-            to: The process that is to have the sums; elsewhere what is in the tensors
-                means nothing then. Default: all.
         """
         if self.size == 1:
             return
         for bucket in _buckets(tensors):
             if len(bucket) == 1 and (whole := _as_it_lies(bucket[0])) is not None:
-                self._reduce(whole, to)
+                dist.all_reduce(whole, group=self.group)
                 continue
             flat = torch.cat([tensor.reshape(-1) for tensor in bucket])
-            self._reduce(flat, to)
+            dist.all_reduce(flat, group=self.group)
             parts = flat.split([tensor.numel() for tensor in bucket])
             for tensor, part in zip(bucket, parts, strict=True):
                 tensor.copy_(part.view(tensor.shape))
-
-    def _reduce(self, tensor: Tensor, to: int | None) -> None:
-        if to is None:
-            dist.all_reduce(tensor, group=self.group)
-        else:
-            dist.reduce(tensor, to, group=self.group)
 
     def check_agree(self, name: str, count: int) -> None:
         """Refuse a number that is not the same everywhere, before long work.

@@ -17,10 +17,11 @@ import pickle
 import signal
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from typing import Any, Literal, TypeAlias, TypeVar
 
 import torch
@@ -282,24 +283,14 @@ class Team:
         own = [] if request is None else [self._packed(request)]
         parts, self._queue = [*self._queue, *own], []
         dropped, self._dropped = self._dropped, []
-        tensors = [tensor for _, beside in parts for tensor in beside]
-        message = pickle.dumps(
-            (
-                request is not None,
-                dropped,
-                [(content, len(beside)) for content, beside in parts],
-                [_described(tensor) for tensor in tensors],
-            )
+        header = (
+            request is not None,
+            dropped,
+            [(content, len(beside)) for content, beside in parts],
         )
-        size = len(message).to_bytes(8, "little")
-        frame = bytearray(size + message[: _FRAME - 8]).ljust(_FRAME, b"\0")
-        rest = bytearray(message[_FRAME - 8 :])
+        tensors = [tensor for _, beside in parts for tensor in beside]
         with self._connected():
-            for data in (frame, rest):
-                if data:
-                    self._broadcast(torch.frombuffer(data, dtype=torch.uint8))
-            for tensor in tensors:
-                self._broadcast(tensor)
+            self._write(header, tensors, self._broadcast)
 
     def _packed(self, what: Any) -> tuple[bytes, list[Tensor]]:
         """Bytes, and the large tensors that belong to them."""
@@ -327,29 +318,19 @@ class Team:
             if request.function is _nothing:
                 break
             problem, self._problem = self._problem, None
-            with suppress(_Failed):
-                self._join(request.function, request.args, request.by, problem)
+            self._join(request.function, request.args, request.by, problem)
         if in_main_thread:
             signal.signal(signal.SIGINT, answer)
 
     def _receive(self) -> _Request | None:
         """The next message, and what it asks for."""
         with self._connected():
-            frame = self._broadcast(torch.empty(_FRAME, dtype=torch.uint8))
-            head = frame.numpy().tobytes()
-            size, message = int.from_bytes(head[:8], "little"), head[8:]
-            if size > len(message):
-                rest = torch.empty(size - len(message), dtype=torch.uint8)
-                message += self._broadcast(rest).numpy().tobytes()
-            asks, dropped, parts, descriptions = pickle.loads(message[:size])
-            tensors = iter(
-                [self._broadcast(self._empty(each)) for each in descriptions]
-            )
+            (asks, dropped, parts), tensors = self._read(self._broadcast)
         request = None
         for content, count in parts:
-            own = [next(tensors) for _ in range(count)]
+            own, tensors = tensors[:count], tensors[count:]
             try:
-                found = _Unpickler(content, own, self._kept, self._device).load()
+                found = self._unpacked(content, own)
                 if isinstance(found, _Request):
                     request = found
                     continue
@@ -366,12 +347,6 @@ class Team:
             request = _Request(_unread, (), "rows")
         return request
 
-    def _empty(self, description: tuple[Any, ...]) -> Tensor:
-        """Where a tensor that is sent goes."""
-        shape, dtype, device, _ = description
-        where = self._device if device == self._device.type else device
-        return torch.empty(shape, dtype=dtype, device=where)
-
     # Of all.
 
     def _join(
@@ -382,71 +357,78 @@ class Team:
         problem: BaseException | None = None,
         heard: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> Found:
-        """Do the own share, in which Ctrl-C is heard, and join it with the others'."""
-        own: Found | None = None
+        """Do the own share, in which Ctrl-C is heard, and join it with the others'.
+
+        Raises:
+            ProcessesError: In the leader, if another has failed.
+            BaseException: In the leader, what went wrong there.
+        """
+        own: Found = ()
         if problem is None:
             try:
                 with heard():
                     own = function(self.processes, *args)
             except BaseException as error:
                 problem = error
-        rows = self._agree(own, problem)
-        assert own is not None
+        said = None if problem is None else f"{type(problem).__name__}: {problem}"
+        group, others = self.processes.group, range(1, self.processes.size)
         with self._connected():
-            if by == "sum":
-                self.processes.sum_(*(p for p in own if p is not None), to=0)
+            if self.processes.rank:
+                content, tensors = self._packed((said, own))
+                self._write(content, tensors, partial(dist.send, dst=0, group=group))
                 return own
-            return tuple(
-                None if part is None else self._gathered(part, rows) for part in own
-            )
-
-    def _agree(self, own: Found | None, problem: BaseException | None) -> list[int]:
-        """Rows of every process's share, where all have done theirs.
-
-        Raises:
-            _Failed: In the others, if one has failed.
-            ProcessesError: In the leader, if another has failed.
-            BaseException: In the leader, what went wrong there.
-        """
-        rows = next((len(p) for p in own or () if p is not None and p.ndim), 0)
-        mine = torch.tensor([-1 if own is None else rows])
-        with self._connected():
-            found = [torch.empty_like(mine) for _ in range(self.processes.size)]
-            dist.all_gather(found, mine, group=self.processes.group)
-            counts = [int(count) for count in found]
-            if min(counts) >= 0:
-                return counts
-            said: list[Any] = [None] * self.processes.size
-            text = None if problem is None else f"{type(problem).__name__}: {problem}"
-            dist.all_gather_object(said, text, group=self.processes.group)
-        if self.processes.rank:
-            raise _Failed
+            replies = {
+                i: self._read(partial(dist.recv, src=i, group=group)) for i in others
+            }
         if problem is not None:
             raise problem
-        each = "; ".join(f"process {i}: {text}" for i, text in enumerate(said) if text)
-        raise ProcessesError(each)
+        found = {i: self._unpacked(*reply) for i, reply in replies.items()}
+        each = [f"process {i}: {said}" for i, (said, _) in found.items() if said]
+        if each:
+            raise ProcessesError("; ".join(each))
+        shares = zip(own, *(share for _, share in found.values()), strict=True)
+        return tuple(_joined(parts, by) for parts in shares)
 
-    def _gathered(self, own: Tensor, counts: list[int]) -> Tensor:
-        """The rows of all processes, in the leader; elsewhere those that are there."""
-        group = self.processes.group
-        if self.processes.rank:
-            if len(own):
-                dist.send(own.contiguous(), 0, group=group)
-            return own
-        out = own.new_empty(sum(counts), *own.shape[1:])
-        out[: len(own)] = own
-        start = len(own)
-        for rank, count in enumerate(counts[1:], 1):
-            if count:
-                dist.recv(out[start : start + count], rank, group=group)
-            start += count
-        return out
+    def _write(
+        self, header: Any, tensors: Sequence[Tensor], put: Callable[[Tensor], Any]
+    ) -> None:
+        """A header in a frame, and tensors, each by ``put``."""
+        message = pickle.dumps((header, [_described(tensor) for tensor in tensors]))
+        size = len(message).to_bytes(8, "little")
+        frame = bytearray(size + message[: _FRAME - 8]).ljust(_FRAME, b"\0")
+        rest = bytearray(message[_FRAME - 8 :])
+        for data in (frame, rest):
+            if data:
+                put(torch.frombuffer(data, dtype=torch.uint8))
+        for tensor in tensors:
+            put(tensor.detach().contiguous())
 
-    def _broadcast(self, tensor: Tensor) -> Tensor:
+    def _read(self, take: Callable[[Tensor], Any]) -> tuple[Any, list[Tensor]]:
+        """What ``_write`` wrote, each part into an empty tensor by ``take``."""
+
+        def taken(tensor: Tensor) -> Tensor:
+            take(tensor)
+            return tensor
+
+        head = taken(torch.empty(_FRAME, dtype=torch.uint8)).numpy().tobytes()
+        size, message = int.from_bytes(head[:8], "little"), head[8:]
+        if size > len(message):
+            rest = torch.empty(size - len(message), dtype=torch.uint8)
+            message += taken(rest).numpy().tobytes()
+        header, descriptions = pickle.loads(message[:size])
+        tensors = []
+        for shape, dtype, device, _ in descriptions:
+            where = self._device if device == self._device.type else device
+            tensors.append(taken(torch.empty(shape, dtype=dtype, device=where)))
+        return header, tensors
+
+    def _unpacked(self, content: bytes, tensors: list[Tensor]) -> Any:
+        """What ``_packed`` packed."""
+        return _Unpickler(content, tensors, self._kept, self._device).load()
+
+    def _broadcast(self, tensor: Tensor) -> None:
         """The leader's tensor, in all processes."""
-        tensor = tensor.detach().contiguous()
         dist.broadcast(tensor, 0, group=self.processes.group)
-        return tensor
 
     @contextmanager
     def _connected(self) -> Iterator[None]:
@@ -514,10 +496,6 @@ def _late_interrupts() -> Iterator[Callable[[], AbstractContextManager[None]]]:
         answer()
 
 
-class _Failed(Exception):
-    """A process failed; the leader says so."""
-
-
 class _Pickler(pickle.Pickler):
     """Names what was sent before, and leaves large tensors to travel on their own."""
 
@@ -579,6 +557,21 @@ class _Unpickler(pickle.Unpickler):
 def _described(tensor: Tensor) -> tuple[Any, ...]:
     """What the other end has to know of a tensor."""
     return tuple(tensor.shape), tensor.dtype, tensor.device.type, tensor.requires_grad
+
+
+def _joined(
+    parts: Sequence[Tensor | None], by: Literal["rows", "sum"]
+) -> Tensor | None:
+    """The shares of all, in the order of their processes."""
+    present = [part for part in parts if part is not None]
+    if not present:
+        return None
+    if by == "rows":
+        return torch.cat(present)
+    total, *others = present
+    for part in others:
+        total += part
+    return total
 
 
 def _itself(what: T) -> T:
