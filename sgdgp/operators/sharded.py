@@ -264,9 +264,7 @@ def _rows_product(
 
 def _tiles_product(processes: Processes, operator: KernelOperator, v: Tensor) -> Found:
     """K v (n, k) by a share of the tiles of K."""
-    operator = copy(operator)
-    operator.part = processes
-    return (operator.matmul(v),)
+    return (_part(operator, processes).matmul(v),)
 
 
 def _followed_rows(
@@ -280,9 +278,7 @@ def _followed_sum(
     processes: Processes, operator: KernelOperator, index: RowIndex, v: TrackedVectors
 ) -> Found:
     """K[index, :] V by a share of the columns: tiles stay as high as they are alone."""
-    operator = copy(operator)
-    operator.part = processes
-    return (operator._rows_matmul(index, v.values),)
+    return (_part(operator, processes)._rows_matmul(index, v.values),)
 
 
 def _columns_product(
@@ -313,8 +309,8 @@ def _form(
     wants_gradient: bool,
 ) -> Found:
     """A share of sum_c a_c^T K b_c, and of its gradients."""
-    operator = copy(operator)
-    operator.kernel, operator.part = kernel, processes
+    operator = _part(operator, processes)
+    operator.kernel = kernel
     with torch.set_grad_enabled(wants_gradient):
         x = x.detach().requires_grad_(x.requires_grad)
         form = operator._quadratic_form(a, b, x)
@@ -323,6 +319,13 @@ def _form(
     inputs = [*tensors_with_graph(kernel), *([x] if x.requires_grad else [])]
     gradients = torch.autograd.grad(form, inputs, materialize_grads=True)
     return (form.detach(), *gradients)
+
+
+def _part(operator: KernelOperator, processes: Processes) -> KernelOperator:
+    """The operator that sums this process's tiles."""
+    operator = copy(operator)
+    operator.part = processes
+    return operator
 
 
 def _share(processes: Processes, index: RowIndex) -> RowIndex:
