@@ -19,7 +19,7 @@ from beartype import BeartypeConf, beartype
 _strict = beartype(conf=BeartypeConf(violation_type=jaxtyping.TypeCheckError))
 _scope = jaxtyping.jaxtyped("context")
 _LEFT_ALONE = {"sgdgp.operators.triton_kernel"}
-"""Triton reads the source of what it decorates and runs it in that function's globals."""
+"""Triton reads the source of what it decorates, and runs it in its globals."""
 
 
 def jaxtyped(fn: Any = None, *, typechecker: object = None) -> Any:

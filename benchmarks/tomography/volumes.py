@@ -218,7 +218,7 @@ def draw(path: Path, truth: Tensor, posterior: ImagePosterior) -> None:
             image = axis.imshow(volume[place], cmap=colours, vmin=0.0, vmax=top)
             axis.set_axis_off()
             figure.colorbar(image, ax=axis, fraction=0.046).ax.tick_params(labelsize=5)
-            if row is axes[0]:
+            if place == places[0]:
                 axis.set_title(name, fontsize=8)
     figure.tight_layout(pad=0.4)
     figure.savefig(path, dpi=100)

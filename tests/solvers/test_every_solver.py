@@ -160,7 +160,7 @@ def test_several_outputs_per_input_are_solved(name):
     warm=st.booleans(),
     seed=st.integers(0, 1000),
 )
-# A residual of 4 where 99.9 % of the energy is gained: one matrix, rank three, noise 1e-6.
+# A residual of 4 where 99.9 % of the energy is gained: rank three, noise 1e-6.
 @example("cg", "linear", 4, 2, -5.996347427368167, False, False, 0)
 def test_every_solver_is_honest(name, kernel, n, k, exponent, double, warm, seed):
     dtype = torch.float64 if double else torch.float32
