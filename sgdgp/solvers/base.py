@@ -306,6 +306,14 @@ class Limits:
             if value is not None:
                 check_positive(limit.name, value)
 
+    def until(self, deadline: float | None) -> Limits:
+        """The same with no more seconds than are left, by ``time.perf_counter()``."""
+        if deadline is None:
+            return self
+        left = max(_LEAST_SECONDS, deadline - time.perf_counter())
+        own = self.max_seconds
+        return replace(self, max_seconds=left if own is None else min(own, left))
+
     def less(self, passes: float, seconds: float) -> Limits:
         """The same tolerance, with what earlier work has left of the budgets.
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -31,9 +30,6 @@ from sgdgp.training.warm_solves import SolveSettings, WarmSolves
 
 _TOLERANCE = 1e-2
 """Of solvers given by name: a step's gradient has more noise from its probes."""
-
-_LEAST_SECONDS = 1e-3
-"""For a solve past its deadline, which a gradient needs all the same: one iteration."""
 
 
 class StochasticMarginalLogLikelihood(MarginalLogLikelihood):
@@ -228,10 +224,9 @@ class StochasticMarginalLogLikelihood(MarginalLogLikelihood):
             problem.inputs.detach(),
             memory_budget=self._settings.memory_budget,
         )
-        left = self.deadline
-        if left is not None:
-            left = max(_LEAST_SECONDS, left - time.perf_counter())
-        v, a, b, solution = self._solves[i](problem, operator, self.evaluations, left)
+        v, a, b, solution = self._solves[i](
+            problem, operator, self.evaluations, self.deadline
+        )
         self.solution = solution
         self.passes += solution.passes
         # What the solve stored of K is not needed any more.

@@ -68,7 +68,7 @@ class WarmSolves:
         problem: TracedProblem,
         operator: KernelOperator,
         evaluation: int,
-        max_seconds: float | None = None,
+        deadline: float | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Solution]:
         """Solve for the targets and the probes.
 
@@ -76,7 +76,7 @@ class WarmSolves:
             problem: The system.
             operator: K over its inputs.
             evaluation: Number of the solve, for randomness of its own.
-            max_seconds: Budget of the solve in seconds, beside the settings'.
+            deadline: When by ``time.perf_counter()`` the solve has to end, if at all.
 
         Returns:
             H^-1 (y - m) (n, c), left and right probe vectors (n, s), and the account
@@ -94,7 +94,7 @@ class WarmSolves:
         initial = self.weights if settings.warm_start else None
         if initial is not None and initial.shape != rhs.shape:
             initial = None
-        solver = self._solver(operator, noise, rhs.shape[1], max_seconds)
+        solver = self._solver(operator, noise, rhs.shape[1], deadline)
         solution = solver.solve(
             operator,
             noise,
@@ -114,7 +114,7 @@ class WarmSolves:
         operator: KernelOperator,
         noise: Tensor,
         columns: int,
-        max_seconds: float | None,
+        deadline: float | None,
     ) -> Solver:
         """The solver with the limits of a step and the preconditioner that is kept."""
         settings = self.settings
@@ -125,11 +125,7 @@ class WarmSolves:
             limits = replace(limits, tolerance=settings.tolerance)
         if limits.max_passes is not None:
             limits = replace(limits, max_passes=min(settings.passes, limits.max_passes))
-        if max_seconds is not None:
-            own = limits.max_seconds
-            seconds = max_seconds if own is None else min(max_seconds, own)
-            limits = replace(limits, max_seconds=seconds)
-        solver = solver.with_limits(limits)
+        solver = solver.with_limits(limits.until(deadline))
         if isinstance(solver, Auto):
             stages = solver.stages or plan(operator, noise, columns, memory)
             solver = replace(
