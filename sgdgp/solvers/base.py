@@ -139,10 +139,13 @@ def progress_bar(
         desc=title,
         unit="pass",
         bar_format="{desc}: {n:.0f} passes [{elapsed}{postfix}]",
+        delay=1e-9,  # no zero before it is known what went before
     ) as bar:
+        bar.display(f"{title}: begins")
 
         def move(progress: Progress) -> None:
             bar.n = progress.passes
+            bar.start_t = time.time() - progress.seconds
             kind = "residual" if progress.exact else "running residual"
             bar.set_postfix_str(f"{kind} {float(progress.residuals.max()):.1e}")
 

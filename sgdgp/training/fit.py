@@ -32,7 +32,12 @@ from sgdgp.training.evidence import total_log_likelihood
 from sgdgp.training.fit_checkpoint import FitCheckpoint
 from sgdgp.training.gradient import EXACT_ROWS
 from sgdgp.training.marginal_likelihood import StochasticMarginalLogLikelihood
-from sgdgp.training.parameters import put_state, scatter, state_of
+from sgdgp.training.parameters import (
+    free_of_bounds,
+    put_state,
+    scatter,
+    state_of,
+)
 from sgdgp.training.probes import Probes
 from sgdgp.training.run import (
     FitCallback,
@@ -46,6 +51,10 @@ from sgdgp.training.run import (
 
 _POOR_RESIDUAL = 0.3
 """Relative residual of the last solve from which a fit warns that it was cut short."""
+
+_LATE_STEPS, _LATE_GAIN = 10, 0.05
+"""Gain of log p(y | X) / n over the last steps from which a fit warns that it was
+ended too early: of fifty times a plateau's."""
 
 _MANY_ROWS = 3_000
 """Above, a fit starts on some of its rows: all of them are dear."""
@@ -178,7 +187,8 @@ def fit(
             operator=operator,
             memory_budget=memory_budget,
         )
-        return Run(model, mll, _built(optimizer, parameters), parameters)
+        built = _built(optimizer, parameters)
+        return Run(model, mll, built, parameters, freed=freed)
 
     def attempt(i: int, earlier: Sequence[Fitted]) -> Fitted:
         place = checkpoint if i == 0 or checkpoint is None else f"{checkpoint}.{i}"
@@ -187,7 +197,7 @@ def fit(
             left = limits.after(earlier)
             return _fitted(start(), x, y, left, shown, keeper, rows)
 
-    with in_train_mode(model):
+    with in_train_mode(model), free_of_bounds(model) as freed:
         found = best_of(restarts + 1, attempt, model, x, y, number)
     if found.warnings:
         warn_user("sgdgp.fit: " + " ".join(found.warnings))
@@ -206,7 +216,7 @@ def _fitted(
     """One fit from where the model is, or from where its checkpoint was."""
     reason = None if keeper is None else keeper.open_for(run, x, y)
     if reason is None:
-        if rows is not None and not run.history:
+        if rows is not None and not (run.history or run.first_steps):
             _start_on(rows, run, x, y, limits)
         try:
             reason = run.go(x, y, limits, callback, keeper.keep if keeper else None)
@@ -226,6 +236,7 @@ def _fitted(
         seconds=run.seconds,
         history=tuple(run.history),
         warnings=_warnings(run, reason),
+        first_steps=run.first_steps,
     )
 
 
@@ -253,7 +264,9 @@ def _start_on(rows: Tensor, run: Run, x: Inputs, y: Tensor, limits: FitLimits) -
     )
     part = x[rows] if torch.is_tensor(x) else tuple(column[rows] for column in x)
     run.go(part, y[rows], some, None, None)
+    run.first_steps, run.last_step = len(run.history), 0.0
     run.history.clear()
+    run.best = []
 
 
 @contextmanager
@@ -301,6 +314,14 @@ def _warnings(run: Run, reason: FitReason) -> tuple[str, ...]:
             "The fit diverged and went on from the last good parameters with half the "
             f"learning rate; number of times: {run.recoveries}."
         )
+    if reason in ("steps", "budget") and len(run.history) >= _LATE_STEPS:
+        late = run.history[-_LATE_STEPS:]
+        gain = late[-1].value - late[0].value
+        if gain > _LATE_GAIN:
+            sentences.append(
+                f"The last {_LATE_STEPS} steps still gained {gain:.2f} in log p / n: "
+                "the parameters are not learned yet. Give it more (steps, max_seconds)."
+            )
     if run.problem is not None:
         sentences.append(run.problem)
     residual = run.history[-1].residual if run.history else 0.0

@@ -58,10 +58,13 @@ class FitCheckpoint(Checkpoint):
         self.write(
             reason=reason,
             seconds=run.seconds,
+            last_step=run.last_step,
             recoveries=run.recoveries,
+            first_steps=run.first_steps,
             history=run.history,
             model=dict(run.model.state_dict()),
             before=run.before,
+            best=run.best,
             optimiser=_moments(run),
             groups=_groups(run),
             mll=run.mll.state(),
@@ -81,6 +84,8 @@ def _components(run: Run, x: Inputs, y: Tensor) -> dict[str, str]:
     for name, parameter in run.model.named_parameters():
         if not parameter.requires_grad:
             found[f"parameter {name}"] = digest(parameter)
+    if run.freed:
+        found["parameters free of their bounds"] = digest(repr(run.freed))
     return {**found, **structure_of(run.model)}
 
 
@@ -125,6 +130,10 @@ def _restore(run: Run, found: Contents) -> FitReason | None:
     run.mll.restore(found["mll"])
     run.history[:] = found["history"]
     run.recoveries = int(found["recoveries"])
+    run.first_steps = int(found.get("first_steps", 0))
     run.earlier_seconds = float(found["seconds"])
+    run.last_step = float(found.get("last_step", 0.0))
     run.before = found["before"] and like_all(found["before"], run.parameters)
+    if found.get("best"):
+        run.best = like_all(found["best"], run.parameters)
     return reason if reason == "diverged" else None

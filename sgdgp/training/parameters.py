@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TypeAlias
 
 import gpytorch
 import torch
+from gpytorch.constraints import GreaterThan, Interval, LessThan, Positive
+from gpytorch.utils.transforms import inv_sigmoid, inv_softplus
 from torch import Tensor
+from torch.nn.functional import softplus
 
 Constraint: TypeAlias = gpytorch.constraints.Interval | None
 
 _LARGEST = 64
 """Numbers of one parameter that are told, at most: lengthscales, but no tables."""
+
+_EDGE_START = 1e-6
+"""How far from a bound a fit starts at least: on it there is no way back."""
 
 _EDGE = 0.05
 """Share of an interval at each end that scattered parameters keep out of: on a bound
@@ -45,6 +52,51 @@ def learned_parameters(
                 if parameter.requires_grad:
                     constraint = getattr(module, f"{name}_constraint", None)
                     yield ".".join(filter(None, (path, name))), parameter, constraint
+
+
+@contextmanager
+def free_of_bounds(model: torch.nn.Module) -> Iterator[tuple[str, ...]]:
+    """Let an optimiser that knows no bounds move the parameters that have some.
+
+    A constraint without a transform, as BoTorch has for its own optimiser, makes the
+    value itself the parameter: a step of 0.1 is far for a noise of 0.01, and leads out
+    of bounds. Meanwhile such values go through GPyTorch's softplus or sigmoid.
+
+    Yields:
+        The names of these parameters.
+    """
+    freed: dict[str, tuple[torch.nn.Parameter, Interval]] = {
+        name: (parameter, constraint)
+        for name, parameter, constraint in learned_parameters(model)
+        # Of other classes, those that are not mapped mean to be so.
+        if constraint is not None
+        and type(constraint) in (Interval, GreaterThan, Positive, LessThan)
+        and not constraint.enforced
+    }
+    with torch.no_grad():
+        for parameter, constraint in freed.values():
+            parameter.copy_(_off_bounds(parameter, constraint))
+        for _, constraint in freed.values():
+            is_interval = type(constraint) is Interval
+            constraint._transform = torch.sigmoid if is_interval else softplus
+            constraint._inv_transform = inv_sigmoid if is_interval else inv_softplus
+        for parameter, constraint in freed.values():
+            parameter.copy_(constraint.inverse_transform(parameter))
+    try:
+        yield tuple(freed)
+    finally:
+        with torch.no_grad():
+            for parameter, constraint in freed.values():
+                parameter.copy_(constraint.transform(parameter))
+        for _, constraint in freed.values():
+            constraint._transform = constraint._inv_transform = None
+
+
+def _off_bounds(value: Tensor, constraint: Interval) -> Tensor:
+    """The value; where it is on a bound or beyond it, a little inside."""
+    lower, upper = constraint.lower_bound, constraint.upper_bound
+    width = (upper - lower).clamp(max=1.0)  # infinite of one bound
+    return value.clamp(lower + _EDGE_START * width, upper - _EDGE_START * width)
 
 
 def parameter_values(model: torch.nn.Module) -> dict[str, tuple[float, ...]]:

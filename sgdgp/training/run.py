@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -68,6 +69,7 @@ class Fitted(Summarised):
         seconds: Wall time, of all runs together where a checkpoint was gone on from.
         history: One entry per step.
         warnings: Sentences that say what a user may want to do about it.
+        first_steps: Steps made before them on some of the rows.
     """
 
     reason: FitReason
@@ -76,12 +78,18 @@ class Fitted(Summarised):
     seconds: float
     history: tuple[FitEntry, ...]
     warnings: tuple[str, ...] = ()
+    first_steps: int = 0
 
     def _facts(self) -> dict[str, Any]:
-        facts = {"steps": self.steps, "passes": self.passes, "seconds": self.seconds}
+        facts: dict[str, Any] = {}
+        if self.first_steps:
+            facts["first_steps"] = self.first_steps
+        facts |= {"steps": self.steps, "passes": self.passes, "seconds": self.seconds}
         if self.history:
             first, last = self.history[0], self.history[-1]
-            facts |= {"gain": last.value - first.value, "residual": last.residual}
+            # Of exact values (of no solve) the best one's parameters are kept.
+            kept = last if last.residual else max(self.history, key=lambda e: e.value)
+            facts |= {"gain": kept.value - first.value, "residual": last.residual}
         return {**facts, "warnings": self.warnings, "reason": self.reason}
 
 
@@ -165,10 +173,15 @@ class Run:
         optimiser: Over ``parameters``.
         parameters: What is learned.
         history: One entry per step made.
-        recoveries: How often the learning rate was halved.
+        recoveries: How often it diverged, which halved the learning rate.
+        falls: How often it fell to what was no plateau, which did too.
         before: The parameters that the last step started from, to come back to.
+        best: Those of the largest value of an exact evaluation.
+        freed: Names of parameters that are learned free of their bounds.
+        first_steps: Steps that were made on some of the rows, before the history.
         problem: What went wrong beside the fit itself, if anything.
         earlier_seconds: Wall time of the runs that this one goes on from.
+        last_step: Seconds that the last step took.
     """
 
     model: ExactGP
@@ -177,9 +190,14 @@ class Run:
     parameters: Sequence[torch.nn.Parameter]
     history: list[FitEntry] = field(default_factory=list)
     recoveries: int = 0
+    falls: int = 0
     before: list[Tensor] = field(default_factory=list)
+    best: list[Tensor] = field(default_factory=list)
+    freed: tuple[str, ...] = ()
+    first_steps: int = 0
     problem: str | None = None
     earlier_seconds: float = 0.0
+    last_step: float = 0.0
     _start: float = field(default_factory=time.perf_counter)
 
     @property
@@ -198,6 +216,8 @@ class Run:
         """Make steps until the limits, the callback or divergence end it.
 
         A step diverged if the objective after it is not finite or far below the best.
+        Where it is exact, a fit that has fallen goes back to the best, too: at what
+        would be a plateau with half the learning rate, and at the end.
         None begins that would not end in time if it took as long as the one before,
         and a solve ends when the time is up.
 
@@ -214,21 +234,32 @@ class Run:
         if limits.max_seconds is not None:
             left = limits.max_seconds - self.seconds
             self.mll.deadline = time.perf_counter() + left
-        last_step = 0.0
         while True:
-            reason = limits.reason(self, last_step)
+            reason = limits.reason(self, self.last_step)
             if reason is not None:
-                return reason
+                if self._fall() <= (limits.plateau or Plateau()).gain:
+                    return reason
+                self._go_back_to(self.best)
+                if reason != "plateau" or self.falls == _MOST_RECOVERIES:
+                    return reason
+                self.falls += 1
+                values = [entry.value for entry in self.history]
+                del self.history[values.index(max(values)) + 1 :]
+                self._slow_down()
+                continue
             began = self.seconds
             entry = self._evaluate(x, y)
-            last_step = self.seconds - began
+            self.last_step = self.seconds - began
             if entry is None or self._has_collapsed(entry):
-                self._go_back()
+                self._go_back_to(self.before)
                 if self.recoveries == _MOST_RECOVERIES:
                     return "diverged"
+                self.recoveries += 1
                 self._slow_down()
                 continue
             self.before = [p.detach().clone() for p in self.parameters]
+            if self._is_exact and entry.value > self._best_value:
+                self.best = self.before
             with torch.device("cpu"):  # where some of torch's make counters of steps
                 self.optimiser.step()
             self.history.append(entry)
@@ -237,9 +268,23 @@ class Run:
             if callback is not None and callback(entry):
                 return "interrupted"
 
+    @property
+    def _is_exact(self) -> bool:
+        """Whether values are, and not integrated from stochastic gradients."""
+        return self.mll.solution is None
+
+    @property
+    def _best_value(self) -> float:
+        return max((entry.value for entry in self.history), default=-math.inf)
+
     def _has_collapsed(self, entry: FitEntry) -> bool:
-        best = max((earlier.value for earlier in self.history), default=entry.value)
-        return entry.value < best - _COLLAPSE
+        return entry.value < self._best_value - _COLLAPSE
+
+    def _fall(self) -> float:
+        """How far the last value is below the best, if both are exact."""
+        if not (self._is_exact and self.best and self.history):
+            return 0.0
+        return self._best_value - self.history[-1].value
 
     def _evaluate(self, x: Inputs, y: Tensor) -> FitEntry | None:
         """Value and gradient where the parameters are; None if not finite."""
@@ -272,16 +317,15 @@ class Run:
             parameters=parameter_values(self.model),
         )
 
-    def _go_back(self) -> None:
-        """To the last parameters that were good, with nothing known of the others."""
+    def _go_back_to(self, earlier: Sequence[Tensor]) -> None:
+        """To parameters that were good, with nothing known of the others."""
         with torch.no_grad():
-            for parameter, before in zip(self.parameters, self.before, strict=True):
-                parameter.copy_(before)
+            for parameter, good in zip(self.parameters, earlier, strict=True):
+                parameter.copy_(good)
         self.mll.forget()
 
     def _slow_down(self) -> None:
         """Go on with half the learning rate."""
-        self.recoveries += 1
         self.history.pop()  # the step is made again
         for group in self.optimiser.param_groups:
             group["lr"] *= 0.5

@@ -8,6 +8,7 @@ import gpytorch
 import torch
 from torch import Tensor
 
+from sgdgp.training.parameters import free_of_bounds
 from sgdgp.training.probes import DrawnProbes, Probes
 
 
@@ -75,12 +76,18 @@ def assert_same(found: dict[str, Tensor], truth: dict[str, Tensor], **tolerance)
 
 
 def exact_loop(model, x, y, steps: int, *, lr: float = 0.1) -> None:
-    """GPyTorch's tutorial loop with its exact marginal likelihood, by Cholesky."""
+    """GPyTorch's tutorial loop with its exact marginal likelihood, by Cholesky.
+
+    Bounded values that are parameters themselves go through softplus, as in a fit.
+    """
     model.train()
     mll = gpytorch.mlls.ExactMarginalLogLikelihood(model.likelihood, model)
     optimiser = torch.optim.Adam(model.parameters(), lr=lr)
     inputs = x if isinstance(x, tuple) else (x,)
-    with gpytorch.settings.fast_computations(False, False, False):
+    with (
+        gpytorch.settings.fast_computations(False, False, False),
+        free_of_bounds(model),
+    ):
         for _ in range(steps):
             optimiser.zero_grad()
             loss = -mll(model(*inputs), y, *inputs)

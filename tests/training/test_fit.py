@@ -6,6 +6,7 @@ import sys
 import gpytorch
 import pytest
 import torch
+from botorch.fit import fit_gpytorch_mll
 from botorch.models import SingleTaskGP
 from botorch.models.transforms import Normalize, Standardize
 from gpytorch.kernels import RBFKernel, ScaleKernel
@@ -167,6 +168,36 @@ def test_botorchs_transforms_are_undone_once_in_either_mode(mode, settings):
         truth = botorch(x, y).train()
         exact_loop(truth, truth.train_inputs[0], truth.train_targets, 5)
         assert_same(parameters(models[0]), parameters(truth), rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_botorchs_models_are_fitted_as_well_as_by_its_own_optimiser(seed):
+    x, y = data(25, 2, seed=seed)
+    found, truth = botorch(x, y), botorch(x, y)
+    fitted = fit(found)
+    mll = gpytorch.mlls.ExactMarginalLogLikelihood(truth.likelihood, truth)
+    fit_gpytorch_mll(mll)
+    values = []
+    for model in (found, truth):
+        mll = gpytorch.mlls.ExactMarginalLogLikelihood(model.likelihood, model.train())
+        values.append(float(mll(model(model.train_inputs[0]), model.train_targets)))
+    # A plateau ends it a little early; with steps of the values themselves it was .4.
+    assert values[0] > values[1] - 0.05
+    assert fitted.warnings == ()
+
+
+def test_a_fall_is_no_plateau():
+    model = rbf_model()
+    fitted = fit(model, steps=200, optimizer=lambda p: torch.optim.Adam(p, lr=2.0))
+    best = rbf_model()
+    fit(best, steps=500)
+    assert fitted.reason == "plateau"
+    assert value_of(model) == pytest.approx(value_of(best), abs=0.02)
+
+
+def test_a_fit_that_ends_while_it_still_gains_says_so():
+    with pytest.warns(UserWarning, match="not learned yet"):
+        fit(rbf_model(), steps=10)
 
 
 def test_every_part_of_a_model_is_left_in_its_mode():

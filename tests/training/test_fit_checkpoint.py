@@ -178,6 +178,15 @@ def test_an_ended_fit_is_returned_at_once_and_goes_on_with_more_steps(tmp_path):
     assert_same(parameters(more), parameters(whole), rtol=1e-6, atol=1e-8)
 
 
+def test_a_fit_whose_time_was_up_stays_ended(tmp_path):
+    settings = {"steps": 10_000, "plateau": None, "checkpoint": tmp_path / "fit.sgdgp"}
+    first, again = rbf_model(), rbf_model()
+    before = fit(first, max_seconds=0.5, **settings)
+    after = fit(again, max_seconds=0.5, **settings)
+    assert (after.reason, after.history) == ("budget", before.history)
+    assert_same(parameters(again), parameters(first), rtol=0.0, atol=0.0)
+
+
 def test_a_plateau_is_asked_anew_with_the_callers_patience(tmp_path):
     path = tmp_path / "fit.sgdgp"
     eager = Plateau(patience=2, gain=10.0)

@@ -3,9 +3,16 @@ import pytest
 import torch
 from botorch.models import SingleTaskGP
 from botorch.models.transforms import Normalize, Standardize
+from gpytorch.constraints import GreaterThan, Interval, LessThan, Positive
 from gpytorch.kernels import RBFKernel, ScaleKernel
 
-from sgdgp.training.parameters import parameter_values, put_state, scatter, state_of
+from sgdgp.training.parameters import (
+    free_of_bounds,
+    parameter_values,
+    put_state,
+    scatter,
+    state_of,
+)
 from tests.training.problems import Model, assert_same, data, parameters, rbf_model
 from tests.training.test_marginal_likelihood import deep
 
@@ -22,6 +29,42 @@ def test_parameters_are_told_through_their_constraints():
         "covar_module.outputscale": pytest.approx((1.7,)),
         "covar_module.base_kernel.lengthscale": pytest.approx((0.4,)),
     }
+
+
+@pytest.mark.parametrize(
+    ("constraint", "value"),
+    [
+        (GreaterThan(0.01, transform=None), 0.5),
+        (GreaterThan(0.01, transform=None), 0.01),  # on its bound
+        (Positive(transform=None), 3.0),
+        (LessThan(2.0, transform=None), -1.0),
+        (Interval(0.1, 0.9, transform=None), 0.3),
+    ],
+    ids=str,
+)
+def test_bounded_values_that_are_parameters_are_free_for_a_while(constraint, value):
+    model = Model(*data(10, 2), RBFKernel(lengthscale_constraint=constraint)).double()
+    kernel = model.covar_module
+    kernel.raw_lengthscale.data.fill_(value)
+    with free_of_bounds(model) as names:
+        assert names == ("covar_module.raw_lengthscale",)
+        assert float(kernel.lengthscale) == pytest.approx(value, abs=2e-6)
+        kernel.raw_lengthscale.data -= 30.0  # wherever an optimiser goes
+        assert constraint.check(kernel.lengthscale)
+        kernel.raw_lengthscale.data += 30.0
+    assert not constraint.enforced
+    assert float(kernel.raw_lengthscale.detach()) == pytest.approx(value, abs=2e-6)
+    kernel.raw_lengthscale.requires_grad_(False)
+    with free_of_bounds(model) as names:
+        assert names == ()
+
+
+def test_an_error_leaves_values_what_they_were():
+    constraint = Positive(transform=None)
+    model = Model(*data(10, 2), RBFKernel(lengthscale_constraint=constraint))
+    with pytest.raises(ZeroDivisionError), free_of_bounds(model):
+        1 / 0  # noqa: B018
+    assert not constraint.enforced
 
 
 def test_every_lengthscale_is_told():
