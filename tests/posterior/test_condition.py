@@ -13,6 +13,7 @@ import sgdgp
 from sgdgp.features import NoRandomFeatures
 from sgdgp.posterior import PathwisePosterior
 from sgdgp.posterior.problem import Settings
+from sgdgp.solvers.base import Progress, progress_bar
 from tests.models import GP, gp, own_posterior, toy_data
 
 SOLVERS = {
@@ -197,6 +198,15 @@ def test_a_callback_that_returns_true_stops_the_solve():
     assert len(seen) == 1
     assert posterior.solution.reason == "interrupted"
     assert bool(torch.isfinite(posterior.samples(new_points())).all())
+
+
+def test_a_bar_counts_from_the_first_run_and_never_from_zero(capsys):
+    with progress_bar(True, "sdd", passes=5.0, seconds=125.0) as told:
+        told(Progress(2.0, 10.0, torch.ones(1), False, lambda: torch.ones(1)))
+    shown = capsys.readouterr().err
+    assert "sdd: begins" in shown
+    assert "sdd: 7 passes [02:15" in shown
+    assert "0 passes" not in shown
 
 
 def test_the_bar_is_silent_off_a_terminal_and_shown_on_demand(capsys):
