@@ -7,7 +7,6 @@ import math
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -80,20 +79,14 @@ def no_checks(records: Sequence[Record]) -> Iterator[Check]:
 
 
 def ranks(seed: int) -> Record:
-    """One process against two, of one thread each; and two that are not joined."""
+    """One process against two, of one thread each."""
     found: Record = {}
     for name, kind, solver in (
         ("product", "product", "auto"),
         ("cg", "solve", "auto"),
         ("sdd", "solve", "sdd"),
     ):
-        settings = {"n": 40_000, "solver": solver}
-        # In turns, as a machine's speed drifts; the faster of each.
-        turns = [[measured(kind, p, **settings) for p in (1, 2)] for _ in range(2)]
-        one, two = (
-            min(runs, key=lambda run: run["seconds"])
-            for runs in zip(*turns, strict=True)
-        )
+        one, two = (measured(kind, p, n=40_000, solver=solver) for p in (1, 2))
         # In float64: rounding of float32 moves what a stochastic solver ends with.
         exact = {"n": 6_000, "solver": solver, "dtype": "float64"}
         alone, both = (measured(kind, p, **exact) for p in (1, 2))
@@ -104,10 +97,6 @@ def ranks(seed: int) -> Record:
             "faster": one["seconds"] / two["seconds"],
             "difference": max(_difference(alone[a], both[a]) for a in answers),
         }
-    with ThreadPoolExecutor(2) as pool:  # each solves the whole, without a message
-        runs = pool.map(lambda _: measured("solve", n=40_000, solver="sdd"), range(2))
-        slowest = max(run["seconds"] for run in runs)
-    found["unjoined"] = {"faster": 2 * found["sdd"]["one"]["seconds"] / slowest}
     return found
 
 
@@ -134,9 +123,6 @@ def rank_checks(records: Sequence[Record]) -> Iterator[Check]:
             f"<= {CLOSE}",
             apart <= CLOSE,
         )
-    unjoined = min(record["unjoined"]["faster"] for record in records)
-    what = "two sdd at once, not joined: what the machine's cores give"
-    yield Check(what, f"{unjoined:.2f}", "", True)
 
 
 def large(seed: int) -> Record:

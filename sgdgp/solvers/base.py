@@ -141,7 +141,9 @@ def progress_bar(
         bar_format="{desc}: {n:.0f} passes [{elapsed}{postfix}]",
         delay=1e-9,  # no zero before it is known what went before
     ) as bar:
-        bar.display(f"{title}: begins")
+        bar.delay = 0  # for its last line
+        if not bar.disable:
+            bar.display(f"{title}: begins")
 
         def move(progress: Progress) -> None:
             bar.n = progress.passes

@@ -33,7 +33,7 @@ from sgdgp.training.fit_checkpoint import FitCheckpoint
 from sgdgp.training.gradient import EXACT_ROWS
 from sgdgp.training.marginal_likelihood import StochasticMarginalLogLikelihood
 from sgdgp.training.parameters import (
-    free_of_bounds,
+    images_of,
     put_state,
     scatter,
     state_of,
@@ -112,7 +112,7 @@ def fit(
         x: Training inputs (n, d) before the model's own transforms. Default: the
             model's.
         y: Training targets (n,), or (n, t) for several outputs. Default: the model's.
-        steps: Most steps of the optimiser.
+        steps: Most steps of the optimiser; those that led down are made again.
         optimizer: Parameters to an optimiser. Default: Adam with learning rate 0.1.
         solver: A solver, its name, or "auto".
         probes: ``PathwiseProbes``, ``StandardProbes``, or "auto": exact gradients up
@@ -187,8 +187,14 @@ def fit(
             operator=operator,
             memory_budget=memory_budget,
         )
-        built = _built(optimizer, parameters)
-        return Run(model, mll, built, parameters, freed=freed)
+        images = {id(image.parameter): image for image in images_of(model)}
+        moved = [images[id(p)].leaf if id(p) in images else p for p in parameters]
+        built = _built(optimizer, moved)
+        # One that was made of the model's own parameters moves those.
+        held = {id(p) for group in built.param_groups for p in group["params"]}
+        images = {i: image for i, image in images.items() if id(image.leaf) in held}
+        moved = [images[id(p)].leaf if id(p) in images else p for p in parameters]
+        return Run(model, mll, built, moved, tuple(images.values()))
 
     def attempt(i: int, earlier: Sequence[Fitted]) -> Fitted:
         place = checkpoint if i == 0 or checkpoint is None else f"{checkpoint}.{i}"
@@ -197,7 +203,7 @@ def fit(
             left = limits.after(earlier)
             return _fitted(start(), x, y, left, shown, keeper, rows)
 
-    with in_train_mode(model), free_of_bounds(model) as freed:
+    with in_train_mode(model):
         found = best_of(restarts + 1, attempt, model, x, y, number)
     if found.warnings:
         warn_user("sgdgp.fit: " + " ".join(found.warnings))
@@ -227,6 +233,7 @@ def _fitted(
             raise
         if keeper is not None:
             keeper.close(run, reason)
+    run.settle(x, y)
     # GPyTorch's modules refer to themselves: what they hold waits for the collector.
     run.mll.forget()
     return Fitted(
@@ -320,7 +327,7 @@ def _warnings(run: Run, reason: FitReason) -> tuple[str, ...]:
         if gain > _LATE_GAIN:
             sentences.append(
                 f"The last {_LATE_STEPS} steps still gained {gain:.2f} in log p / n: "
-                "the parameters are not learned yet. Give it more (steps, max_seconds)."
+                "the parameters are not learned yet. Give it more steps, or more time."
             )
     if run.problem is not None:
         sentences.append(run.problem)

@@ -13,7 +13,7 @@ from sgdgp.core.codec import Contents
 from sgdgp.core.files import FileKind
 from sgdgp.core.hashes import digest, former_structure_of, structure_of
 from sgdgp.gpytorch_adapter import Inputs
-from sgdgp.training.parameters import like_all, put_state
+from sgdgp.training.parameters import Image, like_all, put_state
 from sgdgp.training.run import FitReason, Run
 
 KIND = FileKind("sgdgp.fit", 2, "checkpoint of a fit", format_1.fit)
@@ -65,6 +65,8 @@ class FitCheckpoint(Checkpoint):
             model=dict(run.model.state_dict()),
             before=run.before,
             best=run.best,
+            images=[image.leaf.detach() for image in run.images],
+            falls=run.falls,
             optimiser=_moments(run),
             groups=_groups(run),
             mll=run.mll.state(),
@@ -84,8 +86,6 @@ def _components(run: Run, x: Inputs, y: Tensor) -> dict[str, str]:
     for name, parameter in run.model.named_parameters():
         if not parameter.requires_grad:
             found[f"parameter {name}"] = digest(parameter)
-    if run.freed:
-        found["parameters free of their bounds"] = digest(repr(run.freed))
     return {**found, **structure_of(run.model)}
 
 
@@ -117,7 +117,10 @@ def _restore(run: Run, found: Contents) -> FitReason | None:
     if reason not in get_args(FitReason):
         raise ValueError(f"unknown reason {reason!r}")
     put_state(run.model, found["model"])
-    for i, moments in found["optimiser"].items():
+    images = found.get("images", ())
+    # Older files know values where these are images: their moments are of no use.
+    is_older = len(images) != len(run.images)
+    for i, moments in ({} if is_older else found["optimiser"]).items():
         parameter = run.parameters[int(i)]
         for name, value in moments.items():
             if value.ndim and value.shape != parameter.shape:
@@ -133,6 +136,13 @@ def _restore(run: Run, found: Contents) -> FitReason | None:
     run.first_steps = int(found.get("first_steps", 0))
     run.earlier_seconds = float(found["seconds"])
     run.last_step = float(found.get("last_step", 0.0))
+    run.falls = int(found.get("falls", 0))
+    with torch.no_grad():
+        for i, image in enumerate(run.images):
+            now = Image.of(image.parameter, image.constraint).leaf
+            image.leaf.copy_(now if is_older else images[i])
+    if is_older:
+        return reason if reason == "diverged" else None
     run.before = found["before"] and like_all(found["before"], run.parameters)
     if found.get("best"):
         run.best = like_all(found["best"], run.parameters)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from typing import Literal, TypeAlias
 
 import gpytorch
@@ -79,7 +80,9 @@ def initialise(
         rows = observed[_subset(joined[observed], count, kind, generator)]
         part = _restricted(model, rows)
         subset = layout.split(joined[rows])
-        fit(part, subset, targets[rows], steps=steps, progress=False)
+        with warnings.catch_warnings():  # a start need not be learned to its end
+            warnings.filterwarnings("ignore", r"sgdgp.fit: The last \d+ steps")
+            fit(part, subset, targets[rows], steps=steps, progress=False)
         for name, parameter, constraint in learned_parameters(part):
             value = to_average(parameter, constraint) / subsets
             totals[name] = totals.get(name, torch.zeros_like(value)) + value

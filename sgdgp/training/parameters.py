@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TypeAlias
 
 import gpytorch
 import torch
 from gpytorch.constraints import GreaterThan, Interval, LessThan, Positive
-from gpytorch.utils.transforms import inv_sigmoid, inv_softplus
+from gpytorch.utils.transforms import inv_softplus
 from torch import Tensor
 from torch.nn.functional import softplus
 
@@ -18,8 +18,8 @@ Constraint: TypeAlias = gpytorch.constraints.Interval | None
 _LARGEST = 64
 """Numbers of one parameter that are told, at most: lengthscales, but no tables."""
 
-_EDGE_START = 1e-6
-"""How far from a bound a fit starts at least: on it there is no way back."""
+_BESIDE = 1e-6
+"""How far from a bound the image of a value on it is: a bound itself has none."""
 
 _EDGE = 0.05
 """Share of an interval at each end that scattered parameters keep out of: on a bound
@@ -54,49 +54,71 @@ def learned_parameters(
                     yield ".".join(filter(None, (path, name))), parameter, constraint
 
 
-@contextmanager
-def free_of_bounds(model: torch.nn.Module) -> Iterator[tuple[str, ...]]:
-    """Let an optimiser that knows no bounds move the parameters that have some.
+@dataclass(frozen=True)
+class Image:
+    """What an optimiser that knows no bounds moves in place of a bounded value.
 
     A constraint without a transform, as BoTorch has for its own optimiser, makes the
     value itself the parameter: a step of 0.1 is far for a noise of 0.01, and leads out
-    of bounds. Meanwhile such values go through GPyTorch's softplus or sigmoid.
+    of bounds. The value is a softplus or sigmoid of its image instead, as in GPyTorch.
 
-    Yields:
-        The names of these parameters.
+    Attributes:
+        parameter: The value.
+        leaf: Its image, of the same shape.
+        constraint: Its bounds.
     """
-    freed: dict[str, tuple[torch.nn.Parameter, Interval]] = {
-        name: (parameter, constraint)
-        for name, parameter, constraint in learned_parameters(model)
-        # Of other classes, those that are not mapped mean to be so.
-        if constraint is not None
-        and type(constraint) in (Interval, GreaterThan, Positive, LessThan)
-        and not constraint.enforced
-    }
-    with torch.no_grad():
-        for parameter, constraint in freed.values():
-            parameter.copy_(_off_bounds(parameter, constraint))
-        for _, constraint in freed.values():
-            is_interval = type(constraint) is Interval
-            constraint._transform = torch.sigmoid if is_interval else softplus
-            constraint._inv_transform = inv_sigmoid if is_interval else inv_softplus
-        for parameter, constraint in freed.values():
-            parameter.copy_(constraint.inverse_transform(parameter))
-    try:
-        yield tuple(freed)
-    finally:
-        with torch.no_grad():
-            for parameter, constraint in freed.values():
-                parameter.copy_(constraint.transform(parameter))
-        for _, constraint in freed.values():
-            constraint._transform = constraint._inv_transform = None
+
+    parameter: torch.nn.Parameter
+    leaf: torch.nn.Parameter
+    constraint: gpytorch.constraints.Interval
+
+    @classmethod
+    def of(cls, parameter: torch.nn.Parameter, constraint: Interval) -> Image:
+        """The image of where the value is; on a bound, of a place beside it."""
+        value = parameter.detach()
+        lower, upper = (
+            bound.to(value)
+            for bound in (constraint.lower_bound, constraint.upper_bound)
+        )
+        tiny = torch.finfo(value.dtype).eps
+        if type(constraint) is Interval:
+            leaf = ((value - lower) / (upper - lower)).clamp(tiny, 1 - tiny).logit()
+        else:
+            away = upper - value if type(constraint) is LessThan else value - lower
+            leaf = inv_softplus(away.where(away > 0, away.new_tensor(_BESIDE)))
+        return cls(parameter, torch.nn.Parameter(leaf), constraint)
+
+    def value(self) -> Tensor:
+        """The value of the image, with a graph."""
+        lower, upper = (bound.to(self.leaf) for bound in self.constraint)
+        if type(self.constraint) is Interval:
+            return lower + (upper - lower) * self.leaf.sigmoid()
+        away = softplus(self.leaf)
+        return upper - away if type(self.constraint) is LessThan else lower + away
+
+    def take_gradient(self) -> None:
+        """Give the image the gradient that the value has."""
+        gradient = self.parameter.grad
+        if gradient is not None:
+            (self.leaf.grad,) = torch.autograd.grad(self.value(), self.leaf, gradient)
+            self.parameter.grad = None
+
+    @torch.no_grad()
+    def put_value(self) -> None:
+        """Move the value to where its image is."""
+        self.parameter.copy_(self.value())
 
 
-def _off_bounds(value: Tensor, constraint: Interval) -> Tensor:
-    """The value; where it is on a bound or beyond it, a little inside."""
-    lower, upper = constraint.lower_bound, constraint.upper_bound
-    width = (upper - lower).clamp(max=1.0)  # infinite of one bound
-    return value.clamp(lower + _EDGE_START * width, upper - _EDGE_START * width)
+def images_of(model: torch.nn.Module) -> list[Image]:
+    """Images of the learned values that are bounded and not transformed."""
+    found: dict[int, Image] = {}
+    for _, parameter, constraint in learned_parameters(model):
+        # Of other classes, those without a transform mean to have none.
+        if type(constraint) in (Interval, GreaterThan, Positive, LessThan):
+            assert constraint is not None
+            if not constraint.enforced and id(parameter) not in found:
+                found[id(parameter)] = Image.of(parameter, constraint)
+    return list(found.values())
 
 
 def parameter_values(model: torch.nn.Module) -> dict[str, tuple[float, ...]]:

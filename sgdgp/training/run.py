@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -18,7 +19,7 @@ from sgdgp.core.codec import register_stored_class
 from sgdgp.core.summary import Summarised
 from sgdgp.gpytorch_adapter import Inputs, prior_at
 from sgdgp.training.marginal_likelihood import StochasticMarginalLogLikelihood
-from sgdgp.training.parameters import parameter_values
+from sgdgp.training.parameters import Image, parameter_values
 
 FitReason: TypeAlias = Literal["plateau", "steps", "budget", "interrupted", "diverged"]
 
@@ -171,13 +172,13 @@ class Run:
         model: The model, its parameters changed in place.
         mll: The objective, which carries the solves on.
         optimiser: Over ``parameters``.
-        parameters: What is learned.
+        parameters: What is learned, as the optimiser moves it.
+        images: Those of ``parameters`` that stand for bounded values.
         history: One entry per step made.
         recoveries: How often it diverged, which halved the learning rate.
         falls: How often it fell to what was no plateau, which did too.
         before: The parameters that the last step started from, to come back to.
         best: Those of the largest value of an exact evaluation.
-        freed: Names of parameters that are learned free of their bounds.
         first_steps: Steps that were made on some of the rows, before the history.
         problem: What went wrong beside the fit itself, if anything.
         earlier_seconds: Wall time of the runs that this one goes on from.
@@ -188,12 +189,12 @@ class Run:
     mll: StochasticMarginalLogLikelihood
     optimiser: Optimizer
     parameters: Sequence[torch.nn.Parameter]
+    images: Sequence[Image] = ()
     history: list[FitEntry] = field(default_factory=list)
     recoveries: int = 0
     falls: int = 0
     before: list[Tensor] = field(default_factory=list)
     best: list[Tensor] = field(default_factory=list)
-    freed: tuple[str, ...] = ()
     first_steps: int = 0
     problem: str | None = None
     earlier_seconds: float = 0.0
@@ -216,8 +217,8 @@ class Run:
         """Make steps until the limits, the callback or divergence end it.
 
         A step diverged if the objective after it is not finite or far below the best.
-        Where it is exact, a fit that has fallen goes back to the best, too: at what
-        would be a plateau with half the learning rate, and at the end.
+        Where it is exact, a fit that has fallen to what would be a plateau goes back
+        to the best, with half the learning rate; see ``settle`` for the end.
         None begins that would not end in time if it took as long as the one before,
         and a solve ends when the time is up.
 
@@ -236,17 +237,20 @@ class Run:
             self.mll.deadline = time.perf_counter() + left
         while True:
             reason = limits.reason(self, self.last_step)
-            if reason is not None:
-                if self._fall() <= (limits.plateau or Plateau()).gain:
-                    return reason
-                self._go_back_to(self.best)
-                if reason != "plateau" or self.falls == _MOST_RECOVERIES:
-                    return reason
-                self.falls += 1
+            if reason == "plateau" and limits.plateau is not None and self._is_exact:
                 values = [entry.value for entry in self.history]
-                del self.history[values.index(max(values)) + 1 :]
-                self._slow_down()
-                continue
+                fall, gain = max(values) - values[-1], limits.plateau.gain
+                if fall > gain and self.best and self.falls < _MOST_RECOVERIES:
+                    self.falls += 1
+                    del self.history[values.index(max(values)) + 1 :]
+                    self._go_back_to(self.best)
+                    self._slow_down()
+                    continue
+                late = values[-3:]
+                if all(now - before > gain for before, now in pairwise(late)):
+                    reason = None  # back from a fall, and it climbs
+            if reason is not None:
+                return reason
             began = self.seconds
             entry = self._evaluate(x, y)
             self.last_step = self.seconds - began
@@ -262,11 +266,20 @@ class Run:
                 self.best = self.before
             with torch.device("cpu"):  # where some of torch's make counters of steps
                 self.optimiser.step()
+            for image in self.images:
+                image.put_value()
             self.history.append(entry)
             if keep is not None:
                 keep(self)
             if callback is not None and callback(entry):
                 return "interrupted"
+
+    def settle(self, x: Inputs, y: Tensor) -> None:
+        """At the end: where values are exact, go back to the best if it was better."""
+        if self._is_exact and self.best and self.history:
+            last = self._evaluate(x, y)
+            if last is None or last.value < self._best_value:
+                self._go_back_to(self.best)
 
     @property
     def _is_exact(self) -> bool:
@@ -280,18 +293,16 @@ class Run:
     def _has_collapsed(self, entry: FitEntry) -> bool:
         return entry.value < self._best_value - _COLLAPSE
 
-    def _fall(self) -> float:
-        """How far the last value is below the best, if both are exact."""
-        if not (self._is_exact and self.best and self.history):
-            return 0.0
-        return self._best_value - self.history[-1].value
-
     def _evaluate(self, x: Inputs, y: Tensor) -> FitEntry | None:
         """Value and gradient where the parameters are; None if not finite."""
         self.optimiser.zero_grad()
+        for image in self.images:
+            image.parameter.grad = None
         try:
             loss = -self.mll(prior_at(self.model, x), y, x)
             loss.backward()
+            for image in self.images:
+                image.take_gradient()
         except (torch.linalg.LinAlgError, ValueError):
             # Parameters far out make covariances that nothing can be done with; where
             # the fit starts, that is the caller's to know.
@@ -322,6 +333,8 @@ class Run:
         with torch.no_grad():
             for parameter, good in zip(self.parameters, earlier, strict=True):
                 parameter.copy_(good)
+        for image in self.images:
+            image.put_value()
         self.mll.forget()
 
     def _slow_down(self) -> None:

@@ -209,6 +209,16 @@ def test_a_bar_counts_from_the_first_run_and_never_from_zero(capsys):
     assert "0 passes" not in shown
 
 
+def test_a_bar_ends_its_line(capsys):
+    step = Progress(2.0, 10.0, torch.ones(1), False, lambda: torch.ones(1))
+    with progress_bar(True, "sdd") as told:
+        told(step)
+    assert capsys.readouterr().err.endswith("\n")
+    with progress_bar(True, "sdd"):
+        pass
+    assert capsys.readouterr().err.endswith("\n")
+
+
 def test_the_bar_is_silent_off_a_terminal_and_shown_on_demand(capsys):
     posterior = sgdgp.condition(gp(), num_samples=1)
     posterior.draw(1)

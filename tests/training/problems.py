@@ -8,7 +8,7 @@ import gpytorch
 import torch
 from torch import Tensor
 
-from sgdgp.training.parameters import free_of_bounds
+from sgdgp.training.parameters import images_of
 from sgdgp.training.probes import DrawnProbes, Probes
 
 
@@ -82,17 +82,22 @@ def exact_loop(model, x, y, steps: int, *, lr: float = 0.1) -> None:
     """
     model.train()
     mll = gpytorch.mlls.ExactMarginalLogLikelihood(model.likelihood, model)
-    optimiser = torch.optim.Adam(model.parameters(), lr=lr)
+    images = {id(image.parameter): image for image in images_of(model)}
+    optimiser = torch.optim.Adam(
+        [images[id(p)].leaf if id(p) in images else p for p in model.parameters()],
+        lr=lr,
+    )
     inputs = x if isinstance(x, tuple) else (x,)
-    with (
-        gpytorch.settings.fast_computations(False, False, False),
-        free_of_bounds(model),
-    ):
+    with gpytorch.settings.fast_computations(False, False, False):
         for _ in range(steps):
-            optimiser.zero_grad()
+            model.zero_grad()
             loss = -mll(model(*inputs), y, *inputs)
             loss.backward()
+            for image in images.values():
+                image.take_gradient()
             optimiser.step()
+            for image in images.values():
+                image.put_value()
 
 
 def dense_log_likelihood(model: Model, x: Tensor, y: Tensor) -> Tensor:

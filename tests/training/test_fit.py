@@ -8,7 +8,7 @@ import pytest
 import torch
 from botorch.fit import fit_gpytorch_mll
 from botorch.models import SingleTaskGP
-from botorch.models.transforms import Normalize, Standardize
+from botorch.models.transforms import Normalize, Standardize, Warp
 from gpytorch.kernels import RBFKernel, ScaleKernel
 from gpytorch.priors import NormalPrior
 
@@ -23,6 +23,7 @@ from sgdgp.training import (
     log_marginal_likelihood,
 )
 from sgdgp.training.fit import best_of, describe, fit_bar
+from sgdgp.training.parameters import parameter_values, put_state, state_of
 from sgdgp.training.run import Fitted
 from tests.models import hadamard_gp, multitask_gp
 from tests.training.problems import (
@@ -193,6 +194,52 @@ def test_a_fall_is_no_plateau():
     fit(best, steps=500)
     assert fitted.reason == "plateau"
     assert value_of(model) == pytest.approx(value_of(best), abs=0.02)
+
+
+@pytest.mark.parametrize("steps", [1, 10, 200])
+def test_an_exact_fit_leaves_the_best_parameters_it_has_seen(steps):
+    model = rbf_model()
+    wild = fit(model, steps=steps, optimizer=lambda p: torch.optim.Adam(p, lr=5.0))
+    assert value_of(model) >= max(entry.value for entry in wild.history) - 1e-6
+
+
+def test_what_reads_a_bounded_value_itself_is_fitted():
+    x, y = data(40, 2)
+    warped = SingleTaskGP(
+        x,
+        y.unsqueeze(1),
+        input_transform=Warp(d=2, indices=[0, 1]),
+        outcome_transform=None,
+    )
+    first = value_of(warped)
+    fitted = fit(warped)
+    assert fitted.history[0].value == pytest.approx(first, abs=1e-6)
+    assert value_of(warped) > first + 0.1
+
+
+def test_a_state_that_a_callback_keeps_is_one_of_values():
+    model, kept = botorch(*data(25, 2)), {}
+
+    def keep(entry):
+        if entry.step == 5:
+            kept.update(state_of(model))
+
+    fitted = fit(model, steps=10, callback=keep)
+    put_state(model, kept)
+    for name, values in parameter_values(model).items():
+        assert values == pytest.approx(fitted.history[6].parameters[name])
+
+
+def test_an_optimiser_of_the_models_own_parameters_moves_them():
+    model = botorch(*data(25, 2))
+    noise = float(model.likelihood.noise)
+    with pytest.warns(UserWarning, match="not learned yet"):
+        fit(
+            model,
+            steps=12,
+            optimizer=lambda _: torch.optim.Adam(model.parameters(), 1e-2),
+        )
+    assert float(model.likelihood.noise) != noise
 
 
 def test_a_fit_that_ends_while_it_still_gains_says_so():

@@ -6,6 +6,7 @@ import threading
 import gpytorch
 import pytest
 import torch
+from botorch.models import SingleTaskGP
 from gpytorch.kernels import MaternKernel, RBFKernel
 
 import sgdgp
@@ -176,6 +177,26 @@ def test_an_ended_fit_is_returned_at_once_and_goes_on_with_more_steps(tmp_path):
     assert fit(more, steps=STEPS, checkpoint=path).steps == STEPS
     fit(whole, steps=STEPS)
     assert_same(parameters(more), parameters(whole), rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("kind", ["gpytorch", "botorch"])
+@pytest.mark.parametrize("steps", [6, 14, 18])
+def test_a_fit_that_had_fallen_goes_on_as_if_it_had_not_ended(tmp_path, kind, steps):
+    def made():
+        x, y = data(40, 2)
+        return rbf_model() if kind == "gpytorch" else SingleTaskGP(x, y[:, None])
+
+    def far(moved):
+        return torch.optim.Adam(moved, lr=1.0)
+
+    path = tmp_path / "fit.sgdgp"
+    part, again, whole = (made() for _ in range(3))
+    ended = fit(part, steps=steps, optimizer=far, checkpoint=path)
+    assert fit(again, steps=steps, optimizer=far, checkpoint=path).steps == ended.steps
+    assert_same(parameters(again), parameters(part), rtol=0.0, atol=0.0)
+    fit(again, steps=40, optimizer=far, checkpoint=path)
+    fit(whole, steps=40, optimizer=far)
+    assert_same(parameters(again), parameters(whole), rtol=1e-9, atol=1e-12)
 
 
 def test_a_fit_whose_time_was_up_stays_ended(tmp_path):
