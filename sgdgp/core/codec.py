@@ -213,10 +213,6 @@ class Contents:
         self._tensors = tensors
         self.device = torch.device(device)
 
-    def get(self, name: str, otherwise: Any = None) -> Any:
-        """The value of that name, which older files may lack."""
-        return self.value(name) if name in self._state else otherwise
-
     def __getitem__(self, name: str) -> Any:
         """The value of that name."""
         return self.value(name)

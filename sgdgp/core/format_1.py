@@ -95,6 +95,9 @@ def fit(tensors: Tensors, state: State) -> State:
         **_values(state),
         "components": _components(state["components"]),
         "history": {"list": [_object("FitEntry", e) for e in state["history"]]},
+        # What it did not know of.
+        **{name: {"list": []} for name in ("best", "images")},
+        **dict.fromkeys(("falls", "first_steps", "last_step"), 0),
         "groups": {"list": [_value(group) for group in state["groups"]]},
         "model": _dict(_below("model.", tensors)),
         "before": _numbered("before.", tensors),

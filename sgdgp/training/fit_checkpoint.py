@@ -117,8 +117,8 @@ def _restore(run: Run, found: Contents) -> FitReason | None:
     if reason not in get_args(FitReason):
         raise ValueError(f"unknown reason {reason!r}")
     put_state(run.model, found["model"])
-    images = found.get("images", ())
-    # Older files know values where these are images: their moments are of no use.
+    images = found["images"]
+    # Files of format 1 know values where these are images: moments of no use.
     is_older = len(images) != len(run.images)
     for i, moments in ({} if is_older else found["optimiser"]).items():
         parameter = run.parameters[int(i)]
@@ -133,10 +133,10 @@ def _restore(run: Run, found: Contents) -> FitReason | None:
     run.mll.restore(found["mll"])
     run.history[:] = found["history"]
     run.recoveries = int(found["recoveries"])
-    run.first_steps = int(found.get("first_steps", 0))
+    run.first_steps = int(found["first_steps"])
     run.earlier_seconds = float(found["seconds"])
-    run.last_step = float(found.get("last_step", 0.0))
-    run.falls = int(found.get("falls", 0))
+    run.last_step = float(found["last_step"])
+    run.falls = int(found["falls"])
     with torch.no_grad():
         for i, image in enumerate(run.images):
             now = Image.of(image.parameter, image.constraint).leaf
@@ -144,6 +144,5 @@ def _restore(run: Run, found: Contents) -> FitReason | None:
     if is_older:
         return reason if reason == "diverged" else None
     run.before = found["before"] and like_all(found["before"], run.parameters)
-    if found.get("best"):
-        run.best = like_all(found["best"], run.parameters)
+    run.best = found["best"] and like_all(found["best"], run.parameters)
     return reason if reason == "diverged" else None

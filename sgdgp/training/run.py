@@ -275,10 +275,13 @@ class Run:
                 return "interrupted"
 
     def settle(self, x: Inputs, y: Tensor) -> None:
-        """At the end: where values are exact, go back to the best if it was better."""
+        """At the end: where values are exact, go back to the best if it was better.
+
+        By more than what is a plateau: steps around an optimum are all as good.
+        """
         if self._is_exact and self.best and self.history:
             last = self._evaluate(x, y)
-            if last is None or last.value < self._best_value:
+            if last is None or last.value < self._best_value - Plateau().gain:
                 self._go_back_to(self.best)
 
     @property

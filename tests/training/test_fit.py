@@ -200,7 +200,7 @@ def test_a_fall_is_no_plateau():
 def test_an_exact_fit_leaves_the_best_parameters_it_has_seen(steps):
     model = rbf_model()
     wild = fit(model, steps=steps, optimizer=lambda p: torch.optim.Adam(p, lr=5.0))
-    assert value_of(model) >= max(entry.value for entry in wild.history) - 1e-6
+    assert value_of(model) >= max(entry.value for entry in wild.history) - 1e-3
 
 
 def test_what_reads_a_bounded_value_itself_is_fitted():
