@@ -34,6 +34,7 @@ from sgdgp.training.gradient import EXACT_ROWS
 from sgdgp.training.marginal_likelihood import StochasticMarginalLogLikelihood
 from sgdgp.training.parameters import (
     images_of,
+    moved_by_optimiser,
     put_state,
     scatter,
     state_of,
@@ -54,7 +55,7 @@ _POOR_RESIDUAL = 0.3
 
 _LATE_STEPS, _LATE_GAIN = 10, 0.05
 """Gain of log p(y | X) / n over the last steps from which a fit warns that it was
-ended too early: of fifty times a plateau's."""
+ended too early: fifty times a plateau's."""
 
 _MANY_ROWS = 3_000
 """Above, a fit starts on some of its rows: all of them are dear."""
@@ -187,14 +188,13 @@ def fit(
             operator=operator,
             memory_budget=memory_budget,
         )
-        images = {id(image.parameter): image for image in images_of(model)}
-        moved = [images[id(p)].leaf if id(p) in images else p for p in parameters]
-        built = _built(optimizer, moved)
+        images = images_of(model)
+        built = _built(optimizer, moved_by_optimiser(parameters, images))
         # One that was made of the model's own parameters moves those.
         held = {id(p) for group in built.param_groups for p in group["params"]}
-        images = {i: image for i, image in images.items() if id(image.leaf) in held}
-        moved = [images[id(p)].leaf if id(p) in images else p for p in parameters]
-        return Run(model, mll, built, moved, tuple(images.values()))
+        images = [image for image in images if id(image.leaf) in held]
+        moved = moved_by_optimiser(parameters, images)
+        return Run(model, mll, built, moved, images)
 
     def attempt(i: int, earlier: Sequence[Fitted]) -> Fitted:
         place = checkpoint if i == 0 or checkpoint is None else f"{checkpoint}.{i}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -76,10 +76,7 @@ class Image:
     def of(cls, parameter: torch.nn.Parameter, constraint: Interval) -> Image:
         """The image of where the value is; on a bound, of a place beside it."""
         value = parameter.detach()
-        lower, upper = (
-            bound.to(value)
-            for bound in (constraint.lower_bound, constraint.upper_bound)
-        )
+        lower, upper = (bound.to(value) for bound in constraint)
         tiny = torch.finfo(value.dtype).eps
         if type(constraint) is Interval:
             leaf = ((value - lower) / (upper - lower)).clamp(tiny, 1 - tiny).logit()
@@ -119,6 +116,14 @@ def images_of(model: torch.nn.Module) -> list[Image]:
             if not constraint.enforced and id(parameter) not in found:
                 found[id(parameter)] = Image.of(parameter, constraint)
     return list(found.values())
+
+
+def moved_by_optimiser(
+    parameters: Iterable[torch.nn.Parameter], images: Iterable[Image]
+) -> list[torch.nn.Parameter]:
+    """Parameters, with the leaf of its image in place of each that has one."""
+    leaves = {id(image.parameter): image.leaf for image in images}
+    return [leaves.get(id(p), p) for p in parameters]
 
 
 def parameter_values(model: torch.nn.Module) -> dict[str, tuple[float, ...]]:

@@ -8,7 +8,7 @@ import gpytorch
 import torch
 from torch import Tensor
 
-from sgdgp.training.parameters import images_of
+from sgdgp.training.parameters import images_of, moved_by_optimiser
 from sgdgp.training.probes import DrawnProbes, Probes
 
 
@@ -82,21 +82,19 @@ def exact_loop(model, x, y, steps: int, *, lr: float = 0.1) -> None:
     """
     model.train()
     mll = gpytorch.mlls.ExactMarginalLogLikelihood(model.likelihood, model)
-    images = {id(image.parameter): image for image in images_of(model)}
-    optimiser = torch.optim.Adam(
-        [images[id(p)].leaf if id(p) in images else p for p in model.parameters()],
-        lr=lr,
-    )
+    images = images_of(model)
+    moved = moved_by_optimiser(model.parameters(), images)
+    optimiser = torch.optim.Adam(moved, lr=lr)
     inputs = x if isinstance(x, tuple) else (x,)
     with gpytorch.settings.fast_computations(False, False, False):
         for _ in range(steps):
             model.zero_grad()
             loss = -mll(model(*inputs), y, *inputs)
             loss.backward()
-            for image in images.values():
+            for image in images:
                 image.take_gradient()
             optimiser.step()
-            for image in images.values():
+            for image in images:
                 image.put_value()
 
 
