@@ -208,7 +208,7 @@ class StationaryTile(TileKernel):
         profile = type(self).profile
         if not (fused.pays(out) and fused.serves(profile, out)):
             return False
-        if left.shape[1] > DIRECT_DIMENSIONS:
+        if left.shape[1] > fused.MOST_DIMENSIONS + 2:  # augmented by two columns
             torch.mm(left, right.T, out=out)
         return fused.written(profile, left, right, out, _CANCELLED * _EPSILON)
 

@@ -11,6 +11,7 @@
 namespace {
 
 constexpr int64_t kColumns = 512;  // at a time: their rows of distances stay in registers' reach
+constexpr int64_t kMost = 10;  // dimensions of points, MOST_DIMENSIONS of fused.py
 constexpr float kTiny = 1e-30f;
 constexpr float kLn2 = 0.693147180559945f;
 constexpr float kLog2E = 1.442695040888963f;
@@ -84,31 +85,64 @@ bool has_moderate_squares(const float* z, int64_t n, int64_t width) {
   return all;
 }
 
-// Forms are [z, |z|^2, 1] and [-2 z, 1, |z|^2], and their product is in out.
+// Columns of a tile, by dimension, and what their squares allow.
+struct alignas(64) Columns {
+  float z[kMost][kColumns], square[kColumns], bound[kColumns];
+  int64_t count;
+};
+
+// Squared distances of a row by D products each, unless D is zero and they are there.
+// Whether one of them has cancelled.
+template <int D>
+int32_t distances(const Columns& c, const float* point, float square, float bound,
+                  float* __restrict row) {
+  int32_t near = 0;
+  for (int64_t j = 0; j < c.count; j++) {
+    if (D > 0) {
+      float d2 = square + c.square[j];
+      for (int q = 0; q < D; q++) d2 += point[q] * c.z[q][j];
+      row[j] = d2;
+    }
+    near |= row[j] <= bound + c.bound[j];
+  }
+  return near;
+}
+
+using Distances = int32_t (*)(const Columns&, const float*, float, float, float*);
+constexpr Distances kDistances[kMost + 1] = {
+    distances<0>, nullptr,      nullptr,      nullptr,      distances<4>, distances<5>,
+    distances<6>, distances<7>, distances<8>, distances<9>, distances<10>};
+
+// Forms are [z, |z|^2, 1] and [-2 z, 1, |z|^2]. With more than kMost dimensions their
+// product is in out.
 template <class Profile>
 void from_products(const Tile& t) {
-  const int64_t d = t.width - 2;
-  float across[kColumns];
+  const int64_t d = t.width - 2, made = d <= kMost ? d : 0;
+  Columns c;
   for (int64_t start = 0; start < t.columns; start += kColumns) {
-    const int64_t m = t.columns - start < kColumns ? t.columns - start : kColumns;
+    c.count = t.columns - start < kColumns ? t.columns - start : kColumns;
     const float* right = t.right + start * t.width;
-    for (int64_t j = 0; j < m; j++) across[j] = t.level * right[j * t.width + d + 1];
+    for (int64_t j = 0; j < c.count; j++) {
+      const float* form = right + j * t.width;
+      for (int64_t q = 0; q < made; q++) c.z[q][j] = form[q];
+      c.square[j] = form[d + 1];
+      c.bound[j] = t.level * form[d + 1];
+    }
     for (int64_t i = 0; i < t.rows; i++) {
-      const float* z = t.left + i * t.width;
-      const float bound = t.level * z[d];
+      const float* point = t.left + i * t.width;
+      const float bound = t.level * point[d];
       float* __restrict row = t.out + i * t.stride + start;
-      int32_t near = 0;
-      for (int64_t j = 0; j < m; j++) near |= row[j] <= bound + across[j];
-      for (int64_t j = 0; near && j < m; j++) {
-        if (row[j] > bound + across[j]) continue;
+      const int32_t near = kDistances[made](c, point, point[d], bound, row);
+      for (int64_t j = 0; near && j < c.count; j++) {
+        if (row[j] > bound + c.bound[j]) continue;
         float sum = 0.0f;
         for (int64_t q = 0; q < d; q++) {
-          const float difference = z[q] + 0.5f * right[j * t.width + q];
+          const float difference = point[q] + 0.5f * right[j * t.width + q];
           sum += difference * difference;
         }
         row[j] = sum;
       }
-      for (int64_t j = 0; j < m; j++) row[j] = Profile::at(row[j]);
+      for (int64_t j = 0; j < c.count; j++) row[j] = Profile::at(row[j]);
     }
   }
 }
