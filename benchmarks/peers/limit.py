@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 
 from sgdgp.core.threads import share
 
 _TILES = ((256, 512), (512, 512), (256, 1024), (512, 1024))
+_DEEP = 256  # columns of factors whose product is as quick as any
 _REPEATS = 8  # of an operation in one timing: some milliseconds
 _ROUNDS = 5
 
@@ -17,14 +19,18 @@ _ROUNDS = 5
 def limit(dim: int, columns: int, threads: int) -> float:
     """Seconds per entry of a symmetric K below which no product is expected.
 
-    Of every entry on or above the diagonal: one matrix product for its distance, with
-    two columns beside the ``dim``; one exp2 in a tile that is in the cache; and two
-    matrix products with ``columns`` columns, one for either block. Each is the fastest
-    of some tile sizes, all threads work on tiles of their own, and square roots,
-    diagonals, memory and Python cost nothing.
+    Of every entry on or above the diagonal: the multiplications for its distance, two
+    beside the ``dim``, at the rate of a matrix product of as many or of a deep one; one
+    exp2 in a tile that is in the cache; and two matrix products with ``columns``
+    columns, one for either block. Each is the fastest of some tile sizes, all threads
+    work on tiles of their own, and square roots, diagonals, memory and Python cost
+    nothing.
     """
     distance = min(
-        _seconds(lambda t: _distances(t, dim), threads, tile) for tile in _TILES
+        _seconds(partial(_products_of_depth, depth), threads, tile)
+        * ((dim + 2) / depth)
+        for tile in _TILES
+        for depth in (dim + 2, _DEEP)
     )
     power = min(_seconds(_powers, threads, tile) for tile in _TILES)
     product = min(
@@ -33,8 +39,8 @@ def limit(dim: int, columns: int, threads: int) -> float:
     return (distance + power) / 2 + product
 
 
-def _distances(tile: tuple[int, int], dim: int) -> Callable[[], object]:
-    left, right = torch.randn(tile[0], dim + 2), torch.randn(tile[1], dim + 2)
+def _products_of_depth(depth: int, tile: tuple[int, int]) -> Callable[[], object]:
+    left, right = torch.randn(tile[0], depth), torch.randn(tile[1], depth)
     out = torch.empty(tile)
     return lambda: torch.mm(left, right.mT, out=out)
 

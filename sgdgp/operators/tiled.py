@@ -159,29 +159,23 @@ class TiledOperator(KernelOperator):
         return total.mul_(self.tile.factor).mT
 
     def _block(self, i: RowIndex, j: RowIndex) -> Tensor:
-        # Beside the block there are only tiles in memory.
+        # Tiles are written where they stay. Both halves of a symmetric block are made:
+        # turning one over takes longer.
         length, width = index_length(i), index_length(j)
         out = self.x.new_empty(length, width)
         workers = self._workers(length * width)
         entries = self._entries(workers)
-        is_symmetric = self.is_square and isinstance(i, slice) and i == j
-        if is_symmetric:
-            height = min(_LEAST_ROWS, entries)
-            strips = list(slices(length, height))[::-1]  # the longest first
-            grid = [(rows, slice(0, rows.stop)) for rows in strips]
-        else:
-            strips, parts = _grid(length, width, workers, min(_TILE_ROWS, entries))
-            grid = [(rows, columns) for columns in parts for rows in strips]
+        strips, parts = _grid(length, width, workers, min(_TILE_ROWS, entries))
 
         def fill(rows: slice, columns: slice) -> Iterator[None]:
             with self._workspace(entries) as flat:
-                for tile, cut in self._tiles(piece(i, rows), columns, flat, of=j):
-                    if is_symmetric:
-                        torch.mul(tile.mT, self.tile.factor, out=out[cut, rows])
-                    torch.mul(tile, self.tile.factor, out=out[rows, cut])
+                index, strip = piece(i, rows), out[rows]
+                for tile, _ in self._tiles(index, columns, flat, j, strip):
+                    if self.tile.factor != 1.0:
+                        tile.mul_(self.tile.factor)
                     yield
 
-        share((fill(rows, columns) for rows, columns in grid), workers)
+        share((fill(rows, columns) for columns in parts for rows in strips), workers)
         return out
 
     def _tiles(
@@ -190,6 +184,7 @@ class TiledOperator(KernelOperator):
         columns: slice,
         flat: Tensor,
         of: RowIndex | None = None,
+        out: Tensor | None = None,
     ) -> Iterator[tuple[Tensor, slice]]:
         """Tiles that fit a workspace, their diagonal exact, one after another.
 
@@ -198,9 +193,11 @@ class TiledOperator(KernelOperator):
             columns: Columns that they cover together.
             flat: Workspace (buffers, entries).
             of: What ``columns`` counts. Default: the columns of K.
+            out: Where they are written, at their columns. Default: the workspace, in
+                which each is until the next one is asked for.
 
         Yields:
-            A tile (a, b), until the next one is asked for, and the columns it covers.
+            A tile (a, b) and the columns it covers.
         """
         height = index_length(rows)
         if height == 0:
@@ -212,6 +209,7 @@ class TiledOperator(KernelOperator):
         for cut, index in zip(cuts, indices, strict=True):
             right = tuple(take(form, index) for form in self._right)
             tile, *scratch = _buffers(flat, height, cut.stop - cut.start)
+            tile = tile if out is None else out[:, cut]
             self.tile.tile(left, right, tile, scratch)
             if write_diagonal is not None:
                 write_diagonal(tile, index)
@@ -354,8 +352,7 @@ class _IndexDiagonal:
         start, stop = self._bounds[columns.start]
         if start < stop:
             inside = self._columns[start:stop] - columns.start
-            flat = self._positions[start:stop] * tile.shape[1] + inside
-            tile.view(-1).index_copy_(0, flat, self._values[start:stop])
+            tile[self._positions[start:stop], inside] = self._values[start:stop]
 
 
 def _write_where_equal(
