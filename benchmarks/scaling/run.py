@@ -60,7 +60,7 @@ def growth(
             "runs": runs,
             "exponents": {
                 of: exponent([r[name] for r in runs], [r[of] for r in runs])
-                for of in ("seconds", "peak_bytes", "passes")
+                for of in ("cpu_seconds", "peak_bytes", "passes")
                 if of in runs[0]
             },
         }

@@ -16,6 +16,7 @@ from benchmarks.uci.arguments import parser, requests
 from benchmarks.uci.data import load_split, locate
 from benchmarks.uci.hyperparameters import hyperparameters_for
 from benchmarks.uci.memory import LEFT_OUT
+from benchmarks.uci.peers.iterative_gp import place
 from benchmarks.uci.plot import plot_results
 from benchmarks.uci.registry import DATASETS, NUM_SPLITS
 from benchmarks.uci.request import FIT, PEERS, RunRequest
@@ -37,6 +38,8 @@ def check(runs: Sequence[RunRequest]) -> None:
         locate(name)
     if any(run.solver == PEERS["sklearn"] for run in runs) and not find_spec("sklearn"):
         raise ValueError("peers: sklearn is not installed: pip install scikit-learn")
+    if any(run.solver == PEERS["iterative-gp"] for run in runs):
+        place()
     for run in runs:
         if run.split not in range(NUM_SPLITS):
             raise ValueError(

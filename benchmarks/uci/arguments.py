@@ -148,6 +148,15 @@ _PEER_OPTIONS = {
         "svgp_learning_rate",
     ],
     "sklearn": ["seed", "sklearn_rows"],
+    "iterative-gp": [
+        "dtype",
+        "seed",
+        "num_samples",
+        "fit_steps",
+        "fit_passes_per_step",
+        "fit_learning_rate",
+        "reference",
+    ],
 }
 
 

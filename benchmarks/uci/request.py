@@ -18,6 +18,7 @@ PEERS: Mapping[str, str] = {
     "cg": "gpytorch-cg",
     "svgp": "gpytorch-svgp",
     "sklearn": "sklearn",
+    "iterative-gp": "iterative-gp",
 }
 """Names after ``--peers`` -> what stands in the place of the solver."""
 

@@ -20,7 +20,7 @@ def solved(x, rhs, lengthscale, noise):
 """
 
 _JAX = {
-    "jax/__init__.py": "",
+    "jax/__init__.py": "block_until_ready = tuple",
     "jax/numpy.py": "from numpy import *",
     "jax/random.py": "PRNGKey = int",
     "optax.py": """
@@ -70,16 +70,48 @@ _ITERATIVE_GP = {
     "structs.py": """
 from collections import namedtuple
 KernelParams = namedtuple("KernelParams", ["signal_scale", "length_scale"])
+Dataset = namedtuple("Dataset", ["x", "y", "N", "D"])
 ModelParams = namedtuple("ModelParams", ["noise_scale", "kernel_params"])
 """,
-    "kernels.py": "matern32_kernel_fn = 'matern32'",
+    "kernels.py": """
+import numpy as np
+from exact import kernel
+matern32_kernel_grad_fn = matern32_feature_params_fn = None
+def matern32_kernel_fn(x, y, p):
+    return kernel(x, y, p.length_scale, p.signal_scale)
+def feature_vec_prod(x, p, features, w, batch_size):
+    return np.sin(x.sum(1))[:, None] * w
+""",
+    "gradient_estimators.py": """
+import numpy as np
+from types import SimpleNamespace
+from kernels import feature_vec_prod, matern32_kernel_fn
+def pathwise_gradient(train_state, model_params, ds, solver, rtol_y):
+    p, w = model_params.kernel_params, np.ones(4)
+    k = matern32_kernel_fn(ds.x, ds.x, p) + model_params.noise_scale**2 * np.eye(ds.N)
+    b = np.column_stack([ds.y, feature_vec_prod(ds.x, p, None, w, 1)])
+    v = np.linalg.solve(k, b)
+    return SimpleNamespace(v0=v, feature_params=None, w=w), None
+""",
+    "mll_optimiser.py": """
+from functools import partial
+import wandb
+from structs import KernelParams, ModelParams
+def fit(ds, test, kernel, kernel_grad, features, gradient, solver, cfg):
+    assert not cfg.log_verbose and cfg.warm_start and cfg.n_iterations > 0
+    gradient, noise = partial(gradient, ds=ds, solver=solver, rtol_y=cfg.rtol_y), 0.5
+    p = KernelParams(cfg.signal_scale_init, [cfg.length_scale_init] * ds.D)
+    for i in range(cfg.n_iterations):
+        gradient(train_state=None, model_params=ModelParams(noise, p))
+        noise *= 1 - cfg.learning_rate
+""",
     "linear_solvers.py": """
 import wandb
 import numpy as np
 from exact import solved
 def cg_solver(v0, targets, model_params, x, kernel_fn, rtol_y, rtol_z, max_epochs,
               batch_size):
-    assert kernel_fn == "matern32"
+    assert kernel_fn.__name__ == "matern32_kernel_fn"
     p = model_params.kernel_params
     v = solved(x, targets, p.length_scale, model_params.noise_scale**2)
     # It ends a little early, and comes nearer when asked for more.

@@ -14,6 +14,7 @@ from benchmarks.uci.__main__ import main
 from benchmarks.uci.arguments import parser, requests
 from benchmarks.uci.request import FIT, PEERS, RunRequest
 from benchmarks.uci.run import main as run_main
+from tests.benchmarks.fake_checkouts import fake_checkout
 
 if TYPE_CHECKING:
     from tests.benchmarks.conftest import TinyData
@@ -49,7 +50,9 @@ def test_every_stored_result_is_found_by_its_request() -> None:
 
 def test_the_stored_commands_repeat_fits_and_peers() -> None:
     line = "--datasets pol --hyperparameters fit --solvers sdd --fit-steps 30 --seed 3 "
-    line += "--peers exact cg svgp sklearn --max-seconds 60 --svgp-points 50 "
+    line += (
+        "--peers exact cg svgp sklearn iterative-gp --max-seconds 60 --svgp-points 50 "
+    )
     line += "--initialise subsets --reference exact"
     runs = requests(parser().parse_args(line.split()))
     assert [request.solver for request in runs] == ["sdd", *PEERS.values()]
@@ -72,9 +75,11 @@ def test_an_option_changes_only_the_runs_it_concerns() -> None:
     assert changed("--svgp-epochs", "3") == {"gpytorch-svgp"}
     assert changed("--sklearn-rows", "30") == {"sklearn"}
     assert changed("--cg-rank", "15") == {"gpytorch-cg"}
-    assert changed("--fit-passes-per-step", "3") == {"auto"}
-    assert changed("--fit-steps", "3") == {"auto", "gpytorch-exact", "gpytorch-cg"}
-    assert changed("--num-samples", "3") == {"auto"}
+    by_samples = {"auto", "iterative-gp"}
+    by_adam = by_samples | {"gpytorch-exact", "gpytorch-cg"}
+    assert changed("--fit-passes-per-step", "3") == by_samples
+    assert changed("--fit-steps", "3") == by_adam
+    assert changed("--num-samples", "3") == by_samples
 
 
 def test_settings_that_make_no_sense_are_refused() -> None:
@@ -106,6 +111,8 @@ def test_the_command_line_runs_every_peer_and_compares_them(
 ) -> None:
     medium(tiny)
     monkeypatch.setattr("benchmarks.uci.__main__.execute", execute_here)
+    checkout = fake_checkout(tmp_path, "iterative-gp")
+    monkeypatch.setenv("SGDGP_ITERATIVE_GP", str(checkout))
     folder = tmp_path / "results"
     line = [*FIT_LINE.split(), "--solvers", "--peers", *PEERS, "--svgp-points", "20"]
     line += ["--svgp-epochs", "3", "--sklearn-rows", "60", "--results", str(folder)]
@@ -123,7 +130,7 @@ def test_the_command_line_runs_every_peer_and_compares_them(
         assert f"{result['rmse']:.4f} [1]" in out
     assert "Learnt hyperparameters" in out
     assert main(line) == 0
-    assert "4 of 4 runs reused" in capfd.readouterr().out
+    assert "5 of 5 runs reused" in capfd.readouterr().out
 
 
 def test_the_command_line_fits_from_raw_data(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ from benchmarks.uci.run import main as run_main
 from benchmarks.uci.run import run
 from benchmarks.uci.table import summary
 from benchmarks.uci.trainable import default_model
+from tests.benchmarks.fake_checkouts import fake_checkout
 from tests.benchmarks.uci_helpers import dense_log_likelihood, peer, values_of
 
 if TYPE_CHECKING:
@@ -146,6 +148,28 @@ def test_scikit_learn_has_the_closed_form_at_what_it_learnt(
 def test_scikit_learn_is_given_the_rows_it_was_promised(tiny: TinyData) -> None:
     outcome = run_peer(peer("sklearn", sklearn_rows=30), load_split("tiny", 0))
     assert outcome.rows == 30
+
+
+def test_the_published_loop_predicts_at_what_it_learnt(
+    tiny: TinyData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SGDGP_ITERATIVE_GP", str(tmp_path))
+    with pytest.raises(ValueError, match=r"SGDGP_ITERATIVE_GP=.*found"):
+        run_peer(peer("iterative-gp"), load_split("tiny", 0))
+    checkout = fake_checkout(tmp_path, "iterative-gp")
+    monkeypatch.setenv("SGDGP_ITERATIVE_GP", f"{checkout} {sys.executable}")
+    result = run(peer("iterative-gp", fit_steps=3), tmp_path)
+    assert (result["fit"]["steps"], result["reason"]) == (3, "steps")
+    assert result["noise_scale"] == pytest.approx(0.5 * 0.9**3)
+    mean, values = values_of(result)
+    split = load_split("tiny", 0)
+    exact = exact_prediction(split, values)
+    error = (exact.mean - split.y_test).square().mean().sqrt()
+    assert (mean, result["rmse"]) == (0.0, pytest.approx(float(error), rel=1e-4))
+    assert result["seconds"].keys() == {"fit", "prediction"}
+    stopped = run(peer("iterative-gp", max_seconds=1e-9), tmp_path)
+    assert stopped["reason"] == "stopped at step 0"
+    assert stopped["noise_scale"] == pytest.approx(0.5)
 
 
 def test_svgp_with_many_points_comes_near_the_exact_fit(

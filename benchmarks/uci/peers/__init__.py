@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 
 from benchmarks.uci.data import Split
 from benchmarks.uci.peers.exact_gp import gpytorch_cg, gpytorch_exact
+from benchmarks.uci.peers.iterative_gp import iterative_gp
 from benchmarks.uci.peers.outcome import PeerOutcome
 from benchmarks.uci.peers.sklearn_gp import sklearn_subset
 from benchmarks.uci.peers.svgp import gpytorch_svgp
@@ -16,6 +17,7 @@ _WORK: Mapping[str, Callable[[RunRequest, Split], PeerOutcome]] = {
     PEERS["cg"]: gpytorch_cg,
     PEERS["svgp"]: gpytorch_svgp,
     PEERS["sklearn"]: sklearn_subset,
+    PEERS["iterative-gp"]: iterative_gp,
 }
 
 
