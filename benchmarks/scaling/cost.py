@@ -17,7 +17,6 @@ from torch import Tensor
 import sgdgp
 from benchmarks.json_file import write_json
 from sgdgp.operators import operator_by_name
-from sgdgp.solvers.base import Progress
 from sgdgp.solvers.sdd import default_block_size
 
 NOISE = 0.1
@@ -59,13 +58,11 @@ def solve(
     model, x_new = problem(n, dims, dtype)
     chosen = sgdgp.Auto() if solver == "auto" else sgdgp.solvers.auto.SOLVERS[solver]()
     started, used = time.perf_counter(), time.process_time()
-    told: list[Progress] = []
     posterior = sgdgp.condition(
         model,
         solver=chosen.with_limits(sgdgp.solvers.Limits(tolerance)),
         num_samples=columns - 1,
         progress=False,
-        callback=told.append if n > 1000 else None,
     )
     solved, solved_used = time.perf_counter(), time.process_time()
     prediction = posterior.predict(x_new, batch_size=_PREDICTED)

@@ -280,7 +280,8 @@ class PartialVariances(Variances):
         some = some[:DIRECTIONS].to(noise.device)
         basis = torch.linalg.qr(source.block(slice(0, n), some)).Q
         columns = torch.cat([weights, basis], dim=1)
-        images = operator.matmul(columns).addcmul_(noise.unsqueeze(1), columns)
+        # One pass: no reason to fill a matrix, which the posterior would keep.
+        images = source.matmul(columns).addcmul_(noise.unsqueeze(1), columns)
         images, across = images.split([weights.shape[1], basis.shape[1]], dim=1)
         inner = basis.mT.double() @ across.double()
         values, vectors = torch.linalg.eigh(0.5 * (inner + inner.mT))

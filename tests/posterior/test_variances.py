@@ -161,6 +161,12 @@ def test_duplicates_do_not_stop_it(not_exact):
     torch.testing.assert_close(variance, expected, rtol=0.2, atol=0)
 
 
+def test_a_prediction_leaves_no_matrix_behind(not_exact):
+    posterior = sgdgp.condition(gp(n=60), num_samples=4, operator="dense")
+    posterior.predict(toy_data(9, seed=1)[0])
+    assert posterior.paths.operator._entries is None
+
+
 def test_kernels_without_batches_have_no_neighbours(not_exact):
     class Stubborn(gpytorch.kernels.RBFKernel):
         def forward(self, x1, x2, **params):
