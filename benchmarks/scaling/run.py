@@ -27,7 +27,7 @@ _USUAL: dict[str, Any] = {
 FASTER, CLOSE = 1.7, 1e-5
 """Asked of two processes: their speed over one, and the difference of answers."""
 
-TURNS = 3
+TURNS = 2
 """Of measurements with one process and with two."""
 
 LARGE_TOLERANCE = 1e-1
