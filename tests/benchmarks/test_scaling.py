@@ -29,6 +29,8 @@ def test_data_are_noisy_values_of_a_function():
 
 def test_two_processes_that_are_slow_fall_short():
     names = ("product", "cg", "sdd")
-    record = {name: {"faster": 1.2, "difference": 1e-6} for name in names}
+    record = {
+        name: {"faster": 1.2, "allowed": 1.9, "difference": 1e-6} for name in names
+    }
     assert [check.holds for check in rank_checks([record])] == [False, True] * 3
     assert {"ranks", "large", "million"} <= set(STUDY.rows)
