@@ -45,7 +45,8 @@ class TiledOperator(KernelOperator):
     """K(X1, X2) streamed in tiles; memory O(n d) and a small workspace per thread.
 
     A tile is one matrix product (the distances), one compiled pass or a few in-place
-    ones (the profile), and one matrix product with the right factor. Where all of a
+    ones (the profile; in few dimensions a compiled pass makes the distances too), and
+    one matrix product with the right factor. Where all of a
     symmetric K is multiplied, only tiles on and above its diagonal are made, and each
     serves both of its blocks. Threads, as many as torch may use, share the tiles.
     Hyperparameters are those at construction.

@@ -50,9 +50,7 @@ def test_every_stored_result_is_found_by_its_request() -> None:
 
 def test_the_stored_commands_repeat_fits_and_peers() -> None:
     line = "--datasets pol --hyperparameters fit --solvers sdd --fit-steps 30 --seed 3 "
-    line += (
-        "--peers exact cg svgp sklearn iterative-gp --max-seconds 60 --svgp-points 50 "
-    )
+    line += f"--peers {' '.join(PEERS)} --max-seconds 60 --svgp-points 50 "
     line += "--initialise subsets --reference exact"
     runs = requests(parser().parse_args(line.split()))
     assert [request.solver for request in runs] == ["sdd", *PEERS.values()]

@@ -15,7 +15,7 @@ import numpy as np
 
 from benchmarks.peers.published.protocol import Solver, System, absent
 
-_BLOCK = 500
+BLOCK = 500
 
 
 def _solve(
@@ -29,7 +29,7 @@ def _solve(
     import structs
 
     n, d = system.x.shape
-    block = min(_BLOCK, n // 2)
+    block = min(BLOCK, n // 2)
     lengthscale = jnp.full((d,), system.lengthscale, jnp.float32)
     parameters = structs.ModelParams(
         noise_scale=math.sqrt(system.noise),

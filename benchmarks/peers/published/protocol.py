@@ -8,14 +8,29 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 
 @dataclass(frozen=True)
-class System:
+class Question:
+    """Arrays and numbers that go to another process in a file."""
+
+    def save(self, path: Path) -> None:
+        """Write it to an .npz file."""
+        np.savez(path, **asdict(self))
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """Read what ``save`` wrote."""
+        with np.load(path) as found:
+            return cls(**{k: v if v.ndim else v.item() for k, v in found.items()})
+
+
+@dataclass(frozen=True)
+class System(Question):
     """(K + noise I) V = rhs, K the Matern-3/2 kernel of unit variance.
 
     Attributes:
@@ -35,20 +50,6 @@ class System:
     tolerance: float
     max_epochs: float
     max_seconds: float
-
-    def save(self, path: Path) -> None:
-        """Write it to an .npz file."""
-        np.savez(path, **asdict(self))
-
-    @classmethod
-    def load(cls, path: Path) -> System:
-        """Read what ``save`` wrote."""
-        with np.load(path) as found:
-            plain: dict[str, Any] = {
-                name: value if value.ndim else float(value)
-                for name, value in dict(found).items()
-            }
-        return cls(**plain)
 
     def residual(self, weights: NDArray[Any]) -> float:
         """||b - (K + noise I) v|| / ||b||, the columns' mean, all of it in float64."""

@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from benchmarks.peers.published.iterative_gp_fit import FitData
+from benchmarks.peers.published.iterative_gp import BLOCK
+from benchmarks.peers.published.iterative_gp_fit import TOLERANCE, FitData
 from benchmarks.uci.data import Split
 from benchmarks.uci.hyperparameters import Hyperparameters
 from benchmarks.uci.peers.outcome import PeerOutcome
@@ -93,7 +94,8 @@ def iterative_gp(request: RunRequest, split: Split) -> PeerOutcome:
         cpu_seconds=dict(zip(_PHASES, found["cpu_seconds"], strict=True)),
         settings={
             "estimator": "pathwise, warm start",
-            "solver": "alternating projections, blocks of 500, tolerance 0.01",
+            "solver": f"alternating projections, blocks of {BLOCK}, "
+            f"tolerance {TOLERANCE}",
             "passes_per_step": data.max_epochs,
             "samples": data.samples,
             "optimiser": f"Adam, learning rate {data.learning_rate}",
