@@ -2,9 +2,9 @@
 
 Process 0 runs the user's program; what takes long it asks of all (``together``), and
 every process does a share. Whatever is decided, drawn at random, timed or written
-happens in one place, so that processes cannot disagree. A message is pickled, large
-tensors travel beside it as they lie in memory, and what is needed again stays where it
-was sent (``keep``).
+happens in one place, so that processes cannot disagree. A message is pickled and goes
+over a socket, large tensors travel beside it as they lie in memory, by
+``torch.distributed``, and what is needed again stays where it was sent (``keep``).
 
 A function that fails, wherever that was, has failed for the leader, with its reason,
 and all are ready for the next one. A process that has ended ends the others.
@@ -12,9 +12,13 @@ and all are ready for the next one. A process that has ended ends the others.
 
 from __future__ import annotations
 
+import hmac
 import io
+import os
 import pickle
+import secrets
 import signal
+import socket
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +26,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext, supp
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
+from multiprocessing.connection import Connection
 from typing import Any, Literal, TypeAlias, TypeVar
 
 import torch
@@ -41,9 +46,6 @@ T = TypeVar("T")
 Found: TypeAlias = tuple[Tensor | None, ...]
 """What a function returns; None in the same places in every process."""
 
-_FRAME = 4096
-"""Bytes that every message has at least: most have no more, and are sent at once."""
-
 _INLINE = 2**17
 """Bytes up to which a tensor is part of the message, as are the moves of a stochastic
 step: 512 rows of 64 columns in float32."""
@@ -52,6 +54,12 @@ _NOT_IN_NUMPY = (torch.bfloat16, torch.half)
 
 _QUEUED = 64
 """Changes of what was sent that wait for the next message; more go on their own."""
+
+_TOKEN = 32
+"""Bytes by which a process that connects shows that it belongs to the team."""
+
+_HANDSHAKE, _ARRIVAL = 5.0, 300.0
+"""Seconds for that, as others may connect and say nothing, and until all are there."""
 
 _PATIENCE = timedelta(days=365)
 """Workers wait for as long as the leader has nothing to ask of them. A process that
@@ -194,6 +202,8 @@ class Team:
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         group = dist.new_group(backend=backend, timeout=_PATIENCE)
         self.processes = Processes(world.rank, world.size, group)
+        # The leader's to all others, by their ranks; theirs to the leader, 0.
+        self._connections = _connections(self.processes)
         self._device = device
         self._busy = threading.Lock()
         self._lost = False
@@ -263,6 +273,7 @@ class Team:
         if not self._lost:
             with suppress(ProcessesError):
                 self._send(_Request(_nothing, (), "rows"))
+        self._close()
 
     def _enter(self, what: Any) -> None:
         """Give an object the next number, for as long as it is there."""
@@ -290,7 +301,7 @@ class Team:
         )
         tensors = [tensor for _, beside in parts for tensor in beside]
         with self._connected():
-            self._write(header, tensors, self._broadcast)
+            self._write(header, tensors, [*self._connections.values()], self._broadcast)
 
     def _packed(self, what: Any) -> tuple[bytes, list[Tensor]]:
         """Bytes, and the large tensors that belong to them."""
@@ -311,21 +322,25 @@ class Team:
         if in_main_thread:
             # Ctrl-C reaches all processes of a terminal: it is the leader's to answer.
             answer = signal.signal(signal.SIGINT, signal.SIG_IGN)
-        while True:
-            request = self._receive()
-            if request is None:
-                continue
-            if request.function is _nothing:
-                break
-            problem, self._problem = self._problem, None
-            self._join(request.function, request.args, request.by, problem)
+        try:
+            while True:
+                request = self._receive()
+                if request is None:
+                    continue
+                if request.function is _nothing:
+                    break
+                problem, self._problem = self._problem, None
+                self._join(request.function, request.args, request.by, problem)
+        finally:
+            self._close()
         if in_main_thread:
             signal.signal(signal.SIGINT, answer)
 
     def _receive(self) -> _Request | None:
         """The next message, and what it asks for."""
         with self._connected():
-            (asks, dropped, parts), tensors = self._read(self._broadcast)
+            header, tensors = self._read(self._connections[0], self._broadcast)
+        asks, dropped, parts = header
         request = None
         for content, count in parts:
             own, tensors = tensors[:count], tensors[count:]
@@ -371,14 +386,16 @@ class Team:
             except BaseException as error:
                 problem = error
         said = None if problem is None else f"{type(problem).__name__}: {problem}"
-        group, others = self.processes.group, range(1, self.processes.size)
+        group = self.processes.group
         with self._connected():
             if self.processes.rank:
                 content, tensors = self._packed((said, own))
-                self._write(content, tensors, partial(dist.send, dst=0, group=group))
+                put = partial(dist.send, dst=0, group=group)
+                self._write(content, tensors, [self._connections[0]], put)
                 return own
             replies = {
-                i: self._read(partial(dist.recv, src=i, group=group)) for i in others
+                i: self._read(connection, partial(dist.recv, src=i, group=group))
+                for i, connection in self._connections.items()
             }
         if problem is not None:
             raise problem
@@ -390,36 +407,29 @@ class Team:
         return tuple(_joined(parts, by) for parts in shares)
 
     def _write(
-        self, header: Any, tensors: Sequence[Tensor], put: Callable[[Tensor], Any]
+        self,
+        header: Any,
+        tensors: Sequence[Tensor],
+        to: Sequence[Connection],
+        put: Callable[[Tensor], Any],
     ) -> None:
-        """A header in a frame, and tensors, each by ``put``."""
+        """A header, and tensors, each by ``put``."""
         message = pickle.dumps((header, [_described(tensor) for tensor in tensors]))
-        size = len(message).to_bytes(8, "little")
-        frame = bytearray(size + message[: _FRAME - 8]).ljust(_FRAME, b"\0")
-        rest = bytearray(message[_FRAME - 8 :])
-        for data in (frame, rest):
-            if data:
-                put(torch.frombuffer(data, dtype=torch.uint8))
+        for connection in to:
+            connection.send_bytes(message)
         for tensor in tensors:
             put(tensor.detach().contiguous())
 
-    def _read(self, take: Callable[[Tensor], Any]) -> tuple[Any, list[Tensor]]:
-        """What ``_write`` wrote, each part into an empty tensor by ``take``."""
-
-        def taken(tensor: Tensor) -> Tensor:
-            take(tensor)
-            return tensor
-
-        head = taken(torch.empty(_FRAME, dtype=torch.uint8)).numpy().tobytes()
-        size, message = int.from_bytes(head[:8], "little"), head[8:]
-        if size > len(message):
-            rest = torch.empty(size - len(message), dtype=torch.uint8)
-            message += taken(rest).numpy().tobytes()
-        header, descriptions = pickle.loads(message[:size])
+    def _read(
+        self, connection: Connection, take: Callable[[Tensor], Any]
+    ) -> tuple[Any, list[Tensor]]:
+        """What ``_write`` wrote, each tensor into an empty one by ``take``."""
+        header, descriptions = pickle.loads(connection.recv_bytes())
         tensors = []
         for shape, dtype, device, _ in descriptions:
             where = self._device if device == self._device.type else device
-            tensors.append(taken(torch.empty(shape, dtype=dtype, device=where)))
+            tensors.append(torch.empty(shape, dtype=dtype, device=where))
+            take(tensors[-1])
         return header, tensors
 
     def _unpacked(self, content: bytes, tensors: list[Tensor]) -> Any:
@@ -444,7 +454,7 @@ class Team:
             )
         try:
             yield
-        except RuntimeError as error:
+        except (RuntimeError, OSError, EOFError) as error:
             self._lost = True
             who = "process 0" if self.processes.rank else "another process"
             raise ProcessesError(
@@ -454,6 +464,84 @@ class Team:
         except BaseException:
             self._lost = True
             raise
+
+    def _close(self) -> None:
+        """What the others still wait for will not come."""
+        for connection in self._connections.values():
+            connection.close()
+
+
+def _connections(processes: Processes) -> dict[int, Connection]:
+    """Sockets between the leader and every other process, by the rank of the other.
+
+    Gloo hands each message to threads of its own. Where every core computes these have
+    to wait for one, for milliseconds, which is as long as a stochastic step.
+
+    Raises:
+        ProcessesError: One cannot reach the leader.
+    """
+    if processes.rank:
+        host, port, token = _agreed(None, processes)
+        try:
+            connection = _connection(socket.create_connection((host, port)))
+        except OSError as error:
+            raise ProcessesError(
+                f"process {processes.rank} cannot reach process 0 at {host}, port "
+                f"{port} ({error}); let MASTER_ADDR be an address of its machine"
+            ) from error
+        connection.send_bytes(token + processes.rank.to_bytes(4, "little"))
+        return {0: connection}
+    token = secrets.token_bytes(_TOKEN)
+    found: dict[int, Connection] = {}
+    v6 = socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if v6 else socket.AF_INET
+    with socket.create_server(("", 0), family=family, dualstack_ipv6=v6) as server:
+        server.settimeout(_ARRIVAL)
+        _agreed((_own_name(), server.getsockname()[1], token), processes)
+        while len(found) < processes.size - 1:
+            try:
+                connection = _connection(server.accept()[0])
+            except TimeoutError as error:
+                missing = sorted({*range(1, processes.size)} - {*found})
+                raise ProcessesError(
+                    f"processes {missing} of {processes.size} did not reach process 0 "
+                    f"at {_own_name()} within {_ARRIVAL:.0f} s; let MASTER_ADDR be an "
+                    "address of its machine"
+                ) from error
+            said = b""
+            with suppress(OSError, EOFError):
+                if connection.poll(_HANDSHAKE):
+                    said = connection.recv_bytes(_TOKEN + 4)
+            if hmac.compare_digest(said[:_TOKEN], token):
+                found[int.from_bytes(said[_TOKEN:], "little")] = connection
+            else:
+                connection.close()
+    return dict(sorted(found.items()))
+
+
+def _own_name() -> str:
+    """By which others find the leader's machine: torchrun has its store there."""
+    name = os.environ.get("MASTER_ADDR") or socket.gethostname()
+    with suppress(OSError):
+        socket.getaddrinfo(name, None)
+        return name
+    return "localhost"
+
+
+def _agreed(what: Any, processes: Processes) -> Any:
+    """The leader's object, in all processes."""
+    told = [what]
+    dist.broadcast_object_list(
+        told, 0, group=processes.group, device=torch.device("cpu")
+    )
+    return told[0]
+
+
+def _connection(own: socket.socket) -> Connection:
+    """Messages over a socket, each sent at once, and not with the next one."""
+    own.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    own.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    return Connection(own.detach())
 
 
 @contextmanager

@@ -47,6 +47,7 @@ from sgdgp.solvers.preconditioners import (
     PivotedCholesky,
     Preconditioner,
     left_singular,
+    shrunk,
 )
 from sgdgp.solvers.system import System
 
@@ -126,7 +127,7 @@ class TwoLevelInverse(Inverse):
 
     def __call__(self, r: Tensor) -> Tensor:
         inner = self.sparse.rows @ r
-        inner -= self.basis @ (self.shrinkage * (self.basis.mT @ inner))
+        inner -= shrunk(self.basis, self.shrinkage, inner)
         return self.sparse.transposed @ inner
 
 
