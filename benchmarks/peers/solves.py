@@ -22,13 +22,11 @@ import platform
 import shlex
 import subprocess
 import sys
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from benchmarks.checks import SHORT
@@ -100,35 +98,16 @@ def theirs(
         ImportError: Something that it imports is missing.
     """
     python = place[1] if len(place) > 1 else sys.executable
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(_ROOT),
-        "PYKEOPS_VERBOSE": "0",
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_cpu_multi_thread_eigen={str(threads > 1).lower()}",
-        **dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "NPROC"), str(threads)),
-    }
-    with tempfile.TemporaryDirectory() as folder:
-        question, answer = Path(folder) / "system.npz", Path(folder) / "answer.npz"
-        given.save(question)
-        command = [python, "-m", "benchmarks.peers.published", code.module, solver]
-        command += [str(Path(place[0]).resolve()), str(question), str(answer)]
-        finished = subprocess.run(
-            command,
-            cwd=folder,
-            env=environment,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        said = finished.stderr.strip().splitlines() or [f"exit {finished.returncode}"]
-        if finished.returncode == _CANNOT_IMPORT:
-            raise ImportError(f"{python} cannot import it: {said[-1]}")
-        if finished.returncode:
-            return {"failed": said[-1]}
-        with np.load(answer) as found:
-            numbers = {k: float(v) for k, v in found.items() if k != "weights"}
-            return {**numbers, "weights": torch.from_numpy(found["weights"].copy())}
+    module, checkout = "benchmarks.peers.published", str(Path(place[0]).resolve())
+    arguments = module, code.module, solver, checkout
+    finished, found = given.put_to(python, *arguments, threads=threads)
+    said = finished.stderr.strip().splitlines() or [f"exit {finished.returncode}"]
+    if finished.returncode == _CANNOT_IMPORT:
+        raise ImportError(f"{python} cannot import it: {said[-1]}")
+    if finished.returncode:
+        return {"failed": said[-1]}
+    numbers = {k: float(v) for k, v in found.items() if k != "weights"}
+    return {**numbers, "weights": torch.from_numpy(found["weights"])}
 
 
 def checked(row: dict[str, Any], problem: Problem, tolerance: float) -> dict[str, Any]:

@@ -149,7 +149,6 @@ _PEER_OPTIONS = {
     ],
     "sklearn": ["seed", "sklearn_rows"],
     "iterative-gp": [
-        "dtype",
         "seed",
         "num_samples",
         "fit_steps",

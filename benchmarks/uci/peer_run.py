@@ -26,9 +26,11 @@ def peer_result(request: RunRequest, folder: Path, split: Split) -> dict[str, An
 
     Raises:
         DoesNotFitError: It needs more memory than there is.
+        ValueError: It is a published code of which no checkout is named.
+        RuntimeError: That failed; with what it said.
     """
     outcome = run_peer(request, split)
-    memory = peak_rss_mb()
+    memory = outcome.peak_rss_mb or peak_rss_mb()
     mean, variance = outcome.mean, outcome.variance
     if variance is None:
         figures: dict[str, Any] = dict.fromkeys(NAMES)

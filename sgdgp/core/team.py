@@ -20,12 +20,12 @@ import secrets
 import signal
 import socket
 import threading
+import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any, Literal, TypeAlias, TypeVar
 
@@ -46,23 +46,24 @@ T = TypeVar("T")
 Found: TypeAlias = tuple[Tensor | None, ...]
 """What a function returns; None in the same places in every process."""
 
-_INLINE = 2**17
+_INLINE = 2**19
 """Bytes up to which a tensor is part of the message, as are the moves of a stochastic
-step: 512 rows of 64 columns in float32."""
+step: 512 rows of 65 columns (a mean and 64 samples) in float64."""
 
 _NOT_IN_NUMPY = (torch.bfloat16, torch.half)
 
 _QUEUED = 64
 """Changes of what was sent that wait for the next message; more go on their own."""
 
-_TOKEN = 32
-"""Bytes by which a process that connects shows that it belongs to the team."""
+_TOKEN, _RANK = 32, 4
+"""Bytes by which a process that connects shows that it belongs to the team, and of the
+rank that follows."""
 
 _HANDSHAKE, _ARRIVAL = 5.0, 300.0
 """Seconds for that, as others may connect and say nothing, and until all are there."""
 
 _PATIENCE = timedelta(days=365)
-"""Workers wait for as long as the leader has nothing to ask of them. A process that
+"""A large tensor waits for as long as the other end has work of its own. A process that
 ends is noticed at once."""
 
 _teams: list[Team] = []
@@ -301,7 +302,7 @@ class Team:
         )
         tensors = [tensor for _, beside in parts for tensor in beside]
         with self._connected():
-            self._write(header, tensors, [*self._connections.values()], self._broadcast)
+            self._write(header, tensors)
 
     def _packed(self, what: Any) -> tuple[bytes, list[Tensor]]:
         """Bytes, and the large tensors that belong to them."""
@@ -333,14 +334,13 @@ class Team:
                 self._join(request.function, request.args, request.by, problem)
         finally:
             self._close()
-        if in_main_thread:
-            signal.signal(signal.SIGINT, answer)
+            if in_main_thread:
+                signal.signal(signal.SIGINT, answer)
 
     def _receive(self) -> _Request | None:
         """The next message, and what it asks for."""
         with self._connected():
-            header, tensors = self._read(self._connections[0], self._broadcast)
-        asks, dropped, parts = header
+            (asks, dropped, parts), tensors = self._read(0)
         request = None
         for content, count in parts:
             own, tensors = tensors[:count], tensors[count:]
@@ -386,17 +386,11 @@ class Team:
             except BaseException as error:
                 problem = error
         said = None if problem is None else f"{type(problem).__name__}: {problem}"
-        group = self.processes.group
         with self._connected():
             if self.processes.rank:
-                content, tensors = self._packed((said, own))
-                put = partial(dist.send, dst=0, group=group)
-                self._write(content, tensors, [self._connections[0]], put)
+                self._write(*self._packed((said, own)))
                 return own
-            replies = {
-                i: self._read(connection, partial(dist.recv, src=i, group=group))
-                for i, connection in self._connections.items()
-            }
+            replies = {i: self._read(i) for i in self._connections}
         if problem is not None:
             raise problem
         found = {i: self._unpacked(*reply) for i, reply in replies.items()}
@@ -406,39 +400,40 @@ class Team:
         shares = zip(own, *(share for _, share in found.values()), strict=True)
         return tuple(_joined(parts, by) for parts in shares)
 
-    def _write(
-        self,
-        header: Any,
-        tensors: Sequence[Tensor],
-        to: Sequence[Connection],
-        put: Callable[[Tensor], Any],
-    ) -> None:
-        """A header, and tensors, each by ``put``."""
+    def _write(self, header: Any, tensors: Sequence[Tensor]) -> None:
+        """A header and tensors, to all others or to the leader."""
         message = pickle.dumps((header, [_described(tensor) for tensor in tensors]))
-        for connection in to:
+        for connection in self._connections.values():
             connection.send_bytes(message)
         for tensor in tensors:
-            put(tensor.detach().contiguous())
+            self._send_tensor(tensor.detach().contiguous())
 
-    def _read(
-        self, connection: Connection, take: Callable[[Tensor], Any]
-    ) -> tuple[Any, list[Tensor]]:
-        """What ``_write`` wrote, each tensor into an empty one by ``take``."""
-        header, descriptions = pickle.loads(connection.recv_bytes())
+    def _send_tensor(self, tensor: Tensor) -> None:
+        if self.processes.rank:
+            dist.send(tensor, 0, group=self.processes.group)
+        else:
+            dist.broadcast(tensor, 0, group=self.processes.group)
+
+    def _read(self, rank: int) -> tuple[Any, list[Tensor]]:
+        """What another process wrote, each tensor into an empty one."""
+        message = self._connections[rank].recv_bytes()
+        header, descriptions = pickle.loads(message)
         tensors = []
         for shape, dtype, device, _ in descriptions:
             where = self._device if device == self._device.type else device
             tensors.append(torch.empty(shape, dtype=dtype, device=where))
-            take(tensors[-1])
+            self._receive_tensor(tensors[-1], rank)
         return header, tensors
+
+    def _receive_tensor(self, tensor: Tensor, rank: int) -> None:
+        if rank:
+            dist.recv(tensor, rank, group=self.processes.group)
+        else:
+            dist.broadcast(tensor, 0, group=self.processes.group)
 
     def _unpacked(self, content: bytes, tensors: list[Tensor]) -> Any:
         """What ``_packed`` packed."""
         return _Unpickler(content, tensors, self._kept, self._device).load()
-
-    def _broadcast(self, tensor: Tensor) -> None:
-        """The leader's tensor, in all processes."""
-        dist.broadcast(tensor, 0, group=self.processes.group)
 
     @contextmanager
     def _connected(self) -> Iterator[None]:
@@ -483,40 +478,51 @@ def _connections(processes: Processes) -> dict[int, Connection]:
     if processes.rank:
         host, port, token = _agreed(None, processes)
         try:
-            connection = _connection(socket.create_connection((host, port)))
+            own = socket.create_connection((host, port))
         except OSError as error:
             raise ProcessesError(
                 f"process {processes.rank} cannot reach process 0 at {host}, port "
                 f"{port} ({error}); let MASTER_ADDR be an address of its machine"
             ) from error
-        connection.send_bytes(token + processes.rank.to_bytes(4, "little"))
-        return {0: connection}
-    token = secrets.token_bytes(_TOKEN)
+        own.sendall(token + processes.rank.to_bytes(_RANK))
+        return {0: _connection(own)}
+    name, token = _own_name(), secrets.token_bytes(_TOKEN)
     found: dict[int, Connection] = {}
     v6 = socket.has_dualstack_ipv6()
     family = socket.AF_INET6 if v6 else socket.AF_INET
     with socket.create_server(("", 0), family=family, dualstack_ipv6=v6) as server:
-        server.settimeout(_ARRIVAL)
-        _agreed((_own_name(), server.getsockname()[1], token), processes)
+        _agreed((name, server.getsockname()[1], token), processes)
+        end = time.monotonic() + _ARRIVAL
         while len(found) < processes.size - 1:
+            server.settimeout(max(1e-3, end - time.monotonic()))
             try:
-                connection = _connection(server.accept()[0])
+                own, _ = server.accept()
             except TimeoutError as error:
                 missing = sorted({*range(1, processes.size)} - {*found})
                 raise ProcessesError(
                     f"processes {missing} of {processes.size} did not reach process 0 "
-                    f"at {_own_name()} within {_ARRIVAL:.0f} s; let MASTER_ADDR be an "
-                    "address of its machine"
+                    f"at {name} within {_ARRIVAL:.0f} s; let MASTER_ADDR be an address "
+                    "of its machine"
                 ) from error
-            said = b""
-            with suppress(OSError, EOFError):
-                if connection.poll(_HANDSHAKE):
-                    said = connection.recv_bytes(_TOKEN + 4)
+            said = _said(own, _TOKEN + _RANK)
             if hmac.compare_digest(said[:_TOKEN], token):
-                found[int.from_bytes(said[_TOKEN:], "little")] = connection
+                found[int.from_bytes(said[_TOKEN:])] = _connection(own)
             else:
-                connection.close()
+                own.close()
     return dict(sorted(found.items()))
+
+
+def _said(own: socket.socket, size: int) -> bytes:
+    """So many bytes from who has connected; fewer, if they do not come soon."""
+    said, end = b"", time.monotonic() + _HANDSHAKE
+    with suppress(OSError):
+        while len(said) < size:
+            own.settimeout(max(1e-3, end - time.monotonic()))
+            part = own.recv(size - len(said))
+            if not part:
+                break
+            said += part
+    return said
 
 
 def _own_name() -> str:
@@ -525,7 +531,7 @@ def _own_name() -> str:
     with suppress(OSError):
         socket.getaddrinfo(name, None)
         return name
-    return "localhost"
+    return "localhost"  # a machine that is alone need not know its own name
 
 
 def _agreed(what: Any, processes: Processes) -> Any:
@@ -539,6 +545,7 @@ def _agreed(what: Any, processes: Processes) -> Any:
 
 def _connection(own: socket.socket) -> Connection:
     """Messages over a socket, each sent at once, and not with the next one."""
+    own.settimeout(None)
     own.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     own.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     return Connection(own.detach())

@@ -8,7 +8,8 @@ In more than three dimensions the distances come from one matrix product of
 augmented inputs, |z - z'|^2 = [z, |z|^2, 1] . [-2 z', 1, |z'|^2], whose rounding
 error is about machine epsilon times |z|^2. Entries that are not far above it (pairs of
 duplicates and near neighbours, or all where lengthscales are tiny) are taken anew from
-differences. In up to three dimensions the differences themselves are squared: no
+differences. Compiled tiles of up to ten dimensions make that product themselves
+(``fused.cpp``). In up to three dimensions the differences themselves are squared: no
 cancellation, and no more time than the product takes.
 
 Gradients are dS/dz_i = 2 sum_j (G_ij + G_ji) (z_i - z_j). In more than three dimensions
@@ -196,15 +197,15 @@ class StationaryTile(TileKernel):
         return right_form(self.scaled(x, origin))
 
     def tile(self, left: Forms, right: Forms, out: Tensor, scratch: Scratch) -> None:
-        if not self._is_fused(left[0], right[0], out):
+        if not self._write_fused(left[0], right[0], out):
             squared_distances(left[0], right[0], out, scratch)
             self.profile(out, scratch)
 
     def is_compiled(self, like: Tensor) -> bool:
         return fused.serves(type(self).profile, like)
 
-    def _is_fused(self, left: Tensor, right: Tensor, out: Tensor) -> bool:
-        """Whether the tile could be written in one compiled pass."""
+    def _write_fused(self, left: Tensor, right: Tensor, out: Tensor) -> bool:
+        """Write the tile in one compiled pass; whether that was possible."""
         profile = type(self).profile
         if not (fused.pays(out) and fused.serves(profile, out)):
             return False

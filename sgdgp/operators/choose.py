@@ -51,14 +51,15 @@ column. A solve multiplies with a thousand columns, say twenty in each of fifty 
 
 SHARE_FROM = 5_000
 """Rows from which other processes are asked for help, where there are some: a product
-then takes a hundred times as long as the messages that it needs."""
+then takes twenty times as long as the messages that it needs."""
 
 STORE_UP_TO = 16_384
 """Rows up to which K is stored although its tiles are compiled: 1 GB in float32.
 
-Filling K costs as much as five to twenty of the passes that it saves (one core, 8
-dimensions, 17 columns: 4.9 ns an entry; 1.1 in a pass of tiles, .9 of a stored K), and
-direct solvers, and those that take rows in any order, come back often.
+Filling K costs as much as five to ten of the passes that it saves (one core, 8
+dimensions, 17 columns: 6 ns an entry; 1.8 in a pass of tiles, 2.5 in one by rows, 1.2
+of a stored K), and direct solvers, and those that take rows in any order, come back
+often.
 """
 
 FEW_FEATURES = 16

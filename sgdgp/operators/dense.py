@@ -70,8 +70,9 @@ class DenseOperator(KernelOperator):
 
     def _columns_matmul(self, index: RowIndex, v: Tensor) -> Tensor:
         if self.is_square:
-            # Rows of a symmetric matrix are the same numbers, contiguous: 7 % (17
-            # columns) to 45 % (one) faster at n = 10,000 and b = 1,000.
+            # Rows of a symmetric matrix are its columns but for rounding, and
+            # contiguous: 7 % (17 columns) to 45 % (one) faster at n = 10,000 and
+            # b = 1,000.
             return take(self.entries, index).mT @ v
         return self.entries[:, index] @ v
 

@@ -160,8 +160,8 @@ class TiledOperator(KernelOperator):
         return total.mul_(self.tile.factor).mT
 
     def _block(self, i: RowIndex, j: RowIndex) -> Tensor:
-        # Tiles are written where they stay. Both halves of a symmetric block are made:
-        # turning one over takes longer.
+        # Tiles are written where they stay. Both halves of a symmetric block are made,
+        # the same but for rounding: turning one over takes longer.
         length, width = index_length(i), index_length(j)
         out = self.x.new_empty(length, width)
         workers = self._workers(length * width)

@@ -259,16 +259,18 @@ class LowRankInverse(Inverse):
 
     def __call__(self, r: Tensor) -> Tensor:
         scaled = r * self.scale
-        return scaled.sub_(shrunk(self.basis, self.shrinkage, scaled)).mul_(self.scale)
+        scaled -= low_rank_product(self.basis, self.shrinkage, scaled)
+        return scaled.mul_(self.scale)
 
 
-def shrunk(
+def low_rank_product(
     basis: Float[Tensor, "n r"],
     shrinkage: Float[Tensor, "r 1"],
     v: Float[Tensor, "n k"],
 ) -> Float[Tensor, "n k"]:
     """Q diag(s) Q^T v."""
-    # Transposed, as few columns waste part of a tile of the product: in float64 half.
+    # Transposed: BLAS works on groups of columns, which few leave partly empty; in
+    # float64 half of the time.
     return (((v.mT.contiguous() @ basis) * shrinkage.mT) @ basis.mT).mT
 
 

@@ -47,7 +47,7 @@ from sgdgp.solvers.preconditioners import (
     PivotedCholesky,
     Preconditioner,
     left_singular,
-    shrunk,
+    low_rank_product,
 )
 from sgdgp.solvers.system import System
 
@@ -127,7 +127,7 @@ class TwoLevelInverse(Inverse):
 
     def __call__(self, r: Tensor) -> Tensor:
         inner = self.sparse.rows @ r
-        inner -= shrunk(self.basis, self.shrinkage, inner)
+        inner -= low_rank_product(self.basis, self.shrinkage, inner)
         return self.sparse.transposed @ inner
 
 

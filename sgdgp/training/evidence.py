@@ -32,7 +32,11 @@ from sgdgp.gpytorch_adapter import (
 )
 from sgdgp.operators import KernelOperator, choose_operator
 from sgdgp.solvers.auto import Auto
-from sgdgp.solvers.preconditioners import PivotedCholesky, left_singular
+from sgdgp.solvers.preconditioners import (
+    PivotedCholesky,
+    left_singular,
+    low_rank_product,
+)
 from sgdgp.solvers.system import as_system
 from sgdgp.training.gradient import EXACT_ROWS, exact_log_likelihood, residual
 
@@ -202,7 +206,7 @@ def _whitened(
     turn = (shrunk.sqrt() - 1.0).unsqueeze(1).to(like)
 
     def root_inverse(v: Tensor) -> Tensor:
-        return v + basis @ (turn * (basis.mT @ v))
+        return v + low_rank_product(basis, turn, v)
 
     def matrix(v: Tensor) -> Tensor:
         inner = scale * root_inverse(v)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from benchmarks.scaling.cost import KINDS, problem
-from benchmarks.scaling.run import STUDY, exponent, rank_checks
+from benchmarks.scaling.run import exponent, rank_checks
 
 
 def test_an_exponent_is_that_of_a_power():
@@ -18,6 +18,7 @@ def test_an_exponent_is_that_of_a_power():
 def test_a_measurement_has_seconds(kind):
     found = KINDS[kind](300, 2, 3, "auto", 0.1, "float32")
     assert found["seconds"] > 0
+    assert kind == "product" or found["cpu_seconds"] > 0
     assert found.get("modelled", False) is (kind == "epoch")
 
 
@@ -33,4 +34,3 @@ def test_two_processes_that_are_slow_fall_short():
         name: {"faster": 1.2, "allowed": 1.9, "difference": 1e-6} for name in names
     }
     assert [check.holds for check in rank_checks([record])] == [False, True] * 3
-    assert {"ranks", "large", "million"} <= set(STUDY.rows)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import queue
 import socket
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import torch
 
 from sgdgp.core import team
 from sgdgp.core.processes import Processes, ProcessesError
+from sgdgp.operators.tracked import Move
+from sgdgp.solvers.sdd import default_block_size
 
 
 @pytest.fixture
@@ -34,9 +38,9 @@ def test_strangers_are_left_outside(told):
     with ThreadPoolExecutor(2) as pool:
         leader = pool.submit(team._connections, Processes(0, 3))
         host, port, _ = told.get(timeout=10)
-        silent = socket.create_connection((host, port))
-        wrong = team._connection(socket.create_connection((host, port)))
-        wrong.send_bytes(bytes(team._TOKEN + 4))
+        strangers = [socket.create_connection((host, port)) for _ in range(3)]
+        strangers[1].sendall(b"0")
+        strangers[2].sendall(bytes(team._TOKEN + team._RANK))
         last = pool.submit(team._connections, Processes(2, 3)).result()[0]
         first = team._connections(Processes(1, 3))[0]
         found = leader.result()
@@ -44,9 +48,17 @@ def test_strangers_are_left_outside(told):
     for connection, other in ((found[1], first), (found[2], last)):
         connection.send_bytes(b"here")
         assert other.recv_bytes() == b"here"
-    with pytest.raises((EOFError, ConnectionError)):
-        wrong.recv_bytes()
-    silent.close()
+    for stranger in strangers:
+        assert stranger.recv(1) == b""
+        stranger.close()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_steps_of_a_default_solve_are_messages_without_tensors_beside(dtype):
+    rows, columns = default_block_size(10**6), 1 + 64
+    pickler = team._Pickler(io.BytesIO(), lambda what: None)
+    pickler.dump(Move(slice(0, rows), torch.zeros(rows, columns, dtype=dtype)))
+    assert not pickler.tensors
 
 
 def test_an_address_that_nobody_reaches_is_named(told, monkeypatch):

@@ -21,8 +21,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.peers.published.iterative_gp import BLOCK
-from benchmarks.peers.published.protocol import Question, absent
+from benchmarks.peers.published.iterative_gp import BLOCK, absent_modules
+from benchmarks.peers.published.protocol import Question
+from benchmarks.uci.memory import peak_rss_mb
 
 TOLERANCE = 0.01
 _FEATURES = 2000
@@ -72,11 +73,10 @@ def fitted(data: FitData) -> dict[str, Any]:
     """Learn, and predict by the solve of one more step.
 
     Returns:
-        Scales; mean and variance of the noisy targets (m,); steps; and seconds, of the
-        clock and of the CPU, of the steps and of the predictions.
+        Scales; mean and variance of the noisy targets (m,); steps; peak memory; and
+        seconds, of the clock and of the CPU, of the steps and of the predictions.
     """
-    absent("wandb")
-    absent("uci_datasets", all_datasets={}, Dataset=None)
+    absent_modules()
     import jax
     import jax.numpy as jnp
     import kernels
@@ -159,6 +159,7 @@ def fitted(data: FitData) -> dict[str, Any]:
         "mean": mean,
         "variance": variance,
         "steps": len(clock) // 2 - 1,
+        "peak_rss_mb": peak_rss_mb(),
         "seconds": [clock[-1][0] - clock[0][0], ended[0] - began[0]],
         "cpu_seconds": [clock[-1][1] - clock[0][1], ended[1] - began[1]],
     }

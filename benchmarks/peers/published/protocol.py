@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,6 +15,8 @@ from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
+
+_ROOT = Path(__file__).resolve().parents[3]
 
 
 @dataclass(frozen=True)
@@ -27,6 +32,48 @@ class Question:
         """Read what ``save`` wrote."""
         with np.load(path) as found:
             return cls(**{k: v if v.ndim else v.item() for k, v in found.items()})
+
+    def put_to(
+        self, python: str, *arguments: str, threads: int
+    ) -> tuple[subprocess.CompletedProcess[str], dict[str, NDArray[Any]]]:
+        """Run ``python -m *arguments QUESTION ANSWER`` on the CPU.
+
+        Args:
+            python: An interpreter with what a published code imports.
+            arguments: A module of this package, and what it is told.
+            threads: Those it may take.
+
+        Returns:
+            How the process ended, and its answer.
+        """
+        environment = {
+            **os.environ,
+            "PYTHONPATH": str(_ROOT),
+            "PYKEOPS_VERBOSE": "0",
+            "JAX_PLATFORMS": "cpu",
+            "XLA_FLAGS": f"--xla_cpu_multi_thread_eigen={str(threads > 1).lower()}",
+            **dict.fromkeys(
+                ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "NPROC"), str(threads)
+            ),
+        }
+        with tempfile.TemporaryDirectory() as folder:
+            question, answer = (
+                Path(folder) / "question.npz",
+                Path(folder) / "answer.npz",
+            )
+            self.save(question)
+            finished = subprocess.run(
+                [python, "-m", *arguments, str(question), str(answer)],
+                cwd=folder,
+                env=environment,
+                capture_output=True,
+                text=True,
+                check=False,
+            )
+            if finished.returncode:
+                return finished, {}
+            with np.load(answer) as found:
+                return finished, dict(found)
 
 
 @dataclass(frozen=True)

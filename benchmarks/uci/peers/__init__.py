@@ -26,5 +26,7 @@ def run_peer(request: RunRequest, split: Split) -> PeerOutcome:
 
     Raises:
         DoesNotFitError: It needs more memory than there is.
+        ValueError: It is a published code of which no checkout is named.
+        RuntimeError: That failed; with what it said.
     """
     return _WORK[request.solver](request, split)

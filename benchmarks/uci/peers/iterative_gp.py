@@ -5,12 +5,9 @@ from __future__ import annotations
 import math
 import os
 import shlex
-import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from benchmarks.peers.published.iterative_gp import BLOCK
@@ -24,7 +21,6 @@ from benchmarks.uci.trainable import Learnt
 PLACE = "SGDGP_ITERATIVE_GP"
 """In the environment: its checkout and a Python that has jax, apart by a space."""
 
-_ROOT = Path(__file__).resolve().parents[3]
 _PHASES = ("fit", "prediction")
 
 
@@ -64,23 +60,13 @@ def iterative_gp(request: RunRequest, split: Split) -> PeerOutcome:
         max_seconds=request.max_seconds or math.inf,
         seed=request.seed,
     )
-    with tempfile.TemporaryDirectory() as folder:
-        question, answer = Path(folder, "data.npz"), Path(folder, "found.npz")
-        data.save(question)
-        module = "benchmarks.peers.published.iterative_gp_fit"
-        command = [python, "-m", module, checkout, str(question), str(answer)]
-        done = subprocess.run(
-            command,
-            cwd=_ROOT,
-            env={**os.environ, "PYTHONPATH": str(_ROOT)},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        if done.returncode:
-            raise RuntimeError(f"iterative-gp failed:\n{done.stderr}")
-        with np.load(answer) as arrays:
-            found = {name: arrays[name].tolist() for name in arrays}
+    module = "benchmarks.peers.published.iterative_gp_fit"
+    arguments = module, str(Path(checkout).resolve())
+    threads = torch.get_num_threads()
+    done, answer = data.put_to(python, *arguments, threads=threads)
+    if done.returncode:
+        raise RuntimeError(f"iterative-gp failed:\n{done.stderr}")
+    found = {name: value.tolist() for name, value in answer.items()}
     steps = found["steps"]
     ended = "steps" if steps == data.steps else f"stopped at step {steps}"
     scales = found["noise_scale"], found["signal_scale"], tuple(found["lengthscale"])
@@ -100,7 +86,8 @@ def iterative_gp(request: RunRequest, split: Split) -> PeerOutcome:
             "samples": data.samples,
             "optimiser": f"Adam, learning rate {data.learning_rate}",
             "compiled": "before the clock",
-            "dtype": str(split.x.dtype).removeprefix("torch."),
+            "dtype": "float32",
         },
         rows=len(split.x),
+        peak_rss_mb=found["peak_rss_mb"],
     )

@@ -64,6 +64,7 @@ class PeerOutcome:
         rows: Training rows used.
         history: Entries of step, seconds and loss.
         warnings: What a reader of the figures has to know.
+        peak_rss_mb: Peak memory, where it was not this process that worked.
     """
 
     mean: Float[Tensor, " m"]
@@ -77,6 +78,7 @@ class PeerOutcome:
     rows: int
     history: Sequence[Mapping[str, Any]] = ()
     warnings: Sequence[str] = field(default=())
+    peak_rss_mb: float | None = None
 
 
 def thin(history: Sequence[Any], limit: int = _HISTORY) -> list[Any]:
