@@ -24,7 +24,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from multiprocessing.connection import Connection
 from typing import Any, Literal, TypeAlias, TypeVar
@@ -32,6 +32,7 @@ from typing import Any, Literal, TypeAlias, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from sgdgp.core.processes import (
     Processes,
@@ -50,8 +51,6 @@ _INLINE = 2**19
 """Bytes up to which a tensor is part of the message, as are the moves of a stochastic
 step: 512 rows of 65 columns (a mean and 64 samples) in float64."""
 
-_NOT_IN_NUMPY = (torch.bfloat16, torch.half)
-
 _QUEUED = 64
 """Changes of what was sent that wait for the next message; more go on their own."""
 
@@ -59,8 +58,11 @@ _TOKEN, _RANK = 32, 4
 """Bytes by which a process that connects shows that it belongs to the team, and of the
 rank that follows."""
 
-_HANDSHAKE, _ARRIVAL = 5.0, 300.0
-"""Seconds for that, as others may connect and say nothing, and until all are there."""
+_HANDSHAKE = 5.0
+"""Seconds for that: others may connect and say nothing."""
+
+_ARRIVAL = timedelta(minutes=5)
+"""Until all have found each other."""
 
 _PATIENCE = timedelta(days=365)
 """A large tensor waits for as long as the other end has work of its own. A process that
@@ -199,15 +201,17 @@ class Team:
     """
 
     def __init__(self, device: torch.device) -> None:
-        world = current_processes()
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        group = dist.new_group(backend=backend, timeout=_PATIENCE)
-        self.processes = Processes(world.rank, world.size, group)
-        # The leader's to all others, by their ranks; theirs to the leader, 0.
-        self._connections = _connections(self.processes)
+        self.processes = current_processes()
         self._device = device
         self._busy = threading.Lock()
         self._lost = False
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        with self._connected():
+            group = dist.new_group(backend=backend, timeout=_ARRIVAL)
+            _set_pg_timeout(_PATIENCE, group)
+            self.processes = replace(self.processes, group=group)
+            # The leader's to all others, by their ranks; theirs to the leader, 0.
+            self._connections = _connections(self.processes)
         # Of the leader: numbers of what was sent, and what waits for a message.
         self._numbers: dict[int, tuple[int, weakref.ref[Any]]] = {}
         self._count = 0
@@ -289,6 +293,11 @@ class Team:
 
         self._numbers[key] = number, weakref.ref(what, drop)
 
+    def _forget(self) -> None:
+        """Send everything anew: what failed elsewhere may have been a change of it."""
+        self._dropped += [number for number, _ in self._numbers.values()]
+        self._numbers.clear()
+
     def _send(self, request: _Request | None) -> None:
         """All that waits, and a request, in one message."""
         # What waits stays there if the request cannot be pickled.
@@ -320,6 +329,7 @@ class Team:
             ProcessesError: The leader has ended.
         """
         in_main_thread = threading.current_thread() is threading.main_thread()
+        answer = None
         if in_main_thread:
             # Ctrl-C reaches all processes of a terminal: it is the leader's to answer.
             answer = signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -334,7 +344,7 @@ class Team:
                 self._join(request.function, request.args, request.by, problem)
         finally:
             self._close()
-            if in_main_thread:
+            if answer is not None:
                 signal.signal(signal.SIGINT, answer)
 
     def _receive(self) -> _Request | None:
@@ -391,10 +401,12 @@ class Team:
                 self._write(*self._packed((said, own)))
                 return own
             replies = {i: self._read(i) for i in self._connections}
-        if problem is not None:
-            raise problem
         found = {i: self._unpacked(*reply) for i, reply in replies.items()}
         each = [f"process {i}: {said}" for i, (said, _) in found.items() if said]
+        if each:
+            self._forget()
+        if problem is not None:
+            raise problem
         if each:
             raise ProcessesError("; ".join(each))
         shares = zip(own, *(share for _, share in found.values()), strict=True)
@@ -406,13 +418,10 @@ class Team:
         for connection in self._connections.values():
             connection.send_bytes(message)
         for tensor in tensors:
-            self._send_tensor(tensor.detach().contiguous())
-
-    def _send_tensor(self, tensor: Tensor) -> None:
-        if self.processes.rank:
-            dist.send(tensor, 0, group=self.processes.group)
-        else:
-            dist.broadcast(tensor, 0, group=self.processes.group)
+            if self.processes.rank:
+                dist.send(_bytes(tensor), 0, group=self.processes.group)
+            else:
+                dist.broadcast(_bytes(tensor), 0, group=self.processes.group)
 
     def _read(self, rank: int) -> tuple[Any, list[Tensor]]:
         """What another process wrote, each tensor into an empty one."""
@@ -422,14 +431,11 @@ class Team:
         for shape, dtype, device, _ in descriptions:
             where = self._device if device == self._device.type else device
             tensors.append(torch.empty(shape, dtype=dtype, device=where))
-            self._receive_tensor(tensors[-1], rank)
+            if rank:
+                dist.recv(_bytes(tensors[-1]), rank, group=self.processes.group)
+            else:
+                dist.broadcast(_bytes(tensors[-1]), 0, group=self.processes.group)
         return header, tensors
-
-    def _receive_tensor(self, tensor: Tensor, rank: int) -> None:
-        if rank:
-            dist.recv(tensor, rank, group=self.processes.group)
-        else:
-            dist.broadcast(tensor, 0, group=self.processes.group)
 
     def _unpacked(self, content: bytes, tensors: list[Tensor]) -> Any:
         """What ``_packed`` packed."""
@@ -449,6 +455,9 @@ class Team:
             )
         try:
             yield
+        except ProcessesError:
+            self._lost = True
+            raise
         except (RuntimeError, OSError, EOFError) as error:
             self._lost = True
             who = "process 0" if self.processes.rank else "another process"
@@ -464,6 +473,8 @@ class Team:
         """What the others still wait for will not come."""
         for connection in self._connections.values():
             connection.close()
+        if not self._lost:
+            dist.destroy_process_group(self.processes.group)
 
 
 def _connections(processes: Processes) -> dict[int, Connection]:
@@ -492,7 +503,7 @@ def _connections(processes: Processes) -> dict[int, Connection]:
     family = socket.AF_INET6 if v6 else socket.AF_INET
     with socket.create_server(("", 0), family=family, dualstack_ipv6=v6) as server:
         _agreed((name, server.getsockname()[1], token), processes)
-        end = time.monotonic() + _ARRIVAL
+        end = time.monotonic() + _ARRIVAL.total_seconds()
         while len(found) < processes.size - 1:
             server.settimeout(max(1e-3, end - time.monotonic()))
             try:
@@ -501,8 +512,8 @@ def _connections(processes: Processes) -> dict[int, Connection]:
                 missing = sorted({*range(1, processes.size)} - {*found})
                 raise ProcessesError(
                     f"processes {missing} of {processes.size} did not reach process 0 "
-                    f"at {name} within {_ARRIVAL:.0f} s; let MASTER_ADDR be an address "
-                    "of its machine"
+                    f"at {name} within {_ARRIVAL}; let MASTER_ADDR be an address of "
+                    "its machine"
                 ) from error
             said = _said(own, _TOKEN + _RANK)
             if hmac.compare_digest(said[:_TOKEN], token):
@@ -610,8 +621,8 @@ class _Pickler(pickle.Pickler):
         if type(what) is not Tensor or what.layout is not torch.strided:
             return None
         described, what = _described(what), what.detach()
-        if what.nbytes <= _INLINE and what.dtype not in _NOT_IN_NUMPY:
-            return "inline", described, what.cpu().contiguous().numpy().tobytes()
+        if what.nbytes <= _INLINE:
+            return "inline", described, _bytes(what.cpu()).numpy().tobytes()
         # The same tensor twice is one tensor at the other end too.
         key = what.data_ptr(), what.dtype, what.shape, what.stride()
         place = self._places.setdefault(key, len(self.tensors))
@@ -647,6 +658,12 @@ class _Unpickler(pickle.Unpickler):
         if device == self._device.type:
             tensor = tensor.to(self._device)
         return tensor.requires_grad_(requires_grad)
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    """What a contiguous tensor holds, of whatever type; a copy of any other."""
+    held = tensor.detach().resolve_conj().resolve_neg().contiguous()
+    return held.view(-1).view(torch.uint8)
 
 
 def _described(tensor: Tensor) -> tuple[Any, ...]:

@@ -159,7 +159,9 @@ class ShardedOperator(KernelOperator):
 
     def _quadratic_form(self, a: Tensor, b: Tensor, x: Tensor) -> Tensor:
         if not is_led():
-            return self.local._quadratic_form(a, b, x)
+            local = copy(self.local)
+            local.kernel = self.kernel  # as it is now, not as at construction
+            return local._quadratic_form(a, b, x)
         operator = self.everywhere()
         inputs = [*tensors_with_graph(self.kernel), *([x] if x.requires_grad else [])]
         if not torch.is_grad_enabled():

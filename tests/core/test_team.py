@@ -6,6 +6,7 @@ import io
 import queue
 import socket
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 
 import pytest
 import torch
@@ -67,6 +68,6 @@ def test_an_address_that_nobody_reaches_is_named(told, monkeypatch):
     told.put(("127.0.0.1", port, b""))
     with pytest.raises(ProcessesError, match=f"process 1 .* port {port} .*MASTER_ADDR"):
         team._connections(Processes(1, 2))
-    monkeypatch.setattr(team, "_ARRIVAL", 0.1)
+    monkeypatch.setattr(team, "_ARRIVAL", timedelta(seconds=0.1))
     with pytest.raises(ProcessesError, match=r"processes \[1\] of 2 .*MASTER_ADDR"):
         team._connections(Processes(0, 2))

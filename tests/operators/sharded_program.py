@@ -115,12 +115,12 @@ def answers() -> dict[str, Tensor]:
     """What has to be the same, however many processes there are."""
     model, x, x_new = problem()
     operator = operator_by_name("sharded", model.covar_module, x)
-    polynomial = gpytorch.kernels.PolynomialKernel(2)  # through GPyTorch, by row blocks
+    other = gpytorch.kernels.PiecewisePolynomialKernel(q=1)  # GPyTorch's, by row blocks
     rows = torch.randn(300, 2, generator=torch.Generator().manual_seed(3))
     found = {f"product {k}": v for k, v in products(operator, x_new).items()}
     found |= {
         f"any kernel {k}": v
-        for k, v in gradients(ShardedOperator(polynomial, rows), rows).items()
+        for k, v in gradients(ShardedOperator(other, rows), rows).items()
     }
     found |= gradients(operator, x)
     pivoted = sgdgp.solvers.PivotedCholesky(rank=40, block_size=16)
@@ -174,6 +174,47 @@ def faults() -> list[str]:
     return [*told, f"after an argument that cannot be sent: {in_step()}"]
 
 
+_made: list[int] = []
+
+
+def made_late(value: float) -> Tensor:
+    """Fails at first."""
+    _made.append(1)
+    if len(_made) == 1:
+        raise MemoryError("no room just now")
+    return torch.full((1,), value)
+
+
+def own(processes: Processes, what: Tensor) -> tuple[Tensor]:
+    """The tensor of the last process."""
+    return (what if processes.rank else what[:0],)
+
+
+def kept_late() -> list[str]:
+    """What fails where it is sent is sent again."""
+    what, told = torch.full((1,), 3.0), []
+    for _ in range(2):
+        team.keep(what, made_late, 3.0)
+        try:
+            told.append(str(team.together(own, what)[0]))
+        except ProcessesError as error:
+            told.append(str(error))
+    return told
+
+
+def carried() -> dict[str, bool]:
+    """Whether tensors of any type arrive, small and large."""
+    types = torch.int16, torch.bool, torch.bfloat16, torch.float8_e4m3fn
+    given = [torch.arange(n).to(dtype) for dtype in types for n in (3, 2**19)]
+    given += [torch.ones(n, dtype=torch.cfloat).mul(1j).conj() for n in (3, 2**19)]
+    return {
+        f"{what.dtype} {len(what)}": torch.equal(
+            team.together(own, what)[0].cfloat(), what.cfloat()
+        )
+        for what in given
+    }
+
+
 def in_step() -> bool:
     """Whether a change that waits for a message outlives one that fails here."""
     model, x, _ = problem()
@@ -190,7 +231,12 @@ def in_step() -> bool:
 def two() -> dict[str, Any]:
     """In the leader of two."""
     found = answers()
-    return {"answers": found, "faults": faults()}
+    return {
+        "answers": found,
+        "faults": faults(),
+        "kept late": kept_late(),
+        "carried": carried(),
+    }
 
 
 def killed(path: Path) -> dict[str, Any]:

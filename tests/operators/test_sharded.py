@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from gpytorch.kernels import MaternKernel, PolynomialKernel
+from gpytorch.kernels import MaternKernel, PiecewisePolynomialKernel
 from torch import Tensor
 
 import sgdgp
@@ -67,6 +67,17 @@ def test_what_goes_wrong_is_told_and_all_go_on(folder):
     ]
 
 
+def test_what_was_not_kept_is_sent_again(folder):
+    found = torch.load(folder / "two.pt")["kept late"]
+    assert found == ["process 1: MemoryError: no room just now", "tensor([3.])"]
+
+
+def test_tensors_of_all_types_travel(folder):
+    found = torch.load(folder / "two.pt")["carried"]
+    assert len(found) == 10
+    assert all(found.values()), found
+
+
 def test_a_process_that_is_killed_ends_the_other(folder, ends):
     assert ends["killed"] == [1, -9]
     assert (
@@ -90,7 +101,7 @@ def test_alone_it_is_the_operator_behind_it(generator):
     assert sgdgp.distribute(lambda: 7) == 7
 
 
-@pytest.mark.parametrize("kernel", [PolynomialKernel(2), MaternKernel(1.5)])
+@pytest.mark.parametrize("kernel", [PiecewisePolynomialKernel(q=1), MaternKernel(1.5)])
 def test_hyperparameters_are_those_at_construction(kernel, generator):
     kernel, x = kernel.double(), torch.randn(20, 2, generator=generator).double()
     operator = ShardedOperator(kernel, x)
