@@ -516,7 +516,7 @@ def _connections(processes: Processes) -> dict[int, Connection]:
                     "its machine"
                 ) from error
             said = _said(own, _TOKEN + _RANK)
-            if hmac.compare_digest(said[:_TOKEN], token):
+            if hmac.compare_digest(said[:_TOKEN], token) and len(said) > _TOKEN:
                 found[int.from_bytes(said[_TOKEN:])] = _connection(own)
             else:
                 own.close()
