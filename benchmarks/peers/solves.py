@@ -39,7 +39,6 @@ from benchmarks.solvers.stopwatch import Stopwatch
 from benchmarks.solvers.task import Task
 from sgdgp.core.memory import resolve_budget
 
-_ROOT = Path(__file__).resolve().parents[2]
 _WARM_UP = 256
 _CANNOT_IMPORT = 2
 
