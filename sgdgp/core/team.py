@@ -516,7 +516,8 @@ def _connections(processes: Processes) -> dict[int, Connection]:
                     "its machine"
                 ) from error
             said = _said(own, _TOKEN + _RANK)
-            if hmac.compare_digest(said[:_TOKEN], token) and len(said) > _TOKEN:
+            is_whole = len(said) == _TOKEN + _RANK
+            if is_whole and hmac.compare_digest(said[:_TOKEN], token):
                 found[int.from_bytes(said[_TOKEN:])] = _connection(own)
             else:
                 own.close()

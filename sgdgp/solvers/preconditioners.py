@@ -265,13 +265,13 @@ class LowRankInverse(Inverse):
 
 def low_rank_product(
     basis: Float[Tensor, "n r"],
-    shrinkage: Float[Tensor, "r 1"],
+    weights: Float[Tensor, "r 1"],
     v: Float[Tensor, "n k"],
 ) -> Float[Tensor, "n k"]:
-    """Q diag(s) Q^T v."""
+    """Q diag(w) Q^T v, Q the ``basis`` and w the ``weights``."""
     # Transposed: BLAS works on groups of columns, which few leave partly empty; in
     # float64 half of the time.
-    return (((v.mT.contiguous() @ basis) * shrinkage.mT) @ basis.mT).mT
+    return (((v.mT.contiguous() @ basis) * weights.mT) @ basis.mT).mT
 
 
 def inverse_of(

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from benchmarks.scaling.cost import KINDS, problem
-from benchmarks.scaling.run import exponent, rank_checks
+from benchmarks.scaling.run import STUDY, exponent, rank_checks
 
 
 def test_an_exponent_is_that_of_a_power():
@@ -34,3 +34,7 @@ def test_two_processes_that_are_slow_fall_short():
         name: {"faster": 1.2, "allowed": 1.9, "difference": 1e-6} for name in names
     }
     assert [check.holds for check in rank_checks([record])] == [False, True] * 3
+
+
+def test_the_rows_that_pages_name_are_there():
+    assert {"ranks", "large", "million"} <= set(STUDY.rows)

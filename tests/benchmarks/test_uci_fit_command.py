@@ -123,7 +123,8 @@ def test_the_command_line_runs_every_peer_and_compares_them(
     }
     assert stored.keys() == set(PEERS.values())
     for solver, result in stored.items():
-        assert result["peak_rss_mb"] > 20
+        # A published code works in a process of its own, here with NumPy alone.
+        assert result["peak_rss_mb"] > (20 if solver == "iterative-gp" else 50)
         assert result["rows"] == (60 if solver == "sklearn" else 180)
         assert f"{result['rmse']:.4f} [1]" in out
     assert "Learnt hyperparameters" in out

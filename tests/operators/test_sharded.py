@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from gpytorch.kernels import MaternKernel, PiecewisePolynomialKernel
+from gpytorch.kernels import MaternKernel, PiecewisePolynomialKernel, PolynomialKernel
 from torch import Tensor
 
 import sgdgp
@@ -101,7 +101,9 @@ def test_alone_it_is_the_operator_behind_it(generator):
     assert sgdgp.distribute(lambda: 7) == 7
 
 
-@pytest.mark.parametrize("kernel", [PiecewisePolynomialKernel(q=1), MaternKernel(1.5)])
+@pytest.mark.parametrize(
+    "kernel", [PolynomialKernel(2), PiecewisePolynomialKernel(q=1), MaternKernel(1.5)]
+)
 def test_hyperparameters_are_those_at_construction(kernel, generator):
     kernel, x = kernel.double(), torch.randn(20, 2, generator=generator).double()
     operator = ShardedOperator(kernel, x)
