@@ -44,8 +44,8 @@ from sgdgp.core.processes import (
 
 T = TypeVar("T")
 
-Found: TypeAlias = tuple[Tensor | None, ...]
-"""What a function returns; None in the same places in every process."""
+Found: TypeAlias = tuple[Tensor, ...]
+"""What a function returns, as many in every process."""
 
 _INLINE = 2**19
 """Bytes up to which a tensor is part of the message, as are the moves of a stochastic
@@ -672,16 +672,11 @@ def _described(tensor: Tensor) -> tuple[Any, ...]:
     return tuple(tensor.shape), tensor.dtype, tensor.device.type, tensor.requires_grad
 
 
-def _joined(
-    parts: Sequence[Tensor | None], by: Literal["rows", "sum"]
-) -> Tensor | None:
+def _joined(parts: Sequence[Tensor], by: Literal["rows", "sum"]) -> Tensor:
     """The shares of all, in the order of their processes."""
-    present = [part for part in parts if part is not None]
-    if not present:
-        return None
     if by == "rows":
-        return torch.cat(present)
-    total, *others = present
+        return torch.cat(tuple(parts))
+    total, *others = parts
     for part in others:
         total += part
     return total

@@ -172,7 +172,6 @@ class PriorDraws(Draws):
         if len(x) >= _SHARED_ROWS and is_led() and not tracks_gradient(x):
             keep(self)
             (values,) = together(_values, self, x)
-            assert values is not None
             return values
         return torch.cat([group(x) for group in self.groups], 1)
 

@@ -15,8 +15,9 @@ the same points: ``streaming()`` never holds K, for a few of its entries or rows
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 from gpytorch.kernels import Kernel
@@ -28,6 +29,7 @@ from torch.utils.checkpoint import checkpoint
 from sgdgp.core.memory import resolve_budget
 from sgdgp.core.processes import Processes
 from sgdgp.core.slices import slices, tracks_gradient
+from sgdgp.core.team import Found, alone
 from sgdgp.operators.arguments import (
     check_inputs,
     check_vectors,
@@ -373,9 +375,17 @@ class KernelOperator(ABC):
         """Whether other processes do a share of its work."""
         return False
 
-    def everywhere(self) -> KernelOperator:
-        """What every process that works for this one does its share with."""
-        return self
+    def everywhere(
+        self,
+        function: Callable[..., Found],
+        *args: Any,
+        by: Literal["rows", "sum"] = "rows",
+    ) -> Found:
+        """``function(processes, operator, *args)`` by all who do a share of its work.
+
+        See ``together`` in ``core/team.py``.
+        """
+        return alone(function, self, *args, by=by)
 
     def nudged(self) -> KernelOperator:
         """The square operator over points rounded otherwise; see ``nudged`` below."""

@@ -16,8 +16,9 @@ diagonal, products of less than some hundred rows.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from copy import copy, deepcopy
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from gpytorch.kernels import Kernel
@@ -101,8 +102,13 @@ class ShardedOperator(KernelOperator):
         """Whether there are others, and not all at work already."""
         return is_led()
 
-    def everywhere(self) -> KernelOperator:
-        """The local operator, which the others have then too."""
+    def everywhere(
+        self,
+        function: Callable[..., Found],
+        *args: Any,
+        by: Literal["rows", "sum"] = "rows",
+    ) -> Found:
+        """See ``KernelOperator.everywhere``; each with a local operator."""
         local = self.local
         keep(
             local,
@@ -113,12 +119,12 @@ class ShardedOperator(KernelOperator):
             None if local.is_square else local.x_rows,
             local.memory_budget,
         )
-        return local
+        return together(function, local, *args, by=by)
 
     def _rows_matmul(self, index: RowIndex, v: Tensor) -> Tensor:
         if index_length(index) < _FEWEST_ROWS:
             return self.local._rows_matmul(index, v)
-        return _only(together(_rows_product, self.everywhere(), index, v))
+        return self.everywhere(_rows_product, index, v)[0]
 
     @torch.no_grad()
     def matmul(self, v: Float[Tensor, "n k"]) -> Float[Tensor, "m k"]:
@@ -127,11 +133,11 @@ class ShardedOperator(KernelOperator):
         if not is_led():
             return self.local.matmul(v)
         if self.is_square and self.local.sums_tiles:
-            return _only(together(_tiles_product, self.everywhere(), v, by="sum"))
+            return self.everywhere(_tiles_product, v, by="sum")[0]
         return self._rows_matmul(slice(0, self.shape[0]), v)
 
     def _columns_matmul(self, index: RowIndex, v: Tensor) -> Tensor:
-        return _only(together(_columns_product, self.everywhere(), index, v))
+        return self.everywhere(_columns_product, index, v)[0]
 
     def product_at(
         self, x_new: Float[Tensor, "m d"], v: Float[Tensor, "n k"]
@@ -139,7 +145,7 @@ class ShardedOperator(KernelOperator):
         """See ``KernelOperator.product_at``; with a graph to x_new not shared."""
         if tracks_gradient(x_new) or len(x_new) < _FEWEST_ROWS:
             return self.local.product_at(x_new, v)
-        return _only(together(_product_at, self.everywhere(), x_new, v))
+        return self.everywhere(_product_at, x_new, v)[0]
 
     def tracked(self, v: Float[Tensor, "n k"]) -> TrackedVectors:
         """Coefficients that the others follow from their first product on."""
@@ -152,25 +158,22 @@ class ShardedOperator(KernelOperator):
         if not is_led() or not isinstance(v, FollowedVectors):
             return super().rows_of_product(rows, v)
         v.keep()
-        operator = self.everywhere()
-        if operator.sums_tiles:
-            return _only(together(_followed_sum, operator, rows, v, by="sum"))
-        return _only(together(_followed_rows, operator, rows, v))
+        if self.local.sums_tiles:
+            return self.everywhere(_followed_sum, rows, v, by="sum")[0]
+        return self.everywhere(_followed_rows, rows, v)[0]
 
     def _quadratic_form(self, a: Tensor, b: Tensor, x: Tensor) -> Tensor:
         if not is_led():
             local = copy(self.local)
             local.kernel = self.kernel  # as it is now, not as at construction
             return local._quadratic_form(a, b, x)
-        operator = self.everywhere()
         inputs = [*tensors_with_graph(self.kernel), *([x] if x.requires_grad else [])]
         if not torch.is_grad_enabled():
             inputs = []
-        value, *gradients = together(
-            _form, operator, _frozen(self.kernel), a, b, x, bool(inputs), by="sum"
+        value, *gradients = self.everywhere(
+            _form, _frozen(self.kernel), a, b, x, bool(inputs), by="sum"
         )
-        assert value is not None
-        return with_gradient(value, inputs, [g for g in gradients if g is not None])
+        return with_gradient(value, inputs, gradients)
 
     def _block(self, i: RowIndex, j: RowIndex) -> Tensor:
         return self.local._block(i, j)
@@ -345,9 +348,3 @@ def _frozen(kernel: Kernel) -> Kernel:
             if not tensor.is_leaf
         },
     )
-
-
-def _only(found: Found) -> Tensor:
-    (tensor,) = found
-    assert tensor is not None
-    return tensor

@@ -41,7 +41,7 @@ from torch import Tensor
 from sgdgp.core.inference import outside_inference_mode
 from sgdgp.core.processes import Processes
 from sgdgp.core.slices import tracks_gradient
-from sgdgp.core.team import Found, is_led, keep, together
+from sgdgp.core.team import Found, alone, is_led, keep, together
 from sgdgp.operators import FeatureOperator, KernelOperator
 from sgdgp.operators.evaluation import (
     detached_copy,
@@ -302,12 +302,11 @@ class PartialVariances(Variances):
         )
 
     def explain(self, x: Float[Tensor, "m p"]) -> Explained:
+        join = alone
         if is_led() and len(x) > 1 and not tracks_gradient(x):
+            join = together
             keep(self)
-            return Explained(*together(_explained, self, x))  # type: ignore[arg-type]
-        parts = [self._explain(rows) for rows in x.split(_rows(len(self.noise)))]
-        bounds, products, known = (torch.cat(part) for part in zip(*parts, strict=True))
-        return Explained(bounds, products, products - known)
+        return Explained(*join(_explained, self, x))
 
     def _explain(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """C (b,), k_x^T W (b, k), and of these what the functionals say."""
@@ -366,9 +365,12 @@ class PartialVariances(Variances):
         return _floored(bound, prior, x.dtype), known
 
 
-def _explained(processes: Processes, variances: Variances, x: Tensor) -> Found:
-    """What is known at a share of the points."""
-    return variances.explain(x[processes.rows(len(x))])
+def _explained(processes: Processes, variances: PartialVariances, x: Tensor) -> Found:
+    """``Explained`` at a share of the points."""
+    own = x[processes.rows(len(x))].split(_rows(len(variances.noise)))
+    parts = zip(*(variances._explain(rows) for rows in own), strict=True)
+    bounds, products, known = (torch.cat(part) for part in parts)
+    return bounds, products, products - known
 
 
 def prior_variances(kernel: Kernel, x: Float[Tensor, "m p"]) -> Float[Tensor, " m"]:

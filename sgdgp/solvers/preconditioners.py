@@ -36,6 +36,10 @@ from sgdgp.solvers.system import System
 _ROWS = 8192
 """Of a basis made at a time: enough for a fast product, little beside the whole."""
 
+_WORTH_MESSAGES = 2**26
+"""Entries of a basis, times columns, whose product takes longer than to send it: some
+10 ms on a core."""
+
 
 class Inverse(ABC):
     """P^-1, ready to apply.
@@ -117,12 +121,10 @@ class PivotedCholesky(LowRank):
         n, operator = system.n, system.operator
         rank = min(n, self.rank or default_rank(n))
         # Column-major: the columns found so far are one contiguous block.
-        columns = _columns(system.rhs[:0], rank, n)
-        join, everywhere = alone, operator
+        columns = _room(system.rhs[:0], rank, n, torch.float64)
         if operator.is_shared:
             # Every process has its rows of the factor, this one all of them.
-            join, everywhere = together, operator.everywhere()
-            keep(columns, _columns, system.rhs[:0], rank, n)
+            keep(columns, _room, system.rhs[:0], rank, n, torch.float64)
         remaining = operator.diagonal().double().clone()
         total = float(remaining.sum())
         done = 0
@@ -136,8 +138,7 @@ class PivotedCholesky(LowRank):
             values, vectors = torch.linalg.eigh(0.5 * (corner + corner.mT))
             kept = values > 1e-10 * values[-1].clamp_min(0)
             turn = vectors[:, kept] / values[kept].sqrt()
-            (found,) = join(_new_columns, everywhere, columns, pivots, known, turn)
-            assert found is not None
+            (found,) = operator.everywhere(_new_columns, columns, pivots, known, turn)
             new = columns[done : done + found.shape[1]].copy_(found.mT)
             remaining -= new.square().sum(0)
             remaining[pivots] = 0.0
@@ -151,9 +152,9 @@ class PivotedCholesky(LowRank):
         return factor, done / n
 
 
-def _columns(like: Tensor, rank: int, n: int) -> Tensor:
-    """Room for a factor (rank, n), of which memory is taken as it is written."""
-    return like.new_empty(rank, n, dtype=torch.float64)
+def _room(like: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+    """Room for a matrix, of which memory is taken as it is written."""
+    return like.new_empty(rows, columns, dtype=dtype)
 
 
 def _new_columns(
@@ -269,9 +270,26 @@ def low_rank_product(
     v: Float[Tensor, "n k"],
 ) -> Float[Tensor, "n k"]:
     """Q diag(w) Q^T v, Q the ``basis`` and w the ``weights``."""
-    # Transposed: BLAS works on groups of columns, which few leave partly empty; in
-    # float64 half of the time.
-    return (((v.mT.contiguous() @ basis) * weights.mT) @ basis.mT).mT
+    is_shared = is_kept(basis) and basis.numel() * v.shape[1] >= _WORTH_MESSAGES
+    join = together if is_shared else alone
+    (inner,) = join(_inner_products, basis, v, by="sum")
+    (found,) = join(_combination, basis, inner * weights.mT)
+    return found
+
+
+# Transposed: BLAS works on groups of columns, which few leave partly empty; in float64
+# half of the time.
+
+
+def _inner_products(processes: Processes, basis: Tensor, v: Tensor) -> Found:
+    """A share of v^T Q (k, r)."""
+    own = processes.rows(len(basis))
+    return (v[own].mT.contiguous() @ basis[own],)
+
+
+def _combination(processes: Processes, basis: Tensor, inner: Tensor) -> Found:
+    """A share of the rows of Q C^T, C (k, r)."""
+    return ((inner @ basis[processes.rows(len(basis))].mT).mT,)
 
 
 def inverse_of(
@@ -289,10 +307,7 @@ def damped_inverse(
 ) -> LowRankInverse:
     """The inverse of L L^T + Sigma in a dtype; overwrites ``factor``."""
     scale = noise.double().rsqrt()
-    if is_kept(factor):
-        follow(Tensor.mul_, factor, scale)
-    factor *= scale
-    basis, squares = left_singular(factor, dtype)
+    basis, squares = left_singular(factor, dtype, scale)
     shrinkage = (1.0 - (1.0 + squares[:1]) / (1.0 + squares)).unsqueeze(1)
     return LowRankInverse(
         scale.to(dtype),
@@ -304,7 +319,9 @@ def damped_inverse(
 
 
 def left_singular(
-    factor: Float[Tensor, "n r"], dtype: torch.dtype
+    factor: Float[Tensor, "n r"],
+    dtype: torch.dtype,
+    scale: Float[Tensor, "n 1"] | None = None,
 ) -> tuple[Float[Tensor, "n q"], Float[Tensor, " q"]]:
     """Left singular vectors and squared singular values, ascending; q <= r kept.
 
@@ -314,16 +331,28 @@ def left_singular(
     From the Gram matrix, which squares the condition number: vectors of the smallest
     values are orthogonal to a few digits only. They are hardly shrunk, so that is
     enough.
+
+    Args:
+        factor: L, in float64; overwritten by scale * L, whose vectors they are.
+        dtype: Of the vectors.
+        scale: Of the rows. Default: one.
     """
-    join = together if is_kept(factor) else alone
+    is_shared = is_kept(factor)
+    join = together if is_shared else alone
+    if scale is not None:
+        if is_shared:
+            follow(Tensor.mul_, factor, scale)
+        factor *= scale
     (gram,) = join(_gram, factor, by="sum")
-    assert gram is not None
     values, vectors = torch.linalg.eigh(0.5 * (gram + gram.mT))
     kept = values > 1e-12 * values[-1:].clamp_min(0)
     turn = vectors[:, kept] / values[kept].sqrt()
-    (basis,) = join(_turned, factor, turn, dtype)
-    assert basis is not None
-    return basis, values[kept]
+    room = factor[:0], len(factor), turn.shape[1], dtype
+    basis = _room(*room)
+    if is_shared:
+        keep(basis, _room, *room)
+    (found,) = join(_turned, factor, turn, basis)
+    return (basis.copy_(found) if is_shared else basis), values[kept]
 
 
 def _gram(processes: Processes, factor: Tensor) -> Found:
@@ -332,15 +361,12 @@ def _gram(processes: Processes, factor: Tensor) -> Found:
     return (own.mT @ own,)
 
 
-def _turned(
-    processes: Processes, factor: Tensor, turn: Tensor, dtype: torch.dtype
-) -> Found:
-    """A share of the rows of L T, rounded as they are made."""
-    own = factor[processes.rows(len(factor))]
-    basis = factor.new_empty(len(own), turn.shape[1], dtype=dtype)
-    for rows in slices(len(own), _ROWS):
-        basis[rows] = own[rows] @ turn
-    return (basis,)
+def _turned(processes: Processes, factor: Tensor, turn: Tensor, out: Tensor) -> Found:
+    """A share of the rows of L T, which are kept too; rounded as they are made."""
+    own = processes.rows(len(factor))
+    for rows in slices(own.stop, _ROWS, own.start):
+        out[rows] = factor[rows] @ turn
+    return (out[own],)
 
 
 def default_rank(n: int) -> int:

@@ -38,7 +38,9 @@ from torch import Tensor
 
 from sgdgp.core.checks import check_count
 from sgdgp.core.codec import register_stored_class
+from sgdgp.core.processes import Processes
 from sgdgp.core.slices import slices
+from sgdgp.core.team import Found, keep
 from sgdgp.operators.base import KernelOperator
 from sgdgp.solvers.costs import costs_of
 from sgdgp.solvers.preconditioners import (
@@ -102,7 +104,10 @@ class TwoLevel(Preconditioner):
         sparse = sparse_factor(system, factor, nearest)
         passes += 1.0 + (count + 1) ** 2 / system.n
         dtype = system.rhs.dtype
-        basis, squares = left_singular(sparse.rows.double() @ factor, dtype)
+        inner = sparse.rows.double() @ factor
+        if system.operator.is_shared:
+            keep(inner)
+        basis, squares = left_singular(inner, dtype)
         # Below its rounding, 1 - shrinkage would be noise: it stays a few digits above.
         kept = (1.0 / (1.0 + squares)).clamp_min(16.0 * torch.finfo(dtype).eps)
         return TwoLevelInverse(
@@ -219,19 +224,28 @@ def _nearest(
     system: System, rank: Int[Tensor, " n"], first: int, count: int
 ) -> Neighbours:
     """Most correlated rows of lower rank, for the rows from ``first`` on."""
-    n, device = system.n, system.rhs.device
-    index = torch.empty(n - first, count, dtype=torch.long, device=device)
-    known = torch.empty(n - first, count, dtype=torch.bool, device=device)
-    scale = system.operator.diagonal().clamp_min(torch.finfo(system.rhs.dtype).tiny)
-    scale = scale.rsqrt_()
-    everything = slice(0, n)
-    for part in slices(n - first, max(1, _TILE_ENTRIES // n)):
-        rows = slice(first + part.start, first + part.stop)
-        score = (system.operator.block(rows, everything) * scale).abs_()
+    everywhere = system.operator.everywhere
+    index, known = everywhere(_most_correlated, rank, first, count)
+    return Neighbours(index, known)
+
+
+def _most_correlated(
+    processes: Processes, operator: KernelOperator, rank: Tensor, first: int, count: int
+) -> Found:
+    """A share of the rows of ``Neighbours``."""
+    n, device = len(rank), rank.device
+    own = processes.rows(n - first)
+    own = slice(first + own.start, first + own.stop)
+    index = torch.empty(own.stop - own.start, count, dtype=torch.long, device=device)
+    known = torch.empty(own.stop - own.start, count, dtype=torch.bool, device=device)
+    scale = operator.diagonal().clamp_min(torch.finfo(operator.dtype).tiny).rsqrt_()
+    for rows in slices(own.stop, max(1, _TILE_ENTRIES // n), own.start):
+        score = (operator.block(rows, slice(0, n)) * scale).abs_()
         score.masked_fill_(rank >= rank[rows].unsqueeze(1), -1.0)
+        part = slice(rows.start - own.start, rows.stop - own.start)
         values, index[part] = score.topk(count, dim=1, sorted=False)
         known[part] = values >= 0.0
-    return Neighbours(index, known)
+    return index, known
 
 
 def appended_rows(system: System, num_new: int, count: int) -> Tensor:
@@ -269,43 +283,71 @@ def _regressions(
     Returns:
         Their rows, columns and values, and ``SparseFactor.explained`` of these rows.
     """
-    num_rows, count = neighbours.index.shape
+    num_rows = len(neighbours.index)
     numbers = torch.arange(first, first + num_rows, device=neighbours.index.device)
     columns = torch.cat([neighbours.index, numbers.unsqueeze(1)], dim=1)
-    values = system.rhs.new_empty(num_rows, count + 1)
-    factor = factor.to(system.rhs.dtype).contiguous()
-    diagonal = system.operator.diagonal().double()
+    # Of a shared factor each process has some rows, and needs the neighbours' too.
+    factor = factor.to(
+        system.rhs.dtype, copy=True, memory_format=torch.contiguous_format
+    )
+    values, explained = system.operator.everywhere(
+        _regressed, factor, system.noise, columns, neighbours.known
+    )
+    every = torch.nn.functional.pad(neighbours.known, (0, 1), value=True)
+    own = numbers.unsqueeze(1).expand_as(columns)
+    told = float(explained.sum()) / max(1, num_rows)
+    return own[every], columns[every], values[every], told
+
+
+def _regressed(
+    processes: Processes,
+    operator: KernelOperator,
+    factor: Tensor,
+    noise: Tensor,
+    columns: Tensor,
+    known: Tensor,
+) -> Found:
+    """A share of the rows of G, and what the neighbours tell of each.
+
+    Args:
+        processes: Whose share it is.
+        operator: K (n, n).
+        factor: L (n, r).
+        noise: Sigma's diagonal (n, 1).
+        columns: Of the entries of G (m, k + 1), the row's own the last.
+        known: Which neighbours there are (m, k).
+    """
+    share = processes.rows(len(columns))
+    columns, known = columns[share], known[share]
+    values = factor.new_empty(columns.shape)
+    explained = values.new_empty(len(values), dtype=torch.float64)
+    diagonal = operator.diagonal().double()
     # Rounding of K's entries must not make a block of near-duplicates indefinite.
-    jitter = 8.0 * torch.finfo(system.rhs.dtype).eps * diagonal
-    explained = 0.0
-    per_row = (count + 1) * max(count + 1, factor.shape[1])
-    for rows in slices(num_rows, max(1, _BLOCK_ENTRIES // per_row)):
-        both, known = columns[rows], neighbours.known[rows]
-        block = system.operator.small_blocks(both)
+    jitter = 8.0 * torch.finfo(factor.dtype).eps * diagonal
+    per_row = columns.shape[1] * max(columns.shape[1], factor.shape[1])
+    for rows in slices(len(columns), max(1, _BLOCK_ENTRIES // per_row)):
+        both, present = columns[rows], known[rows]
+        block = operator.small_blocks(both)
         if factor.shape[1]:
             part = factor[both]
             block = block.baddbmm_(part, part.mT, alpha=-1.0)
         block = block.double()
-        block.diagonal(dim1=1, dim2=2).add_(
-            system.noise[both, 0].double() + jitter[both]
-        )
-        inner, cross = block[:, :-1, :-1], block[:, -1, :-1] * known
+        block.diagonal(dim1=1, dim2=2).add_(noise[both, 0].double() + jitter[both])
+        inner, cross = block[:, :-1, :-1], block[:, -1, :-1] * present
         own_variance = block[:, -1, -1]
-        inner = inner * (known.unsqueeze(2) & known.unsqueeze(1))
-        inner.diagonal(dim1=1, dim2=2).add_((~known).double())
+        inner = inner * (present.unsqueeze(2) & present.unsqueeze(1))
+        inner.diagonal(dim1=1, dim2=2).add_((~present).double())
         corner, info = torch.linalg.cholesky_ex(inner)
         regression = torch.cholesky_solve(cross.unsqueeze(2), corner).squeeze(2)
         variance = own_variance - (regression * cross).sum(1)
-        floor = 0.5 * system.noise[numbers[rows], 0].double()
+        floor = 0.5 * noise[both[:, -1], 0].double()
         failed = (info != 0) | ~torch.isfinite(variance)
         regression = torch.where(failed.unsqueeze(1), 0.0, regression)
         variance = torch.where(failed, own_variance, variance).clamp_min(floor)
-        explained += float((own_variance.clamp_min(floor) / variance).log().sum())
+        explained[rows] = (own_variance.clamp_min(floor) / variance).log()
         root = variance.rsqrt().unsqueeze(1)
         values[rows] = torch.cat([-regression * root, root], dim=1).to(values.dtype)
-    every = torch.nn.functional.pad(neighbours.known, (0, 1), value=True)
-    own = numbers.unsqueeze(1).expand_as(columns)
-    return own[every], columns[every], values[every], explained / max(1, num_rows)
+    return values, explained
 
 
 def compressed(

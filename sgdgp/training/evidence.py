@@ -198,7 +198,7 @@ def _whitened(
     system = as_system(operator, noise, torch.ones_like(operator.diagonal())[:, None])
     factor, passes = PivotedCholesky().factor(system, generator)
     scale = system.noise.double().rsqrt()
-    basis, squares = left_singular(factor.mul_(scale), system.rhs.dtype)
+    basis, squares = left_singular(factor, system.rhs.dtype, scale)
     shrunk = (1.0 + squares[:1]) / (1.0 + squares)
     explained = -float(shrunk.log().sum()) - 2.0 * float(scale.log().sum())
     like = system.rhs

@@ -25,7 +25,9 @@ from sgdgp.core.processes import Processes, ProcessesError
 from sgdgp.features import PriorDraws
 from sgdgp.operators import KernelOperator, operator_by_name
 from sgdgp.operators.sharded import ShardedOperator
+from sgdgp.solvers import preconditioners
 from sgdgp.solvers.auto import SOLVERS
+from sgdgp.training.evidence import log_determinant
 
 N = 600
 
@@ -113,6 +115,7 @@ def gradients(operator: KernelOperator, x: Tensor) -> dict[str, Tensor]:
 
 def answers() -> dict[str, Tensor]:
     """What has to be the same, however many processes there are."""
+    preconditioners._WORTH_MESSAGES = 0
     model, x, x_new = problem()
     operator = operator_by_name("sharded", model.covar_module, x)
     other = gpytorch.kernels.PiecewisePolynomialKernel(q=1)  # GPyTorch's, by row blocks
@@ -126,6 +129,8 @@ def answers() -> dict[str, Tensor]:
     pivoted = sgdgp.solvers.PivotedCholesky(rank=40, block_size=16)
     solvers = {name: solver() for name, solver in SOLVERS.items()}
     solvers["pivoted"] = sgdgp.CG(preconditioner=pivoted)
+    near = sgdgp.solvers.TwoLevel(pivoted, neighbours=8)
+    solvers["neighbours"] = sgdgp.CG(preconditioner=near)
     for name, given in solvers.items():
         budget = None if given.limits.max_passes is None else 3.0
         posterior = sgdgp.condition(
@@ -136,6 +141,13 @@ def answers() -> dict[str, Tensor]:
             num_features=64,
         )
         found[name] = posterior.solution.weights
+    value, _, _ = log_determinant(
+        operator,
+        torch.full((N,), 0.1).double(),
+        num_probes=2,
+        generator=torch.Generator().manual_seed(4),
+    )
+    found["log determinant"] = torch.tensor([value])
     draws = posterior.problem.draws
     assert isinstance(draws, PriorDraws)
     found["prior draws"] = draws(x_new)
