@@ -63,10 +63,11 @@ def test_wrong_ones_are_found(call):
         call()
 
 
-def test_a_function_may_be_exempt():
-    @no_type_check
-    @jaxtyped
-    def doubled(x: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
-        return 2 * x
+@no_type_check
+@jaxtyped
+def doubled(x: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
+    return 2 * x
 
+
+def test_a_function_may_be_exempt():
     assert doubled(3) == 6
