@@ -47,6 +47,9 @@ def jaxtyped(fn: Any = None, *, typechecker: object = None) -> Any:
         # Made anew in every call of the one around it, as would be its checker, which
         # takes two milliseconds.
         return fn
+    if inspect.isgeneratorfunction(fn):
+        # Would be checked later, among the axis names of whoever goes through it.
+        return fn
     if isinstance(fn, (classmethod, staticmethod)):
         return type(fn)(jaxtyped(fn.__func__))
     if isinstance(fn, property):
