@@ -55,7 +55,6 @@ def _errors_as_a_user_sees_them(request: pytest.FixtureRequest) -> Iterator[None
     user has no such checker, so a test with ``pytest.raises`` must meet the error
     that the package itself raises.
     """
-    shapes.begin_test()
     function = getattr(request.node, "function", None)
     if function is None or "raises" not in _names_used(function):
         yield

@@ -21,17 +21,6 @@ _scope = jaxtyping.jaxtyped("context")
 _LEFT_ALONE = {"sgdgp.operators.triton_kernel"}
 """Triton reads the source of what it decorates, and runs it in its globals."""
 
-_FIRST, _EVERY = 64, 16
-"""Of a function's calls in a test so many are checked, and each so many-th of the rest:
-solvers make a hundred thousand, which took a third longer."""
-
-_test = [0]
-
-
-def begin_test() -> None:
-    """Count the calls of every function anew."""
-    _test[0] += 1
-
 
 def jaxtyped(fn: Any = None, *, typechecker: object = None) -> Any:
     """Stands for ``jaxtyping.jaxtyped`` in the modules that its import hook loads."""
@@ -43,29 +32,17 @@ def jaxtyped(fn: Any = None, *, typechecker: object = None) -> Any:
         return fn
     if getattr(fn, "__module__", None) in _LEFT_ALONE:
         return fn
-    if "<locals>" in getattr(fn, "__qualname__", ""):
-        # Made anew in every call of the one around it, as would be its checker, which
-        # takes two milliseconds.
-        return fn
-    if inspect.isgeneratorfunction(fn):
-        # Would be checked later, among the axis names of whoever goes through it.
-        return fn
     if isinstance(fn, (classmethod, staticmethod)):
         return type(fn)(jaxtyped(fn.__func__))
     if isinstance(fn, property):
         return property(*(f and jaxtyped(f) for f in (fn.fget, fn.fset, fn.fdel)))
     hinted = _with_hints(fn)
     shapes = any("jaxtyping" in repr(hint) for hint in hinted.__annotations__.values())
-    strict, test, calls = None, 0, 0
+    strict = None
 
     @functools.wraps(fn)
     def checked(*args: Any, **kwargs: Any) -> Any:
-        nonlocal strict, test, calls
-        if test != _test[0]:
-            test, calls = _test[0], 0
-        calls += 1
-        if calls > _FIRST and calls % _EVERY:
-            return fn(*args, **kwargs)
+        nonlocal strict
         if flags.get("__no_type_check__") or jaxtyping.config.jaxtyping_disable:
             return fn(*args, **kwargs)
         if strict is None:  # many are never called
