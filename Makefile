@@ -8,6 +8,13 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 TORCH  := $(shell sed -n 's/^\(torch==.*\)/\1/p' constraints.txt)
 
+# sgdgp with the extras $(1). uv needs a quarter of pip's time, but does not read pip's
+# configuration: where it finds no packages, pip is asked.
+define install
+@$(BIN)/python -m uv pip install --quiet --python $(BIN)/python -c constraints.txt -e '.[$(1)]' || \
+  $(PIP) install --quiet -c constraints.txt -e '.[$(1)]'
+endef
+
 # Two test processes with one thread each. Set here and not in Python: threads are
 # counted when the first library loads, and too many of them spin more than they work.
 WORKERS ?= 2
@@ -73,21 +80,21 @@ $(VENV)/installed-torch: constraints.txt
 	         "ensurepip are missing (on Debian: apt-get install python3-venv)" >&2; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo 'installing $(TORCH) into $(VENV), once ...'
-	@$(PIP) install --quiet -c constraints.txt '$(TORCH)'
+	@$(PIP) install --quiet -c constraints.txt '$(TORCH)' uv
 	@touch $@
 
 # What the tests need includes what the demo does, and the tools what the tests do.
 $(VENV)/installed-demo: $(VENV)/installed-torch pyproject.toml
 	@echo 'installing sgdgp and what the demo needs into $(VENV), once ...'
-	@$(PIP) install --quiet -c constraints.txt -e '.[plot]'
+	$(call install,plot)
 	@touch $@
 
 $(VENV)/installed-test: $(VENV)/installed-torch pyproject.toml
 	@echo 'installing sgdgp and what the tests need into $(VENV), once ...'
-	@$(PIP) install --quiet -c constraints.txt -e '.[test]'
+	$(call install,test)
 	@touch $@ $(VENV)/installed-demo
 
 $(VENV)/installed-dev: $(VENV)/installed-torch pyproject.toml
 	@echo 'installing sgdgp and the development tools into $(VENV), once ...'
-	@$(PIP) install --quiet -c constraints.txt -e '.[dev]'
+	$(call install,dev)
 	@touch $@ $(VENV)/installed-test $(VENV)/installed-demo

@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import scipy.io
+import scipy  # and scipy.io by its name: most never read a file of MATLAB
 import scipy.sparse as sp
-from scipy.io.matlab import MatReadError
 
 from sgdgp.core.codec import MISFITS
 from sgdgp.core.errors import StorageError
@@ -22,7 +21,6 @@ _DAMAGE = (
     *MISFITS,
     EOFError,
     OSError,
-    MatReadError,
     struct.error,
     zipfile.BadZipFile,
     zlib.error,
@@ -60,7 +58,7 @@ def read_matrix(path: str | os.PathLike[str], name: str | None = None) -> Any:
         raise StorageError(
             f"path: {path} is of MATLAB 7.3; save it by save(..., '-v7')"
         ) from error
-    except _DAMAGE as error:
+    except (*_DAMAGE, scipy.io.matlab.MatReadError) as error:
         if isinstance(error, StorageError):
             raise
         raise StorageError(f"path: {path} cannot be read: {error}") from error

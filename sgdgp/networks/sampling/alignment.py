@@ -20,9 +20,9 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
+import scipy  # and scipy.optimize by its name, which takes half a second to import
 import torch
 from jaxtyping import Float
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from torch.func import functional_call, vmap
 from torch.overrides import TorchFunctionMode
@@ -382,8 +382,9 @@ class _Matcher:
             places = _places(self._group, axis, without)
         moving, still = _products(self._reference, rows, places)
         scores = ((moving.abs() if axis.signs else moving) + still).numpy(force=True)
+        assign = scipy.optimize.linear_sum_assignment
         order = torch.from_numpy(
-            np.stack([linear_sum_assignment(a, maximize=True)[1] for a in scores])
+            np.stack([assign(a, maximize=True)[1] for a in scores])
         )
         sign = torch.ones(order.shape, dtype=torch.float64)
         if axis.signs:
