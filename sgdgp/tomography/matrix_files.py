@@ -25,7 +25,8 @@ _DAMAGE = (
     zipfile.BadZipFile,
     zlib.error,
 )
-"""What libraries raise for a file that is damaged, or of another kind."""
+"""What libraries raise for a file that is damaged, or of another kind; beside SciPy's
+own error for MATLAB, which is looked up where it is caught."""
 
 
 def read_matrix(path: str | os.PathLike[str], name: str | None = None) -> Any:
